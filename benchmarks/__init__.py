@@ -1,0 +1,1 @@
+"""Throughput benchmarks; `python -m benchmarks` in a checkout, `brainflow bench` where it is installed."""

@@ -1,0 +1,176 @@
+"""Configuration of a pretraining run: torch-free dataclasses; the docstring under a field is its `--help`."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+FrameworkName = Literal["csm", "seq-bert", "net-bert", "autoencoder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Architecture and objective. Defaults are the published ones (arXiv 2206.11417), but for `masking`."""
+
+    framework: FrameworkName = "csm"
+    """Learning framework."""
+    networks: int = 1024
+    """Networks (parcels) of the store; set from the store by `pretrain`."""
+    width: int = 768
+    """Hidden width; divisible by `heads`."""
+    layers: int = 4
+    """Transformer blocks (LSTM layers for the autoencoder)."""
+    heads: int = 12
+    """Attention heads."""
+    feedforward: int = 4
+    """Feed-forward width as a multiple of `width`."""
+    dropout: float = 0.1
+    """Dropout after embedding, attention and feed-forward."""
+    max_positions: int = 512
+    """Longest window in time points, special tokens included."""
+    max_seconds: float = 300.0
+    """Longest window in seconds that the TR embedding covers."""
+    time_resolution: float = 0.2
+    """Step of the TR embedding in seconds: a time point's index is round(seconds / time_resolution)."""
+    loss: Literal["l1", "mse", "huber"] = "l1"
+    """Reconstruction loss over masked values."""
+    masking: Literal["dense", "single", "next"] = "dense"
+    """CSM only: `single` masks one position a window (as published), `dense` all of them in one pass with
+    the same objective, `next` predicts the next time point without mask tokens."""
+    mask_rate: float = 0.2
+    """Seq-BERT, Net-BERT: probability that a time point (a network) is masked."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(
+                f"model.width: got {self.width}, which is not divisible by model.heads={self.heads}"
+            )
+        for name in ("networks", "width", "layers", "heads", "feedforward", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}: got {getattr(self, name)}, expected at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"model.dropout: got {self.dropout}, expected a number in [0, 1)")
+        if not 0.0 < self.mask_rate <= 1.0:
+            raise ValueError(f"model.mask_rate: got {self.mask_rate}, expected a number in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is drawn from the store."""
+
+    batch_size: int = 64
+    """Windows a step, over all ranks."""
+    seq_min: int = 10
+    """Shortest window in time points."""
+    seq_max: int = 50
+    """Windows are shorter than this many time points (exclusive, as published)."""
+    loader: Literal["auto", "dali", "host", "resident"] = "auto"
+    """`auto` takes DALI where it is installed, else the plain loader. All give identical batches."""
+    validation_fraction: float = 0.05
+    """Share of the runs of each dataset held out for validation (at least 2 runs, as published)."""
+    validation_batches: int = 10
+    """Fixed held-out batches at each validation."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"data.batch_size: got {self.batch_size}, expected at least 1")
+        if not 2 <= self.seq_min < self.seq_max:
+            raise ValueError(
+                f"data.seq_min, data.seq_max: got {self.seq_min}, {self.seq_max}, expected 2 <= seq_min < seq_max"
+            )
+        if not 0.0 < self.validation_fraction < 1.0:
+            raise ValueError(
+                f"data.validation_fraction: got {self.validation_fraction}, expected a number in (0, 1)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimisation, logging, checkpoints."""
+
+    steps: int = 300_000
+    """Optimizer steps."""
+    lr: float = 1e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    beta1: float = 0.9
+    """AdamW beta 1."""
+    beta2: float = 0.999
+    """AdamW beta 2."""
+    clip: float = 1.0
+    """Gradient norm limit."""
+    warmup: float = 0.01
+    """Share of the steps with rising learning rate; linear decay to 0 after it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` runs the forward pass under autocast."""
+    seed: int = 0
+    """Seeds weights, data order and masks."""
+    log_every: int = 10
+    """Steps between metrics lines."""
+    validate_every: int = 1_000
+    """Steps between validations."""
+    checkpoint_every: int = 1_000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints kept; older ones are deleted."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "validate_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}: got {getattr(self, name)}, expected at least 1")
+        if not self.lr > 0:
+            raise ValueError(f"train.lr: got {self.lr}, expected a positive number")
+        if not 0.0 <= self.warmup < 1.0:
+            raise ValueError(f"train.warmup: got {self.warmup}, expected a share of the steps in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A whole pretraining run."""
+
+    store: str
+    """Store to train on."""
+    out: str
+    """Run directory."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is one."""
+
+    def __post_init__(self) -> None:
+        if self.data.seq_max > self.model.max_positions:
+            raise ValueError(
+                f"data.seq_max: got {self.data.seq_max}, but model.max_positions is {self.model.max_positions}; "
+                "raise model.max_positions or shorten the windows"
+            )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config dataclass as plain nested dicts, ready for JSON."""
+    return asdict(config)
+
+
+def from_dict(cls: Any, values: dict[str, Any]) -> Any:
+    """Build a config dataclass from nested dicts.
+
+    Raises
+    ------
+    ValueError
+        If a key is not a field of the dataclass; the message names the nearest field.
+    """
+    known = {f.name: f for f in fields(cls)}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known fields: {', '.join(known)}"
+            raise ValueError(f"{cls.__name__}: unknown field {key!r}{hint}")
+    nested = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    return cls(
+        **{
+            k: from_dict(nested[k], v) if k in nested and isinstance(v, dict) else v
+            for k, v in values.items()
+        }
+    )
