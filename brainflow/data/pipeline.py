@@ -1,0 +1,159 @@
+"""The DALI loader: an NVIDIA DALI pipeline around the store's reader, with or without a GPU.
+
+The pipeline's source is called in batch mode with the number of the iteration. It reads the whole packed
+batch into one of a ring of (on a GPU: pinned) buffers, which DALI takes as a single sample [tokens, networks]
+without copying, moves to the device where there is one, casts if asked to, and hands out by DLPack. Outputs
+are owned by the batch that gets them and stay valid for as long as it lives.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+import torch
+
+from brainflow.data.batch import PackedBatch
+from brainflow.data.host import Gatherer
+from brainflow.data.loader import Loader, WindowStore
+from brainflow.data.packing import packed_fields
+from brainflow.data.windows import Sampler, Windows
+
+_PREFETCH = 2
+_IN_FLIGHT = _PREFETCH + 2
+"""Buffers of the ring: DALI may read a buffer until `_PREFETCH` further batches have been taken."""
+
+
+class DaliLoader(Loader):
+    """Batches by way of a DALI pipeline; `device="cpu"` needs neither GPU nor driver.
+
+    Batches are equal, bit for bit, to those of :class:`~brainflow.data.host.HostLoader`. Two batches are read
+    ahead, so an error of the store (a corrupt chunk) surfaces up to two batches early.
+
+    Parameters
+    ----------
+    others
+        See :class:`~brainflow.data.loader.Loader`.
+
+    Raises
+    ------
+    ImportError
+        If DALI is not installed.
+    """
+
+    kind = "dali"
+
+    def __init__(
+        self,
+        store: WindowStore,
+        sampler: Sampler,
+        *,
+        device: str | torch.device = "cpu",
+        start_step: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(store, sampler, device=device, start_step=start_step, dtype=dtype)
+        _dali()
+        self._gatherer = Gatherer(store, sampler, buffers=_IN_FLIGHT, pinned=self.device.type == "cuda")
+        self._pending: deque[tuple[int, Windows]] = deque()
+        self._first = start_step
+        self._pipeline: Any = None
+        # Which small arrays the sampler gives does not change from batch to batch.
+        self._fields = list(packed_fields(sampler.batch(start_step if sampler.steps is None else 0)))
+
+    def _source(self, iteration: int) -> tuple[Any, ...]:
+        step = self._first + iteration
+        if self.sampler.steps is not None and step >= self.sampler.steps:
+            raise StopIteration
+        began = time.perf_counter()
+        windows, bold = self._gatherer.gather(step)
+        fields = packed_fields(windows)
+        self._pending.append((step, windows))
+        self._gather_s += time.perf_counter() - began
+        return tuple([array] for array in (bold.numpy(), *fields.values()))
+
+    def _build(self, first: int) -> Any:
+        """Return a pipeline whose first output is batch `first`."""
+        fn, types, pipeline_def = _dali()
+        gpu = self.device.type == "cuda"
+        index = (
+            (self.device.index if self.device.index is not None else torch.cuda.current_device())
+            if gpu
+            else None
+        )
+
+        @pipeline_def(
+            batch_size=1, num_threads=1, device_id=index, prefetch_queue_depth=_PREFETCH, exec_dynamic=True
+        )
+        def packed() -> tuple[Any, ...]:
+            # Only `bold` is large: its ring buffer outlives the iteration; DALI keeps the small arrays
+            # itself.
+            outputs = list(
+                fn.external_source(
+                    source=self._source,
+                    num_outputs=1 + len(self._fields),
+                    batch=True,
+                    batch_info=False,
+                    no_copy=True,
+                )
+            )
+            if gpu:
+                outputs = [output.gpu() for output in outputs]
+            if self.dtype != self.stored_dtype:
+                outputs[0] = fn.cast(outputs[0], dtype=types.FLOAT)
+            return tuple(outputs)
+
+        self._first = first
+        self._pending.clear()
+        self._gatherer.seek()
+        return packed()
+
+    def _take(self, step: int) -> PackedBatch:
+        if self._pipeline is None:
+            self._pipeline = self._build(step)
+        outputs = self._pipeline.run()
+        began = time.perf_counter()
+        number, windows = self._pending.popleft()
+        assert number == step, (number, step)
+        tensors = [torch.from_dlpack(output.as_tensor())[0] for output in outputs]
+        self._transfer_s += time.perf_counter() - began
+        return PackedBatch(
+            bold=tensors[0],
+            max_seqlen=int(windows.lengths.max()),
+            lengths=windows.lengths,
+            runs=windows.runs,
+            step=step,
+            **dict(zip(self._fields, tensors[1:], strict=True)),
+        )
+
+    def _seek(self, step: int) -> None:
+        self._pipeline = None
+
+    def _placement(self) -> str:
+        return "page cache of this machine"
+
+    def _memory(self) -> int:
+        return (
+            self._gatherer.nbytes
+            + (_PREFETCH + 1) * self.sampler.max_tokens * self.store.networks * self.dtype.itemsize
+        )
+
+    def close(self) -> None:
+        """Drop the pipeline (its threads end) and the buffers."""
+        self._pipeline = None
+        self._pending.clear()
+        self._gatherer.buffers.clear()
+
+
+def _dali() -> tuple[Any, Any, Any]:
+    """Import DALI, or say how to get it."""
+    try:
+        from nvidia.dali import fn, pipeline_def, types
+    except ImportError as error:
+        raise ImportError(
+            "kind: 'dali' needs NVIDIA DALI, which is not installed; run `pip install "
+            "'brainflow-fmri[dali]'` (CUDA 12: the extra dali-cuda12; the package called plainly nvidia-dali "
+            "is a placeholder), or take kind='host', which gives the same batches"
+        ) from error
+    return fn, types, pipeline_def

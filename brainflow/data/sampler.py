@@ -1,0 +1,293 @@
+"""Which windows stand in which batch: a pure function of (seed, step, rank, world).
+
+The windows of a training form ONE endless sequence, numbered 0, 1, 2, … Global batch `step` is the numbers
+`step * batch … (step + 1) * batch - 1`, and rank `r` of `world` takes the r-th contiguous share of them. So
+the shares of all ranks, laid end to end, are the batch of a single process for any world size, and resuming
+at a step, or with another number of processes, continues the same sequence.
+
+An epoch is a pseudo-random permutation of all slots (run, s): a run of T time points has about T / (mean
+window length) slots, so an epoch reads about as many time points as the runs hold, each run in proportion to
+its length, and no slot twice. A window of length L in slot s of n has its onset in the s-th n-th part of the
+T - L + 1 possible onsets; over the slots the onset is exactly uniform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from brainflow.data.counter import key, permute, uniform
+from brainflow.data.segments import SegmentSampler
+from brainflow.data.splits import Split, split_runs
+from brainflow.data.windows import RunColumns, Windows, rank_share
+
+__all__ = ["SegmentSampler", "Split", "WindowSampler", "Windows", "split_runs"]
+
+# Streams of random numbers: what is drawn for a window, one counter space each.
+_ORDER, _INNER, _LENGTH, _ONSET, _GAP, _NEXT, _OTHER, _OTHER_ONSET = range(8)
+_BLOCK = 1024
+_GAP_MIN, _GAP_MAX = 1, 4
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The runs that are sampled, in the sampler's order, and their slots laid end to end."""
+
+    run: NDArray[np.int64]
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+    t_r: NDArray[np.float64]
+    first_slot: NDArray[np.int64]  # [runs + 1]
+
+
+class WindowSampler:
+    """Windows of uniform length at any onset of any run, without replacement within an epoch.
+
+    Parameters
+    ----------
+    store_runs
+        Run table of the store (`store.runs`).
+    runs
+        Run ids to draw from, e.g. `split.part("train", store.runs)`; None for all.
+    batch
+        Windows a step over all ranks (pairs a step, if `pairs`); divisible by `world`.
+    seq_min, seq_max
+        Window length in TRs is uniform in [seq_min, seq_max). A window longer than its run is clipped to the
+        run.
+    seed
+        Seed of the order; any integer.
+    rank, world
+        This process and how many there are.
+    pairs
+        Cut every window in two halves with a gap of 1 to 4 TRs between them (BERT-style training); half of
+        the pairs get their second half from another run. Such a pair has `is_next` 0 and a true one 1 (the
+        code of 2022 had it the other way round).
+    onset
+        "any", or "grid" for the 2022 system's choice: multiples of the window's length, 0, L, 2L, … < T - L.
+    weights
+        Dataset → how often an epoch draws each of its slots: 2 is twice an epoch, 0.5 every second epoch, 0
+        never; 1 for datasets not named. Between two draws of a slot all others of the dataset are drawn.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, no run is left, or a run is shorter than 2 TRs (pairs: 6 TRs).
+
+    Examples
+    --------
+    >>> sampler = WindowSampler(store.runs, batch=64, seed=1)  # doctest: +SKIP
+    >>> sampler.batch(1000).lengths.shape  # doctest: +SKIP
+    (64,)
+    """
+
+    steps: int | None = None
+    """Batches until the end; None: endless."""
+
+    def __init__(
+        self,
+        store_runs: RunColumns,
+        *,
+        runs: ArrayLike | None = None,
+        batch: int = 64,
+        seq_min: int = 10,
+        seq_max: int = 50,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        pairs: bool = False,
+        onset: Literal["any", "grid"] = "any",
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        shortest = 2 + _GAP_MAX if pairs else 2
+        if not shortest <= seq_min < seq_max:
+            raise ValueError(
+                f"seq_min, seq_max: got {seq_min}, {seq_max}, expected {shortest} <= seq_min < seq_max"
+                + (" (a pair needs two time points and the gap)" if pairs else "")
+            )
+        if onset not in ("any", "grid"):
+            raise ValueError(f"onset: got {onset!r}, expected 'any' or 'grid'")
+        if batch < 1 or batch % world:
+            raise ValueError(
+                f"batch: got {batch} windows for world={world} ranks, expected a positive multiple of world"
+            )
+        self.global_batch = batch
+        self.seq_min, self.seq_max, self.seed = seq_min, seq_max, seed
+        self.rank, self.world, self.pairs, self.onset = rank, world, pairs, onset
+        self._share = rank_share(batch, rank, world)
+        self._columns, groups = _select(store_runs, runs, shortest, (seq_min + seq_max - 1) // 2, weights)
+        self._group_slot, self._group_draws = groups
+        self._weighted = weights is not None
+        if pairs and len(self._columns.run) < 2:
+            raise ValueError(
+                "pairs: got 1 run, expected at least 2 (the second half may come from another run)"
+            )
+        self._steps_per_block = max(1, _BLOCK // len(self._share))
+        self._block: tuple[int, dict[str, NDArray[np.int64]]] = (-1, {})
+
+    @property
+    def windows_per_batch(self) -> int:
+        """Windows in this rank's share of a batch."""
+        return len(self._share) * (2 if self.pairs else 1)
+
+    @property
+    def max_tokens(self) -> int:
+        """Time points that no batch of this rank exceeds."""
+        return len(self._share) * (self.seq_max - 1)
+
+    @property
+    def epoch_windows(self) -> int:
+        """Windows (or pairs) in an epoch over all ranks."""
+        return int(self._group_draws[-1])
+
+    def epoch(self, step: int) -> float:
+        """Epochs that are complete before `step`, with its fraction."""
+        return step * self.global_batch / self.epoch_windows
+
+    def batch(self, step: int) -> Windows:
+        """Return this rank's windows of batch `step` (0, 1, 2, … without end)."""
+        if step < 0:
+            raise ValueError(f"step: got {step}, expected 0 or more")
+        number, column = divmod(step, self._steps_per_block)
+        known, block = self._block
+        if known != number:
+            block = self._draw(number)
+            self._block = (number, block)
+        n = len(self._share)
+        part = slice(column * n, (column + 1) * n)
+        return self._windows({name: values[part] for name, values in block.items()})
+
+    def _draw(self, number: int) -> dict[str, NDArray[np.int64]]:
+        """Draw the windows of `_steps_per_block` steps at once: NumPy costs the same for 64 as for 1,024."""
+        c = self._columns
+        steps = number * self._steps_per_block + np.arange(self._steps_per_block, dtype=np.int64)
+        index = (steps[:, None] * self.global_batch + self._share).ravel()
+        slot = self._slots(index)
+        row = np.searchsorted(c.first_slot, slot, side="right") - 1
+        drawn = uniform(key(self.seed, _LENGTH), index)
+        length = self.seq_min + (drawn * (self.seq_max - self.seq_min)).astype(np.int64)
+        length = np.minimum(length, c.length[row])
+        onset = self._onsets(slot, row, length, uniform(key(self.seed, _ONSET), index))
+        if not self.pairs:
+            return {"row": row, "onset": onset, "length": length}
+        gap = _GAP_MIN + (uniform(key(self.seed, _GAP), index) * (_GAP_MAX - _GAP_MIN + 1)).astype(np.int64)
+        first = (length - gap + 1) // 2
+        second = length - gap - first
+        is_next = (uniform(key(self.seed, _NEXT), index) < 0.5).astype(np.int64)
+        # Uniform over the slots of all other runs: skip the own run's.
+        own, after = c.first_slot[row], c.first_slot[row + 1]
+        other = (uniform(key(self.seed, _OTHER), index) * (c.first_slot[-1] - (after - own))).astype(np.int64)
+        other += np.where(other >= own, after - own, 0)
+        other_row = np.searchsorted(c.first_slot, other, side="right") - 1
+        other_length = np.minimum(second, c.length[other_row])
+        other_onset = self._onsets(
+            other, other_row, other_length, uniform(key(self.seed, _OTHER_ONSET), index)
+        )
+        true = is_next == 1
+        return {
+            "row": row,
+            "onset": onset,
+            "length": first,
+            "second_row": np.where(true, row, other_row),
+            "second_onset": np.where(true, onset + first + gap, other_onset),
+            "second_length": np.where(true, second, other_length),
+            "is_next": is_next,
+        }
+
+    def _slots(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the slot that each number of the endless sequence draws."""
+        epoch, place = np.divmod(index, self.epoch_windows)
+        place = permute(place, self.epoch_windows, key(self.seed, _ORDER, epoch))
+        if not self._weighted:
+            return place
+        # Each dataset is a sequence of its own, permuted anew whenever all of its slots have been drawn.
+        group = np.searchsorted(self._group_draws, place, side="right") - 1
+        draws = self._group_draws[group + 1] - self._group_draws[group]
+        size = self._group_slot[group + 1] - self._group_slot[group]
+        inner_epoch, inner = np.divmod(epoch * draws + place - self._group_draws[group], size)
+        return self._group_slot[group] + permute(inner, size, key(self.seed, _INNER, group, inner_epoch))
+
+    def _onsets(
+        self,
+        slot: NDArray[np.int64],
+        row: NDArray[np.int64],
+        length: NDArray[np.int64],
+        drawn: NDArray[np.float64],
+    ) -> NDArray[np.int64]:
+        c = self._columns
+        first = c.first_slot[row]
+        share = (slot - first + drawn) / (c.first_slot[row + 1] - first)
+        if self.onset == "any":
+            choices = c.length[row] - length + 1
+            return np.minimum((share * choices).astype(np.int64), choices - 1)
+        choices = np.maximum((c.length[row] - 1) // length, 1)
+        return np.minimum((share * choices).astype(np.int64), choices - 1) * length
+
+    def _windows(self, drawn: dict[str, NDArray[np.int64]]) -> Windows:
+        c = self._columns
+        row, onset, length, is_next = drawn["row"], drawn["onset"], drawn["length"], None
+        if self.pairs:
+            row = np.stack([row, drawn["second_row"]], axis=1).ravel()
+            onset = np.stack([onset, drawn["second_onset"]], axis=1).ravel()
+            length = np.stack([length, drawn["second_length"]], axis=1).ravel()
+            is_next = drawn["is_next"].astype(np.float32)
+        return Windows(
+            starts=c.start[row] + onset,
+            lengths=length.astype(np.int32),
+            runs=c.run[row].astype(np.int32),
+            t_r=c.t_r[row],
+            is_next=is_next,
+        )
+
+
+def _select(
+    table: RunColumns, runs: ArrayLike | None, shortest: int, mean: int, weights: Mapping[str, float] | None
+) -> tuple[_Columns, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return the sampled runs' columns, and each group's first slot and first draw of an epoch."""
+    ids = (
+        np.arange(len(table), dtype=np.int64) if runs is None else np.unique(np.asarray(runs, dtype=np.int64))
+    )
+    if not ids.size:
+        raise ValueError("runs: got none, expected at least one run to draw from")
+    if ids[0] < 0 or ids[-1] >= len(table):
+        raise ValueError(f"runs: got ids from {ids[0]} to {ids[-1]}, expected ids in [0, {len(table)})")
+    factors = np.ones(1)
+    bounds = np.array([0, ids.size])
+    if weights is not None:
+        names, group = np.unique(np.asarray(table.dataset)[ids].astype(str), return_inverse=True)
+        unknown = sorted(set(weights) - set(names.tolist()))
+        if unknown:
+            raise ValueError(
+                f"weights: no run of dataset {unknown[0]!r} here, expected {', '.join(map(repr, names))}"
+            )
+        factors = np.array([float(weights.get(str(name), 1.0)) for name in names])
+        if not (np.isfinite(factors).all() and (factors >= 0).all() and factors.any()):
+            raise ValueError(
+                f"weights: got {dict(weights)}, expected numbers of at least 0, one of them above 0"
+            )
+        keep = factors[group] > 0
+        order = np.argsort(group[keep], kind="stable")
+        ids, group = ids[keep][order], group[keep][order]
+        factors = factors[factors > 0]
+        bounds = np.append(np.flatnonzero(np.diff(group, prepend=-1)), ids.size)
+    length = np.asarray(table.length)[ids].astype(np.int64)
+    if (length < shortest).any():
+        bad = ids[np.argmin(length)]
+        raise ValueError(
+            f"runs: run {table.key[bad]!s} has {length.min()} time points, expected at least {shortest}; "
+            "leave it out of `runs`"
+        )
+    first_slot = np.concatenate([[0], np.cumsum(np.maximum(length // mean, 1))])
+    group_slot = first_slot[bounds]
+    draws = np.maximum(np.rint(factors * np.diff(group_slot)).astype(np.int64), 1)
+    columns = _Columns(
+        run=ids,
+        start=np.asarray(table.start)[ids].astype(np.int64),
+        length=length,
+        t_r=np.asarray(table.t_r)[ids].astype(np.float64),
+        first_slot=first_slot,
+    )
+    return columns, (group_slot, np.concatenate([[0], np.cumsum(draws)]))

@@ -1,0 +1,248 @@
+import importlib.abc
+import itertools
+import os
+import signal
+import sys
+import threading
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+
+from brainflow.data import make_loader
+from brainflow.data.host import HostLoader
+from brainflow.data.sampler import SegmentSampler, WindowSampler
+from brainflow.data.synthetic import write_sines
+from brainflow.storage import BoldStore, Segment, StoreError, StoreWriter
+
+KINDS = ("host", "dali", "resident")
+TENSORS = ("bold", "times", "cu_seqlens", "labels", "is_next")
+
+
+@pytest.fixture(scope="module", params=["float16", "float32", "int8"])
+def store(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("stores") / request.param
+    rng = np.random.default_rng(0)
+    with StoreWriter.create(path, networks=20, dtype=request.param, parcellation="none") as writer:
+        for i, length in enumerate(rng.integers(30, 130, 12).tolist()):
+            writer.append(
+                rng.standard_normal((length, 20)),
+                t_r=0.5 + i / 7,
+                dataset="a" if i < 6 else "b",
+                subject=str(i),
+                task="rest",
+                run="1",
+                segments=[Segment(onset=o, length=9 + i % 2, labels={"y": o % 3}) for o in range(0, 20, 10)],
+            )
+    return BoldStore.open(path)
+
+
+def samplers(store):
+    ids = np.arange(len(store.segments))
+    return {
+        "windows": WindowSampler(store.runs, batch=8, seed=1),
+        "pairs": WindowSampler(store.runs, batch=8, seed=1, pairs=True),
+        "rank": WindowSampler(store.runs, batch=8, seed=1, rank=1, world=4),
+        "segments": SegmentSampler(store, segments=ids, labels=ids % 3, batch=10, seed=1),
+        "fixed order": SegmentSampler(store, segments=ids, labels=ids % 3, batch=10, shuffle=False),
+    }
+
+
+def equal(a, b):
+    for name in TENSORS:
+        x, y = getattr(a, name), getattr(b, name)
+        if x is None or y is None:
+            assert x is y, name
+        else:
+            assert x.dtype == y.dtype, name
+            assert torch.equal(x, y), name
+    assert np.array_equal(a.lengths, b.lengths)
+    assert np.array_equal(a.runs, b.runs)
+    assert (a.step, a.max_seqlen) == (b.step, b.max_seqlen)
+    return True
+
+
+@pytest.mark.parametrize("which", ["windows", "pairs", "rank", "segments", "fixed order"])
+def test_all_loaders_give_identical_batches(store, which):
+    sampler = samplers(store)[which]
+    for options in ({}, {"dtype": torch.float32}):
+        loaders = [make_loader(store, sampler, kind=kind, **options) for kind in KINDS]
+        batches = 0
+        for host, *others in itertools.islice(zip(*loaders, strict=True), 12):
+            assert all(equal(host, other) for other in others)
+            batches += 1
+        assert batches == (3 if which == "fixed order" else 12)
+        for loader in loaders:
+            loader.close()
+
+
+def test_a_batch_is_what_the_store_holds(store):
+    batch = next(make_loader(store, samplers(store)["windows"], kind="host"))
+    windows = samplers(store)["windows"].batch(0)
+    for i, (start, length, run) in enumerate(zip(windows.starts, windows.lengths, windows.runs, strict=True)):
+        begin, end = batch.cu_seqlens[i : i + 2].tolist()
+        onset = start - store.runs.start[run]
+        assert np.array_equal(batch.bold[begin:end].numpy(), store.run(run)[onset : onset + length])
+        assert np.allclose(batch.times[begin:end].numpy(), np.arange(length) * store.runs.t_r[run])
+    assert batch.max_seqlen == windows.lengths.max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumes_bit_identically(store, kind):
+    sampler = samplers(store)["windows"]
+    whole = [b.bold.clone() for b in itertools.islice(make_loader(store, sampler, kind=kind), 12)]
+    loader = make_loader(store, sampler, kind=kind)
+    for _ in range(5):
+        next(loader)
+    state = loader.state_dict()
+    assert state == {"step": 5}  # not what has been read ahead
+    again = make_loader(store, samplers(store)["windows"], kind=kind, start_step=state["step"])
+    assert all(torch.equal(next(again).bold, x) for x in whole[5:])
+    for _ in range(3):
+        next(loader)
+    loader.load_state_dict({"step": 2})
+    taken = [next(loader) for _ in range(3)]
+    assert [b.step for b in taken] == [2, 3, 4]
+    assert all(torch.equal(b.bold, x) for b, x in zip(taken, whole[2:], strict=False))
+
+
+def test_how_long_a_batch_stays_valid(store):
+    sampler = samplers(store)["windows"]
+    reference = [b.bold.clone() for b in itertools.islice(make_loader(store, sampler, kind="host"), 10)]
+    for kind in ("dali", "resident"):
+        held = list(itertools.islice(make_loader(store, sampler, kind=kind), 10))
+        assert all(torch.equal(b.bold, x) for b, x in zip(held, reference, strict=True)), kind
+    loader = HostLoader(store, sampler, buffers=3)
+    held = [next(loader) for _ in range(3)]
+    assert all(torch.equal(b.bold, x) for b, x in zip(held, reference, strict=False))
+    assert next(loader).bold.data_ptr() == held[0].bold.data_ptr()  # reused now
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_describe_and_report(store, kind):
+    with make_loader(store, samplers(store)["windows"], kind=kind) as loader:
+        before = loader.describe()
+        assert before["loader"] == kind
+        assert before["store_bytes"] == store.runs.length.sum() * 20 * loader.stored_dtype.itemsize
+        batch = next(loader)
+        assert before["bytes_first_step"] == batch.bold.nbytes
+        assert batch.bold.nbytes <= before["bytes_per_step_at_most"]
+        assert before["memory_bytes"] > 0
+        next(loader)
+        report = loader.report()
+        assert report["batches"] == 2
+        assert 0 < report["wait_s"] == loader.wait_s
+        assert report["limited_by"] in ("gather", "transfer", "consumer")
+
+
+def test_auto_takes_dali_on_the_cpu(store):
+    assert make_loader(store, samplers(store)["windows"]).kind == "dali"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "fast"}, "kind: got 'fast'"),
+        ({"start_step": -1}, "start_step: got -1"),
+        ({"dtype": torch.int8}, "dtype: got torch.int8"),
+    ],
+)
+def test_bad_arguments(store, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_loader(store, samplers(store)["windows"], **options)
+    with pytest.raises(ValueError, match="what state_dict"):
+        make_loader(store, samplers(store)["windows"], kind="host").load_state_dict({})
+
+
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "nvidia" or name.startswith("nvidia."):
+            raise ModuleNotFoundError(name)
+
+
+def test_without_dali_the_error_names_the_extra_and_auto_falls_back(store, monkeypatch):
+    for name in [n for n in sys.modules if n == "nvidia" or n.startswith("nvidia.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Hide(), *sys.meta_path])
+    sampler = samplers(store)["windows"]
+    with pytest.raises(ImportError, match=r"brainflow-fmri\[dali\]"):
+        make_loader(store, sampler, kind="dali")
+    assert make_loader(store, sampler).kind == "host"
+
+
+class Failing:
+    """A store whose windows cannot be read from a certain call on."""
+
+    def __init__(self, store, at):
+        self._store, self._at, self._calls = store, at, 0
+        self.networks, self.dtype, self.runs = store.networks, store.dtype, store.runs
+
+    def windows(self, starts, lengths, out=None):
+        self._calls += 1
+        if self._calls > self._at:
+            raise StoreError("run sub-03: chunk 5 is damaged")
+        return self._store.windows(starts, lengths, out=out)
+
+
+@pytest.mark.parametrize("kind", ["host", "dali"])
+@pytest.mark.parametrize("at", [0, 4])
+def test_an_error_of_the_store_arrives_with_its_own_message(store, kind, at):
+    loader = make_loader(Failing(store, at), samplers(store)["windows"], kind=kind)
+    with pytest.raises(StoreError, match="run sub-03: chunk 5 is damaged"):
+        list(itertools.islice(loader, 10))
+    loader.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_flipped_byte_is_reported_with_its_run(tmp_path, kind):
+    write_sines(tmp_path / "s", runs=3, subjects=3, networks=8)
+    shard = max((p for p in (tmp_path / "s").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[40] ^= 1
+    shard.write_bytes(data)
+    store = BoldStore.open(tmp_path / "s")
+    sampler = WindowSampler(store.runs, batch=32)
+    with pytest.raises(StoreError, match=str(store.runs.key[0])):
+        list(itertools.islice(make_loader(store, sampler, kind=kind), 20))
+
+
+class Advised(Failing):
+    def __init__(self, store):
+        super().__init__(store, at=10**9)
+        self.advised = []
+
+    def advise(self, starts, lengths):
+        self.advised.append(starts.copy())
+
+
+@pytest.mark.parametrize("kind", ["host", "dali"])
+def test_pages_are_advised_one_batch_ahead(store, kind):
+    ids = np.arange(len(store.segments))
+    for sampler in (
+        WindowSampler(store.runs, batch=4, seed=1),
+        SegmentSampler(store, segments=ids, labels=ids, batch=10, shuffle=False),
+    ):
+        watched = Advised(store)
+        loader = make_loader(watched, sampler, kind=kind, start_step=1)
+        next(loader)
+        read = watched._calls
+        ahead = [w.tolist() for w in watched.advised]
+        last = len(ahead) if sampler.steps is None else sampler.steps - 1
+        assert ahead == [sampler.batch(1 + i).starts.tolist() for i in range(last)]
+        assert len(ahead) == read + 1 or sampler.steps is not None
+
+
+def test_ctrl_c_stops_the_loader_and_it_closes(store):
+    sampler = samplers(store)["windows"]
+    loader = make_loader(store, sampler, kind="dali")
+    next(loader)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        deque(loader, maxlen=0)
+    timer.join()
+    loader.close()
+    assert equal(
+        next(make_loader(store, sampler, kind="dali")), next(make_loader(store, sampler, kind="host"))
+    )
