@@ -40,6 +40,15 @@ class ModelConfig:
     the same objective, `next` predicts the next time point without mask tokens."""
     mask_rate: float = 0.2
     """Seq-BERT, Net-BERT: probability that a time point (a network) is masked."""
+    mask_span: int = 0
+    """Seq-BERT: mask contiguous spans of this many time points; Net-BERT: mask networks over this many time
+    points. 0 is as published: single time points, networks over the whole window."""
+    teacher_forcing: float = 0.5
+    """Autoencoder: probability that a training batch is decoded from the true values before each time point."""
+    recompute: bool = False
+    """Activation checkpointing of the transformer: less memory, about a third more time."""
+    late_read: bool = False
+    """Only for the BERT weights released in 2022: CLS after the sequence, values read one position late."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -53,6 +62,12 @@ class ModelConfig:
             raise ValueError(f"model.dropout: got {self.dropout}, expected a number in [0, 1)")
         if not 0.0 < self.mask_rate <= 1.0:
             raise ValueError(f"model.mask_rate: got {self.mask_rate}, expected a number in (0, 1]")
+        if self.mask_span < 0:
+            raise ValueError(f"model.mask_span: got {self.mask_span}, expected 0 or a number of time points")
+        if not 0.0 <= self.teacher_forcing <= 1.0:
+            raise ValueError(
+                f"model.teacher_forcing: got {self.teacher_forcing}, expected a number in [0, 1]"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +92,11 @@ class DataConfig:
             raise ValueError(f"data.batch_size: got {self.batch_size}, expected at least 1")
         if not 2 <= self.seq_min < self.seq_max:
             raise ValueError(
-                f"data.seq_min, data.seq_max: got {self.seq_min}, {self.seq_max}, expected 2 <= seq_min < seq_max"
+                f"data.seq_min, data.seq_max: got {self.seq_min}, {self.seq_max}, "
+                "expected 2 <= seq_min < seq_max"
             )
+        if self.validation_batches < 1:
+            raise ValueError(f"data.validation_batches: got {self.validation_batches}, expected at least 1")
         if not 0.0 < self.validation_fraction < 1.0:
             raise ValueError(
                 f"data.validation_fraction: got {self.validation_fraction}, expected a number in (0, 1)"
@@ -120,8 +138,14 @@ class TrainConfig:
         for name in ("steps", "log_every", "validate_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: got {getattr(self, name)}, expected at least 1")
-        if not self.lr > 0:
-            raise ValueError(f"train.lr: got {self.lr}, expected a positive number")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"train.{name}: got {getattr(self, name)}, expected a positive number")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"train.{name}: got {getattr(self, name)}, expected a number in [0, 1)")
+        if self.weight_decay < 0:
+            raise ValueError(f"train.weight_decay: got {self.weight_decay}, expected 0 or more")
         if not 0.0 <= self.warmup < 1.0:
             raise ValueError(f"train.warmup: got {self.warmup}, expected a share of the steps in [0, 1)")
 
@@ -143,9 +167,16 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.data.seq_max > self.model.max_positions:
             raise ValueError(
-                f"data.seq_max: got {self.data.seq_max}, but model.max_positions is {self.model.max_positions}; "
-                "raise model.max_positions or shorten the windows"
+                f"data.seq_max: got {self.data.seq_max}, but model.max_positions is "
+                f"{self.model.max_positions}; raise model.max_positions or shorten the windows"
             )
+
+
+SECTIONS: dict[str, type[ModelConfig] | type[DataConfig] | type[TrainConfig]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -161,16 +192,41 @@ def from_dict(cls: Any, values: dict[str, Any]) -> Any:
     ValueError
         If a key is not a field of the dataclass; the message names the nearest field.
     """
-    known = {f.name: f for f in fields(cls)}
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known fields: {', '.join(known)}"
-            raise ValueError(f"{cls.__name__}: unknown field {key!r}{hint}")
-    nested = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    check_names(cls, values)
     return cls(
         **{
-            k: from_dict(nested[k], v) if k in nested and isinstance(v, dict) else v
-            for k, v in values.items()
+            key: from_dict(SECTIONS[key], value) if key in SECTIONS and isinstance(value, dict) else value
+            for key, value in values.items()
         }
     )
+
+
+def check_names(cls: Any, values: dict[str, Any], prefix: str = "") -> None:
+    """Check that every key of nested dicts is a field.
+
+    Raises
+    ------
+    ValueError
+        If one is not, or a section is not a table; the message gives its full name and the nearest field.
+    """
+    known = [f.name for f in fields(cls)]
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"unknown setting {prefix + key!r}; {_suggest(key, known, prefix)}")
+        section = SECTIONS.get(key) if not prefix else None
+        if section is not None and isinstance(value, dict):
+            check_names(section, value, prefix=f"{key}.")
+        elif section is not None or isinstance(value, dict):
+            kind = "a table" if section is not None else "a single value"
+            raise ValueError(f"{prefix + key}: got {value!r}, expected {kind}")
+
+
+def _suggest(key: str, known: list[str], prefix: str) -> str:
+    """Name the nearest setting, one of another section included."""
+    near = difflib.get_close_matches(key, known, n=1)
+    elsewhere = [name for name, section in SECTIONS.items() if key in {f.name for f in fields(section)}]
+    if elsewhere:
+        return f"did you mean {elsewhere[0] + '.' + key!r}?"
+    if near:
+        return f"did you mean {prefix + near[0]!r}?"
+    return f"known: {', '.join(prefix + name for name in known)}"

@@ -1,0 +1,142 @@
+"""The `brainflow` command: a table of verbs; a verb's module is imported only once it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("brainflow.cli.demo", "see all of it work on real fMRI, in minutes, on two CPU cores"),
+    "prepare": ("brainflow.cli.prepare", "turn fMRIPrep's derivatives into a store, as a BIDS App"),
+    "ingest": ("brainflow.cli.ingest", "turn recorded runs into a store"),
+    "info": ("brainflow.cli.info", "say what a store holds"),
+    "verify": ("brainflow.cli.verify", "read all of a store and name every damaged chunk and run"),
+    "pretrain": ("brainflow.cli.pretrain", "train a model on a store with one of the learning frameworks"),
+    "adapt": ("brainflow.cli.adapt", "adapt a pretrained model to decode mental states"),
+    "bench": ("brainflow.benchmarks.command", "measure loader, kernels and training steps on this machine"),
+    "import-checkpoint": ("brainflow.cli.import_checkpoint", "read the released weights of 2022"),
+    "export-checkpoint": ("brainflow.cli.export_checkpoint", "write weights under the names of 2022"),
+    "export": ("brainflow.cli.export", "write a store's runs as files that other tools read"),
+    "plot": ("brainflow.cli.plot", "draw the loss curves of one or more runs"),
+}
+SHELLS = ("bash", "zsh", "tcsh", "fish")
+EXAMPLES = """\
+Examples:
+  brainflow demo
+  brainflow ingest tar runs/*.tar store
+  brainflow pretrain store --framework csm --out run
+  brainflow plot run --out loss.png
+
+`brainflow VERB --help` explains a verb. `-v` logs more and shows the traceback of an error.
+`brainflow --print-completion bash` prints a completion script; also for zsh, tcsh and fish."""
+
+
+def usage() -> str:
+    """Return the text of `brainflow --help`."""
+    width = max(map(len, VERBS)) + 2
+    verbs = "\n".join(f"  {verb:<{width}}{line}" for verb, (_, line) in VERBS.items())
+    return (
+        "usage: brainflow [-h] [--version] [-v] VERB ...\n\n"
+        "Pretrain sequence models on fMRI and decode mental states with them.\n\n"
+        f"Verbs:\n{verbs}\n\n{EXAMPLES}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own) and return the exit code.
+
+    0: done; 1: the verb failed; 2: the command line is wrong; 130: Ctrl-C; 143: stopped by SIGTERM or SIGUSR1
+    after a checkpoint.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    verbose = _take_verbose(args)
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s"
+    )
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if args[0] == "--version":
+        print(f"brainflow {importlib.import_module('brainflow').__version__}")
+        return 0
+    if args[0] == "--print-completion":
+        return _print_completion(args[1:])
+    verb, rest = args[0], args[1:]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "`brainflow --help` lists the verbs"
+        kind = "option" if verb.startswith("-") else "verb"
+        print(f"brainflow: error: unknown {kind} {verb!r}; {hint}", file=sys.stderr)
+        return 2
+    return _dispatch(verb, rest, verbose)
+
+
+def _dispatch(verb: str, rest: list[str], verbose: bool) -> int:
+    prog = f"brainflow {verb}"
+    try:
+        import tyro  # 0.2 s that `brainflow --help` need not pay
+
+        module = importlib.import_module(VERBS[verb][0])
+        if hasattr(module, "arguments"):  # a verb whose arguments come from a file, too
+            rest = module.arguments(rest)
+        args = tyro.cli(module.Args, prog=prog, args=rest, description=module.__doc__)
+        return int(module.run(args) or 0)
+    except SystemExit as stop:  # tyro: 0 after --help, 2 after a wrong command line
+        return _exit_code(stop)
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as in `brainflow info STORE | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if verbose or not isinstance(error, (ValueError, OSError, ImportError)):  # a fault of our own
+            traceback.print_exc()
+        print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _exit_code(stop: SystemExit) -> int:
+    return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def _take_verbose(args: list[str]) -> bool:
+    """Remove `-v` and `--verbose` wherever they stand before a `--`; BRAINFLOW_DEBUG=1 does the same."""
+    end = args.index("--") if "--" in args else len(args)
+    kept = [a for a in args[:end] if a not in ("-v", "--verbose")]
+    found = len(kept) < end
+    args[:end] = kept
+    return found or os.environ.get("BRAINFLOW_DEBUG", "") not in ("", "0")
+
+
+def _print_completion(args: list[str]) -> int:
+    if len(args) != 1 or args[0] not in SHELLS:
+        got = " ".join(args) or "nothing"
+        print(
+            f"brainflow: error: --print-completion: got {got}, expected one of {', '.join(SHELLS)}",
+            file=sys.stderr,
+        )
+        return 2
+    from tyro.extras import subcommand_cli_from_dict
+
+    verbs: dict[str, Any] = {verb: importlib.import_module(name).Args for verb, (name, _) in VERBS.items()}
+    try:
+        subcommand_cli_from_dict(verbs, prog="brainflow", args=["--tyro-print-completion", args[0]])
+    except SystemExit as stop:
+        return _exit_code(stop)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

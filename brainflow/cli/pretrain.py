@@ -1,0 +1,151 @@
+"""Train a model on a store with one of the learning frameworks.
+
+Settings come from their defaults, then from a TOML file (--config), then from the command line. The same
+command again continues a run that was stopped or killed, with the losses that it would have had undisturbed.
+
+Examples
+--------
+  brainflow pretrain store --framework csm --out run
+  brainflow pretrain store --out run --model.width 256 --model.heads 4 --train.steps 2000
+  brainflow pretrain --config run.toml --train.lr 5e-4
+
+where run.toml holds, for example
+
+  store = "store"
+  out = "run"
+  [model]
+  framework = "seq-bert"
+  width = 256
+  heads = 4
+  [train]
+  steps = 2000
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from brainflow.config import DataConfig, FrameworkName, ModelConfig, PretrainConfig, TrainConfig, check_names
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Arguments of `brainflow pretrain`."""
+
+    store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")] = ""
+    """Store to train on (needed here or as `store` in the TOML file)."""
+    out: Annotated[str, tyro.conf.arg(metavar="RUN")]
+    """Run directory: logs, checkpoints, the trained model."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="TOML")] = None
+    """TOML file with the settings below; the command line wins over it."""
+    framework: Annotated[FrameworkName | None, tyro.conf.arg(metavar="NAME")] = None
+    """Learning framework; short for --model.framework."""
+    resume: bool = True
+    """Continue from the newest checkpoint in RUN. With --no-resume, delete what an earlier run left there."""
+    json: bool = False
+    """Print a summary as one JSON object on stdout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is one."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+
+def arguments(given: list[str]) -> list[str]:
+    """Put the settings of the TOML file named by `--config` before the command line, whose later values win.
+
+    Raises
+    ------
+    ValueError
+        If the file is not TOML or names a setting that does not exist.
+    FileNotFoundError
+        If there is no such file.
+    """
+    path = _config_path(given)
+    if path is None:
+        return given
+    options: list[str] = []
+    for key, value in _read_toml(path).items():
+        if key == "store":  # positional: see `pretrain_config`
+            continue
+        for name, item in value.items() if isinstance(value, dict) else [("", value)]:
+            flag = f"{key}.{name}" if name else key
+            options += (
+                [f"--{'' if item else 'no-'}{flag}"] if isinstance(item, bool) else [f"--{flag}", str(item)]
+            )
+    return [*options, *given]
+
+
+def pretrain_config(args: Args) -> PretrainConfig:
+    """Return the whole configuration of the run that the arguments ask for.
+
+    Raises
+    ------
+    ValueError
+        If no store is named or settings do not fit together.
+    """
+    store = args.store or (_read_toml(args.config).get("store", "") if args.config else "")
+    if not store:
+        raise ValueError("store: none was named, expected one, as in `brainflow pretrain STORE --out RUN`")
+    model = (
+        args.model if args.framework is None else dataclasses.replace(args.model, framework=args.framework)
+    )
+    return PretrainConfig(
+        store=store, out=args.out, model=model, data=args.data, train=args.train, device=args.device
+    )
+
+
+def run(args: Args) -> int:
+    """Train, print where the result is, and return the exit code."""
+    config = pretrain_config(args)
+
+    # torch costs seconds that --help and a wrong command line need not pay
+    from brainflow.training.interrupt import Preempted
+    from brainflow.training.loop import pretrain
+    from brainflow.training.metrics import read_metrics
+
+    try:
+        folder = pretrain(config, resume="auto" if args.resume else "never")
+    except Preempted as stopped:
+        print(f"brainflow pretrain: {stopped}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"run": args.out, "stopped_by": stopped.signal, "step": stopped.step}))
+        return stopped.exit_code
+    lines = read_metrics(folder)
+    summary: dict[str, Any] = {"run": str(folder)}
+    for kind in ("loss", "val_loss"):
+        summary.update(next((line for line in reversed(lines) if kind in line), {}))
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        print(
+            f"{folder}: {summary['step']} steps, validation loss {summary['val_loss']:.4f}; "
+            f"L1 {summary['val_l1']:.4f} (predicting the mean {summary['val_mean_l1']:.4f}, "
+            f"the last value {summary['val_last_l1']:.4f})"
+        )
+    return 0
+
+
+def _config_path(given: list[str]) -> Path | None:
+    for i, word in enumerate(given):
+        if word == "--config" and i + 1 < len(given):
+            return Path(given[i + 1])
+        if word.startswith("--config="):
+            return Path(word.removeprefix("--config="))
+    return None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        check_names(PretrainConfig, values)
+    except ValueError as error:  # not TOML, or a name that is no setting
+        raise ValueError(f"{path}: {error}") from None
+    return values

@@ -1,0 +1,102 @@
+"""What a run writes while it trains.
+
+`metrics.jsonl` holds one JSON object a line, of two kinds, both with `step` = optimizer steps done:
+
+- training: `loss` (mean over the good steps since the line before), `lr`, `grad_norm`, `skipped` (steps
+  skipped so far because something was not finite), `tokens_per_s`, `steps_per_s`, `data_wait` (share of the
+  time spent waiting for the loader), `seconds` since the process began to train, and what the framework
+  reports; `grad_norm` and the framework's numbers are those of the last step alone;
+- validation: every key begins with `val_`, see `validation.py`.
+
+`train_history.csv` (step,loss,lr) and `eval_history.csv` (step,loss,accuracy) are as published.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+METRICS, TRAIN_CSV, EVAL_CSV = "metrics.jsonl", "train_history.csv", "eval_history.csv"
+_HEADERS = {TRAIN_CSV: "step,loss,lr\n", EVAL_CSV: "step,loss,accuracy\n"}
+
+
+class RunLog:
+    """Append-only logs of one run directory; each line goes out in a single write.
+
+    Parameters
+    ----------
+    folder
+        Run directory.
+    step
+        Lines of later steps are dropped: a resumed run writes them again.
+    """
+
+    def __init__(self, folder: Path, *, step: int) -> None:
+        self.folder = folder
+        _keep(folder / METRICS, lambda line: json.loads(line)["step"] <= step)
+        for name, header in _HEADERS.items():
+            _keep(folder / name, lambda line: line.startswith("step,") or int(line.split(",")[0]) <= step)
+            if not (folder / name).exists():
+                _append(folder / name, header)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line to `metrics.jsonl` and its published part to a CSV.
+
+        Numbers that are not finite become null: JSON has no name for them.
+        """
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        _append(self.folder / METRICS, json.dumps(clean) + "\n")
+        if "val_loss" in line:
+            accuracy = line.get("val_accuracy", "")
+            _append(self.folder / EVAL_CSV, f"{line['step']},{line['val_loss']},{accuracy}\n")
+        else:
+            _append(self.folder / TRAIN_CSV, f"{line['step']},{line['loss']},{line['lr']}\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read the complete lines of a run's `metrics.jsonl`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds none.
+    """
+    path = folder / METRICS
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{folder} holds no {METRICS}; expected the directory of a `brainflow pretrain` run"
+        )
+    return [json.loads(line) for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines that end in a newline: a process killed while writing may leave a piece of one."""
+    return [
+        line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]
+
+
+def _keep(path: Path, wanted: Callable[[str], bool]) -> None:
+    if not path.exists():
+        return
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(line for line in _lines(path) if wanted(line)), encoding="utf-8")
+    partial.replace(path)
+
+
+def _append(path: Path, line: str) -> None:
+    data = line.encode()
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            written = os.write(handle, data)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error}; free space, then resume") from error
+    if written < len(data):
+        raise OSError(f"{path} could not be written: the disk is full; free space, then resume")

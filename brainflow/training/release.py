@@ -1,0 +1,36 @@
+"""What goes with the weights: where they come from, and what a user's data must look like to fit them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from brainflow.config import PretrainConfig, to_dict
+from brainflow.data.splits import Split
+from brainflow.storage import BoldStore
+
+# Attributes of the store that whoever feeds the model must match.
+_MATCH = ("parcellation", "network_names", "network_coordinates", "normalisation", "preprocessing")
+
+
+def facts(config: PretrainConfig, store: BoldStore, split: Split, step: int) -> dict[str, Any]:
+    """Return what `config.json` says beside the architecture.
+
+    Keys: `pretrain` (the run's configuration), `step`, and `data`: the store's snapshot, parcellation,
+    network names and coordinates, normalisation and preprocessing, and of the training runs the repetition
+    times in seconds, the number of runs by dataset, and the subjects, so that nobody evaluates on them
+    unawares.
+    """
+    runs = store.runs
+    train = split.part("train", runs)
+    datasets = np.asarray(runs.dataset)[train].tolist()
+    data = {
+        "store_snapshot": store.snapshot,
+        **{name: store.attributes.get(name) for name in _MATCH},
+        "t_r": sorted(set(np.asarray(runs.t_r)[train].tolist())),
+        "datasets": dict(sorted(Counter(datasets).items())),
+        "training_subjects": sorted({split.subjects[key] for key in split.parts["train"]}),
+    }
+    return {"pretrain": to_dict(config), "step": step, "data": data}

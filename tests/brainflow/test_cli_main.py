@@ -1,0 +1,176 @@
+"""The command: verbs, help without torch, errors, exit codes, completion."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from brainflow.cli.main import VERBS, main
+
+LAZY = """
+import sys
+from brainflow.cli.main import main
+code = main(sys.argv[1:])
+heavy = sorted({"torch", "numpy", "zarr", "matplotlib", "triton", "tyro"} & set(sys.modules))
+print("HEAVY", *heavy)
+sys.exit(code)
+"""
+
+
+def command(*args, env=None, **more):
+    return subprocess.run(
+        [sys.executable, "-m", "brainflow", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **(env or {})},
+        **more,
+    )
+
+
+def imported_by(*args):
+    done = subprocess.run([sys.executable, "-c", LAZY, *args], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].split()[1:], done.stdout
+
+
+def test_help_lists_every_verb_and_imports_nothing_heavy():
+    heavy, text = imported_by("--help")
+    assert heavy == []
+    assert all(verb in text for verb in VERBS)
+    assert "Examples:" in text
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "plot"])
+def test_help_of_a_verb_needs_no_torch(verb):
+    heavy, text = imported_by(verb, "--help")
+    assert set(heavy) <= {"tyro"}
+    assert f"usage: brainflow {verb}" in text
+
+
+def test_every_field_of_pretrain_is_documented(capsys):
+    assert main(["pretrain", "--help"]) == 0
+    text = capsys.readouterr().out
+    for flag in (
+        "--model.width",
+        "--data.seq-max",
+        "--train.lr",
+        "--out",
+        "--config",
+        "--no-resume",
+        "--json",
+    ):
+        assert flag in text
+    assert "Peak learning rate" in text
+
+
+def test_no_argument_shows_help(capsys):
+    assert main([]) == 0
+    assert "Verbs:" in capsys.readouterr().out
+
+
+def test_version():
+    done = command("--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith("brainflow ")
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"), [("pretrian", "'pretrain'"), ("xyzzy", "--help"), ("--colour", "option")]
+)
+def test_an_unknown_verb_names_the_nearest(capsys, typed, hint):
+    assert main([typed]) == 2
+    error = capsys.readouterr().err
+    assert typed in error
+    assert hint in error
+    assert "Traceback" not in error
+
+
+def test_a_wrong_flag_is_a_usage_error(capsys):
+    assert main(["pretrain", "store", "--out", "run", "--model.widht", "3"]) == 2
+    assert "--model.width" in capsys.readouterr().err
+
+
+def test_an_impossible_combination_is_a_usage_error(capsys):
+    assert main(["pretrain", "store", "--out", "run", "--model.width", "100"]) == 2
+    assert "not divisible by" in capsys.readouterr().err
+
+
+def test_a_users_error_is_one_line_and_exit_code_1(tmp_path):
+    done = command("plot", tmp_path / "absent")
+    assert done.returncode == 1
+    assert done.stderr.startswith("brainflow plot: error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("args", "env"), [(["-v"], {}), ([], {"BRAINFLOW_DEBUG": "1"})])
+def test_verbose_shows_the_traceback(tmp_path, args, env):
+    done = command("plot", tmp_path / "absent", *args, env=env)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "brainflow plot: error: " in done.stderr.splitlines()[-1]
+
+
+FAULTS = """
+import sys, types
+from dataclasses import dataclass
+from brainflow.cli import main as cli
+
+@dataclass
+class Args:
+    pass
+
+def run(args):
+    raise {error}
+
+module = types.ModuleType("faulty")
+module.Args, module.run = Args, run
+sys.modules["faulty"] = module
+cli.VERBS["faulty"] = ("faulty", "")
+sys.exit(cli.main(["faulty"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "traceback"),
+    [
+        ("KeyboardInterrupt", 130, False),
+        ("ValueError('x: got 1,\\n expected 2')", 1, False),
+        ("FileNotFoundError(2, 'No such file or directory', 'x')", 1, False),
+        ("ZeroDivisionError('ours')", 1, True),
+    ],
+)
+def test_exit_codes(error, code, traceback):
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS.format(error=error)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code
+    assert ("Traceback" in done.stderr) is traceback
+    assert "faulty" in done.stderr.splitlines()[-1]
+
+
+def test_a_reader_that_leaves_is_no_error():
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -c '{PIPE}' | head -1"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr == ""
+
+
+PIPE = FAULTS.replace("raise {error}", 'print("line\\n" * 100_000)')
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_verbs_and_flags(shell, capsys):
+    assert main(["--print-completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "import-checkpoint" in script
+    assert "--model.width" in script
+
+
+def test_completion_for_an_unknown_shell(capsys):
+    assert main(["--print-completion", "cmd"]) == 2
+    assert "bash" in capsys.readouterr().err

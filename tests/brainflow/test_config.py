@@ -1,0 +1,73 @@
+"""Configuration: defaults, ranges, combinations, names."""
+
+import json
+
+import pytest
+
+from brainflow.config import (
+    DataConfig,
+    ModelConfig,
+    PretrainConfig,
+    TrainConfig,
+    check_names,
+    from_dict,
+    to_dict,
+)
+
+
+def test_defaults_are_the_published_training():
+    train, data = TrainConfig(), DataConfig()
+    assert (train.lr, train.weight_decay, train.beta1, train.beta2, train.clip) == (
+        1e-4,
+        0.1,
+        0.9,
+        0.999,
+        1.0,
+    )
+    assert (train.steps, train.warmup) == (300_000, 0.01)
+    assert (data.seq_min, data.seq_max) == (10, 50)
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda: ModelConfig(width=100, heads=12), "model.width"),
+        (lambda: ModelConfig(dropout=1.0), "model.dropout"),
+        (lambda: DataConfig(seq_min=50), "data.seq_min"),
+        (lambda: DataConfig(validation_fraction=1.0), "data.validation_fraction"),
+        (lambda: DataConfig(validation_batches=0), "data.validation_batches"),
+        (lambda: TrainConfig(steps=0), "train.steps"),
+        (lambda: TrainConfig(lr=float("nan")), "train.lr"),
+        (lambda: TrainConfig(clip=0.0), "train.clip"),
+        (lambda: TrainConfig(beta2=1.0), "train.beta2"),
+        (lambda: TrainConfig(weight_decay=-1.0), "train.weight_decay"),
+        (lambda: PretrainConfig(store="s", out="r", data=DataConfig(seq_max=600)), "data.seq_max"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(build, name):
+    with pytest.raises(ValueError, match=f"^{name}"):
+        build()
+
+
+def test_round_trip_through_json():
+    config = PretrainConfig(
+        store="s", out="r", model=ModelConfig(width=24, heads=2), train=TrainConfig(seed=7)
+    )
+    assert from_dict(PretrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "suggestion"),
+    [
+        ({"model": {"widht": 3}}, "'model.widht'; did you mean 'model.width'"),
+        ({"steps": 3}, "'steps'; did you mean 'train.steps'"),
+        ({"stor": "s"}, "'stor'; did you mean 'store'"),
+        ({"train": {"batch_size": 3}}, "'train.batch_size'; did you mean 'data.batch_size'"),
+        ({"train": 3}, "train: got 3, expected a table"),
+        ({"train": {"lr": {"peak": 3}}}, "train.lr: got .* expected a single value"),
+        ({"zzz": 1}, "known: store, out"),
+    ],
+)
+def test_an_unknown_setting_names_the_nearest(values, suggestion):
+    with pytest.raises(ValueError, match=suggestion):
+        check_names(PretrainConfig, values)

@@ -1,0 +1,105 @@
+"""Validation: the model and the two baselines are scored on the same masked values."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from brainflow.training.validation import Validator
+
+
+@dataclass
+class Output:
+    loss: torch.Tensor
+    metrics: dict
+
+
+class Guess(torch.nn.Module):
+    """Predicts every time point but a window's first by a rule instead of a model."""
+
+    def __init__(self, rule):
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, batch, *, seed):
+        return Output(torch.tensor(float(batch.windows)), {"reconstruction": torch.tensor(2.0)})
+
+    def reconstruct(self, batch, *, seed):
+        rows = torch.from_numpy(np.setdiff1d(np.arange(batch.tokens), batch.cu_seqlens[:-1].numpy()))
+        return self.rule(batch, rows), rows
+
+
+@pytest.fixture
+def validator(monkeypatch):
+    # Two batches of two windows with known values, so that the scores can be worked out here.
+    rng = np.random.default_rng(0)
+    lengths = np.array([4, 7, 3, 5], np.int32)
+    bold = torch.from_numpy(rng.standard_normal((19, 3)).astype(np.float32) + np.array([0, 1, 2], np.float32))
+
+    def loader(store, sampler, *, kind, device):
+        batches = []
+        for i in (0, 2):
+            rows = slice(int(lengths[:i].sum()), int(lengths[: i + 2].sum()))
+            cu = torch.tensor([0, lengths[i], lengths[i] + lengths[i + 1]], dtype=torch.int32)
+            part = bold[rows]
+            batches.append(SimpleNamespace(bold=part, cu_seqlens=cu, tokens=len(part), windows=2))
+
+        class Loader:
+            def __iter__(self):
+                return iter(batches)
+
+            def close(self):
+                pass
+
+        return Loader()
+
+    monkeypatch.setattr("brainflow.training.validation.make_loader", loader)
+    made = Validator(SimpleNamespace(networks=3), None, None, batches=2, device=torch.device("cpu"))
+    return made, bold, lengths
+
+
+def test_the_mean_is_the_training_sets(validator):
+    made, bold, _ = validator
+    torch.testing.assert_close(made.mean, bold.mean(dim=0))
+
+
+def test_repeating_the_last_value_scores_as_its_baseline(validator):
+    made, _, _ = validator
+    module = Guess(lambda batch, rows: batch.bold[rows - 1]).train()
+    scores = made(module)
+    assert scores["val_l1"] == scores["val_last_l1"]
+    assert scores["val_mse"] == scores["val_last_mse"]
+    assert scores["val_l1"] != scores["val_mean_l1"]
+    assert scores["val_loss"] == scores["val_reconstruction"] == 2.0
+    assert module.training
+
+
+def test_predicting_the_mean_explains_nothing(validator):
+    made, bold, lengths = validator
+    scores = made(Guess(lambda batch, rows: made.mean.expand(len(rows), -1)))
+    assert scores["val_explained_variance"] == 0.0
+    first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    target = np.delete(bold.numpy(), first, axis=0)
+    assert scores["val_mean_l1"] == pytest.approx(np.abs(target - made.mean.numpy()).mean(), rel=1e-6)
+
+
+def test_a_perfect_model(validator):
+    made, _, _ = validator
+    scores = made(Guess(lambda batch, rows: batch.bold[rows]))
+    assert (scores["val_l1"], scores["val_explained_variance"]) == (0.0, 1.0)
+
+
+def test_values_that_were_given_do_not_count(validator):
+    made, _, _ = validator
+
+    def only_network_1(batch, rows):
+        prediction = batch.bold[rows - 1].clone()
+        prediction[:, [0, 2]] = torch.nan
+        return prediction
+
+    scores = made(Guess(only_network_1))
+    everything = made(Guess(lambda batch, rows: batch.bold[rows - 1]))
+    assert scores["val_l1"] == scores["val_last_l1"]
+    assert scores["val_last_l1"] != everything["val_last_l1"]
