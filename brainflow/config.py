@@ -44,7 +44,7 @@ class ModelConfig:
     """Seq-BERT: mask contiguous spans of this many time points; Net-BERT: mask networks over this many time
     points. 0 is as published: single time points, networks over the whole window."""
     teacher_forcing: float = 0.5
-    """Autoencoder: probability that a training batch is decoded from the true values before each time point."""
+    """Autoencoder: probability that a batch is decoded from the true values before each time point."""
     recompute: bool = False
     """Activation checkpointing of the transformer: less memory, about a third more time."""
     late_read: bool = False
