@@ -1,0 +1,80 @@
+"""See all of it work on real fMRI in minutes on two cores: store, pretraining, decoding, pictures.
+
+The data ship with the package: one participant of Haxby et al. 2001, 12 runs of pictures of 8 categories. The
+same seed and number of threads give the same numbers.
+
+Examples
+--------
+  brainflow demo
+  brainflow demo --out demo-out --json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Arguments of `brainflow demo`."""
+
+    out: Annotated[str, tyro.conf.arg(metavar="DIR")] = "demo-out"
+    """Folder for the store, the run, the scores and the page; an earlier demo there is replaced."""
+    seed: int = 0
+    """Seeds weights, data order, dropout and resampling."""
+    threads: int = 1
+    """CPU threads; another number may change the last digits."""
+    json: bool = False
+    """Print the figures as one JSON object on stdout; no progress on stderr."""
+
+
+def run(args: Args) -> int:
+    """Run the demo, print its table, write its page, and return the exit code."""
+    began = time.perf_counter()
+    try:
+        return _run(args, began)
+    except KeyboardInterrupt:
+        print(
+            f"\nbrainflow demo: interrupted; what is in {args.out} is incomplete. "
+            "The same command starts over and replaces it.",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _run(args: Args, began: float) -> int:
+    # torch and scikit-learn cost seconds that --help and a wrong command line need not pay
+    from rich.console import Console
+
+    from brainflow.cli.demo_page import demo_page, print_tables, summary
+    from brainflow.demo.pipeline import DemoConfig, run_demo
+    from brainflow.report.page import write_page
+    from brainflow.training.interrupt import Preempted
+
+    def say(line: str) -> None:
+        if not args.json:
+            seconds = time.perf_counter() - began
+            print(f"[{seconds:5.1f} s] {line}", file=sys.stderr, flush=True)
+
+    config = DemoConfig(out=Path(args.out), seed=args.seed, threads=args.threads)
+    try:
+        result = run_demo(config, say=say, quiet=args.json)
+    except Preempted as stopped:
+        raise KeyboardInterrupt from stopped
+    say("drawing")
+    page = write_page(demo_page(result), config.out / "report")
+    figures = {**summary(result), "page": str(page), "seconds": round(time.perf_counter() - began, 1)}
+    (config.out / "demo.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if args.json:
+        print(json.dumps(figures, indent=1))
+    else:
+        print_tables(result, Console())
+        print(f"Pictures and one page that shows them: {page}  ({figures['seconds']:.0f} s)")
+    return 0

@@ -1,0 +1,1 @@
+"""Decoding: labelled windows, folds, scores with intervals, baselines, adaptation of a pretrained model."""

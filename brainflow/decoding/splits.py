@@ -1,0 +1,114 @@
+"""Folds for decoding: which labelled windows train a decoder and which test it.
+
+A fold never holds windows of one group (a run, a subject) on both sides; :func:`check_folds` refuses a fold
+that does, whoever built it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brainflow.decoding.extra import requires_report
+
+with requires_report("decoding"):
+    from sklearn.model_selection import GroupKFold, LeaveOneGroupOut
+
+SplitName = Literal["leave-one-run-out", "leave-one-subject-out", "k-fold"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold:
+    """One fold: positions of the windows that train and of those that test, both int64 and ascending."""
+
+    name: str
+    train: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+
+def make_folds(
+    split: SplitName,
+    *,
+    runs: NDArray,
+    subjects: NDArray,
+    labels: NDArray[np.int64],
+    classes: Sequence[str],
+    folds: int = 5,
+) -> list[Fold]:
+    """Return the folds of a split.
+
+    Parameters
+    ----------
+    split
+        `leave-one-run-out`: each run tests once. `leave-one-subject-out`: each subject tests once.
+        `k-fold`: whole subjects (whole runs where there is one subject) are dealt into `folds` parts.
+    runs, subjects
+        Run and subject of each window, `[windows]`.
+    labels
+        Class of each window, `[windows]`, positions in `classes`.
+    classes
+        Names of the classes, for messages.
+    folds
+        Number of parts of `k-fold`.
+
+    Raises
+    ------
+    ValueError
+        If there are too few groups, or a fold would test a class that it never trained on.
+    """
+    if split not in get_args(SplitName):
+        raise ValueError(f"split: got {split!r}, expected one of {', '.join(get_args(SplitName))}")
+    by_subject = split == "leave-one-subject-out" or (split == "k-fold" and len(np.unique(subjects)) > 1)
+    groups, unit = (subjects, "subject") if by_subject else (runs, "run")
+    count = len(np.unique(groups))
+    needed = folds if split == "k-fold" else 2
+    if needed < 2:
+        raise ValueError(f"folds: got {folds}, expected at least 2")
+    if count < needed:
+        raise ValueError(
+            f"split: {split} needs at least {needed} {unit}s with labels, got {count}; "
+            "choose another split or label more data"
+        )
+    splitter = GroupKFold(n_splits=folds) if split == "k-fold" else LeaveOneGroupOut()
+    result = []
+    for number, (train, test) in enumerate(splitter.split(labels, labels, groups)):
+        left_out = "+".join(str(group) for group in np.unique(groups[test]))
+        name = f"{unit} {left_out}" if split != "k-fold" else f"part {number}"
+        fold = Fold(name=name, train=train.astype(np.int64), test=test.astype(np.int64))
+        unseen = np.setdiff1d(labels[test], labels[train])
+        if len(unseen):
+            raise ValueError(
+                f"split: the classes {[classes[i] for i in unseen]} stand in {name} alone, so the fold that "
+                f"tests it never trains on them; drop them or choose a split other than {split}"
+            )
+        result.append(fold)
+    check_folds(result, groups, unit=unit)
+    return result
+
+
+def check_folds(folds: Sequence[Fold], groups: NDArray, *, unit: str = "group") -> None:
+    """Refuse folds in which a group stands on both sides, or a window is tested twice or never.
+
+    Raises
+    ------
+    ValueError
+        Naming the fold and the groups that leak.
+    """
+    tested = np.zeros(len(groups), dtype=np.int64)
+    for fold in folds:
+        leak = np.intersect1d(groups[fold.train], groups[fold.test])
+        if len(leak):
+            raise ValueError(
+                f"folds: in the fold of {fold.name} the {unit}s {leak.tolist()} are in the training and in "
+                f"the test set, so the score would measure memory; keep all windows of a {unit} on one side"
+            )
+        np.add.at(tested, fold.test, 1)
+    if (tested != 1).any():
+        raise ValueError(
+            f"folds: {int((tested == 0).sum())} windows are never tested and {int((tested > 1).sum())} more "
+            "than once, expected each exactly once"
+        )

@@ -1,0 +1,169 @@
+"""A decoding task: labelled windows of a store, and the folds that every decoder is judged on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brainflow.data.sampler import SegmentSampler
+from brainflow.decoding.splits import Fold, SplitName, make_folds
+from brainflow.storage import BoldStore
+
+MISSING_INTEGER = np.iinfo(np.int64).min
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What is decoded and how it is judged."""
+
+    target: str
+    """Label column to decode."""
+    split: SplitName = "leave-one-run-out"
+    """Which windows test a decoder that the others train: each run once, each subject once, or `k-fold`
+    over whole subjects (whole runs where there is one subject)."""
+    folds: int = 5
+    """Number of parts of `k-fold`."""
+    hrf_shift: float = 0.0
+    """Seconds by which every labelled segment is moved later, to where its BOLD response is (about 3 to 6;
+    0 where the segments were moved when they were recorded)."""
+    classes: int | None = None
+    """Number of classes that the column must hold; by default what is found there is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingTask:
+    """Labelled windows and their folds; built by :func:`load_task`, read by every decoder.
+
+    Attributes
+    ----------
+    store
+        The open store.
+    config
+        What was asked for.
+    segments
+        int64 `[windows]`, rows of `store.segments`.
+    labels
+        int64 `[windows]`, positions in `classes`.
+    classes
+        Names of the classes, sorted.
+    runs, subjects
+        Run key and `dataset/subject` of each window, str `[windows]`.
+    folds
+        Folds that test each window once.
+    """
+
+    store: BoldStore
+    config: TaskConfig
+    segments: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    runs: NDArray
+    subjects: NDArray
+    folds: list[Fold] = field(default_factory=list)
+
+    @property
+    def groups(self) -> NDArray:
+        """What is resampled for intervals: subjects, or runs where there is one subject."""
+        return self.subjects if len(np.unique(self.subjects)) > 1 else self.runs
+
+    @property
+    def group_kind(self) -> str:
+        """`subject` or `run`: what :attr:`groups` holds."""
+        return "subject" if len(np.unique(self.subjects)) > 1 else "run"
+
+    @property
+    def fold_of(self) -> NDArray[np.int64]:
+        """int64 `[windows]`: the fold that tests each window."""
+        result = np.full(len(self.labels), -1, dtype=np.int64)
+        for number, fold in enumerate(self.folds):
+            result[fold.test] = number
+        return result
+
+    def sampler(
+        self, windows: NDArray[np.int64], *, batch: int, shuffle: bool, seed: int = 0
+    ) -> SegmentSampler:
+        """Return a sampler over some of the task's windows (positions in `labels`)."""
+        return SegmentSampler(
+            self.store,
+            segments=self.segments[windows],
+            labels=self.labels[windows],
+            batch=batch,
+            shuffle=shuffle,
+            hrf_shift=self.config.hrf_shift,
+            seed=seed,
+        )
+
+    def read(self) -> tuple[NDArray, NDArray[np.int32]]:
+        """Return all windows end to end `[tokens, networks]` and their lengths `[windows]`."""
+        everything = np.arange(len(self.labels))
+        windows = self.sampler(everything, batch=len(everything), shuffle=False).batch(0)
+        return self.store.windows(windows.starts, windows.lengths), windows.lengths
+
+
+def load_task(store: BoldStore, config: TaskConfig) -> DecodingTask:
+    """Find the labelled windows of a store and deal them into folds.
+
+    Segments without a value in the target column are left out.
+
+    Raises
+    ------
+    ValueError
+        If there is no such column, it holds fewer than two classes or another number than was asked for, or
+        the split cannot be made.
+    """
+    table = store.segments
+    if config.target not in table.columns:
+        known = ", ".join(sorted(table.columns)) or "none, no segment is labelled"
+        raise ValueError(
+            f"target: got {config.target!r}, expected one of the store's label columns ({known})"
+        )
+    values = np.asarray(table.columns[config.target])
+    segments = np.flatnonzero(_present(values)).astype(np.int64)
+    found, labels = np.unique(values[segments], return_inverse=True)
+    classes = tuple(_name(value) for value in found)
+    if len(classes) < 2:
+        raise ValueError(
+            f"target: column {config.target!r} holds only {list(classes)}, expected at least 2 classes"
+        )
+    if config.classes is not None and config.classes != len(classes):
+        raise ValueError(
+            f"classes: got {config.classes}, but column {config.target!r} holds {len(classes)}: "
+            f"{', '.join(classes)}; is this the right label column?"
+        )
+    run = np.asarray(table.run)[segments]
+    subjects = np.array(
+        [f"{d}/{s}" for d, s in zip(store.runs.dataset, store.runs.subject, strict=True)], dtype=np.str_
+    )[run]
+    runs = np.asarray(store.runs.key, dtype=np.str_)[run]
+    labels = labels.astype(np.int64)
+    folds = make_folds(
+        config.split, runs=runs, subjects=subjects, labels=labels, classes=classes, folds=config.folds
+    )
+    return DecodingTask(
+        store=store,
+        config=config,
+        segments=segments,
+        labels=labels,
+        classes=classes,
+        runs=runs,
+        subjects=subjects,
+        folds=folds,
+    )
+
+
+def _present(values: NDArray) -> NDArray[np.bool_]:
+    """Return which values of a label column are there (a store marks absent ones by type)."""
+    if values.dtype.kind == "f":
+        return np.isfinite(values)
+    if values.dtype.kind in "iu":
+        return values != MISSING_INTEGER
+    return np.asarray(values, dtype=np.str_) != ""
+
+
+def _name(value: Any) -> str:
+    """Return a class's name: 3.0 in a column of floats is `3`."""
+    number = value.item() if isinstance(value, np.generic) else value
+    return str(int(number)) if isinstance(number, float) and number.is_integer() else str(number)

@@ -1,0 +1,239 @@
+"""Pictures of a run, as PNG bytes: loss curve, masked reconstruction, decoders, confusion matrix, slice map.
+
+Drawn with matplotlib's Agg canvas and without pyplot, so nothing global changes and no display is needed.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brainflow.decoding.extra import requires_report
+
+with requires_report("a report's pictures"):
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+INK, MUTED, FAINT = "#1c2430", "#667085", "#e4e7ec"
+ACCENT, SECOND, THIRD = "#2f6fdf", "#c2570c", "#5f7a3a"
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10.0,
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+}
+BLUES = LinearSegmentedColormap.from_list("blues", ["#f6f8fb", "#9dbcf0", ACCENT, "#123a86"])
+DASHES = (0, (5, 3))
+DOTS_PER_INCH = 160
+
+
+def loss_curve(
+    train: tuple[Sequence[float], Sequence[float]],
+    validation: tuple[Sequence[float], Sequence[float]],
+    references: Mapping[str, float],
+    *,
+    unit: str = "L1 error (standard deviations)",
+) -> bytes:
+    """Draw training and validation error over steps, with errors that need no model as lines.
+
+    Parameters
+    ----------
+    train, validation
+        (steps, errors).
+    references
+        Name → error of a prediction without a model.
+    unit
+        Label of the error axis.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(7.2, 3.9)
+        axes.plot(*train, color=ACCENT, alpha=0.35, linewidth=1.2, label="training")
+        axes.plot(*validation, color=ACCENT, linewidth=2.0, marker="o", markersize=4, label="held-out runs")
+        for (name, value), color in zip(references.items(), (SECOND, THIRD, MUTED), strict=False):
+            axes.axhline(value, color=color, linewidth=1.4, linestyle=DASHES, label=f"{name}: {value:.3f}")
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(unit)
+        axes.grid(axis="y", color=FAINT, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.margins(x=0.02)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+        return _png(figure)
+
+
+def reconstruction(truth: NDArray, prediction: NDArray, *, t_r: float, limit: float = 2.5) -> bytes:
+    """Draw a window, its masked reconstruction and the error as three carpets.
+
+    Networks are ordered by their weight in the window's first principal component, the same in all panels.
+
+    Parameters
+    ----------
+    truth, prediction
+        `[time, networks]`, z-scored; every time point was predicted with its own values masked.
+    t_r
+        Seconds between time points.
+    limit
+        Colours end at ± this many standard deviations.
+    """
+    centred = truth - truth.mean(axis=0)
+    order = np.argsort(np.linalg.svd(centred, full_matrices=False)[2][0])
+    panels = {"recorded": truth, "predicted": prediction, "error": truth - prediction}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 3.9), layout="constrained")
+        row = figure.subplots(1, 3, sharey=True)
+        for axes, (title, values) in zip(row, panels.items(), strict=True):
+            image = axes.imshow(
+                values[:, order].T,
+                aspect="auto",
+                cmap="RdBu_r",
+                vmin=-limit,
+                vmax=limit,
+                interpolation="nearest",
+                extent=(0, len(values) * t_r, values.shape[1], 0),
+            )
+            axes.set_title(title)
+            axes.set_xlabel("seconds")
+        row[0].set_ylabel(f"{truth.shape[1]} networks")
+        figure.colorbar(image, ax=row, label="standard deviations", shrink=0.9, aspect=28)
+        return _png(figure)
+
+
+def decoders(
+    names: Sequence[str],
+    values: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+    *,
+    chance: float,
+    highlight: Sequence[bool] | None = None,
+) -> bytes:
+    """Draw accuracies with their intervals, one decoder a line, beside chance."""
+    marks = highlight or [False] * len(names)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(7.2, 1.3 + 0.42 * len(names))
+        for line, (value, (low, high), ours) in enumerate(zip(values, intervals, marks, strict=True)):
+            color = ACCENT if ours else MUTED
+            axes.plot([low, high], [line, line], color=color, linewidth=2.2, solid_capstyle="round")
+            axes.plot(value, line, "o", color=color, markersize=8)
+            axes.text(value, line - 0.2, f"{value:.2f}", ha="center", va="bottom", fontsize=9)
+        axes.axvline(chance, color=SECOND, linewidth=1.4, linestyle=DASHES)
+        axes.text(chance + 0.008, -0.62, f"chance {chance:.3f}", color=SECOND, fontsize=9, va="center")
+        axes.set_yticks(range(len(names)), list(names))
+        axes.set_ylim(len(names) - 0.5, -0.9)
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("accuracy, 95 % interval")
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x", color=FAINT, linewidth=0.8)
+        axes.set_axisbelow(True)
+        return _png(figure)
+
+
+def confusion(matrix: NDArray, classes: Sequence[str]) -> bytes:
+    """Draw a confusion matrix `[classes, classes]`, rows true, as shares of each row, with the counts."""
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    side = 2.2 + 0.44 * len(classes)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(side + 0.6, side)
+        image = axes.imshow(shares, cmap=BLUES, vmin=0, vmax=1)
+        if len(classes) <= 30:
+            for (row, column), count in np.ndenumerate(matrix):
+                shade = "white" if shares[row, column] > 0.55 else INK
+                text = str(int(count)) if count else ""
+                axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=9)
+        axes.set_xticks(range(len(classes)), list(classes), rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(classes)), list(classes))
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("decoded")
+        axes.set_ylabel("shown")
+        figure.colorbar(image, ax=axes, label="share of the row", shrink=0.8)
+        return _png(figure)
+
+
+def slice_map(
+    values: NDArray,
+    mask: NDArray[np.bool_],
+    anatomy: NDArray,
+    *,
+    voxel_mm: tuple[float, float],
+    right_first: bool,
+    label: str,
+    limit: float | None = None,
+) -> bytes:
+    """Draw one value per network on the slice that the networks are voxels of.
+
+    Parameters
+    ----------
+    values
+        `[networks]`, in C order of the mask's voxels.
+    mask, anatomy
+        `[x, y]`: voxels that are networks; backdrop.
+    voxel_mm
+        Edge lengths of a voxel along x and y.
+    right_first
+        True where x counts from the participant's right; the picture shows left on the left.
+    label
+        What the values are.
+    limit
+        Colours end at ± this value; the 99th percentile of the absolute values if None.
+    """
+    if values.shape != (int(mask.sum()),):
+        raise ValueError(
+            f"values: got shape {values.shape}, expected one for each of {int(mask.sum())} voxels"
+        )
+    painted = np.full(mask.shape, np.nan)
+    painted[mask] = values
+    backdrop = np.where(mask, anatomy, np.nan)
+    if right_first:
+        painted, backdrop = painted[::-1], backdrop[::-1]
+    extent = (0.0, mask.shape[0] * voxel_mm[0], 0.0, mask.shape[1] * voxel_mm[1])
+    top = limit or max(float(np.percentile(np.abs(values), 99)), 1e-6)
+    looks: list[tuple[str, NDArray, dict[str, Any]]] = [
+        ("mean image", backdrop, {"cmap": "gray"}),
+        (label, painted, {"cmap": "RdBu_r", "vmin": -top, "vmax": top}),
+    ]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 3.1), layout="constrained")
+        row = figure.subplots(1, 2)
+        for axes, (title, picture, look) in zip(row, looks, strict=True):
+            image = axes.imshow(picture.T, origin="lower", extent=extent, interpolation="nearest", **look)
+            axes.set_title(title)
+            for x, side in ((0.01, "L"), (0.97, "R")):
+                axes.text(x, 0.02, side, transform=axes.transAxes, color=MUTED, weight="bold")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+            axes.set_xlabel("back of the head", color=MUTED)
+        figure.colorbar(image, ax=row[1], shrink=0.9, aspect=20)
+        return _png(figure)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _png(figure: Figure) -> bytes:
+    """Render on the Agg canvas; without a date, so that equal pictures are equal bytes."""
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    return buffer.getvalue()

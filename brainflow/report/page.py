@@ -1,0 +1,88 @@
+"""One HTML page with everything inside: pictures as data URIs, no script, nothing fetched.
+
+The page's own Content-Security-Policy forbids network access, so that "self-contained" is enforced by the
+browser. All text is escaped by jinja2.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from brainflow.decoding.extra import requires_report
+from brainflow.report.template import TEMPLATE
+
+with requires_report("the report"):
+    from jinja2 import Environment, StrictUndefined
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture: `name` is its file name without suffix, `png` its bytes, `alt` what it shows in words."""
+
+    name: str
+    png: bytes
+    alt: str
+    caption: str
+
+    @property
+    def uri(self) -> str:
+        """The picture as a data URI."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, from the PNG's header."""
+        return int.from_bytes(self.png[16:20], "big"), int.from_bytes(self.png[20:24], "big")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table; the first column holds names. Rows listed in `strong` stand out."""
+
+    header: list[str]
+    rows: list[list[str]]
+    strong: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading with sentences, a table and pictures, in this order."""
+
+    title: str
+    text: list[str] = field(default_factory=list)
+    table: Table | None = None
+    notes: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What a page says. `facts` are (figure, what it is) pairs in a row under the lead."""
+
+    title: str
+    lead: str
+    facts: list[tuple[str, str]]
+    sections: list[Section]
+    footer: list[str]
+
+
+def render(page: Page) -> str:
+    """Return the page as HTML."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(TEMPLATE).render(page=page)
+
+
+def write_page(page: Page, folder: str | Path) -> Path:
+    """Write `index.html` and every picture as a PNG beside it; return the page's path."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    for section in page.sections:
+        for picture in section.pictures:
+            (target / f"{picture.name}.png").write_bytes(picture.png)
+    path = target / "index.html"
+    path.write_text(render(page), encoding="utf-8")
+    return path

@@ -1,0 +1,154 @@
+"""The page holds everything itself, escapes what it is given, and shows its pictures in a real browser."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from brainflow.report import figures
+from brainflow.report.page import Page, Picture, Section, Table, render, write_page
+
+HOSTILE = "<script>alert('x')</script> & \"quoted\" {{ 7919 * 7907 }}"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def _pictures() -> list[Picture]:
+    rng = np.random.default_rng(0)
+    mask = np.ones((6, 4), dtype=bool)
+    mask[0, 0] = False
+    drawn = {
+        "loss": figures.loss_curve(([10, 20], [0.9, 0.8]), ([10, 20], [0.9, 0.85]), {"mean": 0.8}),
+        "reconstruction": figures.reconstruction(rng.normal(size=(12, 9)), rng.normal(size=(12, 9)), t_r=2.5),
+        "decoders": figures.decoders(["a", HOSTILE], [0.5, 0.7], [(0.4, 0.6), (0.6, 0.8)], chance=0.25),
+        "confusion": figures.confusion(np.array([[3, 1], [0, 4]]), ["face", "house"]),
+        "map": figures.slice_map(
+            rng.normal(size=23),
+            mask,
+            rng.random((6, 4)),
+            voxel_mm=(3.0, 3.5),
+            right_first=True,
+            label="explained variance",
+        ),
+    }
+    return [Picture(name=name, png=png, alt=name, caption=HOSTILE) for name, png in drawn.items()]
+
+
+@pytest.fixture(scope="module")
+def page() -> Page:
+    table = Table(header=["decoder", HOSTILE], rows=[["ridge", "0.5"], [HOSTILE, "0.6"]], strong=(1,))
+    section = Section(title=HOSTILE, text=[HOSTILE], table=table, notes=[HOSTILE], pictures=_pictures())
+    return Page(title=HOSTILE, lead=HOSTILE, facts=[("1 %", HOSTILE)], sections=[section], footer=[HOSTILE])
+
+
+def test_page_fetches_nothing_and_runs_nothing(page):
+    html = render(page)
+    assert not re.search(r"https?://|//[a-z]+\.[a-z]+|url\(|@import", html.replace("data:image/png", ""))
+    sources = re.findall(r'src="([^"]*)"', html)
+    assert len(sources) == 5
+    for source in sources:
+        assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+    assert "<script" not in html
+
+
+def test_names_are_escaped_and_not_rendered_as_templates(page):
+    html = render(page)
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &#34;quoted&#34; {{ 7919 * 7907 }}" in html
+    assert "62615533" not in re.sub(r'src="[^"]*"', "", html)
+
+
+def test_pictures_lie_beside_the_page_and_are_reproducible(page, tmp_path):
+    path = write_page(page, tmp_path / "report")
+    assert path.name == "index.html"
+    for picture, again in zip(page.sections[0].pictures, _pictures(), strict=True):
+        file = path.parent / f"{picture.name}.png"
+        with Image.open(file) as image:
+            assert image.size == picture.size
+        assert picture.png == again.png
+
+
+def test_map_shows_left_on_the_left():
+    """The only bright voxel is the first along x, the participant's right: it must be drawn on the right."""
+    mask = np.ones((8, 4), dtype=bool)
+    values = np.zeros(mask.shape)
+    values[0] = 1.0
+    shapes = {"voxel_mm": (3.0, 3.0), "label": "v", "limit": 1.0}
+    png = figures.slice_map(values[mask], mask, np.zeros(mask.shape), right_first=True, **shapes)
+    flipped = figures.slice_map(values[mask], mask, np.zeros(mask.shape), right_first=False, **shapes)
+
+    def red_at(data: bytes) -> float:
+        pixels = _pixels(data)
+        width = pixels.shape[1]
+        pixels = pixels[:, width // 2 : int(width * 0.92)]  # the map, without mean image and colour bar
+        red = (pixels[..., 0] > 80) & (pixels[..., 1] < 30) & (pixels[..., 2] < 60)
+        return float(np.flatnonzero(red.any(axis=0)).mean() / pixels.shape[1])
+
+    assert red_at(png) > 0.6
+    assert red_at(flipped) < 0.4
+
+
+def test_map_refuses_values_that_do_not_fit_the_mask():
+    with pytest.raises(ValueError, match="expected one for each of 4 voxels"):
+        figures.slice_map(
+            np.zeros(3),
+            np.ones((2, 2), dtype=bool),
+            np.zeros((2, 2)),
+            voxel_mm=(1, 1),
+            right_first=False,
+            label="",
+        )
+
+
+def test_page_renders_in_a_browser(page, tmp_path):
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    path = write_page(page, tmp_path / "report")
+    screenshot = tmp_path / "page.png"
+    seen = _browse(browser, tmp_path, f"--screenshot={screenshot}", path.as_uri())
+    assert "CONSOLE" not in seen.stderr, seen.stderr
+    with Image.open(screenshot) as image:
+        assert np.asarray(image.convert("L")).std() > 10
+
+    # The page itself allows no script, so a copy without that rule measures its pictures.
+    probe = tmp_path / "probe.html"
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", path.read_text(encoding="utf-8"))
+    script = """<script>addEventListener("load", () => { document.documentElement.innerHTML =
+        JSON.stringify([...document.images].map(i => [i.naturalWidth, i.clientWidth])
+        .concat([[document.documentElement.scrollWidth, innerWidth]])); });</script>"""
+    probe.write_text(html.replace("</body>", script + "</body>"), encoding="utf-8")
+    dom = _browse(browser, tmp_path, "--dump-dom", probe.as_uri()).stdout
+    *widths, (page_width, window_width) = json.loads(re.search(r"\[\[.*\]\]", dom).group())
+    assert len(widths) == 5
+    assert all(natural > 0 and shown > 100 for natural, shown in widths)
+    assert page_width <= window_width, "the page scrolls sideways"
+
+
+def _browse(browser: str, tmp_path, *arguments: str) -> subprocess.CompletedProcess:
+    switches = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--hide-scrollbars",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--enable-logging=stderr",
+        "--window-size=500,2600",
+    ]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    return subprocess.run(
+        [browser, *switches, profile, *arguments], capture_output=True, text=True, timeout=60, check=True
+    )
+
+
+def _pixels(png: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(png)) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
