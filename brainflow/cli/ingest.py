@@ -1,0 +1,110 @@
+"""Turn recorded runs into a store: released WebDataset tars, or array files that a TOML file lists.
+
+Examples
+--------
+  brainflow ingest tar runs/*.tar store --parcellation DiFuMo-1024
+  brainflow ingest arrays runs.toml --store store
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from brainflow.cli.progress import progress_bar
+from brainflow.storage import BoldStore
+from brainflow.storage.ingest.arrays import ingest_arrays
+from brainflow.storage.ingest.report import IngestReport
+from brainflow.storage.ingest.webdataset import ingest_tar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tar:
+    """Read WebDataset tars of pickled runs or trials; pickles are read without running code from them.
+
+    A tar that cannot be read is reported with its reason, and the others are written.
+    """
+
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC [SRC ...] STORE")]
+    """Tar files, then the store; with --store, tar files only. Runs are added if the store exists."""
+    store: str | None = None
+    """The store, in place of the last positional argument."""
+    parcellation: str = ""
+    """Name of the parcellation, kept in a new store."""
+    normalisation: str = ""
+    """Normalisation already applied to the runs, kept in a new store."""
+    dtype: Literal["float16", "float32", "int16", "int8"] = "float16"
+    """Element type of a new store."""
+    compression: Literal["zstd"] | None = None
+    """Compress a new store; it is then read through Zarr, which is slower by far."""
+    overwrite: bool = False
+    """Replace the store."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrays:
+    """Read runs from .npy, .npz, .mat, .csv, .tsv, .h5 or .parquet files."""
+
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")]
+    """Which files are which runs; see docs/format.md."""
+    store: str
+    """The store. Runs are added if it exists."""
+    overwrite: bool = False
+    """Replace the store."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+Args = (
+    Annotated[Tar, tyro.conf.subcommand("tar", prefix_name=False)]
+    | Annotated[Arrays, tyro.conf.subcommand("arrays", prefix_name=False)]
+)
+
+
+def run(args: Tar | Arrays) -> int:
+    """Ingest, print what was written, and return 1 if a source was bad."""
+    if isinstance(args, Arrays):
+        store = args.store
+        with progress_bar("files", quiet=args.json) as progress:
+            report = ingest_arrays(args.config, store, overwrite=args.overwrite, progress=progress)
+    else:
+        *sources, store = args.paths if args.store is None else (*args.paths, args.store)
+        if not sources:
+            raise ValueError("ingest tar: expected one or more tars and then the store: SRC [SRC ...] STORE")
+        with progress_bar("tars", quiet=args.json) as progress:
+            report = _tar(args, sources, store, progress)
+    _show(report, store, args.json)
+    return 0 if report.ok else 1
+
+
+def _tar(args: Tar, sources: list[str], store: str, progress: Callable[[int, int], None]) -> IngestReport:
+    return ingest_tar(
+        sources,
+        store,
+        overwrite=args.overwrite,
+        progress=progress,
+        dtype=args.dtype,
+        parcellation=args.parcellation,
+        normalisation=args.normalisation,
+        compression=args.compression,
+    )
+
+
+def _show(report: IngestReport, store: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"store": store, "ok": report.ok, **dataclasses.asdict(report)}, indent=1))
+        return
+    for source, reason in report.failures.items():
+        print(f"FAILED {reason if source in reason else f'{source}: {reason}'}")
+    print(
+        f"{len(report.runs)} runs written to {store} from {report.sources} files; {len(report.failures)} bad"
+    )
+    if report.runs:
+        print(f"the store now holds {len(BoldStore.open(store).runs)} runs")

@@ -1,0 +1,21 @@
+"""The store: fMRI runs in one chunked Zarr v3 array, read by memory map. Needs numpy, zarr and numcodecs."""
+
+from .errors import StoreError
+from .parts import gather, write_part
+from .segments import RunTable, Segment, SegmentTable
+from .store import BoldStore
+from .verify import VerifyReport, verify
+from .writer import StoreWriter
+
+__all__ = [
+    "BoldStore",
+    "RunTable",
+    "Segment",
+    "SegmentTable",
+    "StoreError",
+    "StoreWriter",
+    "VerifyReport",
+    "gather",
+    "verify",
+    "write_part",
+]

@@ -1,0 +1,148 @@
+"""What a store says about itself: the attributes of its root group, and the layouts that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import numpy as np
+
+from .errors import StoreError
+from .layout import (
+    COMPRESSIONS,
+    DTYPES,
+    FORMAT_VERSION,
+    STATISTICS_CHUNK_ROWS,
+    STATISTICS_SHARD_ROWS,
+    Grid,
+    to_json,
+)
+
+FORMAT_NAME = "brainflow"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreAttributes:
+    """Attributes of a store; see `StoreWriter.create` for what each means."""
+
+    networks: int
+    dtype: str
+    parcellation: str
+    network_names: list[str] | None
+    network_coordinates: list[list[float]] | None
+    preprocessing: dict[str, Any]
+    normalisation: str
+    provenance: dict[str, Any]
+    compression: str | None
+    chunk_rows: int
+    shard_rows: int
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        network_names: Sequence[str] | None,
+        network_coordinates: Sequence[Sequence[float]] | np.ndarray | None,
+        preprocessing: Mapping[str, Any] | None,
+        provenance: Mapping[str, Any] | None,
+        **others: Any,
+    ) -> Self:
+        """Check what the user gave.
+
+        Raises
+        ------
+        ValueError : naming the argument that is wrong
+        """
+        networks, dtype, compression = others["networks"], others["dtype"], others["compression"]
+        if isinstance(networks, bool) or not isinstance(networks, int | np.integer) or networks < 1:
+            raise ValueError(f"networks: got {networks!r}, expected a whole number of at least 1")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
+        if compression not in COMPRESSIONS:
+            raise ValueError(f"compression: got {compression!r}, expected None or 'zstd'")
+        if network_names is not None and len(network_names) != networks:
+            raise ValueError(f"network_names: got {len(network_names)} names for {networks} networks")
+        coordinates = None
+        if network_coordinates is not None:
+            array = np.asarray(network_coordinates, np.float64)
+            if array.shape != (networks, 3) or not np.isfinite(array).all():
+                raise ValueError(
+                    f"network_coordinates: expected finite mm of shape [{networks}, 3], got "
+                    f"{list(array.shape)}"
+                )
+            coordinates = array.tolist()
+        for name, value in (("preprocessing", preprocessing), ("provenance", provenance)):
+            try:
+                to_json(value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name}: must hold JSON values only ({error})") from error
+        attributes = cls(
+            network_names=None if network_names is None else [str(name) for name in network_names],
+            network_coordinates=coordinates,
+            preprocessing=dict(preprocessing or {}),
+            provenance=dict(provenance or {}),
+            **{**others, "networks": int(networks)},
+        )
+        _ = attributes.bold_grid  # refuses a layout that is impossible
+        return attributes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes as they stand in `zarr.json`."""
+        return {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **self.__dict__}
+
+    @classmethod
+    def from_dict(cls, attributes: Mapping[str, Any], where: str) -> Self:
+        """Inverse of `to_dict`.
+
+        Raises
+        ------
+        StoreError : if an attribute is missing or the version is another; the file `where` is named
+        """
+        if attributes.get("format") != FORMAT_NAME or attributes.get("format_version") != FORMAT_VERSION:
+            raise StoreError(
+                f"{where}: not a brainflow store of format version {FORMAT_VERSION} "
+                f"(format {attributes.get('format')!r}, version {attributes.get('format_version')!r})"
+            )
+        try:
+            return cls(**{field.name: attributes[field.name] for field in fields(cls)})
+        except KeyError as error:
+            raise StoreError(f"{where}: attribute {error} is missing; restore this file") from error
+
+    @property
+    def statistics(self) -> list[str]:
+        """Names of what `statistics` holds for each run and network."""
+        return ["mean", "std"] + (["scale"] if np.dtype(self.dtype).kind == "i" else [])
+
+    @property
+    def bold_grid(self) -> Grid:
+        """Layout of `bold[time, network]`."""
+        return Grid(
+            name="bold",
+            row_shape=(self.networks,),
+            dtype=np.dtype(self.dtype).newbyteorder("<"),
+            chunk_rows=self.chunk_rows,
+            shard_rows=self.shard_rows,
+            compression=self.compression,
+        )
+
+    @property
+    def statistics_grid(self) -> Grid:
+        """Layout of `statistics[slot, statistic, network]`."""
+        return Grid(
+            name="statistics",
+            row_shape=(len(self.statistics), self.networks),
+            dtype=np.dtype("<f4"),
+            chunk_rows=STATISTICS_CHUNK_ROWS,
+            shard_rows=STATISTICS_SHARD_ROWS,
+        )
+
+    def array_metadata(self, grid: Grid, rows: int) -> bytes:
+        """`zarr.json` of `bold` or `statistics` with `rows` rows."""
+        if grid.name == "bold":
+            return grid.metadata(rows, {}, ["time", "network"])
+        return grid.metadata(rows, {"statistics": self.statistics}, ["slot", "statistic", "network"])
+
+    def network_label(self, network: int) -> str:
+        """A network for an error message: its number, and its name where known."""
+        return f"network {network}" + (f" ({self.network_names[network]})" if self.network_names else "")

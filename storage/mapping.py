@@ -1,0 +1,144 @@
+"""Shard files mapped into memory: raw chunks are read straight from the page cache, without a codec."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from .errors import StoreError
+from .layout import Grid
+
+_REMEDY = "restore the file from a copy of the store, or write the store anew"
+
+
+class _Rows(dict[int, np.ndarray]):
+    """Rows of the shards by number; a shard is mapped when it is first asked for."""
+
+    def __init__(self, load: Callable[[int], np.ndarray]) -> None:
+        self._load = load
+
+    def __missing__(self, shard: int) -> np.ndarray:
+        rows = self[shard] = self._load(shard)
+        return rows
+
+
+class MappedShards:
+    """Maps the shards of one array as they are needed.
+
+    Parameters
+    ----------
+    directory : file descriptor of the store's directory: it stays the same store if another takes its place
+    where : the store's path, for messages
+    grid : layout of the array
+    shards, chunks : int64 [shards], numbers of the shards that exist and the chunks in each
+
+    Raises
+    ------
+    StoreError : if a shard file is missing or has not the size that it must have
+    """
+
+    def __init__(
+        self, directory: int, where: str, grid: Grid, shards: np.ndarray, chunks: np.ndarray
+    ) -> None:
+        self.grid = grid
+        self._directory = directory
+        self._where = where
+        self._chunks = dict(zip(shards.tolist(), chunks.tolist(), strict=True))
+        self._rows = _Rows(self._map_rows)
+        self._maps: dict[int, mmap.mmap] = {}
+        self._indexes: dict[int, np.ndarray] = {}
+        self._check_sizes()
+
+    def windows(self, starts: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+        """Views of the rows of each window, which lies in one shard; read-only [length, *row_shape]."""
+        for shard, first, stop in self._places(starts, lengths):
+            yield self._rows[shard][first:stop]
+
+    def copy(self, starts: np.ndarray, lengths: np.ndarray, ends: list[int], out: np.ndarray) -> None:
+        """Copy the rows of each window into `out`, up to the row in `ends`. The hot path of training."""
+        rows, position, shard_rows = self._rows, 0, self.grid.shard_rows
+        shards = starts // shard_rows
+        firsts = starts - shards * shard_rows
+        stops = firsts + lengths
+        for shard, first, stop, end in zip(
+            shards.tolist(), firsts.tolist(), stops.tolist(), ends, strict=True
+        ):
+            out[position:end] = rows[shard][first:stop]
+            position = end
+
+    def _places(self, starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
+        """Shard, first row and end of each window, rows counted in the shard."""
+        shards = starts // self.grid.shard_rows
+        firsts = starts - shards * self.grid.shard_rows
+        return zip(shards.tolist(), firsts.tolist(), (firsts + lengths).tolist(), strict=True)
+
+    def rows(self, shard: int) -> np.ndarray:
+        """All rows of a shard of raw chunks, read-only [chunks · chunk_rows, *row_shape]."""
+        return self._rows[shard]
+
+    def stored(self, chunk: int) -> np.ndarray:
+        """Bytes of a chunk as they are stored, uint8 [bytes], compressed or not."""
+        shard, position = divmod(chunk, self.grid.chunks_per_shard)
+        mapped = self.map(shard)
+        offset, size = self._indexes[shard][position].tolist()
+        return np.frombuffer(mapped, np.uint8, size, offset)
+
+    def map(self, shard: int) -> mmap.mmap:
+        """The map of a shard file, made and its index checked at the first call.
+
+        Raises
+        ------
+        StoreError : if the index is damaged
+        """
+        if shard in self._maps:
+            return self._maps[shard]
+        grid, path = self.grid, self.grid.shard_path(shard)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
+        try:
+            mapped = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+        finally:
+            os.close(descriptor)
+        try:
+            index = grid.read_index(mapped[-grid.index_bytes :])[: self._chunks[shard]]
+        except ValueError as error:
+            raise StoreError(f"{self._where}/{path}: {error}; {_REMEDY}") from error
+        if (index.sum(axis=1) > len(mapped) - grid.index_bytes).any():
+            raise StoreError(f"{self._where}/{path}: its index names chunks that are not there; {_REMEDY}")
+        self._maps[shard], self._indexes[shard] = mapped, index
+        return mapped
+
+    def _map_rows(self, shard: int) -> np.ndarray:
+        """Map a shard and check by its index that chunk i lies at i · chunk_bytes."""
+        grid, mapped = self.grid, self.map(shard)
+        index = self._indexes[shard]
+        expected = np.arange(len(index), dtype=np.uint64) * np.uint64(grid.chunk_bytes)
+        if not (np.array_equal(index[:, 0], expected) and (index[:, 1] == grid.chunk_bytes).all()):
+            raise StoreError(
+                f"{self._where}/{grid.shard_path(shard)}: its chunks do not lie one behind the other, "
+                "so it was "
+                "not written by brainflow; write the store anew with StoreWriter"
+            )
+        count = len(index) * grid.chunk_bytes // grid.dtype.itemsize
+        return np.frombuffer(mapped, grid.dtype, count).reshape(-1, *grid.row_shape)
+
+    def _check_sizes(self) -> None:
+        """Refuse shard files that are missing or truncated."""
+        for shard, chunks in self._chunks.items():
+            path = self.grid.shard_path(shard)
+            expected = chunks * self.grid.chunk_bytes + self.grid.index_bytes
+            try:
+                size = os.stat(path, dir_fd=self._directory).st_size
+            except FileNotFoundError as error:
+                raise StoreError(f"{self._where}/{path}: this shard is missing; {_REMEDY}") from error
+            if self.grid.compression is None and size != expected:
+                raise StoreError(
+                    f"{self._where}/{path}: has {size} bytes, expected {expected} (truncated or not of this "
+                    f"store); {_REMEDY}"
+                )
+            if self.grid.compression is not None:
+                if size < self.grid.index_bytes:
+                    raise StoreError(f"{self._where}/{path}: truncated; {_REMEDY}")
+                self.map(shard)  # the index stands at the end: a truncated file has a wrong one

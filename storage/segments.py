@@ -1,0 +1,175 @@
+"""Labelled segments of runs, and the tables of runs and segments as numpy columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Label = str | int | float
+
+MISSING_INTEGER = np.iinfo(np.int64).min
+RUN_STRINGS = ("dataset", "subject", "session", "task", "run", "key")
+NO_CENSOR = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A labelled stretch of a run.
+
+    Parameters
+    ----------
+    onset, length : in time points (TRs), from the start of the run; `length` is at least 1
+    labels : label columns of this segment, such as {"mental_state": "face"}
+    """
+
+    onset: int
+    length: int
+    labels: Mapping[str, Label] = field(default_factory=dict)
+
+
+class RunTable:
+    """The runs of a store, one numpy column per property; `len(table)` is the number of runs.
+
+    Attributes
+    ----------
+    start : int64 [runs], first row in `bold`, ascending
+    length : int32 [runs], time points
+    t_r : float64 [runs], repetition time in seconds
+    slot : int64 [runs], row of the run in `statistics`
+    dataset, subject, session, task, run, key : str [runs], decoded when asked for
+    """
+
+    def __init__(self, columns: Mapping[str, np.ndarray]) -> None:
+        self._columns = columns
+        self.start = columns["start"]
+        self.length = columns["length"]
+        self.t_r = columns["t_r"]
+        self.slot = columns["slot"]
+        self._end = self.start + self.length
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def dataset(self) -> np.ndarray:
+        """Dataset of each run, str [runs]."""
+        return decode_strings(self._columns["dataset"])
+
+    @property
+    def subject(self) -> np.ndarray:
+        """Subject label of each run without `sub-`, str [runs]."""
+        return decode_strings(self._columns["subject"])
+
+    @property
+    def session(self) -> np.ndarray:
+        """Session label of each run or "", str [runs]."""
+        return decode_strings(self._columns["session"])
+
+    @property
+    def task(self) -> np.ndarray:
+        """Task label of each run or "", str [runs]."""
+        return decode_strings(self._columns["task"])
+
+    @property
+    def run(self) -> np.ndarray:
+        """Run label of each run or "", str [runs]."""
+        return decode_strings(self._columns["run"])
+
+    @property
+    def key(self) -> np.ndarray:
+        """Key of each run, unique in the store, str [runs]."""
+        return decode_strings(self._columns["key"])
+
+    def key_of(self, run: int) -> str:
+        """Key of one run, without decoding the others."""
+        return self._columns["key"][run].tobytes().rstrip(b"\0").decode()
+
+    def censor(self, run: int) -> np.ndarray | None:
+        """Time points marked as bad by the preparation: bool [length] (True = bad), None if not recorded."""
+        offset = int(self._columns["censor"][run])
+        if offset == NO_CENSOR:
+            return None
+        length = int(self.length[run])
+        packed = self._columns["censor_bits"][offset : offset + -(-length // 8)]
+        return np.unpackbits(packed, count=length).astype(bool)
+
+    def locate(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Run that each window lies in.
+
+        Parameters
+        ----------
+        starts, lengths : int64 [windows], absolute first row and number of rows
+
+        Returns
+        -------
+        int64 [windows]
+
+        Raises
+        ------
+        ValueError : if a window is empty or does not lie inside one run, naming the first such window
+        """
+        if len(self) == 0:
+            if len(starts):
+                raise ValueError(
+                    f"window 0 (start={starts[0]}, length={lengths[0]}): the store holds no runs"
+                )
+            return np.zeros(0, np.int64)
+        runs = self.start.searchsorted(starts, "right") - 1
+        good = (lengths > 0) & (starts >= 0) & (starts + lengths <= self._end[runs])
+        if np.count_nonzero(good) != len(good):  # the fastest way to ask
+            self._refuse(int(np.argmin(good)), starts, lengths, runs)
+        return runs
+
+    def _refuse(self, window: int, starts: np.ndarray, lengths: np.ndarray, runs: np.ndarray) -> None:
+        start, length, run = int(starts[window]), int(lengths[window]), int(runs[window])
+        where = f"window {window} (start={start}, length={length})"
+        if length <= 0:
+            raise ValueError(f"{where}: length must be at least 1")
+        if run < 0 or start >= self._end[run]:
+            raise ValueError(f"{where}: row {start} belongs to no run; take starts from store.runs.start")
+        raise ValueError(
+            f"{where}: leaves run {run} ({self.key_of(run)}), which has rows {self.start[run]} to "
+            f"{self._end[run] - 1}; a window must lie inside one run"
+        )
+
+
+class SegmentTable:
+    """The labelled segments of a store; `len(table)` is their number.
+
+    Attributes
+    ----------
+    run : int32 [segments], the run that each lies in
+    onset, length : int32 [segments], in time points from the start of the run
+    columns : dict {label column: [segments]}; int64 (absent: -2⁶³), float64 (absent: NaN) or str (absent: "")
+    """
+
+    def __init__(self, columns: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> None:
+        self.run = columns["run"]
+        self.onset = columns["onset"]
+        self.length = columns["length"]
+        self.columns = {
+            name: decode_strings(values) if values.ndim == 2 else values for name, values in labels.items()
+        }
+
+    def __len__(self) -> int:
+        return len(self.run)
+
+
+def encode_strings(values: list[str]) -> np.ndarray:
+    """UTF-8 texts as uint8 [len(values), longest], padded with zero bytes."""
+    if not values:
+        return np.zeros((0, 1), np.uint8)
+    encoded = np.array([value.encode() for value in values], dtype=bytes)
+    width = max(1, encoded.dtype.itemsize)
+    return encoded.astype(f"S{width}").view(np.uint8).reshape(len(values), width)
+
+
+def decode_strings(encoded: np.ndarray) -> np.ndarray:
+    """Inverse of `encode_strings`: uint8 [n, width] to str [n]."""
+    texts = np.ascontiguousarray(encoded).view(f"S{encoded.shape[1]}")[:, 0]
+    try:
+        return texts.astype(f"U{encoded.shape[1]}") if len(texts) else np.zeros(0, "U1")
+    except UnicodeDecodeError:
+        return np.char.decode(texts, "utf-8")

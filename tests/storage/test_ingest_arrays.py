@@ -1,0 +1,135 @@
+"""Array files and images become runs; what is missing or unreadable is said by file and key."""
+
+import numpy as np
+import pytest
+
+from brainflow.storage import BoldStore, StoreError
+from brainflow.storage.ingest.arrays import ingest_arrays, load_array
+from brainflow.storage.ingest.nifti import bold_from_nifti
+
+BOLD = np.random.default_rng(0).standard_normal((12, 3))
+
+
+def test_files_of_several_kinds_become_runs(tmp_path):
+    scipy_io = pytest.importorskip("scipy.io")
+    np.save(tmp_path / "sub-1_task-rest_run-1.npy", BOLD)
+    np.savez(tmp_path / "sub-2_task-rest.npz", bold=BOLD.T, other=BOLD)
+    scipy_io.savemat(tmp_path / "sub-3_task-rest.mat", {"bold": BOLD.T})
+    np.savetxt(tmp_path / "sub-4_task-rest.csv", BOLD, delimiter=",", header="a,b,c", comments="")
+    np.savetxt(tmp_path / "sub-5_task-rest.tsv", BOLD, delimiter="\t")
+    (tmp_path / "1_events.csv").write_text("onset,length,state,score\n0,4,face,1.5\n6,2,house,\n")
+    (tmp_path / "runs.toml").write_text(
+        """
+        [store]
+        dtype = "float32"
+        parcellation = "three"
+        preprocessing = {detrend = true}
+        [defaults]
+        dataset = "mine"
+        t_r = 2.5
+        [[files]]
+        glob = "*run-1.npy"
+        segments = "{subject}_events.csv"
+        [[files]]
+        glob = "*.[nm][pa][zt]"
+        array = "bold"
+        layout = "network time"
+        [[files]]
+        glob = "sub-*.[ct]sv"
+        pattern = 'sub-(?P<subject>\\d+)'
+        task = "other"
+        key = "{dataset}/{stem}"
+        """
+    )
+    seen = []
+    report = ingest_arrays(tmp_path / "runs.toml", tmp_path / "s", progress=lambda *both: seen.append(both))
+    assert report.failures == {}
+    assert seen[-1] == (5, 5)
+    store = BoldStore.open(tmp_path / "s")
+    assert sorted(store.runs.subject.tolist()) == ["1", "2", "3", "4", "5"]
+    assert store.runs.key.tolist()[-1] == "mine/sub-5_task-rest"
+    assert set(store.runs.task.tolist()) == {"rest", "other"}
+    assert all(np.allclose(store.run(i), BOLD, atol=1e-6) for i in range(5))
+    assert store.segments.columns["state"].tolist() == ["face", "house"]
+    assert np.isnan(store.segments.columns["score"][1])
+    again = ingest_arrays(tmp_path / "runs.toml", tmp_path / "s")
+    assert len(again.failures) == 5
+    assert all("already" in reason for reason in again.failures.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[[files]]\nglob = 'sub-1.npy'\ndataset = 'd'", "t_r"),
+        ("[[files]]\nglob = 'sub-1.npy'\nt_r = 1", "dataset"),
+        ("[[files]]\nglob = 'sub-1.npy'\nt_r = 1\ndataset = 'd'\nlayout = 'x'", "layout"),
+        ("[[files]]\nglob = 'sub-1.npy'\nt_r = 1\ndataset = 'd'\npattern = 'no'", "pattern"),
+        (
+            "[[files]]\nglob = 'pickled.npy'\nt_r = 1\ndataset = 'd'\nsubject = '1'",
+            "pickled.npy: cannot be read",
+        ),
+        ("[[files]]\nglob = 'two.npz'\nt_r = 1\ndataset = 'd'\nsubject = '1'", "choose one of a, b"),
+        ("[[files]]\nglob = 'sub-1.npy'\nt_r = 1\ndataset = 'd'\nsegments = 'bad.csv'", "bad.csv"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_reported(tmp_path, text, reason):
+    np.save(tmp_path / "sub-1.npy", BOLD)
+    np.save(tmp_path / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "two.npz", a=BOLD, b=BOLD)
+    (tmp_path / "bad.csv").write_text("start,length\n1,2\n")
+    (tmp_path / "c.toml").write_text(text)
+    report = ingest_arrays(tmp_path / "c.toml", tmp_path / "s")
+    assert [reason in text for text in report.failures.values()] == [True]
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("nonsense", "TOML"),
+        ("", "at least one"),
+        ("[[files]]\nglob = '*.nothing'", "finds no file"),
+        ("[[files]]\nglob = '*'\ntr = 2", "unknown key 'tr'"),
+        ("[store]\nnetworks = 3", "unknown key 'networks'"),
+    ],
+)
+def test_a_wrong_toml_file_is_an_error(tmp_path, text, reason):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(StoreError, match=reason):
+        ingest_arrays(tmp_path / "c.toml", tmp_path / "s")
+
+
+def test_other_kinds_of_files(tmp_path):
+    with pytest.raises(StoreError, match="unknown kind"):
+        load_array(tmp_path / "x.doc")
+    for suffix, module in ((".h5", "h5py"), (".parquet", "pyarrow")):
+        try:
+            __import__(module)
+        except ImportError:
+            with pytest.raises(ImportError, match=f"needs {module}"):
+                load_array(tmp_path / f"x{suffix}")
+
+
+def test_nifti(tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    data = np.random.default_rng(0).standard_normal((3, 4, 2, 6)).astype(np.float32)
+    inside = np.zeros((3, 4, 2), np.uint8)
+    inside[1, 2:, 0] = 1
+    image = nibabel.Nifti1Image(data, np.eye(4))
+    image.header.set_zooms((1, 1, 1, 2500))
+    image.header.set_xyzt_units("mm", "msec")
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(inside, np.eye(4)), tmp_path / "m.nii")
+    bold, t_r = bold_from_nifti(tmp_path / "a.nii.gz", tmp_path / "m.nii")
+    assert np.array_equal(bold, data[1, 2:, 0].T)
+    assert t_r == 2.5
+    assert bold_from_nifti(tmp_path / "a.nii.gz", tmp_path / "m.nii", t_r=3)[1] == 3.0
+    image.header.set_zooms((1, 1, 1, 0))
+    nibabel.save(image, tmp_path / "b.nii")
+    with pytest.raises(ValueError, match="no repetition time"):
+        bold_from_nifti(tmp_path / "b.nii", tmp_path / "m.nii")
+    nibabel.save(nibabel.Nifti1Image(inside, 2 * np.eye(4)), tmp_path / "n.nii")
+    with pytest.raises(ValueError, match="affine"):
+        bold_from_nifti(tmp_path / "a.nii.gz", tmp_path / "n.nii")
+    with pytest.raises(ValueError, match="expected"):
+        bold_from_nifti(tmp_path / "m.nii", tmp_path / "m.nii")
