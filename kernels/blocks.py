@@ -1,0 +1,107 @@
+"""What the CPU faces share: cache-sized blocks of masked rows or columns, and sums of losses in place.
+
+Legend: rows = tokens (packed) or W · T (padded), N networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import torch
+
+from .masks import check_values, column_mask, masked_rows, windows
+
+BLOCK = 1 << 16
+"""Values of a block: a quarter of a megabyte of float32, so that two or three stay in a core's cache."""
+
+
+def host_bounds(bounds: torch.Tensor, rows: int | None, period: int) -> tuple[int, ...]:
+    """Return checked bounds as a tuple of ints."""
+    result = tuple(bounds.tolist())
+    check_values(result, rows, period)
+    return result
+
+
+@lru_cache(maxsize=8)
+def rows_of(code: tuple[int, ...], bounds: tuple[int, ...], period: int) -> torch.Tensor:
+    """Return the masked rows of a row mask: drawn once for masking, loss and gradient."""
+    return masked_rows(list(code), *windows(torch.tensor(bounds), period))
+
+
+@lru_cache(maxsize=8)
+def window_masks(code: tuple[int, ...], count: int, networks: int) -> torch.Tensor:
+    """Return the networks that are masked in each window, bool [W, N], for a mask of whole windows."""
+    index = torch.arange(count)
+    return column_mask(list(code), index, torch.zeros_like(index), networks)
+
+
+def column_blocks(
+    code: list[int],
+    bounds: tuple[int, ...],
+    period: int,
+    networks: int,
+    convert: Callable[[torch.Tensor], torch.Tensor] = lambda mask: mask,
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield (first row, end, mask) of each block of a column mask; a block lies inside one window.
+
+    Masks are [1, N] where the window shares one draw of its networks, [block, N] otherwise, bool or what
+    `convert` makes of that.
+    """
+    starts, lengths = (t.tolist() for t in windows(torch.tensor(bounds), period))
+    whole = code[2] == 0
+    masks = convert(window_masks(tuple(code), len(starts), networks)).split(1) if whole else ()
+    step = max(1, BLOCK // max(1, networks))
+    for w, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        for first in range(0, length, step):
+            last = min(first + step, length)
+            if whole:
+                yield start + first, start + last, masks[w]
+                continue
+            position = torch.arange(first, last)
+            selected = column_mask(code, torch.full_like(position, w), position, networks)
+            yield start + first, start + last, convert(selected)
+
+
+def column_count(code: list[int], bounds: tuple[int, ...], period: int, networks: int) -> int:
+    """Return the number of masked values of a column mask (which draws it, unless of whole windows)."""
+    if code[2]:
+        return sum(int(mask.sum()) for _, _, mask in column_blocks(code, bounds, period, networks))
+    _, lengths = windows(torch.tensor(bounds), period)
+    return int(window_masks(tuple(code), lengths.numel(), networks).sum(1).dot(lengths))
+
+
+def keep_bits(selected: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return all-ones integers where `selected`, else 0, of the width of `dtype` (float32 or float64).
+
+    `keep` clears what is not selected with them; unlike a product with 0 that removes NaN too.
+    """
+    return selected.to(torch.int64 if dtype == torch.float64 else torch.int32).neg_()
+
+
+def keep(d: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """Set what is not selected in d to 0, in place; `bits` is from :func:`keep_bits`."""
+    d.view(bits.dtype).bitwise_and_(bits)
+    return d
+
+
+def sum_and_slope(
+    d: torch.Tensor, slope: torch.Tensor, loss: int, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return Σ w · loss of differences d; write w · derivative to `slope`. d stays as it is.
+
+    As dot products, s the derivative: l1 |d| = d · s; mse d² = d · s / 2; huber d · s − s · s / 2.
+    """
+    if loss == 0:
+        torch.sign(d, out=slope)
+    elif loss == 1:
+        torch.mul(d, 2.0, out=slope)
+    else:
+        torch.clamp(d, -1.0, 1.0, out=slope)
+    near = slope.clone() if loss == 2 and weights is not None else slope
+    if weights is not None:
+        slope.mul_(weights)
+    total = d.view(-1).dot(slope.view(-1))
+    if loss == 1:
+        return total / 2
+    return total if loss == 0 else total - near.view(-1).dot(slope.view(-1)) / 2

@@ -1,0 +1,184 @@
+"""masked_loss on the CPU: pure PyTorch, a cache-sized block of rows at a time, in place.
+
+The forward pass writes the gradient too if it is wanted, while the differences are in cache: pred and
+target are read once, the gradient is written once.
+
+Legend: rows = tokens (packed) or W · T (padded), N networks.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..blocks import BLOCK, column_blocks, column_count, host_bounds, keep, keep_bits, rows_of, sum_and_slope
+from ..dispatch import accumulator
+from ..masks import COLUMNS
+
+
+@torch.library.custom_op("brainflow::masked_loss_cpu", mutates_args=(), device_types="cpu")
+def masked_loss(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    bounds: torch.Tensor,
+    period: int,
+    mask: list[int],
+    loss: int,
+    gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean loss (0 if nothing is masked) and the gradient of pred (empty if not wanted)."""
+    acc = accumulator(pred.dtype)
+    host = host_bounds(bounds, pred.shape[0], period)
+    grad = torch.empty_like(pred) if gradient else pred.new_empty(0)
+    if pred.numel() == 0:
+        return torch.zeros((), dtype=acc), grad
+    mean = _run(pred, target, host, period, mask, loss, grad, 1.0)
+    return torch.tensor(mean, dtype=acc), grad
+
+
+@torch.library.custom_op("brainflow::masked_loss_cpu_backward", mutates_args=(), device_types="cpu")
+def masked_loss_backward(
+    upstream: torch.Tensor,
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    bounds: torch.Tensor,
+    period: int,
+    mask: list[int],
+    loss: int,
+) -> torch.Tensor:
+    """Return the gradient of pred times `upstream`, rounded once."""
+    grad = torch.empty_like(pred)
+    if pred.numel():
+        host = host_bounds(bounds, pred.shape[0], period)
+        _run(pred, target, host, period, mask, loss, grad, upstream.item())
+    return grad
+
+
+def _run(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    bounds: tuple[int, ...],
+    period: int,
+    mask: list[int],
+    loss: int,
+    grad: torch.Tensor,
+    factor: float,
+) -> float:
+    """Return the mean loss; write factor · its gradient to `grad` unless that is empty."""
+    if mask[0] == COLUMNS:
+        return _columns(pred, target, bounds, period, mask, loss, grad, factor)
+    return _rows(pred, target, rows_of(tuple(mask), bounds, period), loss, grad, factor)
+
+
+def _rows(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    index: torch.Tensor,
+    loss: int,
+    grad: torch.Tensor,
+    factor: float,
+) -> float:
+    """Loss and gradient of masked rows; the gradient's other rows are zeroed block by block."""
+    networks, acc = pred.shape[1], accumulator(pred.dtype)
+    count = index.numel() * networks
+    scale = torch.tensor(factor / max(1, count), dtype=acc)
+    step = max(1, BLOCK // networks)
+    shape = (min(step, index.numel()), networks)
+    taken, wanted = pred.new_empty(shape), target.new_empty(shape)
+    slope = torch.empty(shape, dtype=acc)
+    ends = [*(index[step - 1 : -1 : step] + 1).tolist(), len(pred)]
+    total, done = 0.0, 0
+    for rows, end in zip(index.split(step), ends, strict=True):
+        if len(rows) < len(taken):
+            taken, wanted, slope = taken[: len(rows)], wanted[: len(rows)], slope[: len(rows)]
+        torch.index_select(pred, 0, rows, out=taken)
+        torch.index_select(target, 0, rows, out=wanted)
+        d = taken.to(acc).sub_(wanted)
+        total += float(sum_and_slope(d, slope, loss))
+        if grad.numel():
+            grad[done:end].zero_()
+            grad.index_copy_(0, rows, slope.mul_(scale).to(grad.dtype))
+            done = end
+    return total / max(1, count)
+
+
+def _columns(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    bounds: tuple[int, ...],
+    period: int,
+    mask: list[int],
+    loss: int,
+    grad: torch.Tensor,
+    factor: float,
+) -> float:
+    """Loss and gradient of masked columns: each window's differences with the others' bits cleared."""
+    acc, networks = accumulator(pred.dtype), pred.shape[1]
+    direct = grad.numel() > 0 and grad.dtype == acc
+    # Counted beforehand where that is cheap, so that the scale is applied in cache, and where the gradient
+    # has a short mantissa, which should be rounded once.
+    known = mask[2] == 0 or (grad.numel() > 0 and not direct)
+    count = column_count(mask, bounds, period, networks) if known else 0
+    scale = torch.tensor(factor / max(1, count), dtype=acc)
+    total, done = 0.0, 0
+    buffer = torch.empty(0, dtype=acc)
+    blocks = column_blocks(mask, bounds, period, networks, lambda selected: keep_bits(selected, acc))
+    for first, end, bits in blocks:
+        p, t = pred[first:end], target[first:end]
+        if buffer.shape != p.shape:
+            buffer = torch.empty(p.shape, dtype=acc)
+        d = torch.sub(p, t, out=buffer) if p.dtype == t.dtype == acc else buffer.copy_(p).sub_(t)
+        keep(d, bits)
+        slope = grad[first:end] if direct else torch.empty_like(d)
+        total += float(sum_and_slope(d, slope, loss))
+        if known:
+            slope.mul_(scale)
+        else:
+            count -= int(bits.sum())
+        if grad.numel():
+            if first > done:
+                grad[done:first].zero_()
+            done = end
+            if not direct:
+                grad[first:end] = slope
+    if grad.numel():
+        grad[done:].zero_()
+        if not known:
+            grad.mul_(factor / max(1, count))
+    return total / max(1, count)
+
+
+@masked_loss_backward.register_fake
+def _(upstream, pred, target, bounds, period, mask, loss):
+    return torch.empty_like(pred)
+
+
+@masked_loss.register_fake
+def _(pred, target, bounds, period, mask, loss, gradient):
+    value = pred.new_empty((), dtype=accumulator(pred.dtype))
+    return value, torch.empty_like(pred) if gradient else pred.new_empty(0)
+
+
+def setup_context(ctx, inputs, output):
+    """Keep the gradient; no zeros are made for an output that nobody differentiates."""
+    ctx.set_materialize_grads(False)
+    pred, target, bounds, *ctx.rest, _ = inputs
+    again = () if accumulator(pred.dtype) == pred.dtype else (pred, target, bounds)
+    ctx.save_for_backward(output[1], *again)
+    ctx.mark_non_differentiable(output[1])
+
+
+def backward(ctx, upstream, _):
+    """Scale the gradient; an upstream gradient of 1 (looked at on the host only) costs nothing.
+
+    A gradient of 16 bits is computed again for another upstream gradient, so that it is rounded once.
+    """
+    if upstream is None:
+        return (None,) * 7
+    grad, *again = ctx.saved_tensors
+    if type(upstream) is torch.Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0:
+        return grad, None, None, None, None, None, None
+    scaled = masked_loss_backward(upstream, *again, *ctx.rest) if again else grad * upstream
+    return scaled, None, None, None, None, None, None
+
+
+masked_loss.register_autograd(backward, setup_context=setup_context)

@@ -1,0 +1,147 @@
+"""Variable-length attention over packed windows, and the second stream of dense causal modelling.
+
+Legend: T tokens, H heads, D head_dim. Windows lie end to end; window w holds the tokens
+`cu_seqlens[w] : cu_seqlens[w + 1]`. Nothing is padded and nothing attends across windows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import naive, ops, shifted
+from .backends import choose
+from .checks import check_shapes
+
+__all__ = ["attention", "shifted_attention"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    *,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend within each window of a packed batch.
+
+    Parameters
+    ----------
+    q, k, v
+        [tokens, heads, head_dim], all of one type and device. Under autocast they are cast to its type.
+    cu_seqlens
+        int32 [windows + 1], where each window begins and the last one ends; no window is empty.
+    max_seqlen
+        Length of the longest window in tokens (a Python int: nothing is read back from the device).
+    causal
+        Whether a token sees only itself and earlier tokens of its window.
+    dropout_p
+        Probability with which a single attention weight is dropped. The caller passes 0 in evaluation.
+    softmax_scale
+        Factor on q · k; None means 1 / √head_dim.
+    return_lse
+        Also return log Σ exp(scores), float32 [tokens, heads] (float64 beside float64), differentiable.
+    impl
+        "fa4", "fa2", "torch", "fallback", "naive", or None: the best of those that are installed and can.
+
+    Returns
+    -------
+    Tensor or tuple of Tensor
+        out [tokens, heads, head_dim] in q's type; with `return_lse` also the log-sum-exp.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If shapes, types, devices or lengths are wrong, or if the chosen backend cannot compute them.
+
+    Examples
+    --------
+    >>> q, k, v = torch.randn(3, 5, 2, 8)
+    >>> windows = torch.tensor([0, 2, 5], dtype=torch.int32)
+    >>> attention(q, k, v, windows, 3, causal=True).shape
+    torch.Size([5, 2, 8])
+    """
+    q, k, v = _autocast(q, k, v)
+    check_shapes(q, {"k": k, "v": v}, cu_seqlens, max_seqlen)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if impl == "naive":
+        naive.check_dropout(dropout_p)
+        out, lse = naive.attention(q, k, v, cu_seqlens, causal=causal, softmax_scale=scale)
+        out, lse = out.to(q.dtype), lse.to(ops.lse_dtype(q))
+    else:
+        impl = choose(q, cu_seqlens.shape[0] - 1, dropout_p, impl)
+        out, lse, _ = ops.attention(q, k, v, cu_seqlens, max_seqlen, causal, dropout_p, scale, impl)
+    return (out, lse) if return_lse else out
+
+
+def shifted_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_self: Tensor,
+    v_self: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float | None = None,
+    *,
+    dropout_p: float = 0.0,
+    impl: str | None = None,
+) -> Tensor:
+    """Attend from each entry of a second stream to strictly earlier tokens of the first, and to itself.
+
+    Query i of a window sees (k_j, v_j) for j < i and (k_self_i, v_self_i): what a mask token that stood at
+    position i would see, for every i in one pass. The first query of a window sees only itself.
+
+    Parameters
+    ----------
+    q, k_self, v_self
+        [tokens, heads, head_dim], the second stream.
+    k, v
+        [tokens, heads, head_dim], the first stream.
+    cu_seqlens, max_seqlen, softmax_scale, dropout_p, impl
+        As in :func:`attention`.
+
+    Returns
+    -------
+    Tensor
+        [tokens, heads, head_dim] in q's type, with exact gradients for all five inputs.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in :func:`attention`.
+
+    Examples
+    --------
+    >>> q, k, v, k_self, v_self = torch.randn(5, 4, 2, 8)
+    >>> windows = torch.tensor([0, 1, 4], dtype=torch.int32)
+    >>> out = shifted_attention(q, k, v, k_self, v_self, windows, 3)
+    >>> bool(torch.allclose(out[0], v_self[0]))
+    True
+    """
+    q, k, v, k_self, v_self = _autocast(q, k, v, k_self, v_self)
+    check_shapes(q, {"k": k, "v": v, "k_self": k_self, "v_self": v_self}, cu_seqlens, max_seqlen)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if impl == "naive":
+        naive.check_dropout(dropout_p)
+        out, _ = naive.shifted_attention(q, k, v, k_self, v_self, cu_seqlens, softmax_scale=scale)
+        return out.to(q.dtype)
+    impl = choose(q, cu_seqlens.shape[0] - 1, dropout_p, impl)
+    return shifted.shifted_attention(q, k, v, k_self, v_self, cu_seqlens, max_seqlen, dropout_p, scale, impl)[
+        0
+    ]
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to autocast's type where it is on; float64 stays, as in PyTorch's own rule."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

@@ -1,0 +1,104 @@
+"""flash-attn 2 (tested signature: 2.8.3), varlen, by keywords only. The one GPU backend with dropout.
+
+Its lower-level pair is used because the public function hides the random state and because the second
+stream's backward pass must hand in a merged output and log-sum-exp. lse is [heads, tokens] there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from .checks import LOW_PRECISION, Limits
+
+LIMITS = Limits(
+    name="fa2",
+    devices=("cuda",),
+    dtypes=LOW_PRECISION,
+    head_dim_max=256,
+    head_dim_multiple=8,
+    capability=(8, 0),
+    dropout=True,
+    index_limit=2**31,
+)
+
+
+def installed() -> bool:
+    """Whether flash-attn 2's compiled module can be found (flash-attn 4 shares its package name)."""
+    return importlib.util.find_spec("flash_attn_2_cuda") is not None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    dropout_p: float,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out [tokens, heads, head_dim], lse [tokens, heads] and the random state."""
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+    out, lse, _, rng_state = _flash_attn_varlen_forward(
+        q=q,
+        k=k,
+        v=v,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+    )
+    state = rng_state.view(torch.int64) if dropout_p > 0.0 else q.new_empty(0, dtype=torch.int64)
+    return out, lse.t(), state
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    dropout_p: float,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v, each [tokens, heads, head_dim]."""
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    _flash_attn_varlen_backward(
+        dout=dout,
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        softmax_lse=lse.t().contiguous(),
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size_left=-1,
+        window_size_right=-1,
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        rng_state=state if dropout_p > 0.0 else None,
+    )
+    return dq, dk, dv

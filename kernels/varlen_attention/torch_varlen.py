@@ -1,0 +1,94 @@
+"""PyTorch's own variable-length attention (torch.nn.attention.varlen), CUDA only, without dropout.
+
+Causal is a window of (-1, 0). The documentation gives lse as [tokens, heads]; the operator returns
+[heads, tokens]. The backward pass is the operator behind the public function's gradient, because the second
+stream must hand in a merged output and log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from .checks import LOW_PRECISION, Limits
+
+LIMITS = Limits(
+    name="torch",
+    devices=("cuda",),
+    dtypes=LOW_PRECISION,
+    head_dim_max=256,
+    head_dim_multiple=8,
+    capability=(8, 0),
+    index_limit=2**31,
+)
+
+
+def installed() -> bool:
+    """Whether this PyTorch has it."""
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    dropout_p: float,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out [tokens, heads, head_dim], lse [tokens, heads] and an empty random state."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    out, lse = varlen_attn(
+        query=q,
+        key=k,
+        value=v,
+        cu_seq_q=cu_seqlens,
+        cu_seq_k=cu_seqlens,
+        max_q=max_seqlen,
+        max_k=max_seqlen,
+        return_aux=AuxRequest(lse=True),
+        scale=softmax_scale,
+        window_size=(-1, 0) if causal else (-1, -1),
+    )
+    return out, lse.t(), q.new_empty(0, dtype=torch.int64)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    dropout_p: float,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v, each [tokens, heads, head_dim]."""
+    import torch.nn.attention.varlen
+
+    dq, dk, dv = torch.ops.torch_attn._varlen_attn_backward(
+        grad_out=dout,
+        query=q,
+        key=k,
+        value=v,
+        out=out,
+        lse=lse.t().contiguous(),
+        cu_seq_q=cu_seqlens,
+        cu_seq_k=cu_seqlens,
+        max_q=max_seqlen,
+        max_k=max_seqlen,
+        is_causal=causal,
+        rng_state=torch.zeros(2, dtype=torch.uint64, device=q.device),
+        scale=softmax_scale,
+        window_size=[-1, 0] if causal else [-1, -1],
+    )
+    return dq, dk, dv

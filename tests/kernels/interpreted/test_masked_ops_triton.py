@@ -1,0 +1,162 @@
+"""The Triton faces of the masked ops against the float64 specification, tiny shapes, inside guard zones."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from brainflow.kernels import MaskSpec, linear_masked_loss, mask_tokens, masked_loss
+from brainflow.kernels.random import MASK, randint, randint4x
+from brainflow.kernels.testing import error_ratio, guarded, nan_memory
+
+CU_SEQLENS = torch.tensor([0, 3, 4, 4, 9], dtype=torch.int32)
+LENGTHS = torch.tensor([3, 1, 0, 5], dtype=torch.int32)
+BIG = 2**40 + 3
+SCHEMES = {
+    "time_points": MaskSpec.time_points(0.4, seed=BIG, offset=2**31 + 5),
+    "spans": MaskSpec.spans(0.4, 3, seed=2**64 - 1, offset=1),
+    "position": MaskSpec.position(seed=BIG, offset=3),
+    "networks": MaskSpec.networks(0.3, seed=2**63 + 11, offset=9),
+    "tubes": MaskSpec.tubes(0.3, 4, seed=5, offset=2),
+    "entries": MaskSpec.entries(0.3, seed=BIG, offset=4),
+    "all": MaskSpec.all_valid(),
+    "nothing": MaskSpec.time_points(0.0, seed=1),
+    "everything": MaskSpec.networks(1.0, seed=1),
+}
+CASES = [
+    ("time_points", "l1", torch.float32, 70, True),
+    ("spans", "huber", torch.float32, 64, False),
+    ("position", "mse", torch.float32, 1023, True),
+    ("networks", "l1", torch.bfloat16, 1025, True),
+    ("tubes", "mse", torch.float16, 200, False),
+    ("entries", "huber", torch.float32, 1024, True),
+    ("all", "l1", torch.float32, 1, False),
+    ("nothing", "mse", torch.float32, 64, True),
+    ("everything", "huber", torch.bfloat16, 64, True),
+    ("networks", "mse", torch.float32, 400, False),
+]
+ULP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def batch(networks, dtype, packed, *, width=None):
+    shape = (9, width or networks) if packed else (4, 5, width or networks)
+    return torch.randn(shape).to(dtype)
+
+
+def bounds(packed):
+    return {"cu_seqlens": CU_SEQLENS} if packed else {"lengths": LENGTHS}
+
+
+@pytest.mark.parametrize(("scheme", "loss", "dtype", "networks", "packed"), CASES)
+def test_masked_loss_matches_the_specification(scheme, loss, dtype, networks, packed):
+    mask = SCHEMES[scheme]
+    pred, check_pred = guarded(batch(networks, dtype, packed).requires_grad_())
+    target, check_target = guarded(batch(networks, dtype, packed))
+    results = []
+    for impl in ("naive", "triton"):
+        with nan_memory():
+            value = masked_loss(pred, target, mask, loss=loss, impl=impl, **bounds(packed))
+            (grad,) = torch.autograd.grad(value * 3, pred)
+        results.append((value.detach(), grad))
+    (expected, expected_grad), (value, grad) = results
+    assert error_ratio(value, expected) <= 1e-5
+    assert error_ratio(grad, expected_grad) <= ULP[dtype]
+    assert torch.equal(grad != 0, expected_grad != 0)
+    check_pred()
+    check_target()
+
+
+TOKEN_CASES = [
+    ("time_points", torch.float32, 70, True, False),
+    ("position", torch.bfloat16, 1023, True, False),
+    ("networks", torch.float32, 70, True, True),
+    ("tubes", torch.float16, 200, False, False),
+    ("spans", torch.float32, 300, False, True),
+    ("nothing", torch.float32, 64, True, False),
+    ("everything", torch.float32, 1, False, True),
+]
+
+
+@pytest.mark.parametrize(("scheme", "dtype", "networks", "packed", "by_position"), TOKEN_CASES)
+def test_mask_tokens_matches_the_specification(scheme, dtype, networks, packed, by_position):
+    x, check_x = guarded(batch(networks, dtype, packed).requires_grad_())
+    token, check_token = guarded(torch.randn((20, 1) if by_position else (networks,)).requires_grad_())
+    upstream = torch.randn(x.shape).to(dtype)
+    results = []
+    for impl in ("naive", "triton"):
+        with nan_memory():
+            out = mask_tokens(x, SCHEMES[scheme], token, impl=impl, **bounds(packed))
+            results.append((out.detach(), *torch.autograd.grad(out, (x, token), upstream)))
+    for expected, actual in zip(*results, strict=True):
+        assert error_ratio(actual, expected) <= ULP[dtype]
+    check_x()
+    check_token()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "loss", "dtype", "networks", "packed"),
+    [CASES[0], CASES[2], CASES[7], CASES[8], ("networks", "l1", torch.bfloat16, 70, True),
+     ("entries", "huber", torch.float16, 64, False)],
+)  # fmt: skip
+def test_linear_masked_loss_matches_the_specification(scheme, loss, dtype, networks, packed):
+    hidden = batch(networks, dtype, packed, width=24).requires_grad_()
+    target, check_target = guarded(batch(networks, dtype, packed))
+    weight, bias = torch.randn(networks, 24).to(dtype), torch.randn(networks).to(dtype)
+    weight.requires_grad_()
+    bias.requires_grad_()
+    results = []
+    for impl in ("naive", "triton"):
+        with nan_memory():
+            value = linear_masked_loss(
+                hidden, weight, bias, target, SCHEMES[scheme], loss=loss, impl=impl, **bounds(packed)
+            )
+            results.append((value.detach(), *torch.autograd.grad(value * 3, (hidden, weight, bias))))
+    bound = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    for expected, actual in zip(*results, strict=True):
+        assert error_ratio(actual, expected) <= bound
+    check_target()
+
+
+def test_weighted_rows_match_the_specification():
+    mask = MaskSpec.time_points(0.6, seed=BIG)
+    rows = mask.rows(CU_SEQLENS)
+    weights = torch.rand(rows.numel())
+    weights[0] = 0.0
+    hidden, target = torch.randn(9, 24, requires_grad=True), torch.randn(9, 70)
+    weight = torch.randn(70, 24, requires_grad=True)
+    results = []
+    for impl in ("naive", "triton"):
+        value = linear_masked_loss(
+            hidden, weight, None, target, None, rows=rows, row_weights=weights, impl=impl
+        )
+        results.append((value.detach(), *torch.autograd.grad(value, (hidden, weight))))
+    for expected, actual in zip(*results, strict=True):
+        assert error_ratio(actual, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES)[:6])
+def test_masks_are_equal_bit_for_bit(scheme):
+    """The masked input shows the mask that the kernels draw."""
+    mask, networks = SCHEMES[scheme], 1100 if scheme == "networks" else 300
+    x, token = torch.zeros(9, networks), torch.ones(networks)
+    marked = mask_tokens(x, mask, token, cu_seqlens=CU_SEQLENS, impl="triton")
+    assert torch.equal(marked.bool(), mask.dense(CU_SEQLENS, networks))
+
+
+@triton.jit
+def four(out, seed, first, N: tl.constexpr):
+    i = tl.arange(0, N)
+    words = tl.randint4x(seed, first + i)
+    for k in tl.static_range(4):
+        tl.store(out + k * N + i, words[k].to(tl.int64))
+    tl.store(out + 4 * N + i, tl.randint(seed, first + i).to(tl.int64))
+
+
+def test_philox_equals_triton():
+    for seed in (77, 2**40 + 9, -5):
+        for first in (2**31 - 3, 2**33 + 1):
+            out = torch.empty(5, 16, dtype=torch.int64)
+            four[(1,)](out, seed, first, N=16)
+            offset = first + torch.arange(16)
+            expected = torch.stack([*randint4x(seed, offset), randint(seed, offset)])
+            assert torch.equal(out & MASK, expected)

@@ -1,0 +1,209 @@
+"""The masked ops inside PyTorch: opcheck, gradcheck, compile, autocast, DDP, launches, memory."""
+
+import os
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from brainflow.kernels import MaskSpec, linear_masked_loss, mask_tokens, masked_loss
+from brainflow.kernels.linear_masked_loss import cpu as linear_cpu
+from brainflow.kernels.mask_tokens import cpu as tokens_cpu
+from brainflow.kernels.masked_loss import cpu as loss_cpu
+
+CU_SEQLENS = torch.tensor([0, 5, 6, 17], dtype=torch.int32)
+NETWORKS = MaskSpec.networks(0.4, seed=2**60 + 1)
+TIME_POINTS = MaskSpec.time_points(0.4, seed=2**60 + 1)
+
+
+def leaves(*shapes, dtype=torch.float32):
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def test_opcheck():
+    pred, target, token = *leaves((17, 33)), torch.randn(17, 33), *leaves(33)
+    hidden, weight, bias = leaves((17, 8), (33, 8), 33)
+    code, rows = NETWORKS.code(), torch.arange(5)
+    calls = [
+        (loss_cpu.masked_loss, (pred, target, CU_SEQLENS, 0, code, 0, True)),
+        (tokens_cpu.mask_tokens, (pred, token, CU_SEQLENS, 0, code)),
+        (tokens_cpu.mask_tokens_backward, (target, CU_SEQLENS, 0, code, 0, True, True)),
+        (linear_cpu.linear_masked_loss,
+         (hidden, weight, bias, target, rows, None, CU_SEQLENS, 0, [0, 0, 1, 0, 0], 2, True)),
+        (linear_cpu.linear_masked_loss,
+         (hidden, weight, None, target, None, None, CU_SEQLENS, 0, code, 1, True)),
+    ]  # fmt: skip
+    for op, arguments in calls:
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("mask", [TIME_POINTS, NETWORKS], ids=["rows", "columns"])
+@pytest.mark.parametrize("loss", ["mse", "huber", "l1"])
+def test_gradcheck(mask, loss):
+    pred, hidden, weight, bias, token = leaves((17, 6), (17, 3), (6, 3), 6, 6, dtype=torch.float64)
+    target = torch.randn(17, 6, dtype=torch.float64) * 3
+    keywords = {"loss": loss, "cu_seqlens": CU_SEQLENS}
+    assert torch.autograd.gradcheck(lambda p: 3 * masked_loss(p, target, mask, **keywords), pred)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: 3 * linear_masked_loss(*inputs, target, mask, **keywords), (hidden, weight, bias)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, t: mask_tokens(x, mask, t, cu_seqlens=CU_SEQLENS), (pred, token)
+    )
+
+
+def test_compile_equals_eager_without_compiling_every_step():
+    hidden, weight, bias, token = leaves((17, 8), (33, 8), 33, 33)
+    x, counter = torch.randn(17, 33), Counter()
+
+    def step(mask, rows):
+        masked = mask_tokens(x, mask, token, cu_seqlens=CU_SEQLENS)
+        loss = linear_masked_loss(hidden, weight, bias, x, mask, rows=rows)
+        return loss + masked_loss(masked * token, x, mask, cu_seqlens=CU_SEQLENS)
+
+    def count(graph, inputs):
+        counter["graphs"] += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    counted = torch.compile(step, fullgraph=True, backend=count, dynamic=True)
+    for offset in range(5):
+        mask = MaskSpec.time_points(0.4, seed=2**50, offset=offset)
+        rows = mask.rows(CU_SEQLENS)
+        expected, value = step(mask, rows), compiled(mask, rows)
+        torch.testing.assert_close(value, expected)
+        inputs = (hidden, weight, bias, token)
+        pairs = zip(torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs), strict=True)
+        for actual, wanted in pairs:
+            torch.testing.assert_close(actual, wanted)
+        counted(mask, rows)
+    assert counter["graphs"] <= 3
+
+
+def test_autocast_projects_in_its_dtype():
+    hidden, weight, bias = leaves((17, 8), (33, 8), 33)
+    target = torch.randn(17, 33)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = linear_masked_loss(hidden, weight, bias, target, TIME_POINTS)
+    low = [t.detach().bfloat16() for t in (hidden, weight, bias)]
+    assert torch.equal(value, linear_masked_loss(*low, target, TIME_POINTS))
+    grads = torch.autograd.grad(value, (hidden, weight, bias))
+    assert all(g.dtype == torch.float32 for g in grads)
+
+
+def test_no_gradient_work_without_grad():
+    hidden, weight, bias = leaves((17, 8), (33, 8), 33)
+    with torch.no_grad():
+        linear_masked_loss(hidden, weight, bias, torch.randn(17, 33), TIME_POINTS)
+        outputs = linear_cpu.linear_masked_loss(
+            hidden,
+            weight,
+            bias,
+            torch.randn(17, 33),
+            torch.arange(3),
+            None,
+            CU_SEQLENS,
+            0,
+            [0, 0, 1, 0, 0],
+            0,
+            False,
+        )
+    assert [o.numel() for o in outputs[2:]] == [0, 0, 0]
+
+
+class _Head(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token = torch.nn.Parameter(torch.ones(33))
+        self.inner, self.head = torch.nn.Linear(33, 8), torch.nn.Linear(8, 33)
+
+    def forward(self, x, mask):
+        hidden = self.inner(mask_tokens(x, mask, self.token))
+        return linear_masked_loss(hidden, self.head.weight, self.head.bias, x, mask)
+
+
+def test_ddp_equals_plain(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        module = _Head()
+        x = torch.randn(17, 33)
+        module(x, TIME_POINTS).backward()
+        expected = [p.grad.clone() for p in module.parameters()]
+        module.zero_grad()
+        torch.nn.parallel.DistributedDataParallel(module)(x, TIME_POINTS).backward()
+        for p, grad in zip(module.parameters(), expected, strict=True):
+            assert torch.equal(p.grad, grad)
+    finally:
+        dist.destroy_process_group()
+
+
+def _nodes(function, *arguments):
+    graph = make_fx(function)(*arguments).graph
+    return [n for n in graph.nodes if n.op == "call_function"]
+
+
+def _loss_and_gradient(face, code, pred, target, bounds, one):
+    face.forward_impl(pred, target, bounds, 0, code, 0)
+    return face.backward_impl(one, one, pred, target, bounds, 0, code, 0)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiled kernels")
+def test_launches_syncs_and_allocations():
+    """Kernels are counted as nodes of a traced graph of fake tensors: no GPU takes part."""
+    from brainflow.kernels.linear_masked_loss import triton as linear
+    from brainflow.kernels.mask_tokens import triton as tokens
+    from brainflow.kernels.masked_loss import triton as loss
+
+    size = (3200, 1024)
+    for mask in (NETWORKS, TIME_POINTS):
+        code = mask.code()
+        with FakeTensorMode():
+            data, token, one = torch.empty(size), torch.empty(1024), torch.empty(())
+            bounds, rows = torch.empty(65, dtype=torch.int32), torch.empty(640, dtype=torch.int64)
+            hidden, weight = torch.empty(3200, 768), torch.empty(1024, 768)
+            graphs = {
+                "mask": _nodes(partial(tokens.forward_impl, period=0, mask=code), data, token, bounds),
+                "loss": _nodes(
+                    partial(_loss_and_gradient, loss, code), data, data, bounds, one,
+                ),
+                "linear": _nodes(
+                    lambda h, w, b, t, r, c: linear.forward_impl(
+                        h, w, b, t, r, None, c, 0, [0, 0, 1, 0, 0], 0, True
+                    ),
+                    hidden, weight, token, data, rows, bounds,
+                ),
+            }  # fmt: skip
+        kernels = Counter()
+        for name, nodes in graphs.items():
+            targets = [str(n.target) for n in nodes]
+            kernels[name] = sum("triton_kernel_wrapper" in t for t in targets)
+            assert not any("_local_scalar_dense" in t or "nonzero" in t or "_to_copy" in t for t in targets)
+            full = [n for n in nodes if "empty" in str(n.target) and tuple(n.meta["val"].shape) == size]
+            assert len(full) == {"mask": 1, "loss": 1, "linear": 0}[name]
+        assert kernels["mask"] + kernels["loss"] <= 4
+        assert kernels["linear"] <= 2
+
+
+@pytest.mark.parametrize("mask", [TIME_POINTS, NETWORKS, MaskSpec.position(seed=1)], ids=lambda m: m.kind)
+def test_extra_memory_is_the_gradient(mask):
+    pred, target = torch.randn(3200, 1024, requires_grad=True), torch.randn(3200, 1024)
+    cu_seqlens = torch.arange(0, 3201, 50, dtype=torch.int32)
+    masked_loss(pred, target, mask, cu_seqlens=cu_seqlens)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        value = masked_loss(pred, target, mask, cu_seqlens=cu_seqlens)
+        grads = torch.autograd.grad(value, pred)
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert grads[0].nbytes <= peak <= 1.1 * grads[0].nbytes
