@@ -10,9 +10,19 @@ from __future__ import annotations
 
 import torch
 
-from ..blocks import BLOCK, column_blocks, column_count, host_bounds, keep, keep_bits, rows_of, sum_and_slope
+from ..blocks import (
+    BLOCK,
+    column_blocks,
+    column_count,
+    host_bounds,
+    keep,
+    keep_bits,
+    lazy_zeros,
+    rows_of,
+    sum_and_slope,
+)
 from ..dispatch import accumulator
-from ..masks import COLUMNS
+from ..masks import COLUMNS, POSITION
 
 
 @torch.library.custom_op("brainflow::masked_loss_cpu", mutates_args=(), device_types="cpu")
@@ -28,7 +38,7 @@ def masked_loss(
     """Return the mean loss (0 if nothing is masked) and the gradient of pred (empty if not wanted)."""
     acc = accumulator(pred.dtype)
     host = host_bounds(bounds, pred.shape[0], period)
-    grad = torch.empty_like(pred) if gradient else pred.new_empty(0)
+    grad = _gradient_memory(pred, mask) if gradient else pred.new_empty(0)
     if pred.numel() == 0:
         return torch.zeros((), dtype=acc), grad
     mean = _run(pred, target, host, period, mask, loss, grad, 1.0)
@@ -46,11 +56,18 @@ def masked_loss_backward(
     loss: int,
 ) -> torch.Tensor:
     """Return the gradient of pred times `upstream`, rounded once."""
-    grad = torch.empty_like(pred)
+    grad = _gradient_memory(pred, mask)
     if pred.numel():
         host = host_bounds(bounds, pred.shape[0], period)
         _run(pred, target, host, period, mask, loss, grad, upstream.item())
     return grad
+
+
+def _gradient_memory(pred: torch.Tensor, mask: list[int]) -> torch.Tensor:
+    """Return memory for the gradient: zeros for a mask of rows, which writes the masked ones only."""
+    if mask[0] == COLUMNS:
+        return torch.empty_like(pred)
+    return lazy_zeros(pred) if mask[0] == POSITION else torch.zeros_like(pred)
 
 
 def _run(
@@ -77,7 +94,7 @@ def _rows(
     grad: torch.Tensor,
     factor: float,
 ) -> float:
-    """Loss and gradient of masked rows; the gradient's other rows are zeroed block by block."""
+    """Loss and gradient of masked rows; the gradient's other rows are zero already."""
     networks, acc = pred.shape[1], accumulator(pred.dtype)
     count = index.numel() * networks
     scale = torch.tensor(factor / max(1, count), dtype=acc)
@@ -85,9 +102,8 @@ def _rows(
     shape = (min(step, index.numel()), networks)
     taken, wanted = pred.new_empty(shape), target.new_empty(shape)
     slope = torch.empty(shape, dtype=acc)
-    ends = [*(index[step - 1 : -1 : step] + 1).tolist(), len(pred)]
-    total, done = 0.0, 0
-    for rows, end in zip(index.split(step), ends, strict=True):
+    total = 0.0
+    for rows in index.split(step):
         if len(rows) < len(taken):
             taken, wanted, slope = taken[: len(rows)], wanted[: len(rows)], slope[: len(rows)]
         torch.index_select(pred, 0, rows, out=taken)
@@ -95,9 +111,7 @@ def _rows(
         d = taken.to(acc).sub_(wanted)
         total += float(sum_and_slope(d, slope, loss))
         if grad.numel():
-            grad[done:end].zero_()
             grad.index_copy_(0, rows, slope.mul_(scale).to(grad.dtype))
-            done = end
     return total / max(1, count)
 
 
