@@ -93,6 +93,7 @@ class Gatherer:
     def __init__(self, store: WindowStore, sampler: Sampler, *, buffers: int, pinned: bool) -> None:
         self.store, self.sampler = store, sampler
         self._advise: Any = getattr(store, "advise", None)
+        self._views: Any = getattr(store, "views", None)
         self._advised = -1
         self.buffers = [
             _buffer(sampler.max_tokens, store.networks, batch_dtype(store), pinned) for _ in range(buffers)
@@ -112,6 +113,12 @@ class Gatherer:
         self._hint(step)
         self.store.windows(windows.starts, windows.lengths, out=self._arrays[place][:tokens])
         return windows, self.buffers[place][:tokens]
+
+    def view(self, step: int) -> tuple[Windows, list[np.ndarray]]:
+        """Return the windows of `step` and their BOLD where it lies in the mapped store."""
+        windows = self.sampler.batch(step)
+        self._hint(step)
+        return windows, self._views(windows.starts, windows.lengths)
 
     def seek(self) -> None:
         """Forget which batches have been announced to the store."""
