@@ -1,0 +1,26 @@
+"""From fMRIPrep's derivatives to a store: find runs, clean their parcel time series, gather them.
+
+`brainflow prepare` is the command; `extract` and `store_from_masker` do single images in Python.
+"""
+
+from .atlas import AtlasSpec, find_atlas
+from .events import EventSettings
+from .export import export
+from .index import Query, RunFiles, find_runs
+from .masker import extract, store_from_masker
+from .settings import CleanSettings, Rules, Settings
+
+__all__ = [
+    "AtlasSpec",
+    "CleanSettings",
+    "EventSettings",
+    "Query",
+    "Rules",
+    "RunFiles",
+    "Settings",
+    "export",
+    "extract",
+    "find_atlas",
+    "find_runs",
+    "store_from_masker",
+]

@@ -1,0 +1,135 @@
+"""Confounds of a run, by nilearn's `load_confounds`, and the checks that it does not do."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import Unusable
+from .extra import need
+from .settings import Strategy
+
+_PUBLISHED = {
+    "strategy": ("motion", "wm_csf", "global_signal"),
+    "motion": "basic",
+    "wm_csf": "basic",
+    "global_signal": "basic",
+}
+_PRESETS = {"simple": "simple", "scrubbing": "scrubbing", "compcor": "compcor", "aroma": "ica_aroma"}
+AROMA_IMAGE = "smoothAROMAnonaggr"
+"""`desc-` of the images that the strategy "aroma" goes with: ICA-AROMA has cleaned and smoothed them."""
+FRAMEWISE_DISPLACEMENT = "framewise_displacement"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confounds:
+    """What is regressed out of a run, and what is known about its motion.
+
+    Parameters
+    ----------
+    values : float64 [time, confounds], or None for nothing
+    names : their names
+    censor : bool [time], True where nilearn's sample mask leaves the volume out
+    displacement : float64 [time], framewise displacement in mm, NaN for the first volume; None where unknown
+    steady_from : number of leading volumes that fMRIPrep marked as non-steady
+    """
+
+    values: np.ndarray | None
+    names: tuple[str, ...]
+    censor: np.ndarray
+    displacement: np.ndarray | None
+    steady_from: int
+
+    @property
+    def has_cosines(self) -> bool:
+        """Whether cosine drift terms are among them, which are a high-pass filter."""
+        return any(name.startswith("cosine") for name in self.names)
+
+
+def load(images: tuple[Path, ...], table: Path | None, strategy: Strategy, volumes: int) -> Confounds:
+    """Read the confounds of a run.
+
+    Parameters
+    ----------
+    images : the image, or the two hemispheres of GIFTI
+    table : its `desc-confounds` table
+    volumes : time points of the image
+
+    Raises
+    ------
+    Unusable : if the table is missing or damaged, lacks columns of the strategy, does not have one row a
+        volume, or has NaN below the first row of a column that is needed
+    """
+    if table is None:
+        if strategy == "none":
+            return Confounds(
+                values=None, names=(), censor=np.zeros(volumes, bool), displacement=None, steady_from=0
+            )
+        raise Unusable("no confounds table (desc-confounds_timeseries.tsv) lies beside the image")
+    raw = _read_table(table)
+    if len(raw) != volumes:
+        raise Unusable(f"{table.name}: has {len(raw)} rows for {volumes} volumes")
+    displacement = raw[FRAMEWISE_DISPLACEMENT].to_numpy(float) if FRAMEWISE_DISPLACEMENT in raw else None
+    columns = [name for name in raw.columns if re.fullmatch(r"non_steady_state_outlier\d+", name)]
+    marked = np.flatnonzero(raw[columns].to_numpy(float).any(axis=1)) if columns else np.zeros(0, np.int64)
+    steady_from = int(marked[-1]) + 1 if len(marked) else 0
+    censor = np.zeros(volumes, bool)
+    if strategy == "none":
+        censor[marked] = True
+        return Confounds(
+            values=None, names=(), censor=censor, displacement=displacement, steady_from=steady_from
+        )
+    chosen, kept = _select(images, strategy)
+    _check_finite(raw, chosen, table)
+    if kept is not None:
+        censor[:] = True
+        censor[np.asarray(kept, np.int64)] = False
+    return Confounds(
+        values=chosen.to_numpy(float) if chosen.size else None,
+        names=tuple(map(str, chosen.columns)),
+        censor=censor,
+        displacement=displacement,
+        steady_from=steady_from,
+    )
+
+
+def _read_table(path: Path) -> Any:
+    pandas = need("pandas", "reading confounds")
+    try:
+        return pandas.read_csv(path, sep="\t", na_values=["n/a"])
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        raise Unusable(f"{path.name}: cannot be read as a table ({error})") from error
+
+
+def _select(images: tuple[Path, ...], strategy: Strategy) -> tuple[Any, np.ndarray | None]:
+    """Columns of the strategy as a DataFrame, and the volumes that it keeps."""
+    fmriprep = need("nilearn.interfaces.fmriprep", "choosing confounds")
+    files: Any = str(images[0]) if len(images) == 1 else [str(path) for path in images]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if strategy == "published":
+                chosen, kept = fmriprep.load_confounds(files, **_PUBLISHED)
+            else:
+                chosen, kept = fmriprep.load_confounds_strategy(files, denoise_strategy=_PRESETS[strategy])
+    except (ValueError, KeyError, OSError, IndexError) as error:
+        raise Unusable(f"confounds {strategy!r}: {' '.join(str(error).split())}") from error
+    if isinstance(chosen, list):
+        chosen, kept = chosen[0], kept[0]
+    return chosen, kept
+
+
+def _check_finite(raw: Any, chosen: Any, table: Path) -> None:
+    for name in chosen.columns:
+        column = raw[name].to_numpy(float) if name in raw else chosen[name].to_numpy(float)
+        bad = np.flatnonzero(~np.isfinite(column))
+        if len(bad) > 1 or (len(bad) == 1 and (bad[0] != 0 or len(column) == 1)):
+            raise Unusable(
+                f"{table.name}: column {name} is not a number in {len(bad)} of {len(column)} rows, "
+                f"first in row {bad[0]}"
+            )

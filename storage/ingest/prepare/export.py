@@ -1,0 +1,131 @@
+"""A store → files that other tools read: XCP-D's time series tables, or CIFTI parcel series."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ...files import replace_durably
+from ...layout import to_json
+from ...store import BoldStore
+from .atlas import BACKGROUND, AtlasSpec, read_labels
+from .extra import need
+
+Format = Literal["tsv", "ptseries"]
+_ENDINGS = {"tsv": "_timeseries.tsv", "ptseries": "_timeseries.ptseries.nii"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """One file that was written, and the run that it holds."""
+
+    key: str
+    path: Path
+
+
+def export(
+    store: BoldStore,
+    output: Path,
+    form: Format,
+    *,
+    participants: Collection[str] = (),
+    label: str = "",
+    space: str = "",
+    geometry: AtlasSpec | None = None,
+) -> Iterator[Exported]:
+    """Write `sub-…/func/…_atlas-…_stat-mean_timeseries.tsv` and its sidecar for each run.
+
+    Parameters
+    ----------
+    form : "tsv", one column a network with its name above, or "ptseries", CIFTI
+    participants : labels to export; all if empty
+    label : of the atlas; by default the store's parcellation
+    space : for the `space-` of the name; left out if empty
+    geometry : label image or dlabel of the atlas, which tells a ptseries where its parcels are; without it
+        they have names only
+
+    Raises
+    ------
+    ValueError : if nothing is to be exported, or the geometry has other networks than the store
+    """
+    label = re.sub(r"[^A-Za-z0-9]", "", label or store.attributes["parcellation"]) or "unknown"
+    names = list(store.attributes["network_names"] or (str(i) for i in range(1, store.networks + 1)))
+    axis = _parcels(names, geometry) if form == "ptseries" else None
+    subjects, sessions, keys, datasets = (
+        store.runs.subject.tolist(),
+        store.runs.session.tolist(),
+        store.runs.key.tolist(),
+        store.runs.dataset.tolist(),
+    )
+    chosen = [i for i, subject in enumerate(subjects) if not participants or subject in participants]
+    if not chosen:
+        raise ValueError(
+            f"participant_label: none of {', '.join(participants) or 'the runs'} is in the store"
+        )
+    for i in chosen:
+        folder = output / f"sub-{subjects[i]}"
+        folder = (folder / f"ses-{sessions[i]}" if sessions[i] else folder) / "func"
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = keys[i].removeprefix(f"ds-{datasets[i]}_") + (f"_space-{space}" if space else "")
+        path = folder / f"{stem}_atlas-{label}_stat-mean{_ENDINGS[form]}"
+        bold, t_r = np.asarray(store.run(i), np.float32), float(store.runs.t_r[i])
+        if axis is None:
+            _write_tsv(path, bold, names)
+        else:
+            _write_ptseries(path, bold, axis, t_r)
+        sidecar = {"RepetitionTime": t_r, "SkullStripped": True, "Atlas": label, "SamplingFrequency": 1 / t_r}
+        replace_durably(path.with_name(path.name.partition(".")[0] + ".json"), to_json(sidecar))
+        yield Exported(key=keys[i], path=path)
+
+
+def _write_tsv(path: Path, bold: np.ndarray, names: list[str]) -> None:
+    header = "\t".join(" ".join(name.split()) for name in names)
+    rows = ("\t".join(map(str, row)) for row in bold)  # the shortest text that reads back as the same float32
+    replace_durably(path, "\n".join([header, *rows, ""]).encode())
+
+
+def _write_ptseries(path: Path, bold: np.ndarray, axis: Any, t_r: float) -> None:
+    nibabel = need("nibabel", "writing CIFTI")
+    series = nibabel.cifti2.SeriesAxis(start=0, step=t_r, size=len(bold), unit="SECOND")
+    image = nibabel.Cifti2Image(bold, header=(series, axis), dtype=np.float32)
+    image.nifti_header.set_intent("NIFTI_INTENT_CONNECTIVITY_PARCELLATED_SERIES")
+    temporary = path.with_name(f".{path.name}")
+    nibabel.save(image, temporary)
+    temporary.replace(path)
+
+
+def _parcels(names: list[str], geometry: AtlasSpec | None) -> Any:
+    nibabel = need("nibabel", "writing CIFTI")
+    axes = nibabel.cifti2.cifti2_axes
+    if geometry is None:
+        empty = np.zeros((0, 3), np.int64)
+        return axes.ParcelsAxis(
+            names, [empty] * len(names), [{} for _ in names], np.eye(4), (1, 1, 1), nvertices={}
+        )
+    image = nibabel.load(geometry.paths[0])
+    if geometry.kind == "labels":
+        labels = read_labels(image)
+        values = [value for value in np.unique(labels) if value != BACKGROUND]
+        _check_count(values, names, geometry)
+        voxels = [np.argwhere(labels == value) for value in values]
+        return axes.ParcelsAxis(names, voxels, [{} for _ in names], image.affine, labels.shape, nvertices={})
+    if geometry.kind == "dlabel":
+        models = image.header.get_axis(1)
+        labels = np.rint(np.asarray(image.dataobj)[0]).astype(np.int64)
+        values = [value for value in np.unique(labels) if value != BACKGROUND]
+        _check_count(values, names, geometry)
+        parts = [(name, models[labels == value]) for name, value in zip(names, values, strict=True)]
+        return axes.ParcelsAxis.from_brain_models(parts)
+    raise ValueError(f"geometry: {geometry.label} holds {geometry.kind}, expected a label image or a dlabel")
+
+
+def _check_count(values: list[Any], names: list[str], geometry: AtlasSpec) -> None:
+    if len(values) != len(names):
+        raise ValueError(
+            f"geometry: {geometry.label} has {len(values)} labels, the store {len(names)} networks"
+        )

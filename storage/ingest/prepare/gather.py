@@ -1,0 +1,144 @@
+"""The group level: prepared runs → one store an atlas; their order does not change a byte."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...files import replace_durably
+from ...layout import to_json
+from ...parts import part_path, read_part
+from ...writer import StoreWriter
+from .atlas import AtlasSpec, coordinates
+from .networks import networks_of
+from .records import DONE, parts_of, read_records
+
+BIDS_VERSION = "1.10.0"
+
+
+def select_records(
+    work: Path,
+    *,
+    participants: Collection[str] = (),
+    tasks: Collection[str] = (),
+    sessions: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Records of the runs asked for, sorted by key.
+
+    Raises
+    ------
+    FileNotFoundError : if there are none at all
+    """
+    chosen = (("sub", participants), ("task", tasks), ("ses", sessions))
+    return [
+        record
+        for record in read_records(work)
+        if all(not wanted or record["entities"].get(name) in wanted for name, wanted in chosen)
+    ]
+
+
+def check_recipes(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The recipe that all prepared runs have in common.
+
+    Raises
+    ------
+    ValueError : if they were prepared with different settings, naming two runs and what differs; or if none
+        is there
+    """
+    done = [record for record in records if record["status"] == DONE]
+    if not done:
+        raise ValueError("no run was prepared, so there is nothing to gather; see the reasons in runs.tsv")
+    first = done[0]
+    for record in done[1:]:
+        if record["recipe"] != first["recipe"]:
+            differing = [
+                name for name in first["recipe"] if first["recipe"][name] != record["recipe"].get(name)
+            ]
+            raise ValueError(
+                f"{first['key']} and {record['key']} were prepared with different {', '.join(differing)}; "
+                "run the participant level again with one set of options (runs that fit are not repeated)"
+            )
+    return dict(first["recipe"])
+
+
+def store_path(output: Path, dataset: str, atlas: str) -> Path:
+    """Where the store of an atlas lies."""
+    return output / f"ds-{dataset}_atlas-{atlas}.zarr"
+
+
+def gather(
+    records: Sequence[dict[str, Any]], atlas: AtlasSpec, path: Path, *, work: Path, dtype: str = "float16"
+) -> int:
+    """Write the store of one atlas in one step, replacing an older one; returns the number of runs.
+
+    Raises
+    ------
+    ValueError : if runs were prepared with different settings or atlases, or a part is missing
+    """
+    recipe = check_recipes(records)
+    if recipe["atlases"].get(atlas.label) != atlas.digest:
+        raise ValueError(
+            f"atlas {atlas.label}: the runs were prepared with another file of this label; run the "
+            "participant level again, or give the file that it used"
+        )
+    done = [record for record in records if record["status"] == DONE]
+    names = networks_of(atlas)
+    with StoreWriter.create(
+        path,
+        networks=len(names),
+        dtype=dtype,
+        parcellation=atlas.label,
+        network_names=names,
+        network_coordinates=coordinates(atlas),
+        preprocessing={**recipe, "confound_columns": done[0]["confounds"]},
+        normalisation="z-scored per run and network" if recipe["clean"]["standardize"] else "",
+        provenance={"atlas_sha256": atlas.digest, "made_by": "brainflow prepare"},
+        overwrite=path.exists(),
+    ) as writer:
+        for record in done:
+            writer.append(**read_part(part_path(parts_of(work, atlas.label), record["key"])))
+    return len(done)
+
+
+def write_description(output: Path) -> None:
+    """Write `dataset_description.json`, which makes the output a BIDS derivative."""
+    description = {
+        "Name": "brainflow: parcel time series",
+        "BIDSVersion": BIDS_VERSION,
+        "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "brainflow", "CodeURL": "https://pypi.org/project/brainflow-fmri"}],
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    replace_durably(output / "dataset_description.json", to_json(description))
+
+
+def write_table(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write one line a run, also for those left out: status, reason, repetition time, motion, tSNR."""
+    columns = (
+        "key",
+        "status",
+        "reason",
+        "volumes",
+        "t_r",
+        "mean_fd",
+        "max_fd",
+        "censored",
+        "tsnr",
+        "segments",
+        "notes",
+    )
+    lines = ["\t".join(columns)]
+    for record in records:
+        cells = [record.get(name) for name in columns]
+        lines.append("\t".join(_cell(value) for value in cells))
+    replace_durably(path, ("\n".join(lines) + "\n").encode())
+
+
+def _cell(value: Any) -> str:
+    if value is None or value == []:
+        return "n/a"
+    if isinstance(value, list):
+        return "; ".join(map(str, value))
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return " ".join(text.split()) or "n/a"

@@ -1,0 +1,80 @@
+"""How runs are prepared. The defaults are those of the published models (Thomas, Ré & Poldrack 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from .events import EventSettings
+
+Kind = Literal["volume", "cifti", "gifti"]
+Strategy = Literal["published", "simple", "scrubbing", "compcor", "aroma", "none"]
+AUTO = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanSettings:
+    """What is done to each parcel's time series, in nilearn's order: detrend, filter, confounds, z-score.
+
+    Parameters
+    ----------
+    confounds : "published" is 6 motion parameters, white matter, CSF and global signal; "simple",
+        "scrubbing", "compcor" and "aroma" are the strategies of nilearn's `load_confounds_strategy`; "none"
+        removes nothing
+    detrend : remove the linear trend
+    high_pass, low_pass : cut-off of the Butterworth filter in Hz, None for none; no high-pass filter is
+        applied where the confounds hold cosine drift terms, which do the same
+    standardize : z-score each parcel and run (standard deviation with n - 1)
+    smoothing_fwhm : Gaussian smoothing of volumes before averaging, full width at half maximum in mm; None
+        for none
+    dummy_scans : volumes dropped at the start of each run; -1 drops the non-steady-state ones that fMRIPrep
+        marked
+    """
+
+    confounds: Strategy = "published"
+    detrend: bool = True
+    high_pass: float | None = 0.008
+    low_pass: float | None = None
+    standardize: bool = True
+    smoothing_fwhm: float | None = 3.0
+    dummy_scans: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dummy_scans < AUTO:
+            raise ValueError(
+                f"dummy_scans: got {self.dummy_scans}, expected a number of volumes, or -1 for automatic"
+            )
+        for name in ("high_pass", "low_pass", "smoothing_fwhm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: got {value}, expected a positive number or None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Which runs are left out.
+
+    Parameters
+    ----------
+    max_mean_fd : largest mean framewise displacement in mm; None for no limit
+    min_volumes : shortest run, after dummy scans
+    allow_sheared : keep runs whose image is sheared (rows of the affine not at right angles), which fMRIPrep
+        20.2.0 wrote by mistake
+    """
+
+    max_mean_fd: float | None = None
+    min_volumes: int = 50
+    allow_sheared: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that decides what a prepared run holds, apart from its files and atlases."""
+
+    clean: CleanSettings = field(default_factory=CleanSettings)
+    rules: Rules = field(default_factory=Rules)
+    events: EventSettings = field(default_factory=EventSettings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return asdict(self)

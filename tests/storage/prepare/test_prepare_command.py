@@ -1,0 +1,213 @@
+"""`brainflow prepare` as people and clusters run it: one command, killed workers, any order."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import tyro
+
+from brainflow.cli import prepare
+from brainflow.storage import BoldStore, verify
+from brainflow.storage.ingest.prepare import Query, Settings, find_atlas, find_runs
+from brainflow.storage.ingest.prepare.pool import prepare_runs
+from brainflow.storage.ingest.prepare.run import jobs_for, prepare_run
+
+fork = multiprocessing.get_context("fork")
+
+
+def command(module, *words):
+    """Run a verb with words of a command line, in this process."""
+    return module.run(tyro.cli(module.Args, args=[str(word) for word in words]))
+
+
+def content(store):
+    """Every byte of a store, by path."""
+    files = (path for path in sorted(store.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(store)): path.read_bytes() for path in files}
+
+
+def jobs(tree, work):
+    atlas = find_atlas(str(tree.root.parent / "atlas-grid_dseg.nii.gz"))
+    return jobs_for(
+        find_runs(tree.root, Query()), kind="volume", settings=Settings(), atlases=[atlas], work=work
+    )
+
+
+def words(tree, output, *levels):
+    return [tree.root, output, *levels, "--atlas", tree.root.parent / "atlas-grid_dseg.nii.gz"]
+
+
+def store_of(output):
+    return output / "ds-bids_atlas-grid.zarr"
+
+
+def test_one_command(dataset, tmp_path, capsys):
+    out = tmp_path / "out"
+    dataset.run("03", "objects", confounds=False)
+    bad = dataset.run("04", "objects", affine=dataset.affine + np.eye(4)[[1, 0, 2, 3]] * (np.arange(4) < 2))
+    assert bad.is_file()
+    assert (
+        command(
+            prepare,
+            *words(dataset, out, "participant", "group"),
+            "--atlas",
+            dataset.maps(),
+            "stripes=" + str(dataset.root.parent / "atlas-grid_dseg.nii.gz"),
+        )
+        == 1
+    )
+    printed = capsys.readouterr().out
+    assert "8 runs: 0 were ready, 6 prepared, 1 excluded, 1 failed" in printed
+    assert "failed    ds-bids_sub-03_task-objects" in printed
+    assert "no confounds table" in printed
+    for label, networks in (("soft", 5), ("stripes", 12)):
+        path = out / f"ds-bids_atlas-{label}.zarr"
+        assert verify(path).ok
+        store = BoldStore.open(path)
+        assert store.networks == networks
+        assert store.runs.key.tolist() == sorted(store.runs.key.tolist())
+        assert store.runs.t_r.tolist() == [2.5, 2.5, 2.0] * 2
+        assert store.runs.session.tolist() == ["a", "b", "b"] * 2
+        assert np.asarray(store.attributes["network_coordinates"]).shape == (networks, 3)
+    assert store.attributes["network_names"][0] == "stripe 1"
+    assert store.attributes["preprocessing"]["clean"]["smoothing_fwhm"] == 3.0
+    assert len(store.attributes["preprocessing"]["confound_columns"]) == 9
+    # 3 s of haemodynamic lag: the block at 0 s begins at volume 2 (of 2.5 s)
+    segments = store.segments
+    assert segments.columns["mental_state"].tolist() == ["face", "house", "cat"] * 4
+    assert (segments.onset[0], segments.length[0]) == (2, 9)
+    rows = (out / "runs.tsv").read_text().splitlines()
+    assert len(rows) == 9
+    assert json.loads((out / "dataset_description.json").read_text())["DatasetType"] == "derivative"
+    report = (out / "report.html").read_text()
+    assert "data:image/png;base64," in report
+    assert "http://" not in report.replace("http://www.w3.org", "")
+    for fact in (
+        "sub-03_task-objects",
+        "no confounds table",
+        "the image is sheared",
+        "temporal SNR",
+        "Carpet plot",
+    ):
+        assert fact in report, fact
+
+
+def test_resume_repeats_only_what_changed(dataset, tmp_path, capsys):
+    out = tmp_path / "out"
+    command(prepare, *words(dataset, out, "participant"), "--dry-run")
+    printed = capsys.readouterr().out
+    assert "6 of 6 runs to prepare" in printed
+    assert "GB" in printed
+    assert not out.exists()
+    assert command(prepare, *words(dataset, out, "participant"), "--participant-label", "sub-01") == 0
+    assert "3 runs: 0 were ready, 3 prepared" in capsys.readouterr().out
+    assert command(prepare, *words(dataset, out, "participant"), "--task_id", "task-objects") == 0
+    assert "4 runs: 2 were ready, 2 prepared" in capsys.readouterr().out
+    dataset.run("01", "rest", ses="b", index=7, t_r=2.0)
+    assert command(prepare, *words(dataset, out, "participant")) == 0
+    assert "6 runs: 4 were ready, 2 prepared" in capsys.readouterr().out
+    command(prepare, *words(dataset, out, "participant"), "--participant-label", "02", "--high-pass", "0.01")
+    with pytest.raises(ValueError, match="prepared with different clean"):
+        command(prepare, dataset.root, out, "group")
+    with pytest.raises(ValueError, match="no runs of 99"):
+        command(prepare, *words(dataset, out, "participant"), "--participant-label", "01", "99")
+
+
+@pytest.fixture(scope="module")
+def calm(kept, tmp_path_factory):
+    """Bytes of the store of an undisturbed run, and the seconds that one of its runs took."""
+    out = tmp_path_factory.mktemp("calm")
+    begin = time.perf_counter()
+    assert command(prepare, *words(kept, out, "participant")) == 0
+    seconds = (time.perf_counter() - begin) / 6
+    assert command(prepare, *words(kept, out, "group"), "--no-report") == 0
+    return content(store_of(out)), seconds
+
+
+def test_killed_at_random_instants_the_store_has_the_same_bytes(kept, calm, tmp_path):
+    expected, seconds = calm
+    out, rng, kills = tmp_path / "killed", np.random.default_rng(0), 0
+    todo = jobs(kept, (out / "work").absolute())
+    for _ in range(100):
+        left = [job for job in todo if not job.is_done()]
+        if not left:
+            break
+        worker = fork.Process(target=lambda left=left: [prepare_run(job) for job in left])
+        worker.start()
+        worker.join(rng.uniform(0.1, 2.5) * seconds)
+        if worker.is_alive():
+            os.kill(worker.pid, signal.SIGKILL)
+            kills += 1
+        worker.join()
+    assert kills >= 2
+    assert command(prepare, *words(kept, out, "participant", "group"), "--no-report") == 0
+    assert content(store_of(out)) == expected
+
+
+def test_participants_in_processes_of_their_own_in_any_order(kept, calm, tmp_path):
+    out = tmp_path / "apart"
+    for label in ("02", "01"):
+        options = (prepare, *words(kept, out, "participant"), "--participant-label", label)
+        worker = fork.Process(target=command, args=options)
+        worker.start()
+        worker.join()
+        assert worker.exitcode == 0
+    # the group level knows the atlas from the participant level
+    assert command(prepare, kept.root, out, "group", "--no-report") == 0
+    assert content(store_of(out)) == calm[0]
+
+
+def test_a_killed_worker_fails_its_run_and_the_others_go_on(kept, calm, tmp_path):
+    out = tmp_path / "out"
+    records, killed = [], False
+    for record in prepare_runs(jobs(kept, (out / "work").absolute()), 2):
+        records.append(record)
+        if not killed:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            killed = True
+    assert len(records) == 6
+    reasons = [record["reason"] for record in records if record["status"] == "failed"]
+    assert len(reasons) <= 1  # none, if it was killed while it started
+    assert all("killed by signal 9" in reason for reason in reasons)
+    assert command(prepare, *words(kept, out, "participant", "group"), "--no-report") == 0
+    assert content(store_of(out)) == calm[0]
+
+
+def test_slurm_script_runs_one_participant_a_task(dataset, tmp_path):
+    script, out = tmp_path / "prepare.sh", tmp_path / "out"
+    options = ("--smoothing-fwhm", "5", "--no-detrend", "--task-id", "objects", "--slurm", script)
+    assert command(prepare, *words(dataset, out, "participant"), *options) == 0
+    text = script.read_text()
+    assert "#SBATCH --array=0-1" in text
+    assert "--dependency=afterany:$job" in text
+    fake = tmp_path / "bin" / "brainflow"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/bash\nshift\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    for task, label in enumerate(("01", "02")):
+        environment = {"PATH": f"{fake.parent}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": str(task)}
+        done = subprocess.run([script], env=environment, capture_output=True, text=True, check=True)
+        args = tyro.cli(prepare.Args, args=done.stdout.splitlines())
+        assert args.participant_label == (label,)
+        assert (args.smoothing_fwhm, args.detrend, args.task_id) == (5.0, False, ("objects",))
+        assert args.analysis_level == ("participant",)
+        assert (args.bids_dir, args.output_dir) == (dataset.root, out)
+    assert not out.exists()
+
+
+def test_wrong_words_are_refused(dataset, tmp_path):
+    with pytest.raises(ValueError, match="nprocs: got 0"):
+        command(prepare, *words(dataset, tmp_path / "o", "participant"), "--nprocs", "0")
+    with pytest.raises(ValueError, match="atlas: none was given"):
+        command(prepare, dataset.root, tmp_path / "o", "participant")
+    with pytest.raises(ValueError, match="holds no volume runs in T1w"):
+        command(prepare, *words(dataset, tmp_path / "o", "participant"), "--space", "T1w")
+    with pytest.raises(FileNotFoundError, match="run the participant level first"):
+        command(prepare, dataset.root, tmp_path / "o", "group")
+    with pytest.raises(ValueError, match="high_pass: got -1"):
+        command(prepare, *words(dataset, tmp_path / "o", "participant"), "--high-pass", "-1")
