@@ -62,12 +62,16 @@ def run(args: Args) -> int:
     print(", ".join(f"{k} {v}" for k, v in env.items() if v is not None), file=sys.stderr)
     rows: list[Row] = []
     for suite in SUITES if args.suite == "all" else (args.suite,):
-        found = importlib.import_module(f".{suite}", __package__).run(args.quick, device)
+        found = _suite(suite).run(args.quick, device)
         _print(suite, found)
         rows += found
     if args.json is not None:
         args.json.write_text(json.dumps([row.to_dict(env) for row in rows], indent=1) + "\n")
     return _gate(rows, args.quick) if args.gate else 0
+
+
+def _suite(name: str) -> Any:
+    return importlib.import_module(f".{name}", __package__)
 
 
 def _print(suite: str, rows: list[Row]) -> None:

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "numpy", "zarr", "numcodecs", "nvidia-dali-cuda130", "transformers", "flash-attn")
+PACKAGES = (
+    *("torch", "triton", "numpy", "zarr", "numcodecs"),
+    *("nvidia-dali-cuda130", "transformers", "flash-attn"),
+)
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -263,3 +263,17 @@ def test_a_label_is_a_text_or_a_number_throughout(tmp_path):
             writer.append(noise(2)[0], subject="2", segments=segment("a"), **common)
         writer.append(noise(2)[0], subject="3", segments=segment(0.5), **common)
     assert BoldStore.open(tmp_path / "s").segments.columns["state name"].tolist() == [1.0, 0.5]
+
+
+def test_views_lie_on_the_disk_and_equal_windows(tmp_path, shared_store):
+    starts = shared_store.runs.start + 1
+    views = shared_store.views(starts, [3, 19, 6, 4])
+    assert np.array_equal(np.concatenate(views), shared_store.windows(starts, [3, 19, 6, 4]))
+    assert not any(view.flags.writeable or view.flags.owndata for view in views)
+    assert shared_store.views([], []) == []
+    with pytest.raises(ValueError, match="window 1 "):
+        shared_store.views(starts[:2], [3, 20])
+    for options in ({"dtype": "int8"}, {"compression": "zstd"}):
+        other = write(tmp_path / "s", noise(9), overwrite=True, **options)
+        with pytest.raises(ValueError, match=r"use windows\(\)"):
+            other.views([0], [3])

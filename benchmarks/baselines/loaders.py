@@ -1,0 +1,121 @@
+"""What users would otherwise read windows with: each a function that returns "read the next batch"."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import pickle  # noqa: TID251 - the baseline IS the released format: pickles in tars, written here by ourselves
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Batch = tuple[NDArray[np.int64], NDArray[np.int32]]
+"""First rows and lengths of a batch's windows."""
+Read = Callable[[], object]
+
+
+def installed(module: str) -> bool:
+    """Whether a package can be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
+
+
+def turns(batches: Sequence[Batch]) -> Callable[[], Batch]:
+    """Return a function that gives the batches in turn, again and again."""
+    state = iter(_cycle(batches))
+    return lambda: next(state)
+
+
+def _cycle(batches: Sequence[Batch]) -> Iterator[Batch]:
+    while True:
+        yield from batches
+
+
+def gather(rows: NDArray[Any], starts: NDArray[Any], lengths: NDArray[Any], out: NDArray[Any]) -> None:
+    """Copy windows of one array behind one another into `out`: the bare loop."""
+    position = 0
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        out[position : position + length] = rows[start : start + length]
+        position += length
+
+
+def memmap(path: Path, batches: Sequence[Batch], networks: int) -> Read:
+    """A NumPy memory map of one .npy file, gathered into a reused packed batch."""
+    rows = np.load(path, mmap_mode="r").view(np.ndarray)
+    out = np.empty((max(int(n.sum()) for _, n in batches), networks), rows.dtype)
+    following = turns(batches)
+    return lambda: gather(rows, *following(), out)
+
+
+def write_tars(folder: Path, runs: Sequence[NDArray[Any]]) -> list[str]:
+    """Write each run as the released data are: one tar with a float32 pickle and the TR."""
+    folder.mkdir()
+    urls = []
+    for i, bold in enumerate(runs):
+        key = f"ds-bench_sub-{i:04d}_task-rest"
+        urls.append(str(folder / f"{key}.tar"))
+        with tarfile.open(urls[-1], "w") as tar:
+            for suffix, value in (("bold", bold.astype(np.float32)), ("t_r", 2.0)):
+                data = pickle.dumps(value)
+                member = tarfile.TarInfo(f"{key}.{suffix}.pyd")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return urls
+
+
+def webdataset(urls: list[str], batch: int, seq_min: int, seq_max: int) -> Read:
+    """The way of 2022: one tar a run, random order; unpickle it, crop a window, pad that to `seq_max`."""
+    import webdataset as wds
+
+    rng = np.random.default_rng(0)
+
+    def crop(sample: dict[str, Any]) -> torch.Tensor:
+        bold = pickle.loads(sample["bold.pyd"])  # noqa: S301
+        pickle.loads(sample["t_r.pyd"])  # noqa: S301
+        length = int(rng.integers(seq_min, seq_max))
+        onset = int(rng.choice(np.arange(0, len(bold) - length, length)))
+        padded = np.zeros((seq_max, bold.shape[1]), np.float32)
+        padded[:length] = bold[onset : onset + length]
+        return torch.from_numpy(padded)
+
+    dataset = wds.WebDataset(urls, resampled=True, shardshuffle=False).map(crop)
+    loader = iter(torch.utils.data.DataLoader(dataset, batch_size=batch, num_workers=0))
+    return lambda: next(loader)
+
+
+def zarr_python(path: Path, batches: Sequence[Batch], *, pipeline: str | None = None) -> Read:
+    """Zarr's own way into the same store: one slice a window, its own or the `zarrs` codec pipeline."""
+    import zarr
+
+    following = turns(batches)
+    settings = {"codec_pipeline.path": pipeline} if pipeline else {}
+    with zarr.config.set(settings):
+        array: Any = zarr.open_array(str(path), path="bold", mode="r")
+
+    def read() -> object:
+        with zarr.config.set(settings):
+            return [array[s : s + n] for s, n in zip(*(c.tolist() for c in following()), strict=True)]
+
+    return read
+
+
+def tensorstore(path: Path, batches: Sequence[Batch]) -> Read:
+    """TensorStore on the same store: all reads of a batch in flight at once."""
+    import tensorstore as ts
+
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / "bold")}}
+    array = ts.open(spec, read=True, write=False).result()
+    following = turns(batches)
+
+    def read() -> object:
+        pending = [array[s : s + n].read() for s, n in zip(*(c.tolist() for c in following()), strict=True)]
+        return [p.result() for p in pending]
+
+    return read

@@ -1,0 +1,97 @@
+"""Autoencoder: encode a window into one vector, decode the window from it (arXiv 2206.11417).
+
+While training, a whole batch is decoded with or without teacher forcing, drawn from (`seed`, `batch.step`).
+In evaluation mode the decoder runs freely: what is measured is what the vector holds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from brainflow.config import ModelConfig
+from brainflow.frameworks.base import Pooling, StepOutput, at_least_float, pool
+from brainflow.kernels import MaskSpec, linear_masked_loss
+from brainflow.models.autoencoder import Decoder, Encoder, Steps, time_major
+from brainflow.models.embedding import BoldEmbedding
+from brainflow.models.packing import upload
+
+if TYPE_CHECKING:
+    from brainflow.data.batch import PackedBatch
+
+
+class Autoencoder(nn.Module):
+    """LSTM sequence-to-sequence autoencoder.
+
+    Parameters
+    ----------
+    config
+        Reads networks, width, layers, dropout, max_seconds, time_resolution, loss and teacher_forcing.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.embedding = BoldEmbedding(c.networks, c.width, c.dropout, c.max_seconds, c.time_resolution)
+        self.encoder = Encoder(c.width, c.layers, c.dropout)
+        self.decoder = Decoder(c.width, c.layers, c.dropout)
+        self.unembedding = nn.Linear(c.width, c.networks)
+
+    def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
+        """Return the loss over all values of all windows; `seed` decides about teacher forcing."""
+        forced = self.training and _uniform(seed, batch.step) < self.config.teacher_forcing
+        loss = linear_masked_loss(
+            self._decoded(batch, forced),
+            self.unembedding.weight,
+            self.unembedding.bias,
+            batch.bold,
+            MaskSpec.all_valid(),
+            loss=self.config.loss,
+            cu_seqlens=batch.cu_seqlens,
+        )
+        return StepOutput(loss=loss, metrics={"reconstruction": loss.detach()})
+
+    def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
+        """Return all values decoded freely, float32 [tokens, networks], and all rows, whatever the `seed`."""
+        values = self.unembedding(self._decoded(batch, forced=False))
+        return at_least_float(values), torch.arange(batch.tokens, device=values.device)
+
+    def features(self, batch: PackedBatch, pooling: Pooling = "cls") -> Tensor:
+        """Return one vector a window, [windows, width]: "cls" is the pooled vector that the decoder gets."""
+        embedded, steps, sent = self._embedded(batch)
+        states, pooled = self.encoder(embedded, steps)
+        if pooling == "cls":
+            return pooled.index_select(0, sent["ranks"])
+        return pool(states.index_select(0, sent["back"]), batch.lengths, pooling)
+
+    def _embedded(self, batch: PackedBatch) -> tuple[Tensor, Steps, dict[str, Tensor]]:
+        """Return embedded time points, time-major [tokens, width], their order, and its tensors."""
+        order = time_major(batch.lengths)
+        names = ("order", "back", "before", "after", "last", "ranks")
+        sent = upload(batch.bold.device, **{name: getattr(order, name) for name in names})
+        time = self.embedding.time_index(batch.times)
+        packed = self.embedding.finish(self.embedding(batch.bold), time)
+        steps = Steps(
+            before=sent["before"], after=sent["after"], last=sent["last"], batch_sizes=order.batch_sizes
+        )
+        return packed.index_select(0, sent["order"]), steps, sent
+
+    def _decoded(self, batch: PackedBatch, forced: bool) -> Tensor:
+        """Return decoded hidden states in packed order, [tokens, width]."""
+        embedded, steps, sent = self._embedded(batch)
+        _, pooled = self.encoder(embedded, steps)
+        if forced:
+            nothing = torch.zeros_like(pooled)
+            before = torch.cat((embedded, nothing)).index_select(0, sent["before"])
+            decoded = self.decoder(pooled, before, steps)
+        else:
+            decoded = self.decoder.run_free(pooled, steps)
+        return decoded.index_select(0, sent["back"])
+
+
+def _uniform(seed: int, step: int) -> float:
+    return float(np.random.default_rng((seed, step)).random())

@@ -1,0 +1,98 @@
+"""What a learning framework is: how a batch is masked, which model reads it, which loss it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from brainflow.config import ModelConfig
+from brainflow.kernels import MaskSpec
+from brainflow.models.packing import offsets, upload, window_of
+
+if TYPE_CHECKING:
+    from brainflow.data.batch import PackedBatch
+
+Pooling = Literal["last", "mean", "first", "cls"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """Result of a training step.
+
+    Attributes
+    ----------
+    loss
+        Scalar with gradient.
+    metrics
+        Name → detached scalar on the model's device; reading one is the caller's synchronisation.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Framework(Protocol):
+    """The interface of a framework; every one is an `nn.Module` too."""
+
+    config: ModelConfig
+
+    def __call__(self, batch: PackedBatch, *, seed: int) -> StepOutput:
+        """Return loss and metrics; masks are drawn from (`seed`, `batch.step`)."""
+        ...
+
+    def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
+        """Return predictions, float32 [masked rows, networks], and their rows of `batch.bold`, int64."""
+        ...
+
+    def features(self, batch: PackedBatch, pooling: Pooling = "last") -> Tensor:
+        """Return one vector a window, [windows, width], for decoding."""
+        ...
+
+
+def drawn_rows(mask: MaskSpec, lengths: np.ndarray) -> np.ndarray:
+    """Return the masked rows of packed windows, int64 [masked], drawn on the host."""
+    return mask.rows(torch.from_numpy(offsets(lengths).astype(np.int32))).numpy()
+
+
+def at_least_float(x: Tensor) -> Tensor:
+    """Return `x` in float32, or as it is if it is float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def pool(hidden: Tensor, lengths: np.ndarray, how: Pooling) -> Tensor:
+    """Return one vector a window from packed hidden states.
+
+    Parameters
+    ----------
+    hidden
+        [tokens, width].
+    lengths
+        Host int [windows], tokens of each window.
+    how
+        "first" or "last" token, or "mean" over the window's tokens.
+
+    Returns
+    -------
+    Tensor
+        [windows, width].
+    """
+    starts = offsets(lengths)
+    if how in ("first", "last"):
+        rows = starts[:-1] if how == "first" else starts[1:] - 1
+        return hidden.index_select(0, upload(hidden.device, rows=rows)["rows"])
+    if how == "mean":
+        sent = upload(
+            hidden.device,
+            window=window_of(lengths),
+            share=(1.0 / np.asarray(lengths))[window_of(lengths), None],
+        )
+        summed = hidden.new_zeros(len(lengths), hidden.shape[-1])
+        return summed.index_add(0, sent["window"], hidden * sent["share"].to(hidden.dtype))
+    raise ValueError(
+        f"pooling: got {how!r}, expected 'last', 'mean' or 'first' (or 'cls' where there is one)"
+    )

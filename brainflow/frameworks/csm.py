@@ -1,0 +1,183 @@
+"""Causal sequence modelling: predict a masked time point from the time points before it (arXiv 2206.11417).
+
+Three forms of one objective:
+
+``single``
+    As published: one position i of a window is drawn uniformly from [1, L), its values are replaced by
+    the mask token, everything after it is cut off, and the model predicts the values at i.
+``dense``
+    The same for every i ≥ 1 in one pass. Time points run causally as usual. A second stream holds one
+    mask token for each of them, with its position and time; its queries attend to the keys of the
+    time points before i and to their own. What a mask token at i sees is exactly what it would see in
+    ``single``, so the loss at i is the same number. Each i weighs 1 / (L - 1): the mean over windows of the
+    mean over positions, which is the expectation of ``single``'s loss.
+``next``
+    No mask token: the hidden state at i - 1 predicts the values at i.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from brainflow.config import ModelConfig
+from brainflow.frameworks.base import Pooling, StepOutput, at_least_float, drawn_rows, pool
+from brainflow.kernels import MaskSpec, linear_masked_loss
+from brainflow.models.embedding import BoldEmbedding
+from brainflow.models.packing import offsets, positions, upload, window_of
+from brainflow.models.transformer import Layout, Transformer
+
+if TYPE_CHECKING:
+    from brainflow.data.batch import PackedBatch
+
+
+class CSM(nn.Module):
+    """Causal sequence modelling with a GPT-2 transformer.
+
+    Parameters
+    ----------
+    config
+        Reads networks, width, layers, heads, feedforward, dropout, max_positions, max_seconds,
+        time_resolution, loss and masking.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.embedding = BoldEmbedding(c.networks, c.width, c.dropout, c.max_seconds, c.time_resolution)
+        self.mask_token = nn.Parameter(torch.randn(c.networks))
+        self.cls_token = nn.Parameter(torch.randn(c.networks))
+        self.transformer = Transformer(
+            "gpt",
+            width=c.width,
+            layers=c.layers,
+            heads=c.heads,
+            feedforward=c.feedforward,
+            dropout=c.dropout,
+            max_positions=c.max_positions,
+            recompute=c.recompute,
+        )
+        self.unembedding = nn.Linear(c.width, c.networks)
+
+    def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
+        """Return the loss of one batch.
+
+        Parameters
+        ----------
+        batch
+            Windows of at least 2 time points.
+        seed
+            Seed of the masks; (`seed`, `batch.step`) fixes them.
+        """
+        hidden, rows, weights = self._predicting(batch, seed)
+        weight, bias, kind = self.unembedding.weight, self.unembedding.bias, self.config.loss
+        if weights is None:
+            target = batch.bold.index_select(0, rows)
+            loss = linear_masked_loss(hidden, weight, bias, target, MaskSpec.all_valid(), loss=kind)
+        else:
+            loss = linear_masked_loss(
+                hidden, weight, bias, batch.bold, None, loss=kind, rows=rows, row_weights=weights
+            )
+        return StepOutput(loss=loss, metrics={"reconstruction": loss.detach()})
+
+    def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
+        """Return predicted values, float32 [masked rows, networks], and their rows of `batch.bold`."""
+        hidden, rows, weights = self._predicting(batch, seed)
+        chosen = hidden if weights is None else hidden.index_select(0, rows)
+        return at_least_float(self.unembedding(chosen)), rows
+
+    def features(self, batch: PackedBatch, pooling: Pooling = "last") -> Tensor:
+        """Return one vector a window, [windows, width], from the hidden states of the time points.
+
+        "cls" appends the CLS token after the last time point, as the published decoding does.
+        """
+        lengths = batch.lengths.astype(np.int64)
+        if pooling != "cls":
+            return pool(self._time_points(batch, lengths, None), lengths, pooling)
+        longer = lengths + 1
+        content = np.empty(longer.sum(), np.int64)
+        last = offsets(longer)[1:] - 1
+        body = np.ones(len(content), bool)
+        body[last] = False
+        content[body], content[last] = np.arange(lengths.sum()), lengths.sum()
+        return pool(self._time_points(batch, longer, content), longer, "last")
+
+    def _predicting(self, batch: PackedBatch, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the hidden states that predict, the rows of the batch that they predict, their weights.
+
+        One hidden state a window and no weights for `single`; else a hidden state for every token of the
+        batch, of which `rows` count, by their weights.
+        """
+        if batch.lengths.min() < 2:
+            raise ValueError(
+                "batch: got a window of 1 time point; CSM predicts a time point from those before it, so "
+                "every window needs at least 2 (raise data.seq_min)"
+            )
+        if self.config.masking == "single":
+            return self._single(batch, seed)
+        lengths = batch.lengths.astype(np.int64)
+        place = positions(lengths)
+        rows = np.flatnonzero(place)
+        weights = (1.0 / (lengths - 1)).astype(np.float32)[window_of(lengths)[rows]]
+        sent = upload(batch.bold.device, positions=place, rows=rows, weights=weights)
+        layout = Layout(cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, positions=sent["positions"])
+        time = self.embedding.time_index(batch.times)
+        if self.config.masking == "next":
+            x = self.embedding.finish(self.embedding(batch.bold), time)
+            hidden = self.transformer(x, layout).roll(1, 0)
+        else:
+            embedded = self.embedding(batch.bold, self.mask_token[None])
+            both = torch.stack((embedded[:-1], embedded[-1:].expand(len(place), -1)))
+            hidden = self.transformer(self.embedding.finish(both, time), layout, two_streams=True)
+        return hidden, sent["rows"], sent["weights"]
+
+    def _single(self, batch: PackedBatch, seed: int) -> tuple[Tensor, Tensor, None]:
+        """Windows cut after one masked position each; the values at and after it are never read."""
+        rows = drawn_rows(MaskSpec.position(seed=seed, offset=batch.step), batch.lengths)
+        starts = offsets(batch.lengths)[:-1]
+        cut = rows - starts + 1
+        place, last = positions(cut), offsets(cut)[1:] - 1
+        source = place + np.repeat(starts, cut)
+        visible = np.delete(source, last)
+        content = np.empty(len(source), np.int64)
+        seen = np.ones(len(source), bool)
+        seen[last] = False
+        content[seen], content[last] = np.arange(len(visible)), len(visible)
+        sent = upload(
+            batch.bold.device,
+            positions=place,
+            cu=offsets(cut).astype(np.int32),
+            source=source,
+            visible=visible,
+            content=content,
+            last=last,
+            rows=rows,
+        )
+        embedded = self.embedding(batch.bold.index_select(0, sent["visible"]), self.mask_token[None])
+        time = self.embedding.time_index(batch.times).index_select(0, sent["source"])
+        x = self.embedding.finish(embedded.index_select(0, sent["content"]), time)
+        layout = Layout(cu_seqlens=sent["cu"], max_seqlen=int(cut.max()), positions=sent["positions"])
+        hidden = self.transformer(x, layout).index_select(0, sent["last"])
+        return hidden, sent["rows"], None
+
+    def _time_points(self, batch: PackedBatch, lengths: np.ndarray, content: np.ndarray | None) -> Tensor:
+        """Return hidden states of the causal stream; `content` places the CLS token, row `tokens`."""
+        time = self.embedding.time_index(batch.times)
+        if content is None:
+            place = upload(batch.bold.device, positions=positions(lengths))["positions"]
+            layout = Layout(cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, positions=place)
+            return self.transformer(self.embedding.finish(self.embedding(batch.bold), time), layout)
+        sent = upload(
+            batch.bold.device,
+            positions=positions(lengths),
+            cu=offsets(lengths).astype(np.int32),
+            content=content,
+        )
+        time = torch.cat((time, time.new_full((1,), self.embedding.dummy))).index_select(0, sent["content"])
+        embedded = self.embedding(batch.bold, self.cls_token[None]).index_select(0, sent["content"])
+        layout = Layout(cu_seqlens=sent["cu"], max_seqlen=batch.max_seqlen + 1, positions=sent["positions"])
+        return self.transformer(self.embedding.finish(embedded, time), layout)

@@ -1,0 +1,77 @@
+"""Net-BERT: predict masked networks from the others, and whether two half windows belong together.
+
+Each network is masked with probability `mask_rate` over the whole sequence, both halves (arXiv 2206.11417);
+with `mask_span` over that many time points at a time. The mask token is one learned scalar per position.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from brainflow.config import ModelConfig
+from brainflow.frameworks.base import StepOutput, at_least_float
+from brainflow.frameworks.bert import BertFramework, Seats
+from brainflow.kernels import MaskSpec, linear_masked_loss, mask_tokens
+from brainflow.models.embedding import cast_input
+from brainflow.models.packing import offsets, upload
+
+if TYPE_CHECKING:
+    from brainflow.data.batch import PackedBatch
+
+
+class NetBERT(BertFramework):
+    """Masked networks + is-next. See :class:`brainflow.frameworks.bert.BertFramework`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.mask_token = nn.Parameter(torch.randn(config.max_positions, 1))
+
+    def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
+        """Return loss and metrics; (`seed`, `batch.step`) fix the masks."""
+        hidden, seating, read, cu_seqlens = self._predicting(batch, seed)
+        loss = linear_masked_loss(
+            read,
+            self.unembedding.weight,
+            self.unembedding.bias,
+            batch.bold,
+            self._mask(batch, seed),
+            loss=self.config.loss,
+            cu_seqlens=cu_seqlens,
+        )
+        return self.output(batch, seating, hidden, loss)
+
+    def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
+        """Return predicted values and their rows of `batch.bold`.
+
+        The values are float32 [tokens, networks], NaN where a network was not masked: those were given, not
+        predicted. The rows are all tokens.
+        """
+        _, _, read, cu_seqlens = self._predicting(batch, seed)
+        masked = self._mask(batch, seed).dense(cu_seqlens, self.config.networks)
+        values = at_least_float(self.unembedding(read)).masked_fill(~masked, torch.nan)
+        return values, torch.arange(batch.tokens, device=values.device)
+
+    def _mask(self, batch: PackedBatch, seed: int) -> MaskSpec:
+        c = self.config
+        if c.mask_span > 0:
+            return MaskSpec.tubes(c.mask_rate, c.mask_span, seed=seed, offset=batch.step)
+        return MaskSpec.networks(c.mask_rate, seed=seed, offset=batch.step)
+
+    def _predicting(self, batch: PackedBatch, seed: int) -> tuple[Tensor, Seats, Tensor, Tensor]:
+        """Return all hidden states, their seats, those of the time points, the offsets of the sequences."""
+        seating = self.seating(batch)
+        halves = len(batch.lengths) // len(seating.lengths)
+        bounds = offsets(batch.lengths)[::halves].astype(np.int32)
+        sent = upload(batch.bold.device, read=seating.read, cu=bounds)
+        bold = mask_tokens(
+            cast_input(batch.bold, self.mask_token),
+            self._mask(batch, seed),
+            self.mask_token,
+            cu_seqlens=sent["cu"],
+        )
+        hidden = self.encode(batch, seating, bold, np.arange(batch.tokens), ())
+        return hidden, seating, hidden.index_select(0, sent["read"]), sent["cu"]

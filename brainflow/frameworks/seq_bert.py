@@ -1,0 +1,66 @@
+"""Seq-BERT: predict masked time points from both sides, and whether two half windows belong together.
+
+Each time point of a batch is masked, all its networks, with probability `mask_rate` (arXiv 2206.11417); with
+`mask_span` whole spans of time points are. Masked time points are not read at all: the mask token's embedded
+row takes their seats.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from brainflow.config import ModelConfig
+from brainflow.frameworks.base import StepOutput, at_least_float, drawn_rows
+from brainflow.frameworks.bert import BertFramework, Seats
+from brainflow.kernels import MaskSpec, linear_masked_loss
+from brainflow.models.packing import upload
+
+if TYPE_CHECKING:
+    from brainflow.data.batch import PackedBatch
+
+
+class SeqBERT(BertFramework):
+    """Masked time points + is-next. See :class:`brainflow.frameworks.bert.BertFramework`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.mask_token = nn.Parameter(torch.randn(config.networks))
+
+    def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
+        """Return loss and metrics; (`seed`, `batch.step`) fix the masks."""
+        hidden, seating, chosen, rows = self._predicting(batch, seed)
+        loss = linear_masked_loss(
+            chosen,
+            self.unembedding.weight,
+            self.unembedding.bias,
+            batch.bold.index_select(0, rows),
+            MaskSpec.all_valid(),
+            loss=self.config.loss,
+        )
+        return self.output(batch, seating, hidden, loss)
+
+    def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
+        """Return predicted values, float32 [masked rows, networks], and their rows of `batch.bold`."""
+        _, _, chosen, rows = self._predicting(batch, seed)
+        return at_least_float(self.unembedding(chosen)), rows
+
+    def _predicting(self, batch: PackedBatch, seed: int) -> tuple[Tensor, Seats, Tensor, Tensor]:
+        """Return all hidden states, their seats, those that predict, and the rows that they predict."""
+        c, seating = self.config, self.seating(batch)
+        if c.mask_span > 1:
+            mask = MaskSpec.spans(c.mask_rate, c.mask_span, seed=seed, offset=batch.step)
+        else:
+            mask = MaskSpec.time_points(c.mask_rate, seed=seed, offset=batch.step)
+        rows = drawn_rows(mask, batch.lengths)
+        seen = np.ones(batch.tokens, bool)
+        seen[rows] = False
+        visible = np.flatnonzero(seen)
+        source = np.where(seen, np.cumsum(seen) - 1, len(visible))
+        sent = upload(batch.bold.device, visible=visible, rows=rows, read=seating.read[rows])
+        bold = batch.bold.index_select(0, sent["visible"])
+        hidden = self.encode(batch, seating, bold, source, (self.mask_token,))
+        return hidden, seating, hidden.index_select(0, sent["read"]), sent["rows"]

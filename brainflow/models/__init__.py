@@ -1,0 +1,1 @@
+"""Building blocks: embedding, transformer, LSTM autoencoder, heads, and how weights are saved and loaded."""

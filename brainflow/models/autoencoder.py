@@ -1,0 +1,223 @@
+"""LSTM encoder and decoder over packed windows (Hochreiter & Schmidhuber 1997; sizes as arXiv 2206.11417).
+
+LSTMs read time-major: all first time points, then all second ones, windows sorted from long to short, so that
+step t is a prefix of the windows. :func:`time_major` computes that order on the host; there is no padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from brainflow.models.packing import Ints, offsets, positions, window_of
+from brainflow.models.recurrence import Gathered, LSTMPass, LSTMStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeMajor:
+    """The time-major order of packed windows; host arrays.
+
+    Attributes
+    ----------
+    order
+        int64 [tokens], packed row of each time-major row.
+    back
+        int64 [tokens], time-major row of each packed row.
+    before, after
+        int64 [tokens], time-major row of the time point before (after) each time-major row; where there is
+        none, `tokens` + rank of the window.
+    last
+        int64 [windows], time-major row of each window's last time point, by rank.
+    ranks
+        int64 [windows], rank of each window.
+    batch_sizes
+        int64 [steps], windows that are still running at each step.
+    """
+
+    order: Ints
+    back: Ints
+    before: Ints
+    after: Ints
+    last: Ints
+    ranks: Ints
+    batch_sizes: Ints
+
+
+def time_major(lengths: np.ndarray) -> TimeMajor:
+    """Return the order in which LSTMs read windows of these lengths, host int [windows].
+
+    Examples
+    --------
+    >>> t = time_major(np.array([1, 3]))    # packed rows: a0 | b0 b1 b2; the longer window has rank 0
+    >>> t.order.tolist(), t.batch_sizes.tolist(), t.before.tolist(), t.after.tolist()
+    ([1, 0, 2, 3], [2, 1, 1], [4, 5, 0, 2], [2, 5, 3, 4])
+    """
+    lengths = lengths.astype(np.int64)
+    tokens = int(lengths.sum())
+    windows = np.argsort(-lengths, kind="stable")
+    ranks = np.empty_like(windows)
+    ranks[windows] = np.arange(len(windows))
+    batch_sizes = len(lengths) - np.searchsorted(np.sort(lengths), np.arange(lengths.max()), side="right")
+    place, rank = positions(lengths), ranks[window_of(lengths)]
+    back = offsets(batch_sizes)[place] + rank
+    order = np.empty(tokens, np.int64)
+    order[back] = np.arange(tokens)
+    final = place == np.repeat(lengths, lengths) - 1
+    before = np.where(place > 0, np.roll(back, 1), tokens + rank)
+    after = np.where(final, tokens + rank, np.roll(back, -1))
+    return TimeMajor(
+        order=order,
+        back=back,
+        before=before[order],
+        after=after[order],
+        last=back[final][windows],
+        ranks=ranks,
+        batch_sizes=batch_sizes,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """What the LSTMs need of a :class:`TimeMajor`: index tensors on the model's device, sizes on the host."""
+
+    before: Tensor
+    after: Tensor
+    last: Tensor
+    batch_sizes: Ints
+
+
+def run_lstm(lstm: nn.LSTM, x: Tensor, steps: Steps, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Run one LSTM layer over all steps, by cuDNN on CUDA and by :class:`LSTMPass` on the CPU.
+
+    Parameters
+    ----------
+    lstm
+        One layer; its weights are used.
+    x
+        [tokens, width], time-major.
+    steps
+        The order.
+    start
+        [windows, width] by rank, hidden states before the first step; None: zeros.
+
+    Returns
+    -------
+    tuple
+        Hidden states [tokens, directions, width] and final ones [windows, directions, width].
+    """
+    directions = 2 if lstm.bidirectional else 1
+    first = x.new_zeros(len(steps.last), lstm.hidden_size) if start is None else start
+    if x.is_cuda:
+        state = first.expand(directions, -1, -1).contiguous()
+        packed = PackedSequence(x, torch.from_numpy(steps.batch_sizes))
+        out, (final, _) = lstm(packed, (state, torch.zeros_like(state)))
+        return out.data.unflatten(1, (directions, -1)), final.transpose(0, 1)
+    sizes = tuple(steps.batch_sizes.tolist())
+    runs, finals = [], []
+    for name, previous, end in (("", steps.before, steps.last), ("_reverse", steps.after, None))[:directions]:
+        weights = [getattr(lstm, f"{kind}_l0{name}") for kind in ("weight_ih", "weight_hh")]
+        bias = getattr(lstm, f"bias_ih_l0{name}") + getattr(lstm, f"bias_hh_l0{name}")
+        hidden = LSTMPass.apply(x, *weights, bias, first, previous, sizes, end is None)
+        runs.append(hidden)
+        finals.append(hidden[: len(first)] if end is None else hidden.index_select(0, end))
+    return torch.stack(runs, 1), torch.stack(finals, 1)
+
+
+class Encoder(nn.Module):
+    """Bidirectional LSTMs, directions averaged, residual + LayerNorm between layers, and a pooler.
+
+    Parameters
+    ----------
+    width, layers
+        Hidden width, LSTM layers.
+    dropout
+        Probability after each LayerNorm and before the pooler.
+    """
+
+    def __init__(self, width: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.lstms = nn.ModuleList(nn.LSTM(width, width, bidirectional=True) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers - 1))
+        self.pooler = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
+        """Return time-major states [tokens, width] and pooled vectors [windows, width] by rank.
+
+        Parameters
+        ----------
+        x
+            [tokens, width], time-major.
+        steps
+            The order.
+        """
+        for layer, lstm in enumerate(self.lstms):
+            out, final = run_lstm(cast(nn.LSTM, lstm), x, steps)
+            out = out.mean(1)
+            last = layer == len(self.lstms) - 1
+            x = out if last else self.dropout(self.norms[layer](x + out))
+        return x, torch.tanh(self.pooler(self.dropout(final.mean(1))))
+
+
+class Decoder(nn.Module):
+    """Unidirectional LSTMs that start from the pooled vector and read the value before each time point.
+
+    That value is the true one, embedded, under teacher forcing, and else the decoder's own output before; a
+    row of zeros stands before the first. Every layer starts with the pooled vector as its hidden state.
+    """
+
+    def __init__(self, width: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.lstms = nn.ModuleList(nn.LSTM(width, width) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers - 1))
+        self.output = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, pooled: Tensor, before: Tensor, steps: Steps) -> Tensor:
+        """Return outputs [tokens, width], time-major, under teacher forcing: one pass over all steps a layer.
+
+        Parameters
+        ----------
+        pooled
+            [windows, width] by rank.
+        before
+            [tokens, width], time-major: embedded value before each time point.
+        steps
+            The order.
+        """
+        x = before
+        for layer, lstm in enumerate(self.lstms):
+            out = run_lstm(cast(nn.LSTM, lstm), x, steps, pooled)[0][:, 0]
+            last = layer == len(self.lstms) - 1
+            x = out if last else self.dropout(self.norms[layer](x + out))
+        return self.output(self.dropout(x))
+
+    def run_free(self, pooled: Tensor, steps: Steps) -> Tensor:
+        """Return outputs as :meth:`forward` does, each step reading the output of the step before."""
+        hidden = [pooled] * len(self.lstms)
+        cells = [torch.zeros_like(pooled)] * len(self.lstms)
+        gathered: list[list[Tensor]] = [[] for _ in self.lstms]
+        weights = [
+            _gathered(cast(nn.LSTM, lstm), left) for lstm, left in zip(self.lstms, gathered, strict=True)
+        ]
+        fed, outputs = torch.zeros_like(pooled), []
+        for running in steps.batch_sizes.tolist():
+            x = fed[:running]
+            for i, (weight, bias) in enumerate(weights):
+                state = hidden[i][:running], cells[i][:running]
+                hidden[i], cells[i] = LSTMStep.apply(x, *state, weight, bias, gathered[i])
+                last = i == len(weights) - 1
+                x = hidden[i] if last else self.dropout(self.norms[i](x + hidden[i]))
+            fed = self.output(self.dropout(x))
+            outputs.append(fed)
+        return torch.cat(outputs)
+
+
+def _gathered(lstm: nn.LSTM, left: list[Tensor]) -> tuple[Tensor, Tensor]:
+    weight_ih, weight_hh, bias_ih, bias_hh = (cast(Tensor, weight) for weight in lstm.all_weights[0])
+    return Gathered.apply(torch.cat((weight_ih, weight_hh), 1), bias_ih + bias_hh, left)

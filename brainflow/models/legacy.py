@@ -1,0 +1,232 @@
+"""Reading and writing the checkpoints of 2022: `pytorch_model.bin`, a dict of tensors under other names.
+
+The file is read with PyTorch's weights-only loader, which runs no code from it. A published tensor is used
+(it becomes one of ours), carried (we have no use for it; it is kept beside the model so that exporting writes
+it again) or ignored (constant buffers of old library versions). Published BERT weights depend on a defect of
+their training (the loss read one position late, the pooler at position 0): their config gets `late_read`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from brainflow.config import ModelConfig
+from brainflow.models.legacy_names import Rule, head_rules, rules
+from brainflow.models.pretrained import build, load_pretrained, read_config, save_pretrained
+
+HEAD, CARRIED = "head.safetensors", "legacy.safetensors"
+BUFFERS = re.compile(r"(\.attn\.(bias|masked_bias)|embeddings\.(position_ids|token_type_ids))$")
+OPTIONAL = re.compile(r"(is_next\.|unembedding\.|(mask|cls|sep)_token)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What an import did.
+
+    Attributes
+    ----------
+    config
+        The model's configuration, as far as the tensors' names and shapes say it.
+    used, carried, ignored
+        Published names.
+    missing
+        Our names that the checkpoint has nothing for; they keep their fresh initial values.
+    head
+        Whether it holds a decoding head.
+    """
+
+    config: ModelConfig
+    used: list[str]
+    carried: list[str]
+    ignored: list[str]
+    missing: list[str]
+    head: bool
+
+
+def import_checkpoint(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, heads: int | None = None
+) -> Report:
+    """Turn a checkpoint of 2022 into a folder that `load_pretrained` reads.
+
+    Parameters
+    ----------
+    path
+        `pytorch_model.bin`.
+    out
+        Folder to write; a decoding head goes to `head.safetensors` there.
+    heads
+        Attention heads, which tensors do not tell; None: one a 64 values of width, as published.
+
+    Raises
+    ------
+    ValueError
+        If the file holds anything but tensors, or tensors that fit none of the four frameworks.
+    """
+    state = read_state(path)
+    config = infer_config(state, heads)
+    module = build(config)
+    found = rules(config, state.__contains__)
+    tensors, missing = _convert(state, found, module)
+    fatal = [name for name in missing if not OPTIONAL.match(name)]
+    if fatal:
+        raise ValueError(
+            f"{path}: looks like {config.framework} with {config.layers} layers, but has nothing for "
+            f"{', '.join(fatal[:5])}" + (f" and {len(fatal) - 5} more" if len(fatal) > 5 else "")
+        )
+    used = {name for rule in found for name in rule.theirs if rule.ours not in missing}
+    head = "decoder.decoding_head.0.weight" in state
+    if head:
+        used |= {name for rule in head_rules() for name in rule.theirs if name in state}
+    ignored = sorted(name for name in state if BUFFERS.search(name) and name not in used)
+    carried = sorted(state.keys() - used - set(ignored))
+    module.load_state_dict({**module.state_dict(), **tensors})
+    dtype = str(next(iter(state[name] for name in sorted(used))).dtype).removeprefix("torch.")
+    extra = {"legacy": {"dtype": dtype, "missing": missing, "names": sorted(used)}}
+    folder = save_pretrained(module, out, extra)
+    _write(folder / HEAD, _head(state) if head else {})
+    _write(folder / CARRIED, {name: state[name].contiguous() for name in carried})
+    return Report(
+        config=config, used=sorted(used), carried=carried, ignored=ignored, missing=missing, head=head
+    )
+
+
+def export_checkpoint(directory: str | os.PathLike[str], path: str | os.PathLike[str]) -> list[str]:
+    """Write a saved model as `pytorch_model.bin` with the published names, and return these.
+
+    A model that was imported gives back the tensors that it came from, byte for byte; one that was trained
+    here gets, under the names that a GPT-2 or BERT of Hugging Face asks for besides, zeros.
+    """
+    folder = Path(directory)
+    module = load_pretrained(folder)
+    config: ModelConfig = module.config  # type: ignore[assignment]
+    legacy = read_config(folder).get("legacy", {})
+    dtype = getattr(torch, legacy.get("dtype", "float32"))
+    own, names = module.state_dict(), set(legacy.get("names", ()))
+    state: dict[str, Tensor] = {}
+    for rule in rules(config, names.__contains__):
+        if rule.ours not in legacy.get("missing", ()):
+            state.update(zip(rule.theirs, rule.to_theirs(own[rule.ours].to(dtype)), strict=True))
+    if (folder / HEAD).is_file():
+        head = load_file(folder / HEAD)
+        for rule in head_rules():
+            if rule.ours in head:
+                state[rule.theirs[0]] = head[rule.ours]
+    if (folder / CARRIED).is_file():
+        state.update(load_file(folder / CARRIED))
+    if not legacy:
+        state.update(_placeholders(config))
+    torch.save(state, path)
+    return sorted(state)
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint, read without running any code from it.
+
+    Raises
+    ------
+    ValueError
+        If it holds anything else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # the loader refuses in several types, of modules that we do not import
+        raise ValueError(
+            f"{path}: not a file of plain tensors, so it was not loaded ({str(error).splitlines()[0]}); "
+            "expected a pytorch_model.bin"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()) or not state:
+        raise ValueError(f"{path}: expected a dict of tensors by name, got something else")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def infer_config(state: dict[str, Tensor], heads: int | None = None) -> ModelConfig:
+    """Return the configuration that a checkpoint's names and shapes imply.
+
+    Raises
+    ------
+    ValueError
+        If they belong to none of the four frameworks.
+    """
+    try:
+        width, networks = state["embedder.embed_model.model.0.weight"].shape
+        rows = state["embedder.wt_re.weight"].shape[0]
+    except KeyError as error:
+        raise ValueError(
+            f"checkpoint: no tensor {error}; expected the state dict of a model published in 2022 "
+            "(one embedding layer, TR embedding)"
+        ) from error
+    common: dict[str, Any] = {"networks": networks, "width": width, "max_seconds": (rows - 1) * 0.2}
+    common["heads"] = heads or max(1, width // 64)
+    layers = _count(state, r"decoder\.encoder\.lstms\.(\d+)\.")
+    if layers:
+        return ModelConfig(framework="autoencoder", layers=layers, dropout=0.2, **common)
+    layers = _count(state, r"decoder\.transformer\.h\.(\d+)\.")
+    if layers:
+        up = state["decoder.transformer.h.0.mlp.c_fc.weight"].shape[1]
+        places = state["decoder.transformer.wpe.weight"].shape[0]
+        common |= {"layers": layers, "feedforward": up // width, "max_positions": places}
+        return ModelConfig(framework="csm", **common)
+    layers = _count(state, r"decoder\.transformer\.encoder\.layer\.(\d+)\.")
+    if layers:
+        up = state["decoder.transformer.encoder.layer.0.intermediate.dense.weight"].shape[0]
+        places = state["decoder.transformer.embeddings.position_embeddings.weight"].shape[0]
+        common |= {"layers": layers, "feedforward": up // width, "max_positions": places, "late_read": True}
+        mask = state.get("embedder.msk_embed")
+        by_network = mask is not None and mask.dim() == 3 and mask.shape[1] > 1 and mask.shape[2] == 1
+        return ModelConfig(framework="net-bert" if by_network else "seq-bert", **common)
+    raise ValueError(
+        "checkpoint: its names belong to none of CSM (decoder.transformer.h.*), BERT "
+        "(decoder.transformer.encoder.*) and autoencoder (decoder.encoder.lstms.*)"
+    )
+
+
+def _count(state: dict[str, Tensor], pattern: str) -> int:
+    return len({m[1] for name in state if (m := re.match(pattern, name))})
+
+
+def _convert(
+    state: dict[str, Tensor], found: list[Rule], module: nn.Module
+) -> tuple[dict[str, Tensor], list[str]]:
+    own, tensors, missing = module.state_dict(), {}, []
+    for rule in found:
+        parts = [state[name] for name in rule.theirs if name in state]
+        if len(parts) < len(rule.theirs):
+            missing.append(rule.ours)
+        else:
+            target = own[rule.ours]
+            tensors[rule.ours] = rule.to_ours(parts, target.shape).to(target.dtype)
+    return tensors, missing
+
+
+def _head(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {r.ours: state[r.theirs[0]].contiguous() for r in head_rules() if r.theirs[0] in state}
+
+
+def _placeholders(config: ModelConfig) -> dict[str, Tensor]:
+    if config.framework == "autoencoder":
+        return {}
+    name = "wte" if config.framework == "csm" else "embeddings.word_embeddings"
+    return {f"decoder.transformer.{name}.weight": torch.zeros(1, config.width)}
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    if tensors:
+        save_file(tensors, path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def report_json(report: Report) -> str:
+    """Return a report as one JSON object."""
+    return json.dumps(asdict(report))

@@ -1,0 +1,65 @@
+"""The rules of the house that a tool does not check for us."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(
+    path
+    for package in ("kernels", "storage", "benchmarks", "brainflow")
+    for path in ROOT.joinpath(package).rglob("*.py")
+    if not (
+        path.parts[len(ROOT.parts)] == "brainflow"
+        and path.parts[len(ROOT.parts) + 1] in ("kernels", "storage", "benchmarks")
+    )
+)
+
+
+def test_sources_are_found():
+    assert len(SOURCES) > 40
+
+
+def test_there_is_no_package_under_tests():
+    assert list(ROOT.joinpath("tests").rglob("__init__.py")) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_is_read_in_one_sitting(path):
+    assert len(path.read_text().splitlines()) <= 450
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_torch_load_never_unpickles(path):
+    for call in re.finditer(r"torch\.load\(([^()]|\([^()]*\))*\)", path.read_text()):
+        assert "weights_only=True" in call.group(), f"{path}: {call.group()}"
+
+
+def test_import_contracts():
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("brainflow", {"torch", "numpy", "zarr", "tyro"}),
+        ("brainflow.config", {"torch", "numpy", "zarr"}),
+        ("brainflow.storage", {"torch", "triton", "nvidia"}),
+        ("brainflow.kernels", {"zarr", "numcodecs", "nvidia", "tyro", "rich", "brainflow.storage"}),
+    ],
+)
+def test_what_an_import_brings(module, forbidden):
+    code = f"import sys, {module}; print('\\n'.join(sys.modules))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert forbidden.isdisjoint(loaded)

@@ -1,0 +1,69 @@
+"""What is installed is one package, `brainflow`, that lives beside transformers."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built by way of the sdist, from what git would check out plus what is new."""
+    out = tmp_path_factory.mktemp("dist")
+    # Without isolation: the test must not need a package index.
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    return next(out.glob("*.whl"))
+
+
+def test_top_level_names(wheel):
+    names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {name for name in names if not name.endswith(".dist-info")} == {"brainflow"}
+
+
+def test_every_source_file_is_in_the_wheel(wheel):
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    for package in ("kernels", "storage", "benchmarks"):
+        for path in ROOT.joinpath(package).rglob("*.py"):
+            assert f"brainflow/{path.relative_to(ROOT)}" in packed
+    assert "brainflow/demo_data/haxby2001/bold.nii.gz" in packed
+    assert "brainflow/benchmarks/floors.json" in packed
+
+
+def test_the_wheel_imports_beside_transformers(wheel, tmp_path):
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--no-deps",
+            "--no-index",
+            "--target",
+            str(tmp_path),
+            str(wheel),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    code = (
+        "import brainflow.kernels, brainflow.storage\n"
+        "from transformers import BertModel, GPT2Model\n"
+        "print(brainflow.kernels.__file__, GPT2Model.__name__, BertModel.__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) in done.stdout
