@@ -133,6 +133,8 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """Newest checkpoints kept; older ones are deleted."""
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Also send the metrics there (extra `tracking`); metrics.jsonl is written in any case."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "validate_every", "checkpoint_every", "keep"):

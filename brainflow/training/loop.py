@@ -34,6 +34,7 @@ from .optimizer import guarded_step, learning_rate, load_optimizer_tensors, make
 from .progress import TrainingProgress
 from .release import facts
 from .run_dir import CHECKPOINTS, SPLIT, Resume, begin, exclusive
+from .trackers import make_tracker
 from .validation import Validator, closing_loader
 
 BAD_STEPS_IN_A_ROW = 10
@@ -129,6 +130,7 @@ class _Run:
         if start_from is not None:
             self._restore(start_from)
         self.log = RunLog(folder, step=self.step)
+        self.track = make_tracker(config)
         self.validate = Validator(
             store, held_out, self.sampler, batches=config.data.validation_batches, device=self.device
         )
@@ -174,9 +176,7 @@ class _Run:
                 for numbers, tag in readback.pop(wait=validate or save or stopping):
                     self._report(numbers, tag, progress)
                 if validate:
-                    line = {"step": self.step, **self.validate(self.module)}
-                    self.log.write(line)
-                    progress.show(line)
+                    self._write({"step": self.step, **self.validate(self.module)}, progress)
                     clock.restart()
                 if save or stopping:
                     self._save()
@@ -197,6 +197,11 @@ class _Run:
         guarded_step(self.optimizer, lr, self.meters.update(out.loss.detach(), norm, self.step))
         return norm, out.metrics
 
+    def _write(self, line: dict[str, Any], progress: TrainingProgress) -> None:
+        self.log.write(line)
+        self.track(line)
+        progress.show(line)
+
     def _report(self, values: list[float], tag: dict[str, Any], progress: TrainingProgress) -> None:
         read = dict(zip(tag.pop("names"), values, strict=True))
         total, good, _, worst, bad_step = (
@@ -210,8 +215,7 @@ class _Run:
             **tag,
         }
         line["skipped"] = int(line["skipped"])
-        self.log.write(line)
-        progress.show(line)
+        self._write(line, progress)
         if worst >= BAD_STEPS_IN_A_ROW:
             runs = sorted({str(self.store.runs.key[i]) for i in self.sampler.batch(int(bad_step)).runs})
             raise NotFinite(

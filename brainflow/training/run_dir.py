@@ -18,7 +18,7 @@ from .metrics import EVAL_CSV, METRICS, TRAIN_CSV
 
 CONFIG, SPLIT, CHECKPOINTS = "train_config.json", "split.json", "checkpoints"
 # These may change on resume: where and how often a run writes and how fast it reads, not what it computes.
-FREE = ("store", "out", "device", "data.loader", "train.checkpoint_every", "train.keep")
+FREE = ("store", "out", "device", "data.loader", "train.checkpoint_every", "train.keep", "train.tracker")
 Resume = Literal["auto", "never"]
 
 
