@@ -67,7 +67,7 @@ def run(args: Args) -> int:
         rows += found
     if args.json is not None:
         args.json.write_text(json.dumps([row.to_dict(env) for row in rows], indent=1) + "\n")
-    return _gate(rows, args.quick) if args.gate else 0
+    return _gate(rows) if args.gate else 0
 
 
 def _suite(name: str) -> Any:
@@ -95,12 +95,12 @@ def _print(suite: str, rows: list[Row]) -> None:
     Console(width=None if sys.stdout.isatty() else 130).print(table)
 
 
-def _gate(rows: list[Row], quick: bool) -> int:
+def _gate(rows: list[Row]) -> int:
     """Compare ratios with the committed floors; a floor without a row is a failure too."""
     measured = {(r.suite, r.case, r.metric, r.baseline): r.ratio for r in rows}
     suites = {r.suite for r in rows}
     failures = []
-    for floor in json.loads(FLOORS.read_text())["quick" if quick else "full"]:
+    for floor in json.loads(FLOORS.read_text()):
         if floor["suite"] not in suites:
             continue
         ratio = measured.get((floor["suite"], floor["case"], floor["metric"], floor["baseline"]))

@@ -1,11 +1,6 @@
 """The GPU core: compact masks, masking, masked losses, gathering, attention. Needs torch and triton only."""
 
-from .gather_windows import gather_windows
-from .linear_masked_loss import linear_masked_loss
-from .mask_tokens import mask_tokens
-from .masked_loss import masked_loss
-from .masks import MaskSpec
-from .varlen_attention import attention, shifted_attention
+from typing import Any
 
 __all__ = [
     "MaskSpec",
@@ -16,3 +11,21 @@ __all__ = [
     "masked_loss",
     "shifted_attention",
 ]
+
+if __name__ != "kernels":
+    from .gather_windows import gather_windows
+    from .linear_masked_loss import linear_masked_loss
+    from .mask_tokens import mask_tokens
+    from .masked_loss import masked_loss
+    from .masks import MaskSpec
+    from .varlen_attention import attention, shifted_attention
+else:
+    # In a checkout whose root is on the path, transformers' look for a package `kernels` ends here. To import
+    # the operators under a second name would register them again, which crashes the process; a version this
+    # low tells transformers that the package it means is not installed.
+    __version__ = "0"
+
+    def __getattr__(name: str) -> Any:
+        raise AttributeError(
+            f"kernels.{name}: this folder is a package of brainflow; import brainflow.kernels"
+        )

@@ -63,3 +63,16 @@ def test_what_an_import_brings(module, forbidden):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert forbidden.isdisjoint(loaded)
+
+
+def test_transformers_does_not_take_our_kernels_folder_for_its_package():
+    code = (
+        "import torch, brainflow.kernels as k\n"
+        "from transformers import BertModel, GPT2Model\n"
+        "import kernels\n"
+        "assert not hasattr(kernels, 'masked_loss')\n"
+        "print(float(k.masked_loss(torch.zeros(2, 3), torch.ones(2, 3), k.MaskSpec.all_valid())))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1.0"]

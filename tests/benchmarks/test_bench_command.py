@@ -14,7 +14,7 @@ def suite(monkeypatch, tmp_path):
     rows: list[Row] = []
     floors = tmp_path / "floors.json"
     floor = {"suite": "kernels", "case": "mask", "metric": "time", "baseline": "naive", "ratio": 2.0}
-    floors.write_text(json.dumps({"quick": [floor], "full": [floor]}))
+    floors.write_text(json.dumps([floor]))
     monkeypatch.setattr(command, "FLOORS", floors)
     monkeypatch.setattr(command, "_suite", lambda name: _Suite(rows))
 
@@ -44,9 +44,7 @@ def test_gate(suite, ratio, code, capsys):
 def test_a_missing_row_trips_the_gate(suite, capsys):
     suite(3.0)
     command.FLOORS.write_text(
-        json.dumps(
-            {"quick": [{"suite": "kernels", "case": "x", "metric": "y", "baseline": "z", "ratio": 1.0}]}
-        )
+        json.dumps([{"suite": "kernels", "case": "x", "metric": "y", "baseline": "z", "ratio": 1.0}])
     )
     assert command.run(command.Args(suite="kernels", quick=True, device="cpu", gate=True)) == 1
     assert "no figure" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from brainflow.frameworks import FRAMEWORKS
 from brainflow.models.heads import DecodingHead
 from brainflow.models.legacy import HEAD, export_checkpoint, import_checkpoint, read_state
 
-transformers = pytest.importorskip("brainflow.benchmarks.baselines.hugging_face").transformers
+transformers = pytest.importorskip("transformers")
 
 N, W, LAYERS, HEADS, PLACES, CLASSES = 6, 16, 2, 4, 20, 3
 

@@ -7,7 +7,7 @@ from brainflow.models.legacy_names import rules
 from brainflow.models.packing import offsets, positions
 from brainflow.models.transformer import Layout, Transformer
 
-transformers = pytest.importorskip("brainflow.benchmarks.baselines.hugging_face").transformers
+transformers = pytest.importorskip("transformers")
 
 WIDTH, HEADS, PLACES = 32, 4, 24
 LENGTHS = np.array([7, 1, 12, 5])

@@ -161,10 +161,14 @@ def test_a_full_disk_is_named_and_leaves_whole_lines(tmp_path):
     log = RunLog(tmp_path, step=0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150, hard))  # the kernel now refuses longer files
+
+    def write_until_full():
+        for step in range(1, 100):
+            log.write(training_line(step))
+
     try:
         with pytest.raises(OSError, match=r"metrics\.jsonl could not be written.*resume"):
-            for step in range(1, 100):
-                log.write(training_line(step))
+            write_until_full()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     whole = [line["step"] for line in read_metrics(tmp_path)]
