@@ -1,6 +1,6 @@
 """The DALI loader: an NVIDIA DALI pipeline around the store's reader, with or without a GPU.
 
-The pipeline's source is called in batch mode with the number of the iteration, two batches ahead.
+The pipeline's source is called in batch mode with the number of the iteration, three batches ahead.
 
 On a CPU it hands DALI views of the mapped store, a sample a window, without copying; laying the outputs end
 to end is then the batch's one copy, and DALI makes it in its own thread into buffers that it reuses. Outputs
@@ -25,7 +25,7 @@ from brainflow.data.loader import Loader, WindowStore
 from brainflow.data.packing import packed_fields
 from brainflow.data.windows import Sampler, Windows
 
-_PREFETCH = 2
+_PREFETCH = 3
 _IN_FLIGHT = _PREFETCH + 2
 """Buffers of the ring: DALI may read a buffer until `_PREFETCH` further batches have been taken."""
 
@@ -33,8 +33,8 @@ _IN_FLIGHT = _PREFETCH + 2
 class DaliLoader(Loader):
     """Batches by way of a DALI pipeline; `device="cpu"` needs neither GPU nor driver.
 
-    Batches are equal, bit for bit, to those of :class:`~brainflow.data.host.HostLoader`. Two batches are read
-    ahead, so an error of the store (a corrupt chunk) surfaces up to two batches early. On the CPU a batch's
+    Batches are equal, bit for bit, to those of :class:`~brainflow.data.host.HostLoader`. Three batches are read
+    ahead, so an error of the store (a corrupt chunk) surfaces up to three batches early. On the CPU a batch's
     `bold` lies in a buffer of DALI's and stays valid until the next batch is taken: clone what must live
     longer. On a GPU it stays valid for ever.
 
@@ -98,7 +98,7 @@ class DaliLoader(Loader):
         # than the copy; on a GPU memory comes from a pool.
         @pipeline_def(
             batch_size=self.sampler.windows_per_batch if self._views else 1,
-            num_threads=1,
+            num_threads=2,
             device_id=index,
             prefetch_queue_depth=_PREFETCH,
             exec_dynamic=gpu,
