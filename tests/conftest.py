@@ -1,0 +1,9 @@
+"""One thread for every test and every process that a test starts.
+
+Several threads on few cores wait for each other (a step of a small model takes many times as long when another
+process runs), and sums of one thread are the same on every machine.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch or numpy
