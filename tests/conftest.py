@@ -1,7 +1,7 @@
 """One thread for every test and every process that a test starts.
 
-Several threads on few cores wait for each other (a step of a small model takes many times as long when another
-process runs), and sums of one thread are the same on every machine.
+Several threads on few cores wait for each other (beside another process a step of a small model takes many
+times as long), and sums of one thread are the same on every machine.
 """
 
 import os
