@@ -6,7 +6,9 @@ windows from one .npy file into a reused packed batch; it is the baseline of the
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,11 +22,12 @@ from brainflow.data.sampler import WindowSampler
 from brainflow.storage import BoldStore, StoreWriter
 from brainflow.storage.segments import RunTable, encode_strings
 
+from . import million
 from .baselines import loaders as baselines
 from .timing import Row, interleave
 
 BATCH, SEQ_MIN, SEQ_MAX = 64, 10, 50
-_SLOW = {"webdataset": 1, "zarr": 1, "zarrs": 1, "tensorstore": 4}
+_SLOW = {"webdataset": 1, "zarr": 1, "zarrs": 1, "tensorstore": 4, "litdata": 2}
 """Batches a call of the slow ways; the others read 32."""
 
 
@@ -43,6 +46,7 @@ def run(quick: bool, device: str) -> list[Row]:
         rows = _warm(store_path, npy, urls, device, repeats=3 if quick else 9)
         rows += _cold(store_path, npy, repeats=3 if quick else 9)
     rows += _many_runs(repeats=5 if quick else 15)
+    rows += million.run_rows(runs=1_000_000, repeats=2 if quick else 5)
     return rows
 
 
@@ -95,12 +99,20 @@ def _warm(path: Path, npy: Path, urls: list[str], device: str, *, repeats: int) 
         "webdataset": lambda: baselines.webdataset(urls, BATCH, SEQ_MIN, SEQ_MAX),
         "zarrs": lambda: baselines.zarr_python(path, batches, pipeline="zarrs.ZarrsCodecPipeline"),
         "tensorstore": lambda: baselines.tensorstore(path, batches),
+        "litdata": lambda: baselines.litdata(
+            npy.with_name("litdata"),
+            [store.run(i) for i in range(min(64, len(store.runs)))],
+            BATCH,
+            SEQ_MIN,
+            SEQ_MAX,
+        ),
     }
     for name, build in optional.items():
         if baselines.installed(name):
             ways[name] = build()
         else:
-            print(f"loader: {name} is not installed, left out")
+            print(f"loader: {name} is not installed, left out", file=sys.stderr)
+    print("loader: MosaicML Streaming is left out, its wheel needs numpy < 2.2", file=sys.stderr)
     source = np.ones((int(np.mean([n.sum() for _, n in batches])), store.networks), store.dtype)
     ways["memcpy"] = lambda: np.copyto(out[: len(source)], source)
     times = interleave({n: _repeat(way, _SLOW.get(n, 32)) for n, way in ways.items()}, repeats=repeats)
@@ -150,6 +162,7 @@ def _cold(path: Path, npy: Path, *, repeats: int) -> list[Row]:
     batches = _batches(BoldStore.open(path), 2 * repeats)
     out = np.empty((BATCH * SEQ_MAX, 1024), np.float16)
     seconds: dict[str, list[float]] = {"memmap": [], "reader": []}
+    gc.collect()  # pages that anything still maps are not dropped
     for starts, lengths in batches:
         _drop(npy)
         rows = np.load(npy, mmap_mode="r").view(np.ndarray)

@@ -2,6 +2,7 @@
 
 from .errors import StoreError
 from .parts import gather, write_part
+from .remote import publish
 from .segments import RunTable, Segment, SegmentTable
 from .store import BoldStore
 from .verify import VerifyReport, verify
@@ -16,6 +17,7 @@ __all__ = [
     "StoreWriter",
     "VerifyReport",
     "gather",
+    "publish",
     "verify",
     "write_part",
 ]

@@ -18,7 +18,8 @@ class ReadHints:
     """Advises the kernel about windows of mapped shards, and stops while the data are resident.
 
     Of every batch a few windows are looked at (mincore). After `_QUIET_AFTER` batches whose windows were all
-    in memory, only every `_LOOK_AGAIN`-th batch is looked at, until one is not.
+    in memory, only every `_LOOK_AGAIN`-th batch is looked at, until one is not. Linux tells what is resident
+    only to those who own a file or may write it, and says "all" to others: for them every batch is advised.
 
     Parameters
     ----------
@@ -28,6 +29,7 @@ class ReadHints:
     def __init__(self, shards: MappedShards) -> None:
         self._shards = shards
         self._random: set[int] = set()
+        self._telling: dict[int, bool] = {}
         self._resident = 0
         self._calls = 0
         self._mincore = ctypes.CDLL(None, use_errno=True).mincore
@@ -70,6 +72,10 @@ class ReadHints:
 
     def _is_resident(self, shard: int, offset: int, length: int) -> bool:
         """Whether all pages of a stretch of a shard are in memory."""
+        if shard not in self._telling:
+            self._telling[shard] = self._shards.is_ours(shard)
+        if not self._telling[shard]:
+            return False
         mapped = self._shards.map(shard)
         pages = -(-length // mmap.PAGESIZE)
         state = ctypes.create_string_buffer(pages)

@@ -106,6 +106,11 @@ class Grid:
         end = starts[last] + lengths[last] - shards * self.shard_rows
         return shards, -(-end // self.chunk_rows)
 
+    def spans(self, starts: np.ndarray, lengths: np.ndarray) -> list[range]:
+        """Chunks that each of some windows lies in, from int64 [windows] first rows and numbers of rows."""
+        firsts, lasts = starts // self.chunk_rows, (starts + lengths - 1) // self.chunk_rows
+        return [range(a, b + 1) for a, b in zip(firsts.tolist(), lasts.tolist(), strict=True)]
+
     def pack_index(self, entries: list[tuple[int, int]]) -> bytes:
         """Encode a shard's index: (offset, bytes) of each chunk, absent ones as 2⁶⁴ - 1, then its CRC-32C."""
         index = np.full((self.chunks_per_shard, 2), MISSING_CHUNK, "<u8")

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from .errors import StoreError
+from .flat import FlatRows
 from .layout import Grid
 
 _REMEDY = "restore the file from a copy of the store, or write the store anew"
-
-
-class _Rows(dict[int, np.ndarray]):
-    """Rows of the shards by number; a shard is mapped when it is first asked for."""
-
-    def __init__(self, load: Callable[[int], np.ndarray]) -> None:
-        self._load = load
-
-    def __missing__(self, shard: int) -> np.ndarray:
-        rows = self[shard] = self._load(shard)
-        return rows
 
 
 class MappedShards:
@@ -47,37 +36,59 @@ class MappedShards:
         self._directory = directory
         self._where = where
         self._chunks = dict(zip(shards.tolist(), chunks.tolist(), strict=True))
-        self._rows = _Rows(self._map_rows)
+        self._rows: dict[int, np.ndarray] = {}
         self._maps: dict[int, mmap.mmap] = {}
         self._indexes: dict[int, np.ndarray] = {}
+        self._flat: FlatRows | None = None
+        self._counting = np.arange(0)
+        if FlatRows.fits(grid) and len(shards):
+            try:
+                self._flat = FlatRows(grid, int(shards[-1]) + 1)
+            except OSError:  # a limit on the address space: `copy` goes window by window
+                self._flat = None
         self._check_sizes()
 
-    def windows(self, starts: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
-        """Views of the rows of each window, which lies in one shard; read-only [length, *row_shape]."""
-        for shard, first, stop in self._places(starts, lengths):
-            yield self._rows[shard][first:stop]
+    def copy(self, starts: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
+        """Copy the rows of each window behind one another into all of `out`. The hot path of training.
 
-    def copy(self, starts: np.ndarray, lengths: np.ndarray, ends: list[int], out: np.ndarray) -> None:
-        """Copy the rows of each window into `out`, up to the row in `ends`. The hot path of training."""
-        rows, position, shard_rows = self._rows, 0, self.grid.shard_rows
+        The shards that the windows lie in must have been asked for with `rows` before.
+        """
+        if self._flat is None:
+            np.concatenate(self.windows(starts, lengths), out=out)
+            return
+        total = len(out)
+        counting = self._counting
+        if len(counting) < total:
+            counting = self._counting = np.arange(total)
+        rows = (starts - lengths.cumsum() + lengths).repeat(lengths)
+        rows += counting[:total]
+        self._flat.rows.take(rows, 0, out=out, mode="clip")  # without `mode`, take would fill a copy of `out`
+
+    def windows(self, starts: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+        """Views of the rows of each window, which lies in one shard; read-only [length, *row_shape].
+
+        Shards as in `copy`.
+        """
+        rows, shard_rows = self._rows, self.grid.shard_rows
         shards = starts // shard_rows
         firsts = starts - shards * shard_rows
-        stops = firsts + lengths
-        for shard, first, stop, end in zip(
-            shards.tolist(), firsts.tolist(), stops.tolist(), ends, strict=True
-        ):
-            out[position:end] = rows[shard][first:stop]
-            position = end
-
-    def _places(self, starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
-        """Shard, first row and end of each window, rows counted in the shard."""
-        shards = starts // self.grid.shard_rows
-        firsts = starts - shards * self.grid.shard_rows
-        return zip(shards.tolist(), firsts.tolist(), (firsts + lengths).tolist(), strict=True)
+        places = zip(shards.tolist(), firsts.tolist(), (firsts + lengths).tolist(), strict=True)
+        return [rows[shard][first:stop] for shard, first, stop in places]
 
     def rows(self, shard: int) -> np.ndarray:
         """All rows of a shard of raw chunks, read-only [chunks · chunk_rows, *row_shape]."""
+        if shard not in self._rows:
+            self._rows[shard] = self._map_rows(shard)
         return self._rows[shard]
+
+    def row(self, row: int) -> np.ndarray:
+        """One row of an array of raw chunks, read-only [*row_shape]."""
+        shard, position = divmod(row, self.grid.shard_rows)
+        return self.rows(shard)[position]
+
+    def fetch(self, chunks: list[int]) -> dict[int, np.ndarray]:
+        """Stored bytes of some chunks, uint8 [bytes] each."""
+        return {chunk: self.stored(chunk) for chunk in chunks}
 
     def stored(self, chunk: int) -> np.ndarray:
         """Bytes of a chunk as they are stored, uint8 [bytes], compressed or not."""
@@ -99,6 +110,8 @@ class MappedShards:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
         try:
             mapped = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+            if self._flat is not None:
+                self._flat.add(shard, descriptor, self._chunks[shard] * grid.chunk_bytes)
         finally:
             os.close(descriptor)
         try:
@@ -109,6 +122,14 @@ class MappedShards:
             raise StoreError(f"{self._where}/{path}: its index names chunks that are not there; {_REMEDY}")
         self._maps[shard], self._indexes[shard] = mapped, index
         return mapped
+
+    def is_ours(self, shard: int) -> bool:
+        """Whether this process owns a shard's file or may write it."""
+        path = self.grid.shard_path(shard)
+        owner = os.stat(path, dir_fd=self._directory).st_uid
+        return os.geteuid() in (0, owner) or os.access(
+            path, os.W_OK, dir_fd=self._directory, effective_ids=True
+        )
 
     def _map_rows(self, shard: int) -> np.ndarray:
         """Map a shard and check by its index that chunk i lies at i · chunk_bytes."""

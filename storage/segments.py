@@ -36,6 +36,7 @@ class RunTable:
     ----------
     start : int64 [runs], first row in `bold`, ascending
     length : int32 [runs], time points
+    end : int64 [runs], row behind the last one
     t_r : float64 [runs], repetition time in seconds
     slot : int64 [runs], row of the run in `statistics`
     dataset, subject, session, task, run, key : str [runs], decoded when asked for
@@ -47,7 +48,7 @@ class RunTable:
         self.length = columns["length"]
         self.t_r = columns["t_r"]
         self.slot = columns["slot"]
-        self._end = self.start + self.length
+        self.end = self.start + self.length
 
     def __len__(self) -> int:
         return len(self.start)
@@ -110,28 +111,42 @@ class RunTable:
         ------
         ValueError : if a window is empty or does not lie inside one run, naming the first such window
         """
+        runs = self.start.searchsorted(starts, "right") - 1
+        self.check(starts, lengths, runs)
+        return runs
+
+    def check(self, starts: np.ndarray, lengths: np.ndarray, runs: np.ndarray) -> None:
+        """Refuse windows that are empty or leave their run.
+
+        Parameters
+        ----------
+        starts, lengths : as in `locate`
+        runs : int64 [windows], the last run that begins at or before each window, -1 if none does
+
+        Raises
+        ------
+        ValueError : naming the first such window
+        """
         if len(self) == 0:
             if len(starts):
                 raise ValueError(
                     f"window 0 (start={starts[0]}, length={lengths[0]}): the store holds no runs"
                 )
-            return np.zeros(0, np.int64)
-        runs = self.start.searchsorted(starts, "right") - 1
-        good = (lengths > 0) & (starts >= 0) & (starts + lengths <= self._end[runs])
-        if np.count_nonzero(good) != len(good):  # the fastest way to ask
+            return
+        good = (lengths > 0) & (runs >= 0) & (starts + lengths <= self.end[runs])
+        if not good.all():
             self._refuse(int(np.argmin(good)), starts, lengths, runs)
-        return runs
 
     def _refuse(self, window: int, starts: np.ndarray, lengths: np.ndarray, runs: np.ndarray) -> None:
         start, length, run = int(starts[window]), int(lengths[window]), int(runs[window])
         where = f"window {window} (start={start}, length={length})"
         if length <= 0:
             raise ValueError(f"{where}: length must be at least 1")
-        if run < 0 or start >= self._end[run]:
+        if run < 0 or start >= self.end[run]:
             raise ValueError(f"{where}: row {start} belongs to no run; take starts from store.runs.start")
         raise ValueError(
             f"{where}: leaves run {run} ({self.key_of(run)}), which has rows {self.start[run]} to "
-            f"{self._end[run] - 1}; a window must lie inside one run"
+            f"{self.end[run] - 1}; a window must lie inside one run"
         )
 
 

@@ -12,6 +12,8 @@ from numcodecs import Zstd
 from .files import sync_directory
 from .layout import ZSTD_LEVEL, Grid, crc32c
 
+_BUFFER = 2**21  # the kernel keeps what is written at once in pages of up to this size, which map faster
+
 
 class ShardWriter:
     """Appends blocks of rows to new shards of an array; never opens a shard that is already committed.
@@ -57,7 +59,7 @@ class ShardWriter:
         if self._file is None:
             path = self.root / grid.shard_path(self.row // grid.shard_rows)
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by close_shard or abort
+            self._file = open(path, "wb", buffering=_BUFFER)  # noqa: SIM115  closed by close_shard or abort
         start = self.row
         self.row += len(block)
         if self._carried:
@@ -87,7 +89,8 @@ class ShardWriter:
             self._carry[self._carried :] = 0
             self._write_chunk(self._carry)
             self._carried = 0
-        self._write(memoryview(grid.pack_index(self._entries)))
+        self._file.write(grid.pack_index(self._entries))
+        self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         shard = self.root / grid.shard_path((self.row - 1) // grid.shard_rows)
@@ -113,9 +116,5 @@ class ShardWriter:
         self.checksums[shard * self.grid.chunks_per_shard + len(self._entries)] = crc32c(data)
         self._entries.append((self._offset, data.nbytes))
         self._offset += data.nbytes
-        self._write(data)
-
-    def _write(self, data: memoryview) -> None:
         assert self._file is not None
-        while data.nbytes:
-            data = data[self._file.write(data) :]
+        self._file.write(data)

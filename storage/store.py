@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Sequence
 from typing import Any, Self
 from urllib.parse import unquote
@@ -11,17 +10,19 @@ from urllib.parse import unquote
 import numpy as np
 import zarr
 
-from .decoding import DecodedRows
-from .errors import StoreError
+from .decoding import DecodedRows, chunks_of
+from .errors import DamagedChunk, StoreError
 from .hints import ReadHints
 from .index import read_columns
 from .layout import crc32c
+from .local import LocalFiles
 from .manifest import MANIFEST, Manifest, parse_manifest
 from .mapping import MappedShards
+from .remote import RemoteFiles, is_remote
+from .remote_chunks import RemoteChunks
 from .segments import RunTable, SegmentTable
 
 _ATTEMPTS = 5
-_SMALL_FILE = 2**16  # read rather than mapped
 
 
 class BoldStore:
@@ -41,13 +42,12 @@ class BoldStore:
     segments : SegmentTable
     """
 
-    def __init__(self, path: str, directory: int, *, check: bool) -> None:
-        self.path = path
-        self._directory = directory
-        weakref.finalize(self, os.close, directory)
-        self._check = check
+    def __init__(self, files: LocalFiles | RemoteFiles, manifest: bytes, *, check: bool) -> None:
+        self.path = files.where
+        self._files = files
         self.manifest: Manifest
-        self.manifest, self.layout, self.snapshot = parse_manifest(self.read_file(MANIFEST).tobytes(), path)
+        self.manifest, self.layout, self.snapshot = parse_manifest(manifest, self.path)
+        files.announce(list(self.manifest.files))
         self.networks = self.layout.networks
         self.dtype = self.layout.bold_grid.dtype
         self.generation = self.manifest.generation
@@ -57,16 +57,19 @@ class BoldStore:
         self.segments = SegmentTable(self.columns("segments"), labels)
         self.checksums = self.columns("checksums")
         if len(self.runs) != self.manifest.runs or len(self.segments) != self.manifest.segments:
-            raise StoreError(f"{path}/{MANIFEST}: does not fit the index; restore the store from a copy")
+            raise StoreError(f"{self.path}/{MANIFEST}: does not fit the index; restore the store from a copy")
         bold, statistics = self.layout.bold_grid, self.layout.statistics_grid
         present = bold.chunks_in_shards(self.runs.start, self.runs.length)
-        self._shards = MappedShards(directory, path, bold, *present)
+        self._bold = files.shards(bold, *present, self.checksums["bold"])
         present = statistics.chunks_in_shards(self.runs.slot, np.ones(len(self.runs), np.int64))
-        self._statistics = MappedShards(directory, path, statistics, *present)
-        raw = bold.compression is None
-        self._reader: MappedShards | DecodedRows = self._shards if raw else DecodedRows(self._shards)
-        self._hints = ReadHints(self._shards) if raw else None
-        self._good = np.zeros(len(self.runs), bool)  # runs whose chunks have been checked
+        self._statistics = files.shards(statistics, *present, self.checksums["statistics"])
+        self._reader, self._rows = _reader(self._bold), _reader(self._statistics)
+        self._hints = ReadHints(self._reader) if isinstance(self._reader, MappedShards) else None
+        # Where run i - 1 ends, or -1 as long as its chunks have not been mapped and checked: windows of known
+        # runs need one comparison. Before the first run there is none.
+        self._check = check
+        self._known_end = np.full(len(self.runs) + 1, -1)
+        self._damaged_runs: set[int] = set()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Self:
@@ -74,28 +77,22 @@ class BoldStore:
 
         Parameters
         ----------
-        path : directory of the store
-        check : compare the chunks of a run with their checksums when it is first read
+        path : directory of the store, or its URL (s3://, gs://, https://; needs the extra `remote`)
+        check : compare the chunks of a run with their checksums when it is first read (remote: always)
 
         Raises
         ------
         StoreError : if there is no store, or a file of it is missing, truncated or damaged; it is named
         """
-        where = os.path.abspath(path)
+        where = str(path) if is_remote(path) else os.path.abspath(path)
         for attempt in range(_ATTEMPTS):
-            before = _manifest_bytes(where)
+            files = RemoteFiles(where) if is_remote(where) else LocalFiles(where)
+            manifest = files.read(MANIFEST).tobytes()
             try:
-                directory = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            except OSError as error:
-                raise StoreError(
-                    f"{where}: no store here ({error.strerror}); write one with `brainflow ingest` or "
-                    "StoreWriter"
-                ) from error
-            try:
-                return cls(where, directory, check=check)
+                return cls(files, manifest, check=check)
             except StoreError:
                 # A writer may have committed twice while we read the index of an older generation.
-                if attempt == _ATTEMPTS - 1 or _manifest_bytes(where) == before:
+                if attempt == _ATTEMPTS - 1 or _manifest_bytes(where) == manifest:
                     raise
         raise AssertionError("not reached")
 
@@ -123,34 +120,65 @@ class BoldStore:
         ValueError : if a window is empty or leaves its run, naming it; if `out` does not fit
         StoreError : if a chunk that a window needs is damaged, naming the run
         """
-        starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
-        if starts.ndim != 1 or starts.shape != lengths.shape:
-            raise ValueError(
-                f"starts and lengths must be vectors of one length, got {list(starts.shape)}, "
-                f"{list(lengths.shape)}"
-            )
-        runs = self.runs.locate(starts, lengths)
-        if self._check and np.count_nonzero(self._good[runs]) != len(runs):
-            self._check_runs(np.unique(runs[~self._good[runs]]))
-        ends = lengths.cumsum().tolist()
-        out = self._buffer(out, ends[-1] if ends else 0)
-        if self.dtype.kind == "f":
-            self._reader.copy(starts, lengths, ends, out)
+        starts, lengths, runs = self._locate(starts, lengths)
+        out = self._buffer(out, int(lengths.sum()))
+        if not len(starts):
             return out
-        position = 0
-        for rows, run in zip(self._reader.windows(starts, lengths), runs.tolist(), strict=True):
-            np.multiply(rows, self.scale(run), out=out[position : position + len(rows)])
-            position += len(rows)
-        return out
+        try:
+            if self.dtype.kind == "f":
+                self._reader.copy(starts, lengths, out)
+                return out
+            position = 0
+            for rows, run in zip(self._reader.windows(starts, lengths), runs.tolist(), strict=True):
+                np.multiply(rows, self.scale(run), out=out[position : position + len(rows)])
+                position += len(rows)
+            return out
+        except DamagedChunk as error:
+            rows_of = self.layout.bold_grid.chunk_rows
+            first = self.runs.start[runs] < (error.chunk + 1) * rows_of
+            touched = runs[first & (self.runs.end[runs] > error.chunk * rows_of)]
+            raise self._damage(int(touched[0]), error.chunk) from error
+
+    def views(
+        self, starts: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray
+    ) -> list[np.ndarray]:
+        """Windows of runs where they lie on disk, without a copy; only from a local raw store of floats.
+
+        Parameters
+        ----------
+        starts, lengths : as in `windows`, and checked as there
+
+        Returns
+        -------
+        list : read-only [length, networks] of the stored type, one a window; valid while the store is
+
+        Raises
+        ------
+        ValueError : if a window is empty or leaves its run, naming it; if the store is remote,
+            compressed or holds integers: use `windows`
+        StoreError : if a chunk that a window needs is damaged, naming the run
+        """
+        if not isinstance(self._reader, MappedShards) or self.dtype.kind != "f":
+            raise ValueError(
+                f"{self.path}: is remote, compressed or of integers, so that its windows cannot be viewed in "
+                "place; use windows()"
+            )
+        starts, lengths, _ = self._locate(starts, lengths)
+        return self._reader.windows(starts, lengths)
 
     def advise(self, starts: np.ndarray, lengths: np.ndarray) -> None:
-        """Tell the kernel that these windows are read soon, such as those of the next batch; returns at once.
+        """Announce windows that are read soon, such as those of the next batch; returns at once.
 
-        It costs a few microseconds a window on a cold store and next to nothing on one that is in memory.
-        Does nothing for compressed stores.
+        On a local raw store it tells the kernel, which costs a few microseconds a window on a cold store and
+        next to nothing on one that is in memory; from a remote store it begins to fetch the chunks. Does
+        nothing for local compressed stores.
         """
+        starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
         if self._hints is not None and len(starts):
-            self._hints.advise(np.asarray(starts, np.int64), np.asarray(lengths, np.int64))
+            self._hints.advise(starts, lengths)
+        elif isinstance(self._bold, RemoteChunks):
+            starts, lengths, _ = self._locate(starts, lengths)
+            self._bold.advise(chunks_of(self.layout.bold_grid.spans(starts, lengths)))
 
     def run(self, run: int) -> np.ndarray:
         """One whole run, [time, networks]; element type as in `windows`."""
@@ -160,28 +188,71 @@ class BoldStore:
 
     def statistics(self, run: int) -> dict[str, np.ndarray]:
         """`mean` and `std` over time of each network, and `scale` of integer types: float32 [networks]."""
-        slot = int(self.runs.slot[run])
-        shard, row = divmod(slot, self._statistics.grid.shard_rows)
-        values = self._statistics.rows(shard)[row]
-        return dict(zip(self.layout.statistics, values, strict=True))
+        return dict(zip(self.layout.statistics, self._row(run), strict=True))
 
     def scale(self, run: int) -> np.ndarray:
         """Scale of a run in a store of integers, float32 [networks]: BOLD = stored value · scale."""
-        shard, row = divmod(int(self.runs.slot[run]), self._statistics.grid.shard_rows)
-        return self._statistics.rows(shard)[row, 2]
+        return self._row(run)[2]
 
     @property
     def bold(self) -> zarr.Array:
         """The array `bold[time, network]` as Zarr gives it; zeros between runs."""
-        return zarr.open_array(self.path, path="bold", mode="r")
+        return zarr.open_array(self._files.zarr_store(), path="bold", mode="r")
 
     def stored(self, array: str, chunk: int) -> np.ndarray:
         """Bytes of a chunk of "bold" or "statistics" as they are stored, uint8 [bytes]."""
-        return (self._shards if array == "bold" else self._statistics).stored(chunk)
+        return (self._bold if array == "bold" else self._statistics).stored(chunk)
+
+    def intact(self, starts: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Which windows can be read: bool [windows], False where a chunk that it needs is damaged.
+
+        For training that shall go on over damage: leave such windows out and count them. On a local store all
+        windows of a damaged run count as damaged.
+
+        Parameters
+        ----------
+        starts, lengths : as in `windows`
+
+        Raises
+        ------
+        ValueError : if a window is empty or leaves its run, naming it
+        """
+        starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
+        runs = self.runs.locate(starts, lengths)
+        if isinstance(self._bold, RemoteChunks):
+            spans = self.layout.bold_grid.spans(starts, lengths)
+            bad = self._bold.damaged(chunks_of(spans))
+            return np.array([bad.isdisjoint(span) for span in spans], bool)
+        for run in np.unique(runs[self._known_end[runs + 1] < 0]).tolist():
+            if run not in self._damaged_runs:
+                try:
+                    self._check_runs(np.array([run]))
+                except StoreError:
+                    self._damaged_runs.add(run)
+        return np.array([run not in self._damaged_runs for run in runs.tolist()], bool)
 
     def columns(self, group: str) -> dict[str, np.ndarray]:
         """Columns of a group of the index, as stored: "runs", "segments", "labels" or "checksums"."""
         return read_columns(self.check_file, self.manifest.files, self.manifest.generation, group)
+
+    def _locate(
+        self, starts: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """First rows, lengths and runs of some windows, int64 [windows] each, all of them checked."""
+        starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
+        if starts.ndim != 1 or starts.shape != lengths.shape:
+            raise ValueError(
+                f"starts and lengths must be vectors of one length, got {list(starts.shape)}, "
+                f"{list(lengths.shape)}"
+            )
+        stops = starts + lengths
+        before = self.runs.start.searchsorted(starts, "right")  # runs that begin at or before each window
+        good = (starts < stops) & (stops <= self._known_end.take(before))
+        runs = before - 1
+        if np.count_nonzero(good) != len(good):  # the fastest way to ask
+            self.runs.check(starts, lengths, runs)
+            self._check_runs(np.unique(runs))
+        return starts, lengths, runs
 
     def _buffer(self, out: np.ndarray | None, rows: int) -> np.ndarray:
         dtype = self.dtype if self.dtype.kind == "f" else np.dtype("<f4")
@@ -195,36 +266,39 @@ class BoldStore:
         return out[:rows]
 
     def _check_runs(self, runs: np.ndarray) -> None:
-        """Compare all chunks of some runs with their checksums."""
+        """Map the shards of some local runs and compare all their chunks with their checksums."""
         grid, checksums = self.layout.bold_grid, self.checksums["bold"]
-        for run in runs.tolist():
-            start, length = int(self.runs.start[run]), int(self.runs.length[run])
-            for chunk in range(start // grid.chunk_rows, (start + length - 1) // grid.chunk_rows + 1):
-                if crc32c(self._shards.stored(chunk)) != checksums[chunk]:
-                    raise StoreError(
-                        f"{self.path}: run {self.runs.key_of(run)}: chunk {chunk} "
-                        f"({grid.shard_path(chunk // grid.chunks_per_shard)}) is damaged (wrong checksum); "
-                        "`brainflow verify` lists all damage; restore the file from a copy"
-                    )
-            self._good[run] = True
+        for run in runs[self._known_end[runs + 1] < 0].tolist():
+            start, end = int(self.runs.start[run]), int(self.runs.end[run])
+            if isinstance(self._reader, MappedShards):
+                self._reader.rows(start // grid.shard_rows)
+            if self._check and isinstance(self._bold, MappedShards):
+                for chunk in range(start // grid.chunk_rows, (end - 1) // grid.chunk_rows + 1):
+                    if crc32c(self._bold.stored(chunk)) != checksums[chunk]:
+                        raise self._damage(run, chunk)
+            self._known_end[run + 1] = end
+
+    def _damage(self, run: int, chunk: int) -> StoreError:
+        grid = self.layout.bold_grid
+        return StoreError(
+            f"{self.path}: run {self.runs.key_of(run)}: chunk {chunk} "
+            f"({grid.shard_path(chunk // grid.chunks_per_shard)}) is damaged (wrong checksum); "
+            "`brainflow verify` lists all damage; restore the file from a copy"
+        )
+
+    def _row(self, run: int) -> np.ndarray:
+        """Row of a run in `statistics`, float32 [statistics, networks]."""
+        try:
+            return self._rows.row(int(self.runs.slot[run]))
+        except DamagedChunk as error:
+            raise StoreError(
+                f"{self.path}: run {self.runs.key_of(run)}: chunk {error.chunk} of statistics is damaged "
+                "(wrong checksum); `brainflow verify` lists all damage; restore the file from a copy"
+            ) from error
 
     def read_file(self, relative: str) -> np.ndarray:
         """A file of the store: uint8 [bytes]."""
-        try:
-            descriptor = os.open(relative, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
-        except OSError as error:
-            what = (
-                "no store here, or a damaged one"
-                if relative == MANIFEST
-                else "a file of the store is missing"
-            )
-            raise StoreError(
-                f"{self.path}/{relative}: {what} ({error.strerror}); restore it from a copy"
-            ) from error
-        with os.fdopen(descriptor, "rb") as file:
-            if os.fstat(descriptor).st_size < _SMALL_FILE:
-                return np.frombuffer(file.read(), np.uint8)
-            return np.memmap(file, np.uint8, "r").view(np.ndarray)
+        return self._files.read(relative)
 
     def check_file(self, relative: str) -> np.ndarray:
         """A file that the manifest lists, uint8 [bytes].
@@ -244,10 +318,17 @@ class BoldStore:
         return data
 
 
-def _manifest_bytes(path: str) -> bytes:
+def _reader(shards: MappedShards | RemoteChunks) -> MappedShards | DecodedRows:
+    """Rows of an array: mapped where that can be done."""
+    if isinstance(shards, MappedShards) and shards.grid.compression is None:
+        return shards
+    return DecodedRows(shards.grid, shards.fetch)
+
+
+def _manifest_bytes(where: str) -> bytes:
     """The manifest as it stands, or nothing."""
     try:
-        with open(os.path.join(path, MANIFEST), "rb") as file:
-            return file.read()
-    except OSError:
+        files = RemoteFiles(where) if is_remote(where) else LocalFiles(where)
+        return files.read(MANIFEST).tobytes()
+    except StoreError:
         return b""

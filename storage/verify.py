@@ -45,7 +45,7 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | 
 
     Parameters
     ----------
-    path : directory of the store
+    path : directory or URL of the store
     progress : called with (bytes read, bytes in all)
 
     Returns

@@ -20,6 +20,7 @@ from .index import directory_of, write_index
 from .layout import CHUNK_ROWS, SHARD_ROWS, run_key
 from .manifest import MANIFEST, Manifest
 from .quantise import Overflow, encode, run_statistics
+from .remote import is_remote
 from .segments import Segment
 from .shards import ShardWriter
 from .store import BoldStore
@@ -125,6 +126,7 @@ class StoreWriter:
             chunk_rows=chunk_rows,
             shard_rows=shard_rows,
         )
+        _refuse_url(path)
         target = Path(path).absolute()
         if target.exists():
             if not overwrite:
@@ -152,6 +154,7 @@ class StoreWriter:
         ------
         StoreError : if there is no store at `path`, it is damaged, or another process is writing it
         """
+        _refuse_url(path)
         root = Path(path).absolute()
         attributes = BoldStore.open(root, check=False).layout
         descriptor = lock(root)
@@ -364,6 +367,14 @@ class StoreWriter:
             self._start_shards()
         os.close(self._descriptor)
         self._descriptor = None
+
+
+def _refuse_url(path: str | os.PathLike[str]) -> None:
+    if is_remote(path):
+        raise ValueError(
+            f"{path}: stores are written on a local disk; upload it then with "
+            "brainflow.storage.publish(local, url)"
+        )
 
 
 def _is_store(path: Path) -> bool:

@@ -106,6 +106,32 @@ def zarr_python(path: Path, batches: Sequence[Batch], *, pipeline: str | None = 
     return read
 
 
+def litdata(folder: Path, runs: Sequence[NDArray[Any]], batch: int, seq_min: int, seq_max: int) -> Read:
+    """LitData, one run a sample: read it from its chunk, crop a window, pack the batch."""
+    from litdata import StreamingDataset
+    from litdata.streaming.cache import Cache
+
+    cache = Cache(str(folder), chunk_bytes=2**26)
+    for i, bold in enumerate(runs):
+        cache._add_item(i, {"bold": bold})
+    cache.done()
+    cache.merge()
+    dataset = StreamingDataset(str(folder))
+    rng = np.random.default_rng(0)
+
+    def read() -> object:
+        windows = []
+        for i, length in zip(
+            rng.integers(0, len(runs), batch), rng.integers(seq_min, seq_max, batch), strict=True
+        ):
+            bold = dataset[int(i)]["bold"]
+            onset = int(rng.integers(0, len(bold) - length))
+            windows.append(bold[onset : onset + length])
+        return np.concatenate(windows)
+
+    return read
+
+
 def tensorstore(path: Path, batches: Sequence[Batch]) -> Read:
     """TensorStore on the same store: all reads of a batch in flight at once."""
     import tensorstore as ts

@@ -249,6 +249,33 @@ def test_hints_fall_silent_once_everything_is_in_memory(shared_store):
     assert shared_store._hints.quiet
 
 
+def test_hints_go_on_where_the_kernel_does_not_tell_what_is_in_memory(shared_store, monkeypatch):
+    """mincore calls every page of another one's read-only file resident."""
+    monkeypatch.setattr(os, "geteuid", lambda: -1)
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    store = BoldStore.open(shared_store.path)
+    for _ in range(80):
+        store.advise(store.runs.start, store.runs.length)
+    assert not store._hints.quiet
+
+
+def test_windows_of_damaged_runs_can_be_left_out(tmp_path):
+    store = write(tmp_path / "s", noise(10, 20, 7, 25))
+    path = tmp_path / "s" / "bold" / "c" / "0" / "0"
+    data = bytearray(path.read_bytes())
+    data[12 * 6] ^= 1  # row 12, run 1
+    path.write_bytes(data)
+    starts, lengths = store.runs.start[[1, 0, 3, 1]] + 1, np.array([3, 4, 5, 19])
+    for _ in range(2):
+        assert store.intact(starts, lengths).tolist() == [False, True, True, False]
+    with pytest.raises(StoreError, match="sub-01"):
+        store.windows(starts, lengths)
+    good = store.intact(starts, lengths)
+    assert len(store.windows(starts[good], lengths[good])) == 9
+    with pytest.raises(ValueError, match="window 0 "):
+        store.intact([0], [11])
+
+
 def test_a_label_is_a_text_or_a_number_throughout(tmp_path):
     def segment(value):
         return [Segment(onset=0, length=1, labels={"state name": value})]
@@ -263,6 +290,36 @@ def test_a_label_is_a_text_or_a_number_throughout(tmp_path):
             writer.append(noise(2)[0], subject="2", segments=segment("a"), **common)
         writer.append(noise(2)[0], subject="3", segments=segment(0.5), **common)
     assert BoldStore.open(tmp_path / "s").segments.columns["state name"].tolist() == [1.0, 0.5]
+
+
+def test_windows_of_shards_that_are_whole_pages(tmp_path):
+    """Such shards lie side by side in the address space, and are gathered in another way."""
+    runs = [bold.astype(np.float32) for bold in noise(*[20, 12, 30, 31, 3, 8] * 3, networks=32)]
+    for options in ({"dtype": "float32"}, {"dtype": "float32", "shard_rows": 33, "chunk_rows": 3}):
+        store = write(tmp_path / "s", runs, networks=32, overwrite=True, **options)
+        assert (store._reader._flat is not None) == (options.get("shard_rows") is None)
+        rng = np.random.default_rng(0)
+        for check in (True, False):
+            store = BoldStore.open(tmp_path / "s", check=check)
+            for out in (None, np.empty((999, 32), np.float32), np.empty((999, 64), np.float32)[:, ::2]):
+                picks = rng.integers(0, len(runs), 40)
+                onsets = np.array([int(rng.integers(0, len(runs[i]))) for i in picks])
+                lengths = np.array(
+                    [int(rng.integers(1, len(runs[i]) - t + 1)) for i, t in zip(picks, onsets, strict=True)]
+                )
+                got = store.windows(store.runs.start[picks] + onsets, lengths.astype(np.int32), out=out)
+                places = zip(picks, onsets, lengths, strict=True)
+                assert np.array_equal(got, np.concatenate([runs[i][t : t + n] for i, t, n in places]))
+    assert store.windows([], []).shape == (0, 32)
+
+
+def test_a_store_unmaps_its_files_when_it_is_dropped(tmp_path):
+    store = write(tmp_path / "s", noise(20, networks=64), networks=64)
+    store.run(0)
+    place = str(tmp_path / "s")
+    assert place in Path("/proc/self/maps").read_text()
+    del store
+    assert place not in Path("/proc/self/maps").read_text()
 
 
 def test_views_lie_on_the_disk_and_equal_windows(tmp_path, shared_store):
