@@ -33,10 +33,10 @@ _IN_FLIGHT = _PREFETCH + 2
 class DaliLoader(Loader):
     """Batches by way of a DALI pipeline; `device="cpu"` needs neither GPU nor driver.
 
-    Batches are equal, bit for bit, to those of :class:`~brainflow.data.host.HostLoader`. Three batches are read
-    ahead, so an error of the store (a corrupt chunk) surfaces up to three batches early. On the CPU a batch's
-    `bold` lies in a buffer of DALI's and stays valid until the next batch is taken: clone what must live
-    longer. On a GPU it stays valid for ever.
+    Batches are equal, bit for bit, to those of :class:`~brainflow.data.host.HostLoader`. Three batches are
+    read ahead, so an error of the store (a corrupt chunk) surfaces up to three batches early. On the CPU a
+    batch's `bold` lies in a buffer of DALI's and stays valid until the next batch is taken: clone what must
+    live longer. On a GPU it stays valid for ever.
 
     Parameters
     ----------

@@ -168,7 +168,7 @@ def test_triton_in_its_own_process(impl):
     )
     result = subprocess.run(
         [*command, "-k", chosen],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
         timeout=280,

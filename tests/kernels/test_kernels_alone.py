@@ -43,6 +43,7 @@ def test_passes_where_the_rest_cannot_be_imported():
     script = SCRIPT.format(blocked=BLOCKED, arguments=arguments)
     command = [sys.executable, "-c", script]
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # zarr installs a pytest plugin
+    environment.pop("PYTEST_ADDOPTS", None)  # may name an option of a plugin
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
