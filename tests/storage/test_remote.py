@@ -24,6 +24,7 @@ moto_server = pytest.importorskip("moto.server", reason="moto[server] is not ins
 boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")
 
 NETWORKS, CHUNK, SHARD = 6, 4, 32
+STALL, PATIENCE = 4.0, 3.0  # seconds: how long a stalled answer takes, how long a client waits for it
 names = itertools.count()
 
 
@@ -42,7 +43,7 @@ class Proxy(http.server.BaseHTTPRequestHandler):
         ranged = Proxy.everything or "Range" in self.headers
         fault = Proxy.faults.pop(0) if Proxy.faults and ranged else ""
         if fault == "stall":
-            time.sleep(1.0)
+            time.sleep(STALL)
         if fault in ("stall", "drop"):
             self.close_connection = True
             return
@@ -103,7 +104,6 @@ def environment(proxy, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("BRAINFLOW_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.002)
-    monkeypatch.setattr(remote, "TIMEOUT", 0.4)
     Proxy.faults, Proxy.everything, Proxy.seen = [], False, []
 
 
@@ -230,6 +230,7 @@ def test_only_the_chunks_that_are_needed_are_read_and_once(pair):
 
 @pytest.mark.parametrize("cache", ["cache", ""])
 def test_faults_are_outlasted_and_never_give_wrong_data(pair, monkeypatch, tmp_path, cache):
+    monkeypatch.setattr(remote, "TIMEOUT", PATIENCE)
     monkeypatch.setenv("BRAINFLOW_CACHE", cache and str(tmp_path / cache))
     local, url = pair
     expected = local.windows(*all_windows(local))
@@ -260,7 +261,8 @@ def test_a_server_that_never_recovers_is_named(pair, monkeypatch):
         store.windows(local.runs.start[:1], [4])
 
 
-def test_publishing_outlasts_faults_and_commits_last(pair, bucket):
+def test_publishing_outlasts_faults_and_commits_last(pair, bucket, monkeypatch):
+    monkeypatch.setattr(remote, "TIMEOUT", PATIENCE)
     local, _ = pair
     url = f"s3://runs/{next(names)}"
     Proxy.everything = True
