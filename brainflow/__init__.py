@@ -1,12 +1,17 @@
 """brainflow: pretrain sequence models on fMRI and decode mental states with them.
 
-Importing this package imports nothing else: `brainflow.load` and `brainflow.__version__` are made on first
-use.
+Importing this package imports nothing else: the names in `__all__` are made on first use.
 """
 
 from typing import Any
 
-__all__ = ["__version__", "load"]
+__all__ = ["BoldEncoder", "MentalStateDecoder", "__version__", "from_pretrained", "load", "push_to_hub"]
+_PLACES = {
+    "MentalStateDecoder": "brainflow.decoding.estimator",
+    "BoldEncoder": "brainflow.decoding.estimator",
+    "from_pretrained": "brainflow.sharing",
+    "push_to_hub": "brainflow.sharing",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -14,6 +19,10 @@ def __getattr__(name: str) -> Any:
         from brainflow.models.pretrained import load_pretrained
 
         return load_pretrained
+    if name in _PLACES:
+        from importlib import import_module
+
+        return getattr(import_module(_PLACES[name]), name)
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 
