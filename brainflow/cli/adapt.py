@@ -6,15 +6,17 @@ there is one subject.
 Examples
 --------
   brainflow adapt store --from run --target condition --out decoding --hrf-shift 5
-  brainflow adapt store --from run --target mental_state --split leave-one-subject-out --out decoding
-  brainflow adapt store --from run --target condition --freeze --out probe --json
+  brainflow adapt store --from run --target state --split leave-one-subject-out --mode lora --out decoding
+  brainflow adapt store --from run --target state --split subject-wise --n-train-subjects 48 --out decoding
+  brainflow adapt store --from run --target state --mode linear --learning-curve 1,3,6,12 --out curve
+  brainflow adapt store --from run --target condition --mode all --out decoding --json
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -23,6 +25,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from brainflow.decoding.result import Result
+
+Modes = Literal["finetune", "lora", "linear", "mlp", "knn", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,33 +41,63 @@ class Args:
     """Label column to decode."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
     """Folder for scores, predictions and the confusion matrix."""
-    split: Literal["leave-one-run-out", "leave-one-subject-out", "k-fold"] = "leave-one-run-out"
-    """What is left out of training and tested in turn; `k-fold` keeps subjects (or runs) whole."""
+    mode: Modes = "finetune"
+    """`finetune` all weights, `lora`: low-rank changes; on frozen features `linear` (logistic regression),
+    `mlp`, `knn`; `all` judges each of them, the files are fine-tuning's."""
+    split: Literal["leave-one-run-out", "leave-one-subject-out", "k-fold", "subject-wise"] = (
+        "leave-one-run-out"
+    )
+    """What is left out of training and tested in turn; `k-fold` keeps subjects (or runs) whole;
+    `subject-wise` deals subjects once to training, validation and test, as published."""
     folds: int = 5
     """Number of parts of `k-fold`."""
+    n_train_subjects: int | None = None
+    """Training subjects of `subject-wise`; by default all that neither validate nor test."""
+    n_val_subjects: int = 0
+    """Validation subjects of `subject-wise`: they choose among the weights of a fit."""
+    n_test_subjects: int | None = None
+    """Test subjects of `subject-wise`; by default a fifth of all."""
+    split_seed: int = 0
+    """Deals subjects in `subject-wise`, and draws the training subjects of a learning curve."""
+    learning_curve: Annotated[str | None, tyro.conf.arg(metavar="N,N,…")] = None
+    """Also judge decoders trained on so many subjects (runs where there is one subject) of each fold."""
     hrf_shift: float = 0.0
     """Seconds by which segments are moved later, to where their BOLD response is (about 3 to 6; 0 where the
     recorded segments were moved already)."""
-    classes: int | None = None
-    """Number of classes that the column must hold; by default what is found there is taken."""
-    freeze: bool = False
-    """Keep the pretrained weights and fit logistic regression on their features (a linear probe)."""
+    classes: Annotated[str | None, tyro.conf.arg(metavar="N|NAME,NAME,…")] = None
+    """Number or names of the classes that the column must hold; by default what is found there is taken."""
+    new_classes: bool = False
+    """Go on where the checkpoint is a decoder of other classes than the column holds."""
+    allow_mismatch: bool = False
+    """Go on where the store's parcellation, TR or normalisation is not what the model was trained on."""
     scratch: bool = False
     """Take the checkpoint's architecture with fresh weights: what pretraining has to beat."""
     pooling: Literal["cls", "last", "mean", "first"] | None = None
-    """How one vector is made of a window; by default `cls` for fine-tuning, `mean` with --freeze."""
+    """How one vector is made of a window; by default `cls` for finetune and lora, `mean` for probes."""
     steps: int = 500
     """Optimizer steps a fold."""
     batch_size: int = 32
     """Windows a step."""
-    lr: float = 3e-4
-    """Peak learning rate of AdamW."""
+    lr: float | None = None
+    """Peak learning rate of AdamW; by default 3e-4 for `finetune`, 1e-3 for `lora`."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
     dropout: float = 0.1
     """Dropout of the decoding head."""
+    rank: int = 8
+    """Rank of the changes of `lora`."""
+    balance: bool = False
+    """Weigh windows by the inverse of their class's frequency."""
+    label_smoothing: float = 0.0
+    """Share of each label spread over all classes (not with linear, mlp, knn)."""
     seed: int = 0
     """Seeds fresh weights, dropout and the order of the windows."""
+    seeds: int = 1
+    """Fit everything with so many seeds; scores are means over them."""
+    save: bool = False
+    """Also fit a decoder to all labelled windows and write it to OUT/decoder, ready to be shared."""
+    attribute: Literal["integrated-gradients", "occlusion"] | None = None
+    """With --save: explain the saved decoder's logits by networks and time, to OUT/attributions.npz."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     json: bool = False
@@ -73,41 +107,75 @@ class Args:
 def run(args: Args) -> int:
     """Adapt, write the results, print the scores, and return the exit code."""
     # torch and scikit-learn cost seconds that --help and a wrong command line need not pay
-    from brainflow.decoding.adapt import AdaptConfig, adapt
-    from brainflow.decoding.result import baseline, write_results
-    from brainflow.decoding.task import TaskConfig, load_task
+    from brainflow.decoding.adapt import adapt
+    from brainflow.decoding.attribution import attribute_task
+    from brainflow.decoding.curve import curve_dict, learning_curve, write_curve
+    from brainflow.decoding.fit import NAMES
+    from brainflow.decoding.persist import check_decoder_classes, save_for_task
+    from brainflow.decoding.result import baseline, baselines, write_results
+    from brainflow.decoding.task import load_task
     from brainflow.storage import BoldStore
 
-    config = AdaptConfig(
-        freeze=args.freeze,
-        scratch=args.scratch,
-        pooling=args.pooling,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        dropout=args.dropout,
-        seed=args.seed,
-    )
-    asked = TaskConfig(
-        target=args.target, split=args.split, folds=args.folds, hrf_shift=args.hrf_shift, classes=args.classes
-    )
-    task = load_task(BoldStore.open(args.store), asked)
-    columns = (TextColumn("adapt"), BarColumn(), MofNCompleteColumn(), TextColumn("folds"))
+    counts = _numbers(args.learning_curve)
+    if args.attribute and (not args.save or args.mode == "all"):
+        raise ValueError("attribute: explains a saved decoder; add --save and one --mode")
+    task = load_task(BoldStore.open(args.store), _task_config(args))
+    if not args.new_classes:
+        check_decoder_classes(args.from_, task)
+    modes = list(reversed(NAMES)) if args.mode == "all" else [args.mode]
+    configs = [_adapt_config(args, mode) for mode in modes]
+    total = args.seeds * len(task.folds) * len(modes)
+    columns = (TextColumn("adapt"), BarColumn(), MofNCompleteColumn(), TextColumn("fits"))
     with Progress(*columns, console=Console(stderr=True), disable=args.json, transient=True) as bar:
-        line = bar.add_task("adapt", total=len(task.folds))
-
-        def show(done: int, _: int) -> None:
-            bar.update(line, completed=done)
-
-        result = adapt(task, args.from_, config, device=args.device, progress=show)
-    baselines = [baseline(task, "logistic"), baseline(task, "ridge")]
-    write_results(task, result, baselines, Path(args.out))
+        line = bar.add_task("adapt", total=total)
+        results = [
+            adapt(
+                task,
+                args.from_,
+                config,
+                seeds=args.seeds,
+                device=args.device,
+                allow_mismatch=args.allow_mismatch,
+                progress=lambda done, _: bar.advance(line),
+            )
+            for config in configs
+        ]
+    result, others = results[-1], [*results[:-1], *baselines(task)]
+    extra: dict[str, Any] = {"command": _recorded(args)}
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if counts:
+        points = learning_curve(
+            task,
+            counts,
+            [
+                lambda part: adapt(
+                    part,
+                    args.from_,
+                    configs[-1],
+                    seeds=args.seeds,
+                    device=args.device,
+                    allow_mismatch=args.allow_mismatch,
+                ),
+                lambda part: baseline(part, "ridge"),
+            ],
+            seed=args.split_seed,
+        )
+        extra["learning_curve"] = curve_dict(task, points)
+        write_curve(extra["learning_curve"], out / "learning_curve.csv")
+    write_results(task, result, others, out, extra)
+    if args.save:
+        save_for_task(task, args.from_, configs[-1], out / "decoder", result, device=args.device)
+    if args.attribute:
+        attribute_task(task, out / "decoder", out / "attributions.npz", method=args.attribute)
     if args.json:
-        print((Path(args.out) / "scores.json").read_text(encoding="utf-8"), end="")
+        print((out / "scores.json").read_text(encoding="utf-8"), end="")
         return 0
-    title = f"{args.target}: {len(task.classes)} classes, {len(task.labels)} windows, {args.split}"
-    Console().print(scores_table([result, *baselines], title=title))
+    title = f"{args.target}: {len(task.classes)} classes, {len(task.tested)} tested windows, {args.split}"
+    Console().print(scores_table([result, *others], title=title))
+    print(f"intervals: 95 %, bootstrap over {len(set(task.groups[task.tested]))} {task.group_kind}s")
+    if counts:
+        Console().print(curve_table(extra["learning_curve"]))
     print(f"written to {args.out}")
     return 0
 
@@ -116,7 +184,7 @@ def scores_table(results: list[Result], *, title: str) -> Table:
     """Return a table with one decoder a row."""
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("decoder")
-    for name in ("accuracy [95 %]", "chance", "p", "balanced", "macro F1"):
+    for name in ("accuracy [95 %]", "chance", "p", "balanced", "macro F1", "ECE"):
         table.add_column(name, justify="right")
     for result in results:
         s = result.scores
@@ -127,5 +195,65 @@ def scores_table(results: list[Result], *, title: str) -> Table:
             f"{s.permutation_p:.3f}",
             f"{s.balanced_accuracy.value:.3f}",
             f"{s.macro_f1.value:.3f}",
+            f"{result.calibration.error:.3f}" if result.calibration else "",
         )
     return table
+
+
+def curve_table(curve: dict[str, Any]) -> Table:
+    """Return a learning curve with one point a row."""
+    title = f"Learning curve, intervals over {curve['interval_over']}"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in ("decoder", f"training {curve['unit']}s", "accuracy", "95 %"):
+        table.add_column(name, justify="left" if name == "decoder" else "right")
+    for p in curve["points"]:
+        ends = "" if p["low"] is None else rf"\[{p['low']:.3f}, {p['high']:.3f}]"
+        table.add_row(p["decoder"], str(p["train"]), f"{p['value']:.3f}", ends)
+    return table
+
+
+def _task_config(args: Args) -> Any:
+    from brainflow.decoding.task import TaskConfig
+
+    classes: int | tuple[str, ...] | None = None
+    if args.classes is not None:
+        names = tuple(name.strip() for name in args.classes.split(","))
+        classes = int(names[0]) if len(names) == 1 and names[0].isdigit() else names
+    return TaskConfig(
+        target=args.target,
+        split=args.split,
+        folds=args.folds,
+        train_subjects=args.n_train_subjects,
+        validation_subjects=args.n_val_subjects,
+        test_subjects=args.n_test_subjects,
+        split_seed=args.split_seed,
+        hrf_shift=args.hrf_shift,
+        classes=classes,
+    )
+
+
+def _adapt_config(args: Args, mode: str) -> Any:
+    from brainflow.decoding.fit import PROBES, AdaptConfig
+
+    shared = ("scratch", "pooling", "steps", "batch_size", "lr", "weight_decay", "dropout", "rank", "balance")
+    chosen: Any = {name: getattr(args, name) for name in shared}
+    if args.mode == "all":
+        chosen["pooling"] = None  # each mode's own
+    smoothing = 0.0 if args.mode == "all" and mode in PROBES else args.label_smoothing
+    known: Any = mode
+    return AdaptConfig(mode=known, label_smoothing=smoothing, seed=args.seed, **chosen)
+
+
+def _numbers(text: str | None) -> list[int]:
+    if text is None:
+        return []
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"learning_curve: got {text!r}, expected whole numbers with commas, as in 1,3,6"
+        ) from None
+
+
+def _recorded(args: Args) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if name not in ("json", "out")}

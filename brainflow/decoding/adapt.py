@@ -1,57 +1,25 @@
-"""Adapt a pretrained model to decode labelled windows: all weights, or a linear probe on frozen features."""
+"""Adapt a pretrained model to labelled windows of a store, judged in every fold of a task."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from brainflow.decoding.baselines import make_classifier, single_threaded
-from brainflow.decoding.finetune import Decoder, Pooling, finetune, frozen_features, probabilities
+from brainflow.compat import check_fits
+from brainflow.decoding.finetune import frozen_features, probabilities
+from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.result import Result, judge
 from brainflow.decoding.task import DecodingTask
 from brainflow.frameworks import build
-from brainflow.models.pretrained import load_pretrained, read_config
-from brainflow.storage import BoldStore
+from brainflow.models.pretrained import load_pretrained
 
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptConfig:
-    """How a pretrained model is adapted."""
-
-    freeze: bool = False
-    """Keep the pretrained weights and fit logistic regression on their features (a linear probe)."""
-    scratch: bool = False
-    """Take the checkpoint's architecture with fresh weights: what pretraining has to beat."""
-    pooling: Pooling | None = None
-    """How one vector is made of a window: `cls` appends the CLS token as published, `last`, `mean`, `first`
-    take hidden states of the time points. By default `cls` for fine-tuning, `mean` for frozen features."""
-    steps: int = 500
-    """Optimizer steps a fold."""
-    batch_size: int = 32
-    """Windows a step."""
-    lr: float = 3e-4
-    """Peak learning rate of AdamW."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay."""
-    dropout: float = 0.1
-    """Dropout of the decoding head."""
-    seed: int = 0
-    """Seeds fresh weights, dropout and the order of the windows."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if not self.lr > 0:
-            raise ValueError(f"lr: got {self.lr}, expected a positive number")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout: got {self.dropout}, expected a number in [0, 1)")
+Device = Literal["auto", "cpu", "cuda"]
 
 
 def adapt(
@@ -59,7 +27,9 @@ def adapt(
     checkpoint: str | Path,
     config: AdaptConfig | None = None,
     *,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    seeds: int = 1,
+    device: Device = "auto",
+    allow_mismatch: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Fit a decoder in each fold of a task and score what it says about the windows it did not see.
@@ -72,117 +42,105 @@ def adapt(
         Directory of a pretrained model.
     config
         How to adapt; defaults if None.
+    seeds
+        Fit everything this often, with seeds `config.seed`, `config.seed + 1`, …; scores are means over them.
     device
         `auto` takes CUDA where there is one.
+    allow_mismatch
+        Go on where the store's parcellation, TR or normalisation is not what the model was trained on.
     progress
         Called with (folds done, folds) after each fold.
 
     Returns
     -------
     Result
-        Predictions for every window and their scores; the same for the same seed, data and threads.
+        Predictions for every tested window and their scores; the same for the same seed, data and threads.
 
     Raises
     ------
     ValueError
-        If the checkpoint does not fit the store: another number of networks, or another parcellation.
+        If the checkpoint does not fit the store; the message says in what.
     """
     config = config or AdaptConfig()
-    check_fits(Path(checkpoint), task.store)
+    if seeds < 1:
+        raise ValueError(f"seeds: got {seeds}, expected at least 1")
+    check_fits(checkpoint, task.store, allow=allow_mismatch)
+    where = pick_device(device)
+    parts, losses = [], []
+    for number in range(seeds):
+        seeded = replace(config, seed=config.seed + number)
+
+        def show(done: int, number: int = number) -> None:
+            if progress is not None:
+                progress(number * len(task.folds) + done, seeds * len(task.folds))
+
+        chances, loss = _fold_chances(task, load_module(checkpoint, seeded, where), seeded, where, show)
+        parts.append(chances)
+        losses.append(loss)
+    stacked = np.stack(parts)
+    module_config = asdict(load_module(checkpoint, config, torch.device("cpu")).config)
+    details: dict[str, Any] = {"adapt": asdict(config), "seeds": seeds, "model": module_config}
+    if losses[0][0] is not None:
+        details["final_train_loss"] = losses
+    return judge(
+        task, config.name, stacked.argmax(axis=-1), probabilities=stacked.mean(axis=0), details=details
+    )
+
+
+def load_module(checkpoint: str | os.PathLike[str], config: AdaptConfig, device: torch.device) -> Any:
+    """Return a checkpoint's module on a device, with fresh weights if `config.scratch`."""
+    module: Any = load_pretrained(checkpoint)
+    if config.scratch:
+        torch.manual_seed(config.seed)
+        module = build(module.config)
+    return module.to(device)
+
+
+def pick_device(device: Device) -> torch.device:
+    """Return the device of a name.
+
+    Raises
+    ------
+    ValueError
+        If CUDA is asked for and not there.
+    """
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     if device == "cuda" and where.type != "cuda":
         raise ValueError("device: got cuda, but torch sees no CUDA device; use --device cpu")
-    torch.manual_seed(config.seed)
-    module: Any = load_pretrained(checkpoint)
-    if config.scratch:
-        module = build(module.config)
-    module = module.to(where)
-    method = _probe if config.freeze else _finetune
-    chances, details = method(task, module, config, where, progress or (lambda done, folds: None))
-    origin = "from scratch" if config.scratch else "pretrained"
-    name = f"{'linear probe' if config.freeze else 'fine-tuned'}, {origin}"
-    details = {"adapt": asdict(config), "model": asdict(module.config), **details}
-    return judge(task, name, chances.argmax(axis=1), probabilities=chances, details=details)
+    return where
 
 
-def check_fits(checkpoint: Path, store: BoldStore) -> None:
-    """Refuse a checkpoint that was trained on other networks than the store has.
-
-    Raises
-    ------
-    ValueError
-        Naming both.
-    """
-    saved = read_config(checkpoint)
-    networks = int(saved["model"]["networks"])
-    if networks != store.networks:
-        raise ValueError(
-            f"checkpoint: {checkpoint} was trained on {networks} networks, but the store {store.path} has "
-            f"{store.networks}; use a model and a store of one parcellation"
-        )
-    theirs, ours = saved.get("data", {}), store.attributes
-    for name, what in (("parcellation", "parcellation"), ("network_names", "network names")):
-        if theirs.get(name) and ours.get(name) and theirs[name] != ours[name]:
-            raise ValueError(
-                f"checkpoint: {checkpoint} was trained on the {what} {_shown(theirs[name])}, but the store "
-                f"{store.path} has {_shown(ours[name])}; use a model and a store of one parcellation"
-            )
-
-
-def _shown(value: Any) -> str:
-    """Return a name, or the first names of a list, for a message."""
-    return repr(value) if isinstance(value, str) else f"{list(value[:3])}…"
-
-
-def _finetune(
+def _fold_chances(
     task: DecodingTask,
     module: Any,
     config: AdaptConfig,
     device: torch.device,
-    progress: Callable[[int, int], None],
-) -> tuple[np.ndarray, dict[str, Any]]:
+    progress: Callable[[int], None],
+) -> tuple[np.ndarray, Sequence[float | None]]:
     """Return class probabilities `[windows, classes]` of a decoder fitted in each fold, and its losses."""
-    chances = np.zeros((len(task.labels), len(task.classes)), dtype=np.float32)
+    classes = len(task.classes)
+    chances = np.zeros((len(task.labels), classes), dtype=np.float32)
+    features = None
+    if config.frozen:
+        features = frozen_features(module, task, pooling=config.pooled_by, device=device)
     losses = []
     for number, fold in enumerate(task.folds):
-        torch.manual_seed(config.seed + 1 + number)
-        decoder = Decoder(
-            copy.deepcopy(module),
-            classes=len(task.classes),
-            pooling=config.pooling or "cls",
-            dropout=config.dropout,
-        ).to(device)
-        loss = finetune(
-            decoder,
+        decoder, loss = fit_decoder(
+            module,
             task,
             fold.train,
-            steps=config.steps,
-            batch=config.batch_size,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            seed=config.seed,
+            replace(config, seed=config.seed + 1 + number),
+            classes=classes,
             device=device,
+            validation=fold.validation,
+            features=features,
         )
         losses.append(loss)
-        chances[fold.test] = probabilities(decoder, task, fold.test, device=device)
-        progress(number + 1, len(task.folds))
-    return chances, {"final_train_loss": losses}
-
-
-def _probe(
-    task: DecodingTask,
-    module: Any,
-    config: AdaptConfig,
-    device: torch.device,
-    progress: Callable[[int, int], None],
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return class probabilities `[windows, classes]` of logistic regression on frozen features."""
-    features = frozen_features(module, task, pooling=config.pooling or "mean", device=device)
-    chances = np.zeros((len(task.labels), len(task.classes)), dtype=np.float32)
-    for number, fold in enumerate(task.folds):
-        with single_threaded():
-            probe = make_classifier("logistic").fit(features[fold.train], task.labels[fold.train])
-            columns = np.asarray(probe.classes_, dtype=np.int64)
-            chances[np.ix_(fold.test, columns)] = probe.predict_proba(features[fold.test])
-        progress(number + 1, len(task.folds))
-    return chances, {}
+        if features is None:
+            chances[fold.test] = probabilities(decoder, task, fold.test, device=device)
+        else:
+            with torch.no_grad():
+                logits = decoder.head(torch.from_numpy(features[fold.test]).to(device))
+                chances[fold.test] = logits.float().softmax(dim=-1).cpu().numpy()
+        progress(number + 1)
+    return chances, losses

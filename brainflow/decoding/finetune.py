@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -13,34 +12,33 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brainflow.data import make_loader
 from brainflow.data.batch import PackedBatch
-from brainflow.decoding.task import DecodingTask
-from brainflow.models.heads import DecodingHead
+from brainflow.decoding.heads import class_weights
+from brainflow.decoding.windows import WindowSource
 
 Pooling = Literal["cls", "last", "mean", "first"]
 EVALUATION_BATCH = 256
+CHECKS = 10
+"""How often a fit looks at its validation windows."""
 
 
 class Decoder(nn.Module):
-    """A pretrained module with a decoding head.
+    """A pretrained module with a head.
 
     Parameters
     ----------
     module
         Framework module with `features(batch, pooling) -> [windows, width]`.
-    classes
-        Number of classes.
+    head
+        Module from features `[windows, width]` to logits `[windows, classes]`.
     pooling
         How one vector is made of a window.
-    dropout
-        Dropout of the head.
     """
 
-    def __init__(self, module: Any, *, classes: int, pooling: Pooling, dropout: float) -> None:
+    def __init__(self, module: Any, head: nn.Module, *, pooling: Pooling) -> None:
         super().__init__()
         self.module = module
-        self.head = DecodingHead(module.config.width, classes, dropout)
+        self.head = head
         self.pooling: Pooling = pooling
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -49,28 +47,34 @@ class Decoder(nn.Module):
 
 
 def finetune(
-    decoder: Decoder,
-    task: DecodingTask,
+    decoder: nn.Module,
+    source: WindowSource,
     windows: NDArray[np.int64],
     *,
+    classes: int,
     steps: int,
     batch: int,
     lr: float,
     weight_decay: float,
     seed: int,
     device: torch.device,
+    balance: bool = False,
+    smoothing: float = 0.0,
+    validation: NDArray[np.int64] | None = None,
 ) -> float:
-    """Fit all weights of a decoder to some windows of a task by cross-entropy.
+    """Fit the trainable weights of a decoder to some windows by cross-entropy.
 
     AdamW, gradients clipped to norm 1, learning rate rising over the first 10 % of the steps and falling
-    linearly to 0 after it.
+    linearly to 0 after it. With validation windows the weights of the best of ten looks at them are kept.
 
     Parameters
     ----------
     decoder
-        Changed in place.
-    task, windows
-        The task and the positions of its windows that train.
+        Module from a batch to logits `[windows, classes]`; changed in place.
+    source, windows
+        Labelled windows and the positions of those that train.
+    classes
+        Number of classes.
     steps, batch
         Optimizer steps, windows a step.
     lr, weight_decay
@@ -79,63 +83,78 @@ def finetune(
         Seeds the order of the windows.
     device
         Where the decoder lives.
+    balance
+        Weigh windows by the inverse of their class's frequency.
+    smoothing
+        Share of each label spread over all classes.
+    validation
+        Positions of windows that choose the weights, in neither training nor test.
 
     Returns
     -------
     float
         Mean cross-entropy over the last tenth of the steps.
     """
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    trained = [p for p in decoder.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
+    labels = source.labels[windows]
+    weights = torch.from_numpy(class_weights(labels, classes)).to(device) if balance else None
     warmup = max(1, steps // 10)
-    sampler = task.sampler(windows, batch=min(batch, len(windows)), shuffle=True, seed=seed)
     tail = torch.zeros((), device=device)
     counted = max(1, steps // 10)
+    looks = {steps - 1 - look * max(1, steps // CHECKS) for look in range(CHECKS)}
+    best: tuple[float, dict[str, Tensor]] | None = None
     decoder.train()
-    with batches(task, sampler, device) as loader:
+    size = min(batch, len(windows))
+    with source.loader(windows, batch=size, shuffle=True, seed=seed, device=device) as loader:
         for step, packed in enumerate(itertools.islice(loader, steps)):
             rate = min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
             for group in optimizer.param_groups:
                 group["lr"] = lr * rate
             optimizer.zero_grad(set_to_none=True)
-            assert packed.labels is not None  # the sampler was given labels
-            loss = F.cross_entropy(decoder(packed), packed.labels)
+            assert packed.labels is not None  # the loader was given labels
+            loss = F.cross_entropy(decoder(packed), packed.labels, weight=weights, label_smoothing=smoothing)
             loss.backward()
-            nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             if step >= steps - counted:
                 tail += loss.detach()
+            if validation is not None and step in looks:
+                now = _loss(decoder, source, validation, device)
+                if best is None or now < best[0]:
+                    best = (now, copy.deepcopy(decoder.state_dict()))
+                decoder.train()
+    if best is not None:
+        decoder.load_state_dict(best[1])
     return float(tail / counted)
 
 
 @torch.no_grad()
 def probabilities(
-    decoder: Decoder, task: DecodingTask, windows: NDArray[np.int64], *, device: torch.device
+    decoder: nn.Module, source: WindowSource, windows: NDArray[np.int64], *, device: torch.device
 ) -> NDArray[np.float32]:
     """Return class probabilities `[len(windows), classes]` of a decoder in evaluation mode."""
     decoder.eval()
-    sampler = task.sampler(windows, batch=EVALUATION_BATCH, shuffle=False)
-    with batches(task, sampler, device) as loader:
+    with source.loader(windows, batch=EVALUATION_BATCH, shuffle=False, seed=0, device=device) as loader:
         parts = [decoder(packed).float().softmax(dim=-1).cpu() for packed in loader]
     return torch.cat(parts).numpy()
 
 
+def _loss(
+    decoder: nn.Module, source: WindowSource, windows: NDArray[np.int64], device: torch.device
+) -> float:
+    chances = probabilities(decoder, source, windows, device=device)
+    chosen = chances[np.arange(len(windows)), source.labels[windows]]
+    return float(-np.log(np.maximum(chosen, 1e-12)).mean())
+
+
 @torch.no_grad()
 def frozen_features(
-    module: Any, task: DecodingTask, *, pooling: Pooling, device: torch.device
+    module: Any, source: WindowSource, *, pooling: Pooling, device: torch.device
 ) -> NDArray[np.float32]:
-    """Return the features `[windows, width]` of all windows of a task from a module in evaluation mode."""
+    """Return the features `[windows, width]` of all windows from a module in evaluation mode."""
     module.eval()
-    sampler = task.sampler(np.arange(len(task.labels)), batch=EVALUATION_BATCH, shuffle=False)
-    with batches(task, sampler, device) as loader:
+    everything = np.arange(len(source.labels))
+    with source.loader(everything, batch=EVALUATION_BATCH, shuffle=False, seed=0, device=device) as loader:
         parts = [module.features(packed, pooling).float().cpu() for packed in loader]
     return torch.cat(parts).numpy()
-
-
-@contextmanager
-def batches(task: DecodingTask, sampler: Any, device: torch.device) -> Iterator[Iterator[PackedBatch]]:
-    """Open a loader of packed batches over a task's store and close it at the end."""
-    loader = make_loader(task.store, sampler, kind="host", device=str(device))
-    try:
-        yield iter(loader)
-    finally:
-        loader.close()

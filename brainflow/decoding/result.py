@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from brainflow.decoding.baselines import BaselineName, flatten, predict_folds
+from brainflow.decoding.baselines import BASELINES, BaselineName, make_features, predict_folds
+from brainflow.decoding.calibration import Calibration, calibration
 from brainflow.decoding.scores import Interval, Scores, paired_difference, score
 from brainflow.decoding.task import DecodingTask
 
@@ -25,11 +26,16 @@ class Result:
     name
         What the decoder is called in tables.
     predictions
-        int64 `[windows]`, the class named.
+        int64 `[windows]` or `[seeds, windows]`, the class named; -1 where no fold tests the window.
     probabilities
-        float32 `[windows, classes]`, or None where the decoder has none.
+        float32 `[windows, classes]`, means over seeds; zeros where no fold tests the window; None where the
+        decoder has none.
     scores
         See :class:`~brainflow.decoding.scores.Scores`.
+    calibration
+        See :class:`~brainflow.decoding.calibration.Calibration`; None without probabilities.
+    per_subject
+        `dataset/subject` → accuracy.
     details
         Whatever else is worth keeping, ready for JSON.
     """
@@ -38,11 +44,15 @@ class Result:
     predictions: NDArray[np.int64]
     probabilities: NDArray[np.float32] | None
     scores: Scores
+    calibration: Calibration | None = None
+    per_subject: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return name, scores and details, ready for JSON."""
-        return {"name": self.name, **self.scores.to_dict(), **self.details}
+        calibrated = self.calibration.to_dict() if self.calibration else None
+        extra = {"per_subject": self.per_subject, "calibration": calibrated}
+        return {"name": self.name, **self.scores.to_dict(), **extra, **self.details}
 
 
 def judge(
@@ -53,46 +63,83 @@ def judge(
     probabilities: NDArray[np.float32] | None = None,
     details: dict[str, Any] | None = None,
 ) -> Result:
-    """Score a decoder's predictions on a task."""
-    scores = score(task.labels, predictions, groups=task.groups, classes=len(task.classes))
+    """Score a decoder's predictions on the windows of a task that its folds test."""
+    rows = task.tested
+    labels, named = task.labels[rows], predictions[..., rows]
+    scores = score(labels, named, groups=task.groups[rows], classes=len(task.classes))
+    hits = np.atleast_2d(named == labels).mean(axis=0)
+    subjects = task.subjects[rows]
     return Result(
-        name=name, predictions=predictions, probabilities=probabilities, scores=scores, details=details or {}
+        name=name,
+        predictions=predictions,
+        probabilities=probabilities,
+        scores=scores,
+        calibration=None if probabilities is None else calibration(labels, probabilities[rows]),
+        per_subject={str(one): float(hits[subjects == one].mean()) for one in np.unique(subjects)},
+        details=details or {},
     )
 
 
 def baseline(task: DecodingTask, name: BaselineName) -> Result:
     """Fit a decoder without a pretrained model on the windows and folds of a task."""
-    features = flatten(*task.read())
+    features = make_features(name, *task.read())
     return judge(task, name, predict_folds(name, features, task.labels, task.folds))
+
+
+def baselines(task: DecodingTask) -> list[Result]:
+    """Fit every decoder without a pretrained model that these windows allow."""
+    bold, lengths = task.read()
+    result = []
+    for name in BASELINES:
+        if name == "connectome" and lengths.min() < 3:
+            continue  # correlations of fewer than 3 time points are ±1
+        predictions = predict_folds(name, make_features(name, bold, lengths), task.labels, task.folds)
+        result.append(judge(task, name, predictions))
+    return result
 
 
 def difference(task: DecodingTask, first: Result, second: Result) -> Interval:
     """Return the accuracy of `first` minus that of `second` with its interval over groups."""
+    rows = task.tested
     return paired_difference(
-        task.labels, first.predictions, second.predictions, groups=task.groups, classes=len(task.classes)
+        task.labels[rows],
+        first.predictions[..., rows],
+        second.predictions[..., rows],
+        groups=task.groups[rows],
+        classes=len(task.classes),
     )
 
 
-def write_results(task: DecodingTask, result: Result, baselines: list[Result], folder: Path) -> None:
-    """Write the files of a decoding.
+def write_results(
+    task: DecodingTask,
+    result: Result,
+    others: list[Result],
+    folder: Path,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write the files of a decoding; `extra` stands in `scores.json` too.
 
-    `scores.json` (everything, baselines included), `confusion_matrix.csv`, `predictions.csv` (a row a
-    window), and under the published names `test_metrics.csv`, `test_predictions.npy` (class probabilities
+    `scores.json` (everything, other decoders included), `scores.csv` (a row a decoder),
+    `per_subject.csv`, `confusion_matrix.csv`, `predictions.csv` (a row a tested window and seed),
+    and under the published names `test_metrics.csv`, `test_predictions.npy` (class probabilities
     `[windows, classes]`), `test_label_ids.npy` (classes `[windows]`).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    scores = result.scores
+    scores, rows = result.scores, task.tested
+    labels = task.labels[rows]
     summary = {
         "target": task.config.target,
         "split": task.config.split,
         "hrf_shift": task.config.hrf_shift,
         "classes": list(task.classes),
         "windows": len(task.labels),
-        "groups": {"kind": task.group_kind, "count": len(np.unique(task.groups))},
+        "tested": len(rows),
+        "groups": {"kind": task.group_kind, "count": len(np.unique(task.groups[rows]))},
         "folds": [fold.name for fold in task.folds],
         "store_snapshot": task.store.snapshot,
         "decoder": result.to_dict(),
-        "baselines": [entry.to_dict() for entry in baselines],
+        "baselines": [entry.to_dict() for entry in others],
+        **(extra or {}),
     }
     (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     metrics = {
@@ -101,20 +148,47 @@ def write_results(task: DecodingTask, result: Result, baselines: list[Result], f
         "test_macro_f1": scores.macro_f1.value,
     }
     if result.probabilities is not None:
-        chosen = result.probabilities[np.arange(len(task.labels)), task.labels]
+        chances = result.probabilities[rows]
+        chosen = chances[np.arange(len(rows)), labels]
         metrics["test_loss"] = float(-np.log(np.maximum(chosen, 1e-12)).mean())
-        np.save(folder / "test_predictions.npy", result.probabilities)
-    np.save(folder / "test_label_ids.npy", task.labels)
+        np.save(folder / "test_predictions.npy", chances)
+    np.save(folder / "test_label_ids.npy", labels)
     _write_csv(folder / "test_metrics.csv", list(metrics), [list(metrics.values())])
-    rows = [[name, *counts] for name, counts in zip(task.classes, scores.confusion.tolist(), strict=True)]
-    _write_csv(folder / "confusion_matrix.csv", ["true class", *task.classes], rows)
+    counts = [[name, *row] for name, row in zip(task.classes, scores.confusion.tolist(), strict=True)]
+    _write_csv(folder / "confusion_matrix.csv", ["true class", *task.classes], counts)
+    per_subject = [[entry.name, *pair] for entry in (result, *others) for pair in entry.per_subject.items()]
+    _write_csv(folder / "per_subject.csv", ["decoder", "subject", "accuracy"], per_subject)
+    header = ["decoder", "accuracy", "low", "high", "balanced_accuracy", "macro_f1", "chance", "p", "ece"]
+    _write_csv(folder / "scores.csv", header, [_row(entry) for entry in (result, *others)])
+    named = np.atleast_2d(result.predictions)
     windows = [
-        [run, subject, task.folds[fold].name, task.classes[label], task.classes[named]]
-        for run, subject, fold, label, named in zip(
-            task.runs, task.subjects, task.fold_of, task.labels, result.predictions, strict=True
-        )
+        [
+            task.runs[row],
+            task.subjects[row],
+            task.folds[task.fold_of[row]].name,
+            seed,
+            task.classes[task.labels[row]],
+            task.classes[one[row]],
+        ]
+        for seed, one in enumerate(named)
+        for row in rows
     ]
-    _write_csv(folder / "predictions.csv", ["run", "subject", "fold", "label", "prediction"], windows)
+    _write_csv(folder / "predictions.csv", ["run", "subject", "fold", "seed", "label", "prediction"], windows)
+
+
+def _row(entry: Result) -> list[Any]:
+    s = entry.scores
+    error = "" if entry.calibration is None else entry.calibration.error
+    interval = [s.accuracy.value, s.accuracy.low, s.accuracy.high]
+    return [
+        entry.name,
+        *interval,
+        s.balanced_accuracy.value,
+        s.macro_f1.value,
+        s.chance,
+        s.permutation_p,
+        error,
+    ]
 
 
 def _write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:

@@ -115,7 +115,8 @@ def score(
     Parameters
     ----------
     labels, predictions
-        True and predicted class, int64 `[windows]` in `[0, classes)`.
+        True and predicted class, int64 `[windows]` in `[0, classes)`. Predictions of a decoder that was
+        fitted with several seeds are `[seeds, windows]`; their windows are pooled.
     groups
         Group of each window `[windows]`: subjects, or runs where there is one subject.
     classes
@@ -180,13 +181,15 @@ def permutation_p(
     """
     rng = np.random.default_rng(seed)
     order = np.argsort(groups, kind="stable")
-    labels, predictions, groups = labels[order], predictions[order], groups[order]
+    predictions = np.atleast_2d(predictions)[:, order]
+    labels, groups = labels[order], groups[order]
     seen = int((labels == predictions).sum())
     hits = np.zeros(permutations, dtype=np.int64)
     edges = np.flatnonzero(groups[1:] != groups[:-1]) + 1
-    for mine, named in zip(np.split(labels, edges), np.split(predictions, edges), strict=True):
+    for mine, named in zip(np.split(labels, edges), np.split(predictions, edges, axis=1), strict=True):
         shuffled = rng.permuted(np.broadcast_to(mine, (permutations, len(mine))), axis=1)
-        hits += (shuffled == named).sum(axis=1)
+        for one_seed in named:
+            hits += (shuffled == one_seed).sum(axis=1)
     return float((1 + (hits >= seen).sum()) / (1 + permutations))
 
 
@@ -194,10 +197,11 @@ def group_confusions(
     labels: NDArray[np.int64], predictions: NDArray[np.int64], *, groups: NDArray, classes: int
 ) -> tuple[NDArray[np.float64], list[str]]:
     """Return the confusion matrix of each group `[groups, classes, classes]` and the groups' names."""
-    if not len(labels) == len(predictions) == len(groups) or len(labels) == 0:
+    seeds = 1 if predictions.ndim == 1 else len(predictions)
+    if not len(labels) == predictions.shape[-1] == len(groups) or predictions.size == 0:
         raise ValueError(
-            f"labels, predictions, groups: got lengths {len(labels)}, {len(predictions)}, {len(groups)}, "
-            "expected three equal lengths of at least 1"
+            f"labels, predictions, groups: got lengths {len(labels)}, {predictions.shape[-1]}, {len(groups)}"
+            ", expected three equal lengths of at least 1"
         )
     for name, values in (("labels", labels), ("predictions", predictions)):
         if values.min() < 0 or values.max() >= classes:
@@ -206,7 +210,7 @@ def group_confusions(
             )
     names, member = np.unique(groups, return_inverse=True)
     result = np.zeros((len(names), classes, classes))
-    np.add.at(result, (member, labels, predictions), 1.0)
+    np.add.at(result, (np.tile(member, seeds), np.tile(labels, seeds), predictions.ravel()), 1.0)
     return result, [str(name) for name in names]
 
 

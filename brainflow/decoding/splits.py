@@ -18,16 +18,19 @@ from brainflow.decoding.extra import requires_report
 with requires_report("decoding"):
     from sklearn.model_selection import GroupKFold, LeaveOneGroupOut
 
-SplitName = Literal["leave-one-run-out", "leave-one-subject-out", "k-fold"]
+SplitName = Literal["leave-one-run-out", "leave-one-subject-out", "k-fold", "subject-wise"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fold:
-    """One fold: positions of the windows that train and of those that test, both int64 and ascending."""
+    """One fold: positions of the windows that train, that test and, where there are such, that choose the
+    weights of a fit; int64 and ascending.
+    """
 
     name: str
     train: NDArray[np.int64]
     test: NDArray[np.int64]
+    validation: NDArray[np.int64] | None = None
 
 
 def make_folds(
@@ -38,6 +41,10 @@ def make_folds(
     labels: NDArray[np.int64],
     classes: Sequence[str],
     folds: int = 5,
+    train_subjects: int | None = None,
+    validation_subjects: int = 0,
+    test_subjects: int | None = None,
+    seed: int = 0,
 ) -> list[Fold]:
     """Return the folds of a split.
 
@@ -46,6 +53,7 @@ def make_folds(
     split
         `leave-one-run-out`: each run tests once. `leave-one-subject-out`: each subject tests once.
         `k-fold`: whole subjects (whole runs where there is one subject) are dealt into `folds` parts.
+        `subject-wise`: one fold with so many subjects in each part.
     runs, subjects
         Run and subject of each window, `[windows]`.
     labels
@@ -54,6 +62,8 @@ def make_folds(
         Names of the classes, for messages.
     folds
         Number of parts of `k-fold`.
+    train_subjects, validation_subjects, test_subjects, seed
+        Parts of `subject-wise` (all the rest, none, a fifth of all subjects) and the seed of the deal.
 
     Raises
     ------
@@ -62,6 +72,10 @@ def make_folds(
     """
     if split not in get_args(SplitName):
         raise ValueError(f"split: got {split!r}, expected one of {', '.join(get_args(SplitName))}")
+    if split == "subject-wise":
+        return [
+            _subject_wise(subjects, labels, classes, train_subjects, validation_subjects, test_subjects, seed)
+        ]
     by_subject = split == "leave-one-subject-out" or (split == "k-fold" and len(np.unique(subjects)) > 1)
     groups, unit = (subjects, "subject") if by_subject else (runs, "run")
     count = len(np.unique(groups))
@@ -90,8 +104,47 @@ def make_folds(
     return result
 
 
-def check_folds(folds: Sequence[Fold], groups: NDArray, *, unit: str = "group") -> None:
-    """Refuse folds in which a group stands on both sides, or a window is tested twice or never.
+def _subject_wise(
+    subjects: NDArray,
+    labels: NDArray[np.int64],
+    classes: Sequence[str],
+    train: int | None,
+    validation: int,
+    test: int | None,
+    seed: int,
+) -> Fold:
+    """Deal whole subjects to training, validation and test."""
+    names = np.random.default_rng(seed).permutation(np.unique(subjects))
+    if test is None:
+        test = max(1, len(names) // 5)
+    if train is None:
+        train = len(names) - test - validation
+    for name, count, least in (("train", train, 1), ("validation", validation, 0), ("test", test, 1)):
+        if count < least:
+            raise ValueError(f"{name}_subjects: got {count}, expected at least {least}")
+    if train + validation + test > len(names):
+        raise ValueError(
+            f"split: subject-wise was asked for {train} training, {validation} validation and {test} test "
+            f"subjects, but {len(names)} subjects have labels; ask for fewer or choose another split"
+        )
+    # test and validation come first, so that they stay the same when more subjects train
+    parts = np.split(names, [test, test + validation, test + validation + train])
+    rows = [np.flatnonzero(np.isin(subjects, part)).astype(np.int64) for part in parts[:3]]
+    unseen = np.setdiff1d(labels[rows[0]], labels[rows[2]])
+    if len(unseen):
+        raise ValueError(
+            f"split: no training subject has the classes {[classes[i] for i in unseen]} that test subjects "
+            "have; take more training subjects or another split_seed"
+        )
+    fold = Fold(
+        name=f"{test} subjects", train=rows[2], test=rows[0], validation=rows[1] if validation else None
+    )
+    check_folds([fold], subjects, unit="subject", once=False)
+    return fold
+
+
+def check_folds(folds: Sequence[Fold], groups: NDArray, *, unit: str = "group", once: bool = True) -> None:
+    """Refuse folds in which a group stands on both sides, or (with `once`) a window is tested twice or never.
 
     Raises
     ------
@@ -101,13 +154,17 @@ def check_folds(folds: Sequence[Fold], groups: NDArray, *, unit: str = "group") 
     tested = np.zeros(len(groups), dtype=np.int64)
     for fold in folds:
         leak = np.intersect1d(groups[fold.train], groups[fold.test])
+        if fold.validation is not None:
+            chosen_by = groups[fold.validation]
+            leak = np.union1d(leak, np.intersect1d(chosen_by, groups[fold.test]))
+            leak = np.union1d(leak, np.intersect1d(chosen_by, groups[fold.train]))
         if len(leak):
             raise ValueError(
                 f"folds: in the fold of {fold.name} the {unit}s {leak.tolist()} are in the training and in "
                 f"the test set, so the score would measure memory; keep all windows of a {unit} on one side"
             )
         np.add.at(tested, fold.test, 1)
-    if (tested != 1).any():
+    if once and (tested != 1).any():
         raise ValueError(
             f"folds: {int((tested == 0).sum())} windows are never tested and {int((tested > 1).sum())} more "
             "than once, expected each exactly once"

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from brainflow.data import make_loader
 from brainflow.data.sampler import SegmentSampler
 from brainflow.decoding.splits import Fold, SplitName, make_folds
 from brainflow.storage import BoldStore
+
+if TYPE_CHECKING:
+    import torch
+
+    from brainflow.data.batch import PackedBatch
 
 MISSING_INTEGER = np.iinfo(np.int64).min
 
@@ -22,15 +30,24 @@ class TaskConfig:
     target: str
     """Label column to decode."""
     split: SplitName = "leave-one-run-out"
-    """Which windows test a decoder that the others train: each run once, each subject once, or `k-fold`
-    over whole subjects (whole runs where there is one subject)."""
+    """Which windows test a decoder that the others train: each run once, each subject once, `k-fold` over
+    whole subjects (whole runs where there is one subject), or `subject-wise`: some subjects train, others
+    choose the weights, others test, as published."""
     folds: int = 5
     """Number of parts of `k-fold`."""
+    train_subjects: int | None = None
+    """Training subjects of `subject-wise`; by default all that neither validate nor test."""
+    validation_subjects: int = 0
+    """Validation subjects of `subject-wise`: they choose among the weights of a fit."""
+    test_subjects: int | None = None
+    """Test subjects of `subject-wise`; by default a fifth of all, at least 1."""
+    split_seed: int = 0
+    """Deals subjects to the parts of `subject-wise`."""
     hrf_shift: float = 0.0
     """Seconds by which every labelled segment is moved later, to where its BOLD response is (about 3 to 6;
     0 where the segments were moved when they were recorded)."""
-    classes: int | None = None
-    """Number of classes that the column must hold; by default what is found there is taken."""
+    classes: int | tuple[str, ...] | None = None
+    """Number or names of the classes that the column must hold; by default what is found there is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +69,7 @@ class DecodingTask:
     runs, subjects
         Run key and `dataset/subject` of each window, str `[windows]`.
     folds
-        Folds that test each window once.
+        Folds that test each window once (`subject-wise`: the test subjects' windows once, others never).
     """
 
     store: BoldStore
@@ -81,6 +98,23 @@ class DecodingTask:
         for number, fold in enumerate(self.folds):
             result[fold.test] = number
         return result
+
+    @property
+    def tested(self) -> NDArray[np.int64]:
+        """int64, ascending: the windows that some fold tests."""
+        return np.flatnonzero(self.fold_of >= 0)
+
+    @contextmanager
+    def loader(
+        self, windows: NDArray[np.int64], *, batch: int, shuffle: bool, seed: int, device: torch.device
+    ) -> Iterator[Iterator[PackedBatch]]:
+        """Open batches of some windows: endless if shuffled, else one pass in order."""
+        sampler = self.sampler(windows, batch=batch, shuffle=shuffle, seed=seed)
+        loader = make_loader(self.store, sampler, kind="host", device=str(device))
+        try:
+            yield iter(loader)
+        finally:
+            loader.close()
 
     def sampler(
         self, windows: NDArray[np.int64], *, batch: int, shuffle: bool, seed: int = 0
@@ -128,11 +162,8 @@ def load_task(store: BoldStore, config: TaskConfig) -> DecodingTask:
         raise ValueError(
             f"target: column {config.target!r} holds only {list(classes)}, expected at least 2 classes"
         )
-    if config.classes is not None and config.classes != len(classes):
-        raise ValueError(
-            f"classes: got {config.classes}, but column {config.target!r} holds {len(classes)}: "
-            f"{', '.join(classes)}; is this the right label column?"
-        )
+    if config.classes is not None:
+        check_classes(config.classes, classes, origin="classes", column=config.target)
     run = np.asarray(table.run)[segments]
     subjects = np.array(
         [f"{d}/{s}" for d, s in zip(store.runs.dataset, store.runs.subject, strict=True)], dtype=np.str_
@@ -140,7 +171,16 @@ def load_task(store: BoldStore, config: TaskConfig) -> DecodingTask:
     runs = np.asarray(store.runs.key, dtype=np.str_)[run]
     labels = labels.astype(np.int64)
     folds = make_folds(
-        config.split, runs=runs, subjects=subjects, labels=labels, classes=classes, folds=config.folds
+        config.split,
+        runs=runs,
+        subjects=subjects,
+        labels=labels,
+        classes=classes,
+        folds=config.folds,
+        train_subjects=config.train_subjects,
+        validation_subjects=config.validation_subjects,
+        test_subjects=config.test_subjects,
+        seed=config.split_seed,
     )
     return DecodingTask(
         store=store,
@@ -152,6 +192,33 @@ def load_task(store: BoldStore, config: TaskConfig) -> DecodingTask:
         subjects=subjects,
         folds=folds,
     )
+
+
+def check_classes(
+    expected: int | tuple[str, ...], found: tuple[str, ...], *, origin: str, column: str
+) -> None:
+    """Refuse a label column whose classes are not those expected.
+
+    Raises
+    ------
+    ValueError
+        Naming the labels that are missing and those that are too many.
+    """
+    if isinstance(expected, int):
+        if expected != len(found):
+            raise ValueError(
+                f"{origin}: got {expected}, but column {column!r} holds {len(found)}: "
+                f"{', '.join(found)}; is this the right label column?"
+            )
+        return
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    if missing or extra:
+        raise ValueError(
+            f"{origin}: expected {len(expected)} classes, but column {column!r} holds {len(found)}; missing "
+            f"in the column: {', '.join(missing) or 'none'}; not expected: {', '.join(extra) or 'none'}; is "
+            "this the right label column?"
+        )
 
 
 def _present(values: NDArray) -> NDArray[np.bool_]:

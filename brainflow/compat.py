@@ -1,0 +1,158 @@
+"""Do data fit a model? What travels with the weights, and what differs in a store that they meet."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import numpy as np
+
+from brainflow.models.pretrained import read_config
+from brainflow.storage import BoldStore
+
+log = logging.getLogger(__name__)
+MUST_MATCH = {
+    "parcellation": "parcellation",
+    "network_names": "network names",
+    "normalisation": "normalisation",
+}
+TR_TOLERANCE = 0.05
+"""Share by which a TR may lie outside the range that the model was trained on."""
+STANDARD = ("standardize", "zscore", "scale")
+"""Words of a preprocessing record that say how values were scaled."""
+
+
+def check_fits(checkpoint: str | os.PathLike[str], store: BoldStore, *, allow: bool = False) -> list[str]:
+    """Compare a store with what a model was trained on.
+
+    Parameters
+    ----------
+    checkpoint
+        Folder of a saved model.
+    store
+        New data.
+    allow
+        Log the differences and go on; another number of networks is refused in any case.
+
+    Returns
+    -------
+    list of str
+        What differs.
+
+    Raises
+    ------
+    ValueError
+        Naming everything that differs.
+    """
+    saved = read_config(checkpoint)
+    networks = int(saved["model"]["networks"])
+    if networks != store.networks:
+        raise ValueError(
+            f"checkpoint: {checkpoint} was trained on {networks} networks, but the store {store.path} has "
+            f"{store.networks}; use a model and a store of one parcellation"
+        )
+    found = differences(
+        saved.get("data") or {}, store.attributes, np.unique(np.asarray(store.runs.t_r)).tolist()
+    )
+    if found and not allow:
+        raise ValueError(
+            f"checkpoint: {checkpoint} does not fit the store {store.path}: {'; '.join(found)}. Prepare the "
+            "data as the model's were, or pass --allow-mismatch if you know why this does not matter"
+        )
+    for line in found:
+        log.warning("%s against %s: %s", checkpoint, store.path, line)
+    return found
+
+
+def differences(trained: dict[str, Any], ours: dict[str, Any], t_rs: list[float]) -> list[str]:
+    """Return in words what differs between the data of a model and other data.
+
+    Parameters
+    ----------
+    trained
+        Section `data` of a model's `config.json`; what is not recorded there is not compared.
+    ours
+        Attributes of the store.
+    t_rs
+        Its repetition times in seconds.
+    """
+    found = []
+    for name, what in MUST_MATCH.items():
+        theirs, mine = trained.get(name), ours.get(name)
+        if theirs and mine and theirs != mine:
+            seen, other = _shown(theirs, mine), _shown(mine, theirs)
+            found.append(f"{what}: the model saw {seen}, the store has {other}")
+    scaled, here = _scaling(trained.get("preprocessing")), _scaling(ours.get("preprocessing"))
+    if scaled and here and scaled != here:
+        found.append(f"normalisation: the model saw {scaled}, the store has {here}")
+    t_r = trained.get("t_r") or []
+    if t_r and t_rs:
+        low, high = min(t_r) * (1 - TR_TOLERANCE), max(t_r) * (1 + TR_TOLERANCE)
+        outside = [value for value in t_rs if not low <= value <= high]
+        if outside:
+            found.append(
+                f"TR: the model saw {min(t_r):g} to {max(t_r):g} s, the store has "
+                f"{', '.join(f'{value:g}' for value in outside)} s"
+            )
+    return found
+
+
+def _scaling(record: Any) -> dict[str, Any]:
+    """Return the entries of a preprocessing record that say how values were scaled."""
+    if not isinstance(record, dict):
+        return {}
+    return {key: value for key, value in record.items() if any(word in key.lower() for word in STANDARD)}
+
+
+def _shown(value: Any, other: Any) -> str:
+    """Return a name, or where a list begins to differ, for a message."""
+    if not isinstance(value, (list, tuple)):
+        return repr(value)
+    others = list(other) if isinstance(other, (list, tuple)) else []
+    first = next((i for i, (a, b) in enumerate(zip(value, others, strict=False)) if a != b), len(others))
+    return f"{list(value[first : first + 3])}… from place {first} of {len(value)}"
+
+
+def fingerprint(store: BoldStore, runs: Any = None, *, sample: int = 8) -> dict[str, Any]:
+    """Return what the signal of a store is like, ready for JSON.
+
+    Parameters
+    ----------
+    store
+        The store.
+    runs
+        Run numbers; all if None. Statistics are of `sample` of them, spread evenly.
+    sample
+        Number of runs that are read.
+
+    Returns
+    -------
+    dict
+        `length`: shortest and longest run in time points; medians over runs of `variance` (median over
+        networks), `spectrum` (share of power below 0.1 Hz, mean removed) and `correlation` (median absolute
+        correlation between at most 200 networks).
+    """
+    ids = np.arange(len(store.runs)) if runs is None else np.asarray(runs)
+    lengths = np.asarray(store.runs.length)[ids]
+    chosen = ids[np.unique(np.linspace(0, len(ids) - 1, min(sample, len(ids))).round().astype(int))]
+    rows = []
+    for run in chosen:
+        bold = np.asarray(store.run(int(run)), dtype=np.float64)
+        bold = bold - bold.mean(axis=0)
+        power = np.square(np.abs(np.fft.rfft(bold, axis=0)))
+        slow = np.fft.rfftfreq(len(bold), float(store.runs.t_r[run])) < 0.1
+        few = bold[:, np.linspace(0, bold.shape[1] - 1, min(200, bold.shape[1])).round().astype(int)]
+        unit = few / np.maximum(np.linalg.norm(few, axis=0), 1e-12)
+        edges = np.abs((unit.T @ unit)[np.triu_indices(unit.shape[1], k=1)])
+        correlation = float(np.median(edges)) if len(edges) else 0.0
+        rows.append(
+            (float(np.median(bold.var(axis=0))), power[slow].sum() / max(power.sum(), 1e-12), correlation)
+        )
+    variance, spectrum, correlation = np.median(np.array(rows), axis=0).tolist()
+    return {
+        "length": [int(lengths.min()), int(lengths.max())],
+        "variance": variance,
+        "spectrum": spectrum,
+        "correlation": correlation,
+    }

@@ -1,0 +1,144 @@
+"""How far are data from what a model saw? TR, length, variance, spectrum, correlation structure."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brainflow.compat import MUST_MATCH, TR_TOLERANCE, differences, fingerprint
+from brainflow.models.pretrained import read_config
+from brainflow.storage import BoldStore
+
+SLOW_HZ = 0.1
+LIMITS = {"variance": 0.3, "spectrum": 0.15, "correlation": 0.15}
+"""Differences that are worth a look: of the variance as a share, of the others in their own unit (shares of
+power below 0.1 Hz, median correlation). Rules of thumb, not tests."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table; `verdict` is fine, look, differs or unknown."""
+
+    what: str
+    model: str
+    store: str
+    verdict: str
+    advice: str = ""
+
+
+def examine(store: BoldStore, checkpoint: str | os.PathLike[str]) -> list[Row]:
+    """Compare a store with the data of a model.
+
+    What the model saw is its `config.json`; where that holds no statistics of the signal, they are computed
+    from the training store, if it still lies where it was and is the same.
+    """
+    saved = read_config(checkpoint)
+    data, model = saved.get("data") or {}, saved["model"]
+    networks = int(model["networks"])
+    rows = [
+        _row(
+            "networks", networks, store.networks, networks == store.networks, "prepare with its parcellation"
+        )
+    ]
+    t_r = np.unique(np.asarray(store.runs.t_r)).tolist()
+    found = differences(data, store.attributes, [])
+    for name, what in MUST_MATCH.items():
+        if data.get(name) or store.attributes.get(name):
+            same = not any(line.startswith(what) for line in found)
+            known = bool(data.get(name) and store.attributes.get(name))
+            advice = f"prepare the data with the model's {what}"
+            rows.append(
+                _row(what, _short(data.get(name)), _short(store.attributes.get(name)), same, advice, known)
+            )
+    seen = data.get("t_r") or []
+    inside = bool(seen) and all(
+        min(seen) * (1 - TR_TOLERANCE) <= v <= max(seen) * (1 + TR_TOLERANCE) for v in t_r
+    )
+    rows.append(
+        _row(
+            "TR (s)",
+            _span(seen),
+            _span(t_r),
+            inside,
+            "resample the runs, or fine-tune all weights",
+            bool(seen),
+        )
+    )
+    ours = fingerprint(store)
+    saw: dict[str, Any] | None = data.get("fingerprint") or _from_training_store(saved)
+    limit = int(model.get("max_positions", 512))
+    shortest = int(((saved.get("pretrain") or {}).get("data") or {}).get("seq_min", 2))
+    rows.append(
+        Row(
+            what="run length (time points)",
+            model=_span(saw["length"]) if saw else "unknown",
+            store=_span(ours["length"]),
+            verdict="fine" if ours["length"][0] >= shortest else "look",
+            advice=f"windows may have {shortest} to {limit} time points",
+        )
+    )
+    units = {
+        "variance": "z-score each network and run, as the model's data were",
+        "spectrum": "check filter and TR: slow fluctuations carry another share of the power",
+        "correlation": "check global signal regression and confounds",
+    }
+    for name, advice in units.items():
+        mine = ours[name]
+        if not saw:
+            rows.append(Row(what=_LONG[name], model="unknown", store=f"{mine:.3f}", verdict="unknown"))
+            continue
+        gap = abs(mine - saw[name]) / (saw[name] if name == "variance" else 1.0)
+        verdict = "fine" if gap <= LIMITS[name] else "look"
+        rows.append(
+            Row(
+                what=_LONG[name],
+                model=f"{saw[name]:.3f}",
+                store=f"{mine:.3f}",
+                verdict=verdict,
+                advice="" if verdict == "fine" else advice,
+            )
+        )
+    return rows
+
+
+_LONG = {
+    "variance": "variance (median of networks)",
+    "spectrum": f"share of power below {SLOW_HZ:g} Hz",
+    "correlation": "median |correlation| of networks",
+}
+
+
+def _from_training_store(saved: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the fingerprint of the training store, if it still lies where it was, unchanged."""
+    path = (saved.get("pretrain") or {}).get("store")
+    if not path or not Path(path).is_dir():
+        return None
+    store = BoldStore.open(path)
+    return fingerprint(store) if store.snapshot == (saved.get("data") or {}).get("store_snapshot") else None
+
+
+def _row(what: str, model: Any, store: Any, same: bool, advice: str, known: bool = True) -> Row:
+    verdict = "unknown" if not known else "fine" if same else "differs"
+    return Row(
+        what=what,
+        model=str(model) or "unknown",
+        store=str(store) or "unknown",
+        verdict=verdict,
+        advice=advice if verdict == "differs" else "",
+    )
+
+
+def _span(values: Any) -> str:
+    if not values:
+        return "unknown"
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _short(value: Any) -> str:
+    text = "unknown" if value in (None, "", []) else str(value)
+    return text if len(text) < 40 else text[:37] + "…"

@@ -1,0 +1,344 @@
+"""scikit-learn estimators: decode mental states with `fit` and `predict`, or take a model's embeddings.
+
+Windows come as an array `[samples, networks]` (one time point each), an array `[windows, time, networks]`,
+a list of arrays `[time, networks]`, or as whole runs with a table of events each (onset, duration, trial_type
+in seconds); runs may be NIfTI images where a nilearn masker turns them into networks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from brainflow.config import ModelConfig
+from brainflow.decoding.extra import requires_report
+from brainflow.decoding.finetune import Pooling, frozen_features, probabilities
+from brainflow.decoding.fit import AdaptConfig, Mode, fit_decoder
+from brainflow.decoding.persist import load_decoder, save_decoder
+from brainflow.decoding.windows import ArrayWindows, as_windows, cut_events
+from brainflow.frameworks import build
+from brainflow.models.pretrained import read_config
+from brainflow.sharing import fetch, from_pretrained
+
+with requires_report("decoding"):
+    from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_array, check_is_fitted, check_X_y
+
+Checkpoint = str | os.PathLike[str] | None
+FRESH: dict[str, Any] = {"width": 64, "layers": 2, "heads": 4}
+"""Size of the model with fresh weights that stands in where no checkpoint is given."""
+
+
+class _OnWindows(BaseEstimator):
+    """What decoder and encoder share: parameters of the model, and the many forms of X."""
+
+    checkpoint: Checkpoint
+    t_r: float
+    hrf_shift: float
+    masker: Any
+    device: Literal["cpu", "cuda"]
+    random_state: int
+
+    def _module(self, networks: int) -> Any:
+        """Return the checkpoint's module, or a small one with fresh weights."""
+        if self.checkpoint is not None:
+            module: Any = from_pretrained(self.checkpoint)
+            if module.config.networks != networks:
+                raise ValueError(
+                    f"X: got {networks} networks, but the checkpoint {self.checkpoint} was trained on "
+                    f"{module.config.networks}; use the parcellation of the model"
+                )
+        else:
+            torch.manual_seed(self.random_state)
+            module = build(ModelConfig(networks=networks, **FRESH))
+        return module.to(self.device).eval()
+
+    def _runs(self, X: Any, *, fit: bool) -> Any:
+        """Turn images into arrays if there is a masker."""
+        if self.masker is None:
+            return X
+        if fit:
+            self.masker_ = clone(self.masker)
+            self.masker_.fit(X if getattr(self.masker, "mask_img", None) is None else None)
+        return [np.asarray(self.masker_.transform(image)) for image in X]
+
+    def _windows(self, X: Any, events: Any, *, fit: bool) -> tuple[list[NDArray], Any]:
+        """Return windows `[time, networks]` and their labels, None where there are none."""
+        X = self._runs(X, fit=fit)
+        if _are_tables(events):
+            windows, labels, _ = cut_events(X, events, t_r=self.t_r, hrf_shift=self.hrf_shift)
+            X = windows
+        else:
+            labels = events
+        if isinstance(X, (list, tuple)) and X and all(np.ndim(window) == 2 for window in X):
+            windows = as_windows(X)
+            if any(window.shape[1] != windows[0].shape[1] for window in windows):
+                raise ValueError("X: windows have different numbers of networks, expected one number")
+            if not all(np.isfinite(window).all() for window in windows):
+                raise ValueError("X: contains NaN or infinity, expected finite values")
+            if fit:
+                self.n_features_in_ = windows[0].shape[1]
+        else:
+            X = check_array(X, allow_nd=True, dtype=np.float32, estimator=self)
+            if fit:
+                self.n_features_in_ = X.shape[-1]
+            windows = as_windows(X)
+        if not fit and windows[0].shape[1] != self.n_features_in_:
+            raise ValueError(
+                f"X has {windows[0].shape[1]} features, but {type(self).__name__} is expecting "
+                f"{self.n_features_in_} features as input"
+            )
+        return windows, labels
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        return tags
+
+
+class MentalStateDecoder(ClassifierMixin, _OnWindows):
+    """Decode mental states with a pretrained model.
+
+    Parameters
+    ----------
+    checkpoint
+        Folder of a pretrained model, or `owner/name` on the hub. None: a small model with fresh weights,
+        whose features are random ones.
+    mode
+        How it is adapted: `finetune`, `lora`, or a probe on frozen features, `linear`, `mlp`, `knn`.
+    pooling
+        How one vector is made of a window; None: `cls` for `finetune` and `lora`, `mean` for probes.
+    steps, batch_size, lr
+        Optimizer steps, windows a step, peak learning rate (None: 3e-4 and 1e-3) of `finetune` and `lora`.
+    balance
+        Weigh windows by the inverse of their class's frequency.
+    label_smoothing
+        Share of each label spread over all classes; `finetune` and `lora` only.
+    t_r
+        Seconds between time points.
+    hrf_shift
+        Seconds by which windows begin after their event, where tables of events are given.
+    masker
+        nilearn masker that turns images into `[time, networks]`; X is then a list of images.
+    device
+        Where to compute.
+    random_state
+        Seeds fresh weights, dropout and the order of the windows.
+
+    Attributes
+    ----------
+    classes_
+        Classes, sorted.
+    n_features_in_
+        Number of networks.
+    decoder_
+        The fitted torch module.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> windows = rng.normal(size=(20, 6, 8)).astype("float32")
+    >>> names = np.array(["face", "house"] * 10)
+    >>> windows[names == "face", :, :4] += 2
+    >>> MentalStateDecoder().fit(windows, names).predict(windows[:2]).tolist()
+    ['face', 'house']
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint = None,
+        *,
+        mode: Mode = "linear",
+        pooling: Pooling | None = None,
+        steps: int = 200,
+        batch_size: int = 32,
+        lr: float | None = None,
+        balance: bool = False,
+        label_smoothing: float = 0.0,
+        t_r: float = 2.0,
+        hrf_shift: float = 0.0,
+        masker: Any = None,
+        device: Literal["cpu", "cuda"] = "cpu",
+        random_state: int = 0,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.mode = mode
+        self.pooling = pooling
+        self.steps = steps
+        self.batch_size = batch_size
+        self.lr = lr
+        self.balance = balance
+        self.label_smoothing = label_smoothing
+        self.t_r = t_r
+        self.hrf_shift = hrf_shift
+        self.masker = masker
+        self.device = device
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit to labelled windows, or to runs and their tables of events.
+
+        Parameters
+        ----------
+        X
+            Windows or runs, see the module's first lines.
+        y
+            One label a window, or a table of events for each run.
+        """
+        windows, labels = self._windows(X, y, fit=True)
+        if labels is None:
+            raise ValueError("requires y to be passed, but the target y is None")
+        _, labels = check_X_y(np.zeros((len(windows), 1)), labels, dtype=None)
+        check_classification_targets(labels)
+        self.classes_, named = np.unique(labels, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(
+                f"y: got one class, {self.classes_[0]!r}; the classifier needs windows of at least 2 classes"
+            )
+        source = ArrayWindows(windows, t_r=self.t_r, labels=named)
+        config = AdaptConfig(
+            mode=self.mode,
+            pooling=self.pooling,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            balance=self.balance,
+            label_smoothing=self.label_smoothing,
+            seed=self.random_state,
+        )
+        self.decoder_, _ = fit_decoder(
+            self._module(self.n_features_in_),
+            source,
+            np.arange(len(windows)),
+            config,
+            classes=len(self.classes_),
+            device=torch.device(self.device),
+        )
+        return self
+
+    def predict_proba(self, X: Any, events: Any = None) -> NDArray[np.float32]:
+        """Return class probabilities `[windows, classes]`; `events` cuts runs into windows."""
+        check_is_fitted(self, "decoder_")
+        return self._chances(self._windows(X, events, fit=False)[0])
+
+    def predict(self, X: Any, events: Any = None) -> NDArray:
+        """Return the class of each window; `events` cuts runs into windows."""
+        chances = self.predict_proba(X, events)
+        return self.classes_[chances.argmax(axis=1)]
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return the accuracy over windows, or over the events of runs."""
+        check_is_fitted(self, "decoder_")
+        windows, labels = self._windows(X, y, fit=False)
+        hits = self.classes_[self._chances(windows).argmax(axis=1)] == np.asarray(labels)
+        return float(np.average(hits, weights=sample_weight))
+
+    def _chances(self, windows: list[NDArray]) -> NDArray[np.float32]:
+        source = ArrayWindows(windows, t_r=self.t_r)
+        everything = np.arange(len(windows))
+        return probabilities(self.decoder_, source, everything, device=torch.device(self.device))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the fitted decoder: safetensors and JSON, no pickle. A masker is not saved."""
+        check_is_fitted(self, "decoder_")
+        parameters = {k: v for k, v in self.get_params(deep=False).items() if k != "masker"}
+        parameters["checkpoint"] = None if self.checkpoint is None else os.fspath(self.checkpoint)
+        facts: dict[str, Any] = {"estimator": parameters}
+        if self.checkpoint is not None:
+            saved = read_config(fetch(self.checkpoint))
+            facts |= {name: saved[name] for name in ("data", "pretrain", "step") if name in saved}
+        classes = tuple(name.item() for name in self.classes_)
+        save_decoder(self.decoder_, folder, mode=self.mode, classes=classes, facts=facts)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], *, masker: Any = None) -> Self:
+        """Return a decoder that :meth:`save` or `brainflow adapt --save` wrote.
+
+        Parameters
+        ----------
+        folder
+            Folder, or `owner/name` on the hub.
+        masker
+            Fitted nilearn masker of the model's parcellation, if X will be images.
+        """
+        decoder, config = load_decoder(fetch(folder))
+        section = config["decoder"]
+        known = {**config.get("estimator", {}), "mode": section["mode"], "pooling": section["pooling"]}
+        if "estimator" not in config:
+            known["t_r"] = (config.get("data", {}).get("t_r") or [2.0])[0]
+            known["hrf_shift"] = config.get("decoding", {}).get("hrf_shift", 0.0)
+        result = cls(**known, masker=masker)
+        result.decoder_ = decoder.to(result.device)
+        result.classes_ = np.array(section["classes"])
+        result.n_features_in_ = int(config["model"]["networks"])
+        if masker is not None:
+            result.masker_ = masker
+        return result
+
+
+class BoldEncoder(TransformerMixin, _OnWindows):
+    """Embeddings of a pretrained model, as a scikit-learn transformer.
+
+    Parameters
+    ----------
+    checkpoint, t_r, hrf_shift, masker, device, random_state
+        See :class:`MentalStateDecoder`.
+    pooling
+        How one vector is made of a window.
+
+    Examples
+    --------
+    >>> BoldEncoder().fit_transform(np.zeros((5, 10, 8), dtype="float32")).shape
+    (5, 64)
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint = None,
+        *,
+        pooling: Pooling = "mean",
+        t_r: float = 2.0,
+        hrf_shift: float = 0.0,
+        masker: Any = None,
+        device: Literal["cpu", "cuda"] = "cpu",
+        random_state: int = 0,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.pooling = pooling
+        self.t_r = t_r
+        self.hrf_shift = hrf_shift
+        self.masker = masker
+        self.device = device
+        self.random_state = random_state
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = []  # embeddings are float32
+        return tags
+
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Load the model; nothing is fitted to X but the masker."""
+        self._windows(X, y if _are_tables(y) else None, fit=True)
+        self.module_ = self._module(self.n_features_in_)
+        self._n_features_out = self.module_.config.width
+        return self
+
+    def transform(self, X: Any, events: Any = None) -> NDArray[np.float32]:
+        """Return one embedding a window, `[windows, width]`; `events` cuts runs into windows."""
+        check_is_fitted(self, "module_")
+        windows, _ = self._windows(X, events, fit=False)
+        source = ArrayWindows(windows, t_r=self.t_r)
+        return frozen_features(self.module_, source, pooling=self.pooling, device=torch.device(self.device))
+
+
+def _are_tables(y: Any) -> bool:
+    """Whether y holds tables of events instead of labels."""
+    if not isinstance(y, (list, tuple, Sequence)) or isinstance(y, str) or not len(y):
+        return False
+    return all(hasattr(table, "keys") and "onset" in table for table in y)

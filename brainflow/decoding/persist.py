@@ -1,0 +1,151 @@
+"""A fitted decoder on disk: the model's release form, the head beside it, and what its classes are called."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from brainflow.decoding.finetune import Decoder
+from brainflow.decoding.fit import AdaptConfig, fit_decoder
+from brainflow.decoding.heads import Neighbours, make_head
+from brainflow.decoding.result import Result
+from brainflow.decoding.task import DecodingTask, check_classes
+from brainflow.models.pretrained import load_pretrained, read_config, save_pretrained
+
+HEAD = "head.safetensors"
+
+
+def save_decoder(
+    decoder: Decoder,
+    folder: str | os.PathLike[str],
+    *,
+    mode: str,
+    classes: tuple[Any, ...],
+    facts: dict[str, Any] | None = None,
+) -> Path:
+    """Write a decoder: `model.safetensors`, `config.json` (with a section `decoder`), `head.safetensors`.
+
+    Parameters
+    ----------
+    decoder
+        Fitted decoder.
+    folder
+        Folder; made if absent.
+    mode
+        How it was adapted; decides what its head is.
+    classes
+        Names of the classes (str, int or float), in the order of the logits.
+    facts
+        More for `config.json`: the section `data` of the pretrained model, scores.
+    """
+    head = decoder.head
+    section = {
+        "mode": mode,
+        "pooling": decoder.pooling,
+        "classes": list(classes),
+        "examples": len(head.keys) if isinstance(head, Neighbours) else 0,
+    }
+    target = save_pretrained(decoder.module, folder, {**(facts or {}), "decoder": section})
+    tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+    save_file(tensors, target / f"{HEAD}.tmp", metadata={"format": "pt"})
+    os.replace(target / f"{HEAD}.tmp", target / HEAD)
+    return target
+
+
+def load_decoder(folder: str | os.PathLike[str]) -> tuple[Decoder, dict[str, Any]]:
+    """Return a saved decoder in evaluation mode and its `config.json`.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds a model without a decoder, or head and configuration do not fit.
+    """
+    config = read_config(folder)
+    section = config.get("decoder")
+    path = Path(folder) / HEAD
+    if section is None or not path.is_file():
+        raise ValueError(
+            f"{folder}: holds a pretrained model but no decoder; fit one with `brainflow adapt --save` or "
+            "MentalStateDecoder.save"
+        )
+    module: Any = load_pretrained(folder)
+    head = _head(section, module.config.width)
+    try:
+        head.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path}: does not fit the decoder's configuration ({error})") from error
+    return Decoder(module, head, pooling=section["pooling"]).eval(), config
+
+
+def _head(section: dict[str, Any], width: int) -> nn.Module:
+    return make_head(
+        section["mode"], width=width, classes=len(section["classes"]), examples=section["examples"]
+    )
+
+
+def check_decoder_classes(checkpoint: str | os.PathLike[str], task: DecodingTask) -> None:
+    """Refuse a checkpoint that is a decoder of other classes than the task's column holds.
+
+    Raises
+    ------
+    ValueError
+        Naming the labels that are missing and those that are too many.
+    """
+    section = read_config(checkpoint).get("decoder")
+    if not isinstance(section, dict) or not section.get("classes"):
+        return
+    names = tuple(str(name) for name in section["classes"])
+    try:
+        check_classes(names, task.classes, origin="checkpoint's head", column=task.config.target)
+    except ValueError as error:
+        raise ValueError(f"{error}; with --new-classes a fresh head is fitted to the column's") from None
+
+
+def save_for_task(
+    task: DecodingTask,
+    checkpoint: str | os.PathLike[str],
+    config: AdaptConfig,
+    folder: Path,
+    result: Result,
+    *,
+    device: str = "auto",
+) -> Path:
+    """Fit a decoder to all labelled windows of a task; write it with the scores of its folds and a card."""
+    from brainflow.decoding.adapt import load_module, pick_device
+    from brainflow.sharing import write_card
+
+    choice: Any = device
+    where = pick_device(choice)
+    decoder, _ = fit_decoder(
+        load_module(checkpoint, config, where),
+        task,
+        np.arange(len(task.labels)),
+        config,
+        classes=len(task.classes),
+        device=where,
+    )
+    saved = read_config(checkpoint)
+    facts: dict[str, Any] = {name: saved[name] for name in ("data", "pretrain", "step") if name in saved}
+    scores = result.to_dict()
+    facts["decoding"] = {
+        "target": task.config.target,
+        "split": task.config.split,
+        "hrf_shift": task.config.hrf_shift,
+        "adapt": asdict(config),
+        "store_snapshot": task.store.snapshot,
+        "subjects": sorted({str(name) for name in task.subjects}),
+        "interval_over": f"{task.group_kind}s",
+        **{name: scores[name] for name in ("accuracy", "balanced_accuracy", "macro_f1", "chance")},
+    }
+    with torch.no_grad():
+        target = save_decoder(decoder.cpu(), folder, mode=config.mode, classes=task.classes, facts=facts)
+    write_card(target)
+    return target

@@ -1,0 +1,164 @@
+"""Windows held in memory: what arrays and tables of events become, and what decoders are fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from brainflow.data.batch import PackedBatch
+from brainflow.data.packing import packed_fields
+from brainflow.data.windows import Windows
+
+
+class WindowSource(Protocol):
+    """Labelled windows that can be read in batches: a `DecodingTask` or :class:`ArrayWindows`."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]: ...  # noqa: D102
+
+    def loader(
+        self, windows: NDArray[np.int64], *, batch: int, shuffle: bool, seed: int, device: torch.device
+    ) -> AbstractContextManager[Iterator[PackedBatch]]:
+        """Open batches of some windows: endless if shuffled, else one pass in order."""
+        ...
+
+
+class ArrayWindows:
+    """Windows in memory.
+
+    Parameters
+    ----------
+    windows
+        Arrays `[time, networks]`.
+    t_r
+        Seconds between time points.
+    labels
+        Class of each window; zeros if None.
+    """
+
+    def __init__(
+        self, windows: Sequence[NDArray], *, t_r: float, labels: NDArray[np.int64] | None = None
+    ) -> None:
+        self.t_r = t_r
+        self.lengths = np.array([len(window) for window in windows], dtype=np.int32)
+        self.bold = np.concatenate([np.asarray(window, dtype=np.float32) for window in windows])
+        self.starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+        self.labels: NDArray[np.int64] = (
+            np.zeros(len(windows), np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
+        )
+
+    def loader(
+        self, windows: NDArray[np.int64], *, batch: int, shuffle: bool, seed: int, device: torch.device
+    ) -> AbstractContextManager[Iterator[PackedBatch]]:
+        """Open batches of some windows: endless if shuffled, else one pass in order."""
+        return nullcontext(self._batches(np.asarray(windows), batch, shuffle, seed, device))
+
+    def _batches(
+        self, windows: NDArray[np.int64], batch: int, shuffle: bool, seed: int, device: torch.device
+    ) -> Iterator[PackedBatch]:
+        if not shuffle:
+            for step, start in enumerate(range(0, len(windows), batch)):
+                yield self._packed(windows[start : start + batch], step, device)
+            return
+        rng = np.random.default_rng(seed)
+        waiting = windows[:0]
+        for step in count():
+            while len(waiting) < batch:
+                waiting = np.concatenate([waiting, rng.permutation(windows)])
+            yield self._packed(waiting[:batch], step, device)
+            waiting = waiting[batch:]
+
+    def _packed(self, pick: NDArray[np.int64], step: int, device: torch.device) -> PackedBatch:
+        lengths = self.lengths[pick]
+        chosen = Windows(
+            starts=self.starts[pick],
+            lengths=lengths,
+            runs=np.zeros(len(pick), np.int32),
+            t_r=np.full(len(pick), self.t_r),
+            labels=self.labels[pick],
+        )
+        rows = np.concatenate([np.arange(s, s + n) for s, n in zip(chosen.starts, lengths, strict=True)])
+        return PackedBatch(
+            bold=torch.from_numpy(self.bold[rows]),
+            max_seqlen=int(lengths.max()),
+            lengths=lengths,
+            runs=chosen.runs,
+            step=step,
+            **{name: torch.from_numpy(values) for name, values in packed_fields(chosen).items()},
+        ).to(device)
+
+
+def cut_events(
+    runs: Sequence[NDArray], events: Sequence[Any], *, t_r: float, hrf_shift: float = 0.0
+) -> tuple[list[NDArray], NDArray, NDArray[np.int64]]:
+    """Cut runs into one window an event.
+
+    Parameters
+    ----------
+    runs
+        Arrays `[time, networks]`.
+    events
+        A table a run with the columns onset and duration in seconds and trial_type: a DataFrame, or a dict of
+        sequences.
+    t_r
+        Seconds between time points.
+    hrf_shift
+        Seconds by which windows begin after their event.
+
+    Returns
+    -------
+    windows, labels, run
+        Arrays `[time, networks]`, trial types, and the number of the run of each.
+
+    Raises
+    ------
+    ValueError
+        If tables and runs differ in number, a column is missing, or an event lies outside its run.
+    """
+    if len(runs) != len(events):
+        raise ValueError(f"events: got {len(events)} tables for {len(runs)} runs, expected one a run")
+    windows, labels, owner = [], [], []
+    for number, (run, table) in enumerate(zip(runs, events, strict=True)):
+        try:
+            onset, duration, kind = (list(table[name]) for name in ("onset", "duration", "trial_type"))
+        except KeyError as error:
+            raise ValueError(
+                f"events: the table of run {number} has no column {error}; expected onset, duration, "
+                "trial_type"
+            ) from None
+        for begin, seconds, label in zip(onset, duration, kind, strict=True):
+            first = round((float(begin) + hrf_shift) / t_r)
+            length = max(1, round(float(seconds) / t_r))
+            window = np.asarray(run)[max(first, 0) : first + length]
+            if first < 0 or not len(window):
+                raise ValueError(
+                    f"events: the event at {begin} s of run {number} lies outside its {len(run)} time points "
+                    f"after a shift of {hrf_shift} s; correct onset, t_r ({t_r} s) or hrf_shift"
+                )
+            windows.append(window)
+            labels.append(label)
+            owner.append(number)
+    return windows, np.asarray(labels), np.asarray(owner, dtype=np.int64)
+
+
+def as_windows(X: ArrayLike | Sequence[NDArray]) -> list[NDArray]:
+    """Return a list of windows `[time, networks]` of an array `[windows, networks]` (one time point each),
+    `[windows, time, networks]`, or of a list of arrays `[time, networks]`.
+    """
+    if isinstance(X, (list, tuple)) and X and all(np.ndim(window) == 2 for window in X):
+        return [np.asarray(window, dtype=np.float32) for window in X]
+    array = np.asarray(X, dtype=np.float32)
+    if array.ndim == 2:
+        return list(array[:, None])
+    if array.ndim == 3:
+        return list(array)
+    raise ValueError(
+        f"X: got an array of {array.ndim} dimensions, expected [samples, networks], "
+        "[windows, time, networks] or a list of [time, networks]"
+    )

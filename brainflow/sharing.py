@@ -1,0 +1,165 @@
+"""Models that travel: a card filled in from what was recorded, upload to and download from the hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from brainflow.models.pretrained import CONFIG, WEIGHTS, load_pretrained, read_config, save_pretrained
+
+__all__ = ["from_pretrained", "model_card", "push_to_hub", "save_pretrained", "write_card"]
+
+CARD = "README.md"
+SHARED = (CONFIG, WEIGHTS, "head.safetensors", CARD)
+
+
+def from_pretrained(name: str | os.PathLike[str], *, revision: str | None = None) -> Any:
+    """Return a framework module from a folder, or from a repository of the hub (`owner/name`)."""
+    return load_pretrained(fetch(name, revision=revision))
+
+
+def fetch(name: str | os.PathLike[str], *, revision: str | None = None) -> Path:
+    """Return the folder of a model: `name` itself, or where the hub's files lie after download.
+
+    Only configuration, weights in safetensors and the card are downloaded: nothing that could be executed.
+
+    Raises
+    ------
+    FileNotFoundError
+        If `name` is neither a folder nor looks like `owner/name`.
+    """
+    if (Path(name) / CONFIG).is_file():
+        return Path(name)
+    if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/")):
+        return Path(_hub().snapshot_download(name, revision=revision, allow_patterns=list(SHARED)))
+    raise FileNotFoundError(
+        f"{name}: no {CONFIG} there; expected a model's folder or a repository of the hub as owner/name"
+    )
+
+
+def push_to_hub(
+    folder: str | os.PathLike[str], repository: str, *, private: bool = True, dry_run: bool = False
+) -> list[str]:
+    """Upload a saved model with its card.
+
+    Parameters
+    ----------
+    folder
+        Folder of a saved model or decoder.
+    repository
+        `owner/name` on the hub; made if absent.
+    private
+        Visibility of a repository that is made.
+    dry_run
+        Write the card, upload nothing.
+
+    Returns
+    -------
+    list of str
+        Names of the files that are shared: configuration, weights, head, card; no optimizer states, no logs.
+    """
+    source = Path(folder)
+    load_pretrained(source)  # what cannot be loaded is not shared
+    write_card(source)
+    names = [name for name in SHARED if (source / name).is_file()]
+    if not dry_run:
+        api = _hub().HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(source), allow_patterns=names)
+    return names
+
+
+def write_card(folder: str | os.PathLike[str]) -> Path:
+    """Write the model card of a saved model from its `config.json`; return its path."""
+    path = Path(folder) / CARD
+    path.write_text(model_card(read_config(folder)), encoding="utf-8")
+    return path
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """Return the card of a model; what was not recorded is said to be unknown."""
+    model, data = config["model"], config.get("data") or {}
+    decoding, decoder = config.get("decoding"), config.get("decoder")
+    lines = [
+        "---",
+        "library_name: brainflow",
+        "tags: [fmri, neuroimaging, brainflow]",
+        "---",
+        "",
+        f"# A {model['framework']} model of fMRI" + (", adapted to decode" if decoder else ""),
+        "",
+        f"{model['layers']} layers of width {model['width']} over {model['networks']} networks. Load it with "
+        + ("`brainflow.MentalStateDecoder.load(folder)`." if decoder else "`brainflow.load(folder)`."),
+        "",
+        "## What data must look like",
+        "",
+        "| | the model saw |",
+        "|---|---|",
+        f"| parcellation | {_cell(data.get('parcellation'))} |",
+        f"| networks, in this order | {model['networks']}{_names(data.get('network_names'))} |",
+        f"| repetition time | {_range(data.get('t_r'))} |",
+        f"| normalisation | {_cell(data.get('normalisation'))} |",
+        f"| preprocessing | {_cell(data.get('preprocessing'))} |",
+        "",
+        "`brainflow adapt` compares these with a store and refuses one that differs; `brainflow doctor` says "
+        "how far other data are from them.",
+        "",
+        "## Training data",
+        "",
+    ]
+    runs = data.get("datasets") or {}
+    lines += [f"- {name}: {count} runs" for name, count in runs.items()] or ["- not recorded"]
+    people = data.get("training_subjects") or []
+    if people:
+        shown = ", ".join(people[:20]) + (f" and {len(people) - 20} more" if len(people) > 20 else "")
+        lines.append(f"- subjects ({len(people)}), not to be used for evaluation: {shown}")
+    if decoder:
+        lines += ["", "## Classes", "", ", ".join(str(name) for name in decoder["classes"])]
+    if decoding:
+        value = decoding["accuracy"]
+        ends = (
+            "no interval"
+            if value["low"] is None
+            else f"95 % interval {value['low']:.3f} to {value['high']:.3f}"
+        )
+        lines += [
+            "",
+            "## Scores",
+            "",
+            f"Of the same procedure in held-out folds ({decoding['split']}; interval over "
+            f"{decoding['interval_over']}); the weights here were fitted to all windows afterwards.",
+            "",
+            f"- accuracy {value['value']:.3f} ({ends}), chance {decoding['chance']:.3f}",
+            f"- balanced accuracy {decoding['balanced_accuracy']['value']:.3f}",
+            f"- macro F1 {decoding['macro_f1']['value']:.3f}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value in (None, "", {}, []):
+        return "not recorded"
+    if isinstance(value, dict):
+        value = "; ".join(f"{key}: {entry}" for key, entry in value.items())
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _names(names: Any) -> str:
+    return f": {', '.join(map(str, names[:5]))}, …" if names else ", names not recorded"
+
+
+def _range(t_r: Any) -> str:
+    if not t_r:
+        return "not recorded"
+    return f"{t_r[0]:g} s" if len(t_r) == 1 else f"{min(t_r):g} to {max(t_r):g} s"
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(
+            "sharing models needs huggingface_hub, which is not installed; pip install 'brainflow-fmri[hub]'"
+        ) from error
+    return huggingface_hub

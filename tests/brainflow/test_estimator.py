@@ -1,0 +1,116 @@
+"""The estimators keep scikit-learn's rules, take every form of data, and survive saving without pickle."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.utils.estimator_checks import check_estimator
+
+import brainflow
+from brainflow.config import ModelConfig
+from brainflow.decoding.windows import cut_events
+from brainflow.frameworks import build
+from brainflow.models.pretrained import save_pretrained
+
+NETWORKS = 10
+
+
+def data(windows=24, time=5, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.array(["cat", "face", "house"])[np.arange(windows) % 3]
+    patterns = 2 * rng.normal(size=(3, NETWORKS))
+    x = rng.normal(size=(windows, time, NETWORKS)) + patterns[np.arange(windows) % 3][:, None]
+    return x.astype(np.float32), labels
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    config = ModelConfig(networks=NETWORKS, width=16, layers=1, heads=2, dropout=0.0)
+    folder = tmp_path_factory.mktemp("model")
+    save_pretrained(build(config), folder, {"data": {"t_r": [2.0], "parcellation": "ten"}})
+    return folder
+
+
+@pytest.mark.parametrize("estimator", [brainflow.MentalStateDecoder(), brainflow.BoldEncoder()])
+def test_scikit_learn_checks(estimator):
+    """None is expected to fail."""
+    results = check_estimator(estimator, on_fail=None, expected_failed_checks={})
+    assert len(results) > 30
+    assert not [(r["check_name"], str(r["exception"])) for r in results if r["status"] == "failed"]
+
+
+@pytest.mark.parametrize("mode", ["linear", "knn", "mlp", "lora", "finetune"])
+def test_saved_decoder_says_the_same(checkpoint, tmp_path, mode):
+    x, names = data()
+    decoder = brainflow.MentalStateDecoder(checkpoint, mode=mode, steps=60, lr=5e-3).fit(x, names)
+    decoder.save(tmp_path / "d")
+    assert {path.suffix for path in (tmp_path / "d").iterdir()} == {".json", ".safetensors"}
+    loaded = brainflow.MentalStateDecoder.load(tmp_path / "d")
+    np.testing.assert_allclose(loaded.predict_proba(x), decoder.predict_proba(x), atol=1e-6)
+    assert loaded.predict(x).tolist() == decoder.predict(x).tolist()
+    assert loaded.score(x, names) > 0.8
+    assert json.loads((tmp_path / "d" / "config.json").read_text())["data"]["parcellation"] == "ten"
+
+
+def test_pipelines_and_searches(checkpoint):
+    x, names = data(36)
+    groups = np.arange(36) // 6
+    decoder = brainflow.MentalStateDecoder(checkpoint)
+    scores = cross_val_score(decoder, x, names, groups=groups, cv=GroupKFold(3))
+    assert scores.mean() > 0.6
+    windows = list(x)  # a list of windows is cut by folds like an array
+    assert (
+        cross_val_score(decoder, windows, names, groups=groups, cv=GroupKFold(3)).tolist() == scores.tolist()
+    )
+    search = GridSearchCV(decoder, {"pooling": ["mean", "last"], "mode": ["linear", "knn"]}, cv=2)
+    assert search.fit(x, names).best_score_ > 0.6
+    both = make_pipeline(brainflow.BoldEncoder(checkpoint), LogisticRegression()).fit(x, names)
+    assert both.score(x, names) > 0.8
+    assert clone(decoder).get_params() == decoder.get_params()
+
+
+def test_runs_with_events_and_images_give_what_windows_give(checkpoint):
+    nibabel = pytest.importorskip("nibabel")
+    from nilearn.maskers import NiftiMasker
+
+    rng = np.random.default_rng(1)
+    runs = [rng.normal(size=(30, NETWORKS)).astype(np.float32) for _ in range(3)]
+    table = {"onset": [0.0, 16.0, 34.0], "duration": [8.0] * 3, "trial_type": ["a", "b", "a"]}
+    windows, names, owner = cut_events(runs, [table] * 3, t_r=2.0, hrf_shift=4.0)
+    np.testing.assert_array_equal(windows[0], runs[0][2:6])
+    assert owner.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    settings = {"t_r": 2.0, "hrf_shift": 4.0}
+    plain = brainflow.MentalStateDecoder(checkpoint, **settings).fit(windows, names)
+    by_runs = brainflow.MentalStateDecoder(checkpoint, **settings).fit(runs, [table] * 3)
+    expected = plain.predict_proba(windows)
+    np.testing.assert_allclose(by_runs.predict_proba(runs, [table] * 3), expected, atol=1e-6)
+    shape = (NETWORKS, 1, 1)
+    images = [nibabel.Nifti1Image(run.T[:, None, None], np.eye(4)) for run in runs]
+    masker = NiftiMasker(nibabel.Nifti1Image(np.ones(shape, np.uint8), np.eye(4)), standardize=None)
+    by_images = brainflow.MentalStateDecoder(checkpoint, masker=masker, **settings).fit(images, [table] * 3)
+    np.testing.assert_allclose(by_images.predict_proba(images, [table] * 3), expected, atol=1e-5)
+    assert by_images.score(images, [table] * 3) == by_runs.score(runs, [table] * 3)
+
+
+@pytest.mark.parametrize(
+    ("events", "says"),
+    [
+        ([{"onset": [0.0], "duration": [4.0]}], "no column 'trial_type'"),
+        ([{"onset": [99.0], "duration": [4.0], "trial_type": ["a"]}], "lies outside its 10 time points"),
+        ([], "got 0 tables for 1 runs"),
+    ],
+)
+def test_bad_events_are_refused(events, says):
+    with pytest.raises(ValueError, match=says):
+        cut_events([np.zeros((10, 3))], events, t_r=2.0)
+
+
+def test_checkpoint_of_other_networks_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="got 4 networks, but the checkpoint"):
+        brainflow.MentalStateDecoder(checkpoint).fit(np.zeros((4, 5, 4)), [0, 1, 0, 1])
