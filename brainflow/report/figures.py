@@ -168,6 +168,35 @@ def confusion(matrix: NDArray, classes: Sequence[str]) -> bytes:
         return _png(figure)
 
 
+def group_dots(per_group: Mapping[str, float], *, chance: float, kind: str) -> bytes:
+    """Draw one dot a subject (or run), sorted by accuracy."""
+    values = np.sort(list(per_group.values()))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(7.2, 3.0)
+        axes.plot(np.arange(1, len(values) + 1), values, "o", color=ACCENT, markersize=6)
+        axes.axhline(chance, color=SECOND, linewidth=1.4, linestyle=DASHES, label=f"chance {chance:.3f}")
+        axes.set_ylim(0, 1.04)
+        axes.set_xlabel(f"{kind}s, sorted")
+        axes.set_ylabel("accuracy")
+        axes.grid(axis="y", color=FAINT, linewidth=0.8)
+        axes.legend(loc="upper left")
+        return _png(figure)
+
+
+def reliability(confidence: Sequence[float], accuracy: Sequence[float], windows: Sequence[int]) -> bytes:
+    """Draw accuracy against confidence, a dot a bin; larger dots hold more windows."""
+    sizes = 30 + 200 * np.asarray(windows) / max(windows)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(4.4, 4.0)
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=DASHES)
+        axes.scatter(confidence, accuracy, s=sizes, color=ACCENT, alpha=0.8)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("confidence")
+        axes.set_ylabel("accuracy")
+        return _png(figure)
+
+
 def slice_map(
     values: NDArray,
     mask: NDArray[np.bool_],

@@ -13,6 +13,7 @@ from PIL import Image
 
 from brainflow.report import figures
 from brainflow.report.page import Page, Picture, Section, Table, render, write_page
+from brainflow.report.run_page import run_page
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" {{ 7919 * 7907 }}"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -127,6 +128,42 @@ def test_page_renders_in_a_browser(page, tmp_path):
     assert len(widths) == 5
     assert all(natural > 0 and shown > 100 for natural, shown in widths)
     assert page_width <= window_width, "the page scrolls sideways"
+
+
+def test_page_of_a_decoding_renders_in_a_browser(tmp_path):
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    interval = {"value": 0.7, "low": 0.6, "high": 0.8}
+    entry = {
+        "name": "linear probe, pretrained",
+        "accuracy": interval,
+        "balanced_accuracy": interval,
+        "macro_f1": interval,
+        "chance": 0.5,
+        "permutation_p": 0.01,
+        "confusion": [[7, 3], [3, 7]],
+        "per_group": {"d/1": 0.8, "d/2": 0.6},
+        "calibration": {"error": 0.1, "confidence": [0.6], "accuracy": [0.7], "windows": [20]},
+    }
+    summary = {
+        "target": "state",
+        "split": "k-fold",
+        "classes": ["face", HOSTILE],
+        "tested": 20,
+        "groups": {"kind": "subject", "count": 2},
+        "store_snapshot": "s",
+        "decoder": entry,
+        "baselines": [{**entry, "name": "ridge", "calibration": None}],
+    }
+    (tmp_path / "scores.json").write_text(json.dumps(summary))
+    path = write_page(run_page(tmp_path), tmp_path / "report")
+    assert "<script" not in path.read_text(encoding="utf-8")
+    screenshot = tmp_path / "page.png"
+    seen = _browse(browser, tmp_path, f"--screenshot={screenshot}", path.as_uri())
+    assert "CONSOLE" not in seen.stderr, seen.stderr
+    with Image.open(screenshot) as image:
+        assert np.asarray(image.convert("L")).std() > 10
 
 
 def _browse(browser: str, tmp_path, *arguments: str) -> subprocess.CompletedProcess:

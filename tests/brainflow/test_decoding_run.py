@@ -1,0 +1,244 @@
+"""From a labelled store by commands to scores, a learning curve, a saved decoder, maps, a page, a card."""
+
+import json
+import shutil
+import sys
+import types
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+import brainflow
+from brainflow import compat, sharing
+from brainflow.cli.main import main
+from brainflow.config import ModelConfig
+from brainflow.decoding.curve import reduce_task
+from brainflow.decoding.persist import check_decoder_classes
+from brainflow.decoding.result import baselines
+from brainflow.decoding.splits import Fold, check_folds
+from brainflow.decoding.task import TaskConfig, load_task
+from brainflow.frameworks import build
+from brainflow.models.pretrained import save_pretrained
+from brainflow.report.page import render
+from brainflow.report.run_page import run_page
+from brainflow.storage import BoldStore, Segment, StoreWriter
+
+NETWORKS, CLASSES, SUBJECTS = 8, ("cat", "face", "house"), 6
+
+
+def write_store(path, *, classes=CLASSES, t_r=2.0, scale=1.0, seed=0):
+    """Six subjects with two runs of 6 labelled segments of 4 time points; every class has a pattern."""
+    rng = np.random.default_rng(seed)
+    patterns = 2.0 * rng.normal(size=(len(classes), NETWORKS))
+    with StoreWriter.create(str(path), networks=NETWORKS, parcellation="eight") as writer:
+        for run in range(2 * SUBJECTS):
+            bold = rng.normal(size=(26, NETWORKS))
+            order = rng.permutation(np.resize(np.arange(len(classes)), 6))
+            segments = []
+            for place, label in enumerate(order):
+                bold[1 + place * 4 : 5 + place * 4] += patterns[label]
+                segments.append(Segment(onset=1 + place * 4, length=4, labels={"state": classes[label]}))
+            writer.append(
+                scale * bold,
+                t_r=t_r,
+                dataset="toy",
+                subject=str(run % SUBJECTS),
+                task="t",
+                run=str(run // SUBJECTS),
+                segments=segments,
+            )
+    return BoldStore.open(str(path))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("store") / "s")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, store):
+    torch.manual_seed(0)
+    config = ModelConfig(networks=NETWORKS, width=16, layers=1, heads=2, dropout=0.0)
+    data = {"parcellation": "eight", "t_r": [2.0], "fingerprint": compat.fingerprint(store)}
+    return save_pretrained(build(config), tmp_path_factory.mktemp("model"), {"data": data})
+
+
+@pytest.fixture(scope="module")
+def decoding(store, model, tmp_path_factory):
+    """One command: scores, learning curve, saved decoder, attributions."""
+    out = tmp_path_factory.mktemp("decoding") / "out"
+    options = ["--split", "subject-wise", "--n-train-subjects", "3", "--n-val-subjects", "1"]
+    options += ["--n-test-subjects", "2", "--learning-curve", "1,3", "--seeds", "2", "--steps", "20"]
+    options += ["--lr", "5e-3", "--save", "--attribute", "integrated-gradients", "--device", "cpu", "--json"]
+    command = ["adapt", store.path, "--from", str(model), "--target", "state", "--out", str(out), *options]
+    assert main(command) == 0
+    return out
+
+
+def test_subjects_are_dealt_as_asked(store):
+    config = TaskConfig(
+        target="state", split="subject-wise", train_subjects=3, validation_subjects=1, test_subjects=2
+    )
+    task = load_task(store, config)
+    (fold,) = task.folds
+    parts = [set(task.subjects[rows]) for rows in (fold.train, fold.validation, fold.test)]
+    assert [len(part) for part in parts] == [3, 1, 2]
+    assert len(set.union(*parts)) == 6
+    fewer = load_task(store, TaskConfig(**{**vars(config), "train_subjects": 1}))
+    np.testing.assert_array_equal(fewer.folds[0].test, fold.test)
+    with pytest.raises(ValueError, match="but 6 subjects have labels"):
+        load_task(store, TaskConfig(**{**vars(config), "train_subjects": 9}))
+
+
+def test_a_leak_through_validation_is_caught():
+    fold = Fold(name="x", train=np.array([0]), test=np.array([1]), validation=np.array([2]))
+    with pytest.raises(ValueError, match=r"the subjects \['b'\]"):
+        check_folds([fold], np.array(["a", "b", "b"]), unit="subject", once=False)
+
+
+def test_learning_curve_keeps_the_test_windows_and_nests_the_training_subjects(store):
+    task = load_task(store, TaskConfig(target="state", split="leave-one-subject-out"))
+    one, three = reduce_task(task, 1), reduce_task(task, 3)
+    for small, large, full in zip(one.folds, three.folds, task.folds, strict=True):
+        np.testing.assert_array_equal(small.test, full.test)
+        assert set(small.train) < set(large.train) < set(full.train)
+        assert len(set(task.subjects[small.train])) == 1
+    with pytest.raises(ValueError, match="got 6 training subjects, expected 1 to 5"):
+        reduce_task(task, 6)
+
+
+def test_command_writes_scores_curve_decoder_and_attributions(decoding):
+    saved = json.loads((decoding / "scores.json").read_text())
+    assert saved["tested"] == 24
+    assert saved["groups"] == {"kind": "subject", "count": 2}
+    assert saved["learning_curve"]["unit"] == "subject"
+    points = [(p["decoder"], p["train"]) for p in saved["learning_curve"]["points"]]
+    assert [count for name, count in points if name == "ridge"] == [1, 3]
+    assert len((decoding / "learning_curve.csv").read_text().splitlines()) == 5
+    assert sum(saved["decoder"]["confusion"][0]) % 2 == 0  # two seeds, pooled
+    assert 0 <= saved["decoder"]["calibration"]["error"] <= 1
+    with np.load(decoding / "attributions.npz") as found:
+        assert found["mean"].shape == (3, 4, NETWORKS)
+        assert np.isfinite(found["error"]).all()
+
+
+def test_a_saved_decoder_is_loaded_by_the_estimator(decoding, store):
+    decoder = brainflow.MentalStateDecoder.load(decoding / "decoder")
+    task = load_task(store, TaskConfig(target="state"))
+    bold, lengths = task.read()
+    windows = np.split(bold.astype(np.float32), np.cumsum(lengths)[:-1])
+    assert decoder.score(windows, np.array(CLASSES)[task.labels]) > 0.6
+    assert decoder.get_params()["t_r"] == 2.0
+
+
+def test_every_baseline_sees_the_planted_signal(store):
+    task = load_task(store, TaskConfig(target="state", split="k-fold", folds=2))
+    found = {entry.name: entry.scores.accuracy.value for entry in baselines(task)}
+    assert set(found) == {"logistic", "ridge", "connectome", "mlp", "linear-over-time", "nilearn"}
+    assert min(value for name, value in found.items() if name != "connectome") > 0.6
+
+
+def test_a_head_of_other_classes_is_refused_by_name(decoding, tmp_path):
+    other = write_store(tmp_path / "s", classes=("cat", "face", "shoe", "chair"))
+    task = load_task(other, TaskConfig(target="state"))
+    with pytest.raises(ValueError, match=r"missing in the column: house; not expected: chair, shoe"):
+        check_decoder_classes(decoding / "decoder", task)
+    with pytest.raises(ValueError, match=r"expected 2 classes.*not expected: chair, face, shoe"):
+        load_task(other, TaskConfig(target="state", classes=("cat", "dog")))
+
+
+def test_report_holds_every_figure(decoding, tmp_path, capsys):
+    affine = np.diag([30.0, 30.0, 30.0, 1.0])
+    affine[:3, 3] = (-15, -40, 0)
+    nibabel.save(nibabel.Nifti1Image(np.ones((2, 2, 2), np.uint8), affine), tmp_path / "mask.nii.gz")
+    command = ["report", str(decoding), "--mask", str(tmp_path / "mask.nii.gz"), "--out", str(tmp_path / "r")]
+    assert main(command) == 0
+    names = {path.stem for path in (tmp_path / "r").glob("*.png")}
+    brains = {f"brain_{name}" for name in CLASSES}
+    assert names == {"decoders", "confusion", "subjects", "reliability"} | brains
+    html = (tmp_path / "r" / "index.html").read_text()
+    assert "Learning curve" in html
+    assert "http" not in html.replace("http-equiv", "")
+    assert str(tmp_path / "r" / "index.html") in capsys.readouterr().out
+
+
+def test_report_of_a_pretraining_run(tmp_path):
+    lines = [
+        {"step": 10, "loss": 0.9, "lr": 1e-4},
+        {"step": 10, "val_loss": 0.8, "val_l1": 0.8, "val_mean_l1": 0.79, "val_last_l1": 0.9},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "0.790" in render(run_page(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"neither metrics\.jsonl nor scores\.json"):
+        run_page(tmp_path / "nothing")
+
+
+def test_differences_are_named_and_can_be_allowed(store, model, tmp_path):
+    assert compat.check_fits(model, store) == []
+    slow = write_store(tmp_path / "s", t_r=3.0)
+    with pytest.raises(ValueError, match=r"TR: the model saw 2 to 2 s, the store has 3 s.*--allow-mismatch"):
+        compat.check_fits(model, slow)
+    assert len(compat.check_fits(model, slow, allow=True)) == 1
+    names = {"network_names": ["a", "b", "c"], "preprocessing": {"standardize": "z-score", "filter": "x"}}
+    ours = {"network_names": ["a", "c", "b"], "preprocessing": {"standardize": "psc", "filter": "y"}}
+    found = compat.differences(names, ours, [])
+    assert "from place 1 of 3" in found[0]
+    assert found[1].startswith("normalisation: the model saw")
+    assert len(found) == 2
+
+
+def test_doctor_says_what_differs_and_what_to_do(store, model, tmp_path, capsys):
+    assert main(["doctor", store.path, "--for", str(model), "--json"]) == 0
+    rows = {row["what"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert {row["verdict"] for row in rows.values()} <= {"fine", "unknown"}
+    other = write_store(tmp_path / "s", t_r=4.0, scale=5.0)
+    assert main(["doctor", other.path, "--for", str(model), "--json"]) == 1
+    rows = {row["what"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["TR (s)"]["verdict"] == "differs"
+    assert rows["variance (median of networks)"]["verdict"] == "look"
+    assert "z-score" in rows["variance (median of networks)"]["advice"]
+    assert main(["doctor", other.path, "--for", str(model)]) == 1
+    assert "resample" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_doctor_knows_the_library_of_the_same_name(monkeypatch):
+    from brainflow.cli import doctor
+
+    assert doctor.run(doctor.Args()) == 0
+    monkeypatch.setattr(doctor, "version", lambda name: "5.0")
+    assert doctor.run(doctor.Args(json=True)) == 1
+
+
+def test_card_and_upload(decoding, monkeypatch, tmp_path):
+    sent = []
+
+    class HfApi:
+        def create_repo(self, name, **options):
+            sent.append((name, options))
+
+        def upload_folder(self, **options):
+            sent.append(options)
+
+    folder = shutil.copytree(decoding / "decoder", tmp_path / "d")
+    (folder / "optimizer.pt").write_bytes(b"private")
+
+    def download(name, **options):
+        return str(folder)
+
+    stub = types.SimpleNamespace(HfApi=HfApi, snapshot_download=download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", stub)
+    files = sharing.push_to_hub(folder, "me/decoder")
+    assert files == ["config.json", "model.safetensors", "head.safetensors", "README.md"]
+    assert sent[0] == ("me/decoder", {"private": True, "exist_ok": True})
+    assert sent[1]["allow_patterns"] == files
+    assert sharing.push_to_hub(folder, "me/decoder", dry_run=True) == files
+    assert len(sent) == 2
+    card = (folder / "README.md").read_text()
+    for words in ("eight", "| repetition time | 2 s |", "cat, face, house", "accuracy", "95 % interval"):
+        assert words in card
+    assert sharing.from_pretrained("me/decoder").config.networks == NETWORKS
+    with pytest.raises(FileNotFoundError, match="owner/name"):
+        sharing.from_pretrained("nowhere")
+    assert main(["share", str(folder), "me/decoder", "--dry-run"]) == 0
