@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from brainflow.decoding.baselines import DESCRIPTIONS
 from brainflow.decoding.result import Result
 from brainflow.decoding.scores import Interval
 from brainflow.demo import haxby
@@ -105,7 +106,8 @@ def decoding_notes(result: DemoResult) -> list[str]:
         verdict = "harms"
     else:
         verdict = "makes no difference that these data can show"
-    best = max(result.decoders[:2], key=lambda entry: entry.scores.accuracy.value)
+    plain = [entry for entry in result.decoders if entry.name in DESCRIPTIONS]
+    best = max(plain, key=lambda entry: entry.scores.accuracy.value)
     ours = result.decoders[-1].scores.accuracy.value
     rank = "above" if ours > best.scores.accuracy.value else "not above"
     pretrained, fresh = result.gain_unseen
@@ -113,7 +115,7 @@ def decoding_notes(result: DemoResult) -> list[str]:
     return [
         f"Pretraining {verdict}: fine-tuned from pretrained minus from fresh weights "
         f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}].",
-        f"The fine-tuned model is {rank} the better classifier without a model ({label(best)}).",
+        f"The fine-tuned model is {rank} the best classifier without a model ({label(best)}).",
         f"Pretraining read no labels, but the BOLD of {len(result.data.runs) - len(result.held_out)} of the "
         f"{len(result.data.runs)} runs that are tested here; in the {windows} windows of the other "
         f"{len(result.held_out)} runs accuracy is {pretrained:.3f} (from fresh weights {fresh:.3f}).",
@@ -125,8 +127,7 @@ def decoding_notes(result: DemoResult) -> list[str]:
 
 def label(entry: Result) -> str:
     """Return a decoder's name as the table shows it."""
-    plain = {"logistic": "logistic regression, no model", "ridge": "ridge classifier, no model"}
-    return plain.get(entry.name, entry.name)
+    return DESCRIPTIONS.get(entry.name, entry.name)
 
 
 def demo_page(result: DemoResult) -> Page:

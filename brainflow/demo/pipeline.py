@@ -16,8 +16,9 @@ from brainflow.data.batch import PackedBatch
 from brainflow.data.packing import packed_fields
 from brainflow.data.splits import Split
 from brainflow.data.windows import Windows
-from brainflow.decoding.adapt import AdaptConfig, adapt
-from brainflow.decoding.result import Result, baseline, difference, write_results
+from brainflow.decoding.adapt import adapt
+from brainflow.decoding.fit import NAMES, AdaptConfig, Mode
+from brainflow.decoding.result import Result, baselines, difference, write_results
 from brainflow.decoding.scores import Interval
 from brainflow.decoding.task import DecodingTask, TaskConfig, load_task
 from brainflow.demo import haxby
@@ -31,6 +32,16 @@ HRF_SHIFT = 5.0
 """Seconds from a picture to the BOLD response it is decoded from: where the canonical response peaks."""
 ADAPT_LR = 1e-3
 """Peak learning rate of adaptation: with it the training loss falls well below chance in few steps."""
+ADAPTATIONS: tuple[tuple[Mode, bool], ...] = (
+    ("knn", False),
+    ("linear", True),
+    ("linear", False),
+    ("mlp", False),
+    ("lora", False),
+    ("finetune", True),
+    ("finetune", False),
+)
+"""Ways to adapt and whether from fresh weights; the last is the one whose results are written."""
 PICTURE_WINDOW = 49
 """Time points of the windows whose reconstruction is measured: the longest that pretraining draws."""
 RECONSTRUCTION_SEED = 0
@@ -47,9 +58,9 @@ class DemoConfig:
     threads: int = 1
     """CPU threads of torch: with one, the figures do not depend on the number of cores. Another number may
     change the last digits."""
-    pretrain_steps: int = 400
+    pretrain_steps: int = 300
     """Optimizer steps of pretraining."""
-    adapt_steps: int = 60
+    adapt_steps: int = 40
     """Optimizer steps of adaptation, in each fold."""
     width: int = 128
     """Hidden width of the model."""
@@ -153,12 +164,11 @@ def run_demo(config: DemoConfig, *, say: Callable[[str], None], quiet: bool = Fa
 
     task = load_task(store, TaskConfig(target=haxby.TARGET, split="leave-one-run-out", hrf_shift=HRF_SHIFT))
     say(f"decoding {len(task.classes)} conditions, each run left out once: classifiers without a model")
-    decoders = [baseline(task, "logistic"), baseline(task, "ridge")]
+    decoders = baselines(task)
     adaptation = AdaptConfig(steps=config.adapt_steps, lr=ADAPT_LR, seed=config.seed)
-    for freeze, scratch in ((True, True), (True, False), (False, True), (False, False)):
-        how = "a linear probe on frozen" if freeze else "fine-tuning of"
-        say(f"decoding by {how} {'fresh' if scratch else 'pretrained'} weights")
-        asked = replace(adaptation, freeze=freeze, scratch=scratch)
+    for mode, scratch in ADAPTATIONS:
+        say(f"decoding by {NAMES[mode]} on {'fresh' if scratch else 'pretrained'} weights")
+        asked = replace(adaptation, mode=mode, scratch=scratch)
         decoders.append(adapt(task, run_folder, asked, device="cpu"))
     fresh, pretrained = decoders[-2], decoders[-1]
     write_results(task, pretrained, decoders[:-1], config.out / "decoding")
@@ -243,4 +253,4 @@ def reconstruct(store: BoldStore, module: Any, runs: tuple[str, ...]) -> Reconst
 def _accuracy_in(task: DecodingTask, result: Result, runs: tuple[str, ...]) -> float:
     """Return a decoder's accuracy over the windows of some runs."""
     mine = np.isin(task.runs, runs)
-    return float((result.predictions[mine] == task.labels[mine]).mean())
+    return float((result.predictions[..., mine] == task.labels[mine]).mean())

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from brainflow.cli import demo as command
 from brainflow.cli.demo_page import decoding_notes, demo_page, print_tables, summary
+from brainflow.decoding.baselines import BASELINES
 from brainflow.decoding.scores import Interval
 from brainflow.demo import haxby
 from brainflow.demo.pipeline import HRF_SHIFT, DemoConfig, run_demo
@@ -74,10 +75,12 @@ def test_demo_end_to_end(result, capsys):
     assert len(store.runs) == 12
     assert len(store.segments) == 96
     assert [entry.name for entry in result.decoders] == [
-        "logistic",
-        "ridge",
+        *BASELINES,
+        "nearest neighbours, pretrained",
         "linear probe, from scratch",
         "linear probe, pretrained",
+        "MLP probe, pretrained",
+        "LoRA, pretrained",
         "fine-tuned, from scratch",
         "fine-tuned, pretrained",
     ]
