@@ -12,7 +12,8 @@ Examples
   brainflow prepare ds000030 out participant --task-id rest --atlas atlas.nii.gz
   brainflow prepare ds000030 out participant --atlas schaefer-400 --dry-run
   brainflow prepare ds000030 out participant --atlas schaefer-400 --slurm job.sh
-  brainflow prepare hcp out participant group --atlas a.nii --events-preset hcp
+  brainflow prepare ds000030 out participant group --atlas schaefer-400 --submit slurm
+  brainflow prepare HCP1200 out participant group --atlas a.nii --confounds motion
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -35,7 +37,7 @@ class Args:
     """Arguments of `brainflow prepare`."""
 
     bids_dir: Annotated[Path, tyro.conf.Positional]
-    """BIDS dataset with `derivatives/`, or fMRIPrep's output directory."""
+    """BIDS dataset with `derivatives/`, fMRIPrep's output, or subjects of the HCP's pipelines."""
     output_dir: Annotated[Path, tyro.conf.Positional]
     """Where stores, tables and the report go."""
     analysis_level: Annotated[
@@ -62,8 +64,13 @@ class Args:
     """Their resolution (`res-` or `den-`), where there are several."""
     atlas: tuple[str, ...] = ()
     """Parcellations: difumo-N, schaefer-N, a path, or LABEL=PATH; several are done in one pass."""
-    confounds: Literal["published", "simple", "scrubbing", "compcor", "aroma", "none"] = "published"
-    """What is regressed out: 6 motion + white matter + CSF + global signal, or a strategy of nilearn's."""
+    allow_space_mismatch: bool = False
+    """Take an atlas that is in another template than the images."""
+    hcp_image: str = ""
+    """HCP: what follows a run's name, such as hp2000_clean or Atlas_MSMAll; by default nothing, or Atlas."""
+    confounds: Literal["published", "motion", "simple", "scrubbing", "compcor", "aroma", "none"] = "published"
+    """What is regressed out: 6 motion + white matter + CSF + global signal, 6 motion (all that the HCP has),
+    or a strategy of nilearn's."""
     smoothing_fwhm: float = 3.0
     """Smoothing of volumes in mm; 0 for none."""
     detrend: bool = True
@@ -82,8 +89,9 @@ class Args:
     """Leave out shorter runs."""
     allow_sheared: bool = False
     """Keep runs with a sheared affine (a fault of fMRIPrep 20.2.0)."""
-    events_preset: Literal["bids", "hcp", "mdtb"] = "bids"
-    """Which events become labelled segments: all, the HCP's 20 states, or blocks of the MDTB's 26 tasks."""
+    events_preset: Literal["auto", "bids", "hcp", "mdtb"] = "auto"
+    """Which events become labelled segments: all, the HCP's 20 states, or blocks of the MDTB's 26 tasks; auto
+    is hcp for the HCP's folders, else bids."""
     events_column: str = ""
     """Column of events.tsv with the label; by default trial_type (MDTB: taskName)."""
     hrf_shift: float | None = None
@@ -102,6 +110,8 @@ class Args:
     """Print what would be done, and stop."""
     slurm: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write a SLURM array script with one job a participant, and stop."""
+    submit: Literal["no", "slurm", "local"] = "no"
+    """Submit one job a participant through submitit, and wait for them; `local` starts them here."""
 
 
 def run(args: Args) -> int:
@@ -139,12 +149,35 @@ def _participant(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
         save_atlas(atlas, _work(args))
     records = []
     with _Progress(len(todo)) as progress:
-        for record in prepare_runs(todo, args.nprocs):
+        for record in prepare_runs(todo, args.nprocs) if args.submit == "no" else _submitted(args, todo):
             records.append(record)
             progress.show(record)
     outcome = _counts(records) or "nothing was left to do"
     print(f"{len(jobs)} runs: {len(jobs) - len(todo)} were ready, {outcome}")
     return records
+
+
+def _submitted(args: Args, jobs: list[Job]) -> Iterator[dict[str, Any]]:
+    """Prepare runs in jobs of a cluster and give their records, participant by participant."""
+    from brainflow.storage.ingest.prepare.memory import worker_bytes
+    from brainflow.storage.ingest.prepare.records import read_record
+    from brainflow.storage.ingest.prepare.run import failed_record
+    from brainflow.storage.ingest.prepare.submit import submit
+
+    assert args.submit != "no"
+    runs: dict[str, list[Job]] = {}
+    for job in jobs:
+        runs.setdefault(job.files.entities.get("sub", ""), []).append(job)
+    words = [sys.executable, "-m", *_command(args, "participant"), "--participant-label"]
+    commands = {participant: [*words, participant] for participant in runs}
+    folder = _work(args) / "jobs"
+    gigabytes = math.ceil(worker_bytes(jobs[0]) / 1e9) + 1 if jobs else 0
+    for participant in submit(commands, folder, args.submit, gigabytes=gigabytes) if jobs else ():
+        for job in runs[participant]:
+            record = read_record(job.work, job.files.key)
+            if record is None or record["fingerprint"] != job.fingerprint():
+                record = failed_record(job, f"its job ended without a record; its log is in {folder}")
+            yield record
 
 
 def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
@@ -183,8 +216,9 @@ def _jobs(args: Args, atlases: list[AtlasSpec]) -> list[Job]:
     from brainflow.storage.ingest.prepare.run import jobs_for
 
     query = _query(args)
-    for atlas in atlases:
-        check_space(atlas, query.wanted_space)
+    if not args.allow_space_mismatch:
+        for atlas in atlases:
+            check_space(atlas, query.wanted_space)
     runs = find_runs(args.bids_dir, query, derivatives=args.derivatives)
     if not runs:
         raise ValueError(
@@ -200,14 +234,18 @@ def _jobs(args: Args, atlases: list[AtlasSpec]) -> list[Job]:
 
 
 def _query(args: Args) -> Query:
-    from brainflow.storage.ingest.prepare import Query
+    from brainflow.storage.ingest.prepare import Query, is_hcp
     from brainflow.storage.ingest.prepare.confounds import AROMA_IMAGE
+    from brainflow.storage.ingest.prepare.hcp import SPACES
 
+    hcp = is_hcp(args.bids_dir)
+    if args.hcp_image and not hcp:
+        raise ValueError(f"hcp_image: {args.bids_dir} holds no subjects of the HCP's pipelines")
     return Query(
         kind=args.input,
-        space=args.space,
+        space=args.space or (SPACES.get(args.input, "") if hcp else ""),
         resolution=args.res,
-        description=AROMA_IMAGE if args.confounds == "aroma" else "preproc",
+        description=args.hcp_image or (AROMA_IMAGE if args.confounds == "aroma" else "preproc"),
         participants=_labels(args.participant_label, "sub"),
         tasks=_labels(args.task_id, "task"),
         sessions=_labels(args.session_id, "ses"),
@@ -216,7 +254,7 @@ def _query(args: Args) -> Query:
 
 
 def _settings(args: Args) -> Settings:
-    from brainflow.storage.ingest.prepare import CleanSettings, EventSettings, Rules, Settings
+    from brainflow.storage.ingest.prepare import CleanSettings, EventSettings, Rules, Settings, is_hcp
 
     clean = CleanSettings(
         confounds=args.confounds,
@@ -230,8 +268,11 @@ def _settings(args: Args) -> Settings:
     rules = Rules(
         max_mean_fd=args.max_mean_fd, min_volumes=args.min_volumes, allow_sheared=args.allow_sheared
     )
+    preset = args.events_preset
+    if preset == "auto":
+        preset = "hcp" if is_hcp(args.bids_dir) else "bids"
     events = EventSettings(
-        preset=args.events_preset, column=args.events_column, shift=args.hrf_shift, merge=args.merge_events
+        preset=preset, column=args.events_column, shift=args.hrf_shift, merge=args.merge_events
     )
     return Settings(clean=clean, rules=rules, events=events)
 
@@ -340,7 +381,16 @@ class _Progress:
 def _command(args: Args, level: str) -> list[str]:
     """The command line of one level with the options of this one, but for those that choose what to do."""
     words = ["brainflow", "prepare", str(args.bids_dir.absolute()), str(args.output_dir.absolute()), level]
-    left_out = {"bids_dir", "output_dir", "analysis_level", "participant_label", "slurm", "dry_run", "report"}
+    left_out = {
+        "bids_dir",
+        "output_dir",
+        "analysis_level",
+        "participant_label",
+        "slurm",
+        "submit",
+        "dry_run",
+        "report",
+    }
     for field in dataclasses.fields(Args):
         value = getattr(args, field.name)
         if field.name in left_out or value == field.default:

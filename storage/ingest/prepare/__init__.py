@@ -6,8 +6,10 @@
 from .atlas import AtlasSpec, find_atlas
 from .events import EventSettings
 from .export import export
-from .index import Query, RunFiles, find_runs
+from .hcp import is_hcp
+from .index import find_runs
 from .masker import extract, store_from_masker
+from .runfiles import Query, RunFiles
 from .settings import CleanSettings, Rules, Settings
 
 __all__ = [
@@ -22,5 +24,6 @@ __all__ = [
     "extract",
     "find_atlas",
     "find_runs",
+    "is_hcp",
     "store_from_masker",
 ]

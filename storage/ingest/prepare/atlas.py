@@ -33,7 +33,7 @@ class AtlasSpec:
     label : as in XCP-D's file names, `atlas-<label>`: letters and digits
     paths : the image; left and right hemisphere for GIFTI
     kind : what it holds
-    space : template that it is in, "" if unknown
+    space : template that it is in, from its file name or from nilearn; "" if unknown
     names : {label value or map index: name}
     digest : sha256 of its files
     """
@@ -183,6 +183,7 @@ def _fetch(family: str, size: int) -> AtlasSpec:
         label=label,
         paths=(path,),
         kind=kind,  # type: ignore[arg-type]
+        space=str(bunch.get("template", "")),
         names=tuple(sorted(names.items())),
         digest=_digest((path,)),
     )
@@ -245,8 +246,9 @@ def check_space(spec: AtlasSpec, space: str) -> None:
     """
     if spec.space and space and spec.space != space:
         raise ValueError(
-            f"atlas {spec.label}: is in {spec.space}, the images in {space}; take the atlas in that space "
-            "(TemplateFlow has many), or the images with --space"
+            f"atlas {spec.label}: is in {spec.space}, the images in {space}, which differ by millimetres; "
+            f"take the atlas in {space} by path (TemplateFlow has DiFuMo and Schaefer in both), images in "
+            f"{spec.space} with --space, or accept it with --allow-space-mismatch"
         )
 
 

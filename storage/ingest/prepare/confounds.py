@@ -12,6 +12,7 @@ import numpy as np
 
 from .errors import Unusable
 from .extra import need
+from .hcp import MOVEMENT, read_movement
 from .settings import Strategy
 
 _PUBLISHED = {
@@ -20,7 +21,9 @@ _PUBLISHED = {
     "wm_csf": "basic",
     "global_signal": "basic",
 }
+_MOTION = {"strategy": ("motion",), "motion": "basic"}
 _PRESETS = {"simple": "simple", "scrubbing": "scrubbing", "compcor": "compcor", "aroma": "ica_aroma"}
+_MOTION_NAMES = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z")
 AROMA_IMAGE = "smoothAROMAnonaggr"
 """`desc-` of the images that the strategy "aroma" goes with: ICA-AROMA has cleaned and smoothed them."""
 FRAMEWISE_DISPLACEMENT = "framewise_displacement"
@@ -57,7 +60,7 @@ def load(images: tuple[Path, ...], table: Path | None, strategy: Strategy, volum
     Parameters
     ----------
     images : the image, or the two hemispheres of GIFTI
-    table : its `desc-confounds` table
+    table : its `desc-confounds` table, or `Movement_Regressors.txt` of the HCP
     volumes : time points of the image
 
     Raises
@@ -71,6 +74,8 @@ def load(images: tuple[Path, ...], table: Path | None, strategy: Strategy, volum
                 values=None, names=(), censor=np.zeros(volumes, bool), displacement=None, steady_from=0
             )
         raise Unusable("no confounds table (desc-confounds_timeseries.tsv) lies beside the image")
+    if table.name == MOVEMENT:
+        return _load_hcp(table, strategy, volumes)
     raw = _read_table(table)
     if len(raw) != volumes:
         raise Unusable(f"{table.name}: has {len(raw)} rows for {volumes} volumes")
@@ -98,6 +103,23 @@ def load(images: tuple[Path, ...], table: Path | None, strategy: Strategy, volum
     )
 
 
+def _load_hcp(table: Path, strategy: Strategy, volumes: int) -> Confounds:
+    """Motion is all that the HCP's folders hold."""
+    if strategy not in ("motion", "none"):
+        raise Unusable(
+            f"confounds {strategy!r}: the HCP's folders hold motion parameters only; take --confounds motion "
+            "or none (images that ICA-FIX has cleaned: --hcp-image hp2000_clean --confounds none)"
+        )
+    motion, displacement = read_movement(table, volumes)
+    return Confounds(
+        values=motion if strategy == "motion" else None,
+        names=_MOTION_NAMES if strategy == "motion" else (),
+        censor=np.zeros(volumes, bool),
+        displacement=displacement,
+        steady_from=0,
+    )
+
+
 def _read_table(path: Path) -> Any:
     pandas = need("pandas", "reading confounds")
     try:
@@ -113,8 +135,9 @@ def _select(images: tuple[Path, ...], strategy: Strategy) -> tuple[Any, np.ndarr
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if strategy == "published":
-                chosen, kept = fmriprep.load_confounds(files, **_PUBLISHED)
+            if strategy in ("published", "motion"):
+                wanted: Any = _PUBLISHED if strategy == "published" else _MOTION
+                chosen, kept = fmriprep.load_confounds(files, **wanted)
             else:
                 chosen, kept = fmriprep.load_confounds_strategy(files, denoise_strategy=_PRESETS[strategy])
     except (ValueError, KeyError, OSError, IndexError) as error:

@@ -22,13 +22,14 @@ def check_installed() -> None:
         raise ImportError(f"prepare needs {', '.join(missing)}; pip install 'brainflow-fmri[report]'")
 
 
-def need(module: str, purpose: str) -> Any:
+def need(module: str, purpose: str, extra: str = "report") -> Any:
     """Import an optional module.
 
     Parameters
     ----------
     module : such as "nilearn.signal"
     purpose : what it is needed for, the beginning of the error message
+    extra : which extra brings it
 
     Raises
     ------
@@ -39,5 +40,5 @@ def need(module: str, purpose: str) -> Any:
     except ImportError as error:
         package = module.split(".")[0]
         raise ImportError(
-            f"{purpose} needs {package} ({error}); pip install 'brainflow-fmri[report]'"
+            f"{purpose} needs {package} ({error}); pip install 'brainflow-fmri[{extra}]'"
         ) from error

@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .hcp import find_hcp_runs, is_hcp
 from .names import RUN_ENTITIES, BidsFile, make_key, parse_name
-from .settings import Kind
+from .runfiles import Query, RunFiles
 
 _SKIP = {
     "sourcedata",
@@ -31,57 +32,6 @@ _SKIP = {
 _HEMISPHERES = ("L", "R")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunFiles:
-    """One recording and the files that belong to it.
-
-    Parameters
-    ----------
-    key : unique name, `ds-<dataset>_sub-…`
-    entities : of the recording, without space, resolution and description
-    images : the image; left and right hemisphere for GIFTI; several if the choice is ambiguous
-    sidecars : JSON files that may hold the repetition time, the most specific first
-    confounds : `desc-confounds` table or None
-    events : `_events.tsv`, or EV files of the HCP
-    """
-
-    key: str
-    dataset: str
-    entities: dict[str, str]
-    images: tuple[Path, ...]
-    sidecars: tuple[Path, ...] = ()
-    confounds: Path | None = None
-    events: tuple[Path, ...] = ()
-    problem: str = ""
-
-    @property
-    def inputs(self) -> tuple[Path, ...]:
-        """All files that the prepared run depends on."""
-        confounds = () if self.confounds is None else (self.confounds,)
-        return (*self.images, *self.sidecars, *confounds, *self.events)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Query:
-    """Which runs to look for; an empty collection takes all."""
-
-    kind: Kind = "volume"
-    space: str = ""
-    resolution: str = ""
-    description: str = "preproc"
-    participants: Collection[str] = ()
-    tasks: Collection[str] = ()
-    sessions: Collection[str] = ()
-    dataset: str = ""
-
-    @property
-    def wanted_space(self) -> str:
-        """The space asked for, or the usual one of the kind."""
-        return (
-            self.space or {"volume": "MNI152NLin2009cAsym", "cifti": "fsLR", "gifti": "fsaverage5"}[self.kind]
-        )
-
-
 @dataclass
 class _Found:
     images: list[BidsFile] = field(default_factory=list)
@@ -93,13 +43,15 @@ def find_runs(bids_dir: Path, query: Query, *, derivatives: Collection[Path] = (
 
     Parameters
     ----------
-    bids_dir : raw dataset with `derivatives/`, or a derivatives dataset
+    bids_dir : raw dataset with `derivatives/`, a derivatives dataset, or subjects of the HCP's pipelines
     derivatives : further datasets to look into
 
     Raises
     ------
     FileNotFoundError : if a directory does not exist
     """
+    if is_hcp(bids_dir):
+        return find_hcp_runs(bids_dir, query, query.dataset or dataset_name(bids_dir))
     runs: dict[tuple[str, ...], _Found] = {}
     tables: list[BidsFile] = []
     for root in (bids_dir, *derivatives):

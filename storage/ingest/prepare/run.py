@@ -21,8 +21,8 @@ from .confounds import load as load_confounds
 from .errors import Excluded, Unusable
 from .events import segments_of
 from .extra import need
-from .index import RunFiles
 from .records import DONE, EXCLUDED, FAILED, forget, is_complete, parts_of, read_record, write_record
+from .runfiles import RunFiles
 from .settings import AUTO, Kind, Settings
 from .timing import nifti_repetition_time, repetition_time
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from .events import EventSettings
 
 Kind = Literal["volume", "cifti", "gifti"]
-Strategy = Literal["published", "simple", "scrubbing", "compcor", "aroma", "none"]
+Strategy = Literal["published", "motion", "simple", "scrubbing", "compcor", "aroma", "none"]
 AUTO = -1
 
 
@@ -18,9 +18,9 @@ class CleanSettings:
 
     Parameters
     ----------
-    confounds : "published" is 6 motion parameters, white matter, CSF and global signal; "simple",
-        "scrubbing", "compcor" and "aroma" are the strategies of nilearn's `load_confounds_strategy`; "none"
-        removes nothing
+    confounds : "published" is 6 motion parameters, white matter, CSF and global signal; "motion" the 6
+        motion parameters (all that the HCP's folders have); "simple", "scrubbing", "compcor" and "aroma" are
+        the strategies of nilearn's `load_confounds_strategy`; "none" removes nothing
     detrend : remove the linear trend
     high_pass, low_pass : cut-off of the Butterworth filter in Hz, None for none; no high-pass filter is
         applied where the confounds hold cosine drift terms, which do the same
