@@ -120,9 +120,24 @@ class TrainConfig:
     clip: float = 1.0
     """Gradient norm limit."""
     warmup: float = 0.01
-    """Share of the steps with rising learning rate; linear decay to 0 after it."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` runs the forward pass under autocast."""
+    """Share of the steps with rising learning rate."""
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """Learning rate after the warm-up: linear decay to 0 (as published), half a cosine to 0, constant, or
+    warm-up–stable–decay: constant, then linear decay over the last tenth of the steps."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """`bf16` and `fp16` run the forward pass under autocast, `fp16` with a loss scale; `tf32` lets GPUs
+    round the inputs of matrix products to 10 bits."""
+    micro_batches: int = 0
+    """Parts that the batch of a step is cut into, over all ranks: gradient accumulation where there are more
+    parts than ranks. 0: one a rank, or as the run began. The numbers do not depend on who computes a part."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """Several ranks: copy the parameters to each, shard them over all (FSDP2), or over a machine's ranks."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights, e.g. 0.999, which is validated and released; 0 for none."""
+    compile: bool = False
+    """Run the transformer's blocks through torch.compile."""
+    patience: int = 0
+    """Stop after this many validations in a row without a lower validation loss; 0: never."""
     seed: int = 0
     """Seeds weights, data order and masks."""
     log_every: int = 10
@@ -133,7 +148,9 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """Newest checkpoints kept; older ones are deleted."""
-    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    permanent_every: int = 0
+    """Checkpoints at multiples of this many steps are never deleted; 0 for none."""
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
     """Also send the metrics there (extra `tracking`); metrics.jsonl is written in any case."""
 
     def __post_init__(self) -> None:
@@ -146,6 +163,11 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"train.{name}: got {getattr(self, name)}, expected a number in [0, 1)")
+        for name in ("micro_batches", "patience", "permanent_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}: got {getattr(self, name)}, expected 0 or more")
+        if not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"train.ema: got {self.ema}, expected a number in [0, 1)")
         if self.weight_decay < 0:
             raise ValueError(f"train.weight_decay: got {self.weight_decay}, expected 0 or more")
         if not 0.0 <= self.warmup < 1.0:

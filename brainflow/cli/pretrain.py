@@ -8,6 +8,7 @@ Examples
   brainflow pretrain store --framework csm --out run
   brainflow pretrain store --out run --model.width 256 --model.heads 4 --train.steps 2000
   brainflow pretrain --config run.toml --train.lr 5e-4
+  torchrun --nproc-per-node 8 -m brainflow pretrain store --out run
 
 where run.toml holds, for example
 
@@ -110,14 +111,19 @@ def run(args: Args) -> int:
     from brainflow.training.interrupt import Preempted
     from brainflow.training.loop import pretrain
     from brainflow.training.metrics import read_metrics
+    from brainflow.training.parallel import from_environment
 
+    first = from_environment().first  # under torchrun or srun one process speaks for all
     try:
         folder = pretrain(config, resume="auto" if args.resume else "never")
     except Preempted as stopped:
-        print(f"brainflow pretrain: {stopped}", file=sys.stderr)
-        if args.json:
+        if first:
+            print(f"brainflow pretrain: {stopped}", file=sys.stderr)
+        if args.json and first:
             print(json.dumps({"run": args.out, "stopped_by": stopped.signal, "step": stopped.step}))
         return stopped.exit_code
+    if not first:
+        return 0
     lines = read_metrics(folder)
     summary: dict[str, Any] = {"run": str(folder)}
     for kind in ("loss", "val_loss"):

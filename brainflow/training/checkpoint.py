@@ -5,6 +5,9 @@
 `torch.distributed.checkpoint` is not used: its default reader unpickles the `.metadata` file of whatever
 directory it is given. Safetensors and JSON hold the same and cannot run code.
 
+Sharded tensors are gathered, one at a time, and rank 0 writes them whole: a checkpoint does not say how many
+ranks made it, and any number of them, in any layout, continues it.
+
 Only what cannot be computed from the step is saved: data order, masks, learning rate and the random numbers
 of dropout are functions of (seed, step).
 """
@@ -15,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,13 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 def save(
-    root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    permanent_every: int = 0,
 ) -> Path:
     """Write the checkpoint of `step`; when it is safe on disk, delete all but the newest `keep`.
 
@@ -41,6 +51,10 @@ def save(
         File name without ending → its named tensors.
     state
         Anything JSON can hold.
+    keep
+        Newest checkpoints that stay.
+    permanent_every
+        Checkpoints at multiples of this many steps stay, too; 0 for none.
 
     Raises
     ------
@@ -75,8 +89,48 @@ def save(
             f"checkpoint {target} could not be written: {error}; {kept}. Free space, then resume"
         ) from error
     for old in complete(root)[:-keep]:
-        _remove(old)
+        if not (permanent_every and int(old.name.removeprefix("step-")) % permanent_every == 0):
+            _remove(old)
     return target
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time; an error comes up at the next call."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, *args: Any, **options: Any) -> None:
+        """Do :func:`save` in the background; nobody may change the tensors until :meth:`wait` returns."""
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(args, options), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is safe on disk.
+
+        Raises
+        ------
+        OSError
+            If it could not be written; those before it are intact.
+        """
+        self.join()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def join(self) -> None:
+        """Return when the last checkpoint is safe on disk or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        try:
+            save(*args, **options)
+        except BaseException as error:
+            self._error = error
 
 
 def complete(root: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The training loop: one process, one device.
+"""The training loop, the same for one process and for many.
 
 The step asks nothing of the device: losses are summed there and read back a few steps later. What a step
 draws (windows, masks, dropout) is a function of (seed, step), so a run that was killed and resumed from a
@@ -8,10 +8,13 @@ checkpoint writes bit-identical losses to one that was never interrupted (tested
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import gc
 import itertools
 import logging
 import math
+import signal
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +24,44 @@ from torch import Tensor, nn
 from brainflow.config import PretrainConfig
 from brainflow.data import make_loader
 from brainflow.data.sampler import WindowSampler
-from brainflow.data.splits import Split, split_runs
 from brainflow.frameworks import build
 from brainflow.models.pretrained import save_pretrained
+from brainflow.models.transformer import Transformer
 from brainflow.storage import BoldStore
 
-from . import checkpoint
+from . import checkpoint, parallel
 from .interrupt import Preempted, StopRequest, mark
 from .meters import Clock, Meters, Readback
 from .metrics import RunLog
-from .optimizer import guarded_step, learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from .optimizer import (
+    LossScale,
+    MovingAverage,
+    guarded_step,
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+)
 from .progress import TrainingProgress
 from .release import facts
-from .run_dir import CHECKPOINTS, SPLIT, Resume, begin, exclusive
+from .run_dir import BEST, CHECKPOINTS, SPLIT, Resume, exclusive
+from .setup import (
+    begin_together,
+    collecting_rarely,
+    cut_into_parts,
+    derive_seed,
+    device_of,
+    fit_to_store,
+    rank_parts,
+    seed_dropout,
+    split_of,
+)
+from .shares import PairGradient, PartSampler, part_shares
 from .trackers import make_tracker
 from .validation import Validator, closing_loader
 
 BAD_STEPS_IN_A_ROW = 10
+COLLECT_EVERY = 1_000  # steps between two runs of Python's garbage collector
 PAIRED = (
     "seq-bert",
     "net-bert",
@@ -77,65 +101,77 @@ def pretrain(config: PretrainConfig, *, resume: Resume = "auto", quiet: bool = F
     OSError
         If the disk is full; the last checkpoint is intact.
     """
+    ranks = parallel.from_environment()
+    device = device_of(config.device, ranks.local)
     store = BoldStore.open(config.store)
     config = fit_to_store(config, store)
     folder = Path(config.out)
-    with exclusive(folder):
-        start_from = begin(folder, config, snapshot=store.snapshot, resume=resume)
+    config = cut_into_parts(config, folder, ranks.world, resume=resume)
+    with parallel.process_group(ranks, device), exclusive(folder) if ranks.first else nullcontext():
+        start_from = begin_together(ranks, device, folder, config, snapshot=store.snapshot, resume=resume)
         with StopRequest() as stop:
-            _Run(config, store, folder, start_from).train(stop, quiet=quiet)
+            run = _Run(config, store, folder, start_from, ranks, device)
+            try:
+                run.train(stop, quiet=quiet or not ranks.first)
+            finally:
+                run.writer.join()  # a checkpoint that was begun is finished, whatever went wrong
     return folder
-
-
-def fit_to_store(config: PretrainConfig, store: BoldStore) -> PretrainConfig:
-    """Return the configuration with the store's number of networks.
-
-    Raises
-    ------
-    ValueError
-        If another number was asked for.
-    """
-    default = type(config.model)().networks
-    if config.model.networks not in (default, store.networks):
-        raise ValueError(
-            f"model.networks: got {config.model.networks}, but the store has {store.networks}; leave it out"
-        )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, networks=store.networks))
-
-
-def derive_seed(seed: int, *parts: int | str) -> int:
-    """Return a 63-bit seed for one purpose, such as the dropout of one step."""
-    text = ":".join(map(str, (seed, *parts)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 class _Run:
     """Everything that lives as long as the training."""
 
     def __init__(
-        self, config: PretrainConfig, store: BoldStore, folder: Path, start_from: Path | None
+        self,
+        config: PretrainConfig,
+        store: BoldStore,
+        folder: Path,
+        start_from: Path | None,
+        ranks: parallel.Ranks,
+        device: torch.device,
     ) -> None:
         self.config, self.store, self.folder = config, store, folder
+        self.ranks, self.device = ranks, device
         train = config.train
-        self.device = _device(config.device)
-        self.split = _split(config, store, folder / SPLIT)
+        if ranks.first:
+            self.split = split_of(config, store, folder / SPLIT)
+        ranks.agree(0, device)
+        self.split = split_of(config, store, folder / SPLIT)
+        self.parts = rank_parts(train.micro_batches, ranks)
         self.sampler = self._sampler("train", train.seed)
         held_out = self._sampler("validation", derive_seed(train.seed, "validation"))
         torch.manual_seed(derive_seed(train.seed, "weights"))
-        self.module: nn.Module = build(config.model).to(self.device)
-        self.optimizer = make_optimizer(self.module, train)
-        self.meters = Meters(self.device)
+        if train.precision == "tf32":
+            torch.set_float32_matmul_precision("high")
+        self.module: nn.Module = build(config.model).to(device)
+        self.pair_gradient = PairGradient(self.module)
+        self.scale = LossScale(device) if train.precision == "fp16" else None
+        self.meters = Meters(device)
         self.mask_seed = derive_seed(train.seed, "masks")
-        self.step = 0
-        if start_from is not None:
-            self._restore(start_from)
-        self.log = RunLog(folder, step=self.step)
-        self.track = make_tracker(config)
+        self.step, self.tokens = 0, 0
+        self.best, self.stale = math.inf, 0
+        self.flag = torch.zeros(1, device=device)
+        self.writer = checkpoint.Writer()
+        tensors = self._restore(start_from) if start_from is not None else None
+        if train.compile:
+            for part in self.module.modules():
+                if isinstance(part, Transformer):
+                    for block in part.blocks:
+                        block.compile(dynamic=True)
+        self.model = parallel.spread(self.module, ranks, train.parallel, device)
+        self.optimizer = make_optimizer(self.module, train)
+        self.ema = MovingAverage(self.module, train.ema) if train.ema else None
+        if tensors is not None:
+            load_optimizer_tensors(self.module, self.optimizer, tensors["optimizer"])
+            for name, value in tensors.get("ema", {}).items():
+                self.ema.values[name] = parallel.like(value, self.ema.values[name])  # type: ignore[union-attr]
+        self.log = RunLog(folder, step=self.step) if ranks.first else None
+        self.track = make_tracker(config) if ranks.first else None
         self.validate = Validator(
-            store, held_out, self.sampler, batches=config.data.validation_batches, device=self.device
+            store, held_out, self.sampler, batches=config.data.validation_batches, device=device
         )
 
-    def _sampler(self, part: str, seed: int) -> WindowSampler:
+    def _sampler(self, part: str, seed: int, *, share: int = 0, shares: int = 1) -> WindowSampler:
         data = self.config.data
         return WindowSampler(
             self.store.runs,
@@ -144,63 +180,160 @@ class _Run:
             seq_min=data.seq_min,
             seq_max=data.seq_max,
             seed=seed,
+            rank=share,
+            world=shares,
             pairs=self.config.model.framework in PAIRED,
         )
 
+    def _part_sampler(self) -> PartSampler:
+        seed, shares = self.config.train.seed, self.config.train.micro_batches
+        return PartSampler([self._sampler("train", seed, share=i, shares=shares) for i in self.parts])
+
     def train(self, stop: StopRequest, *, quiet: bool) -> None:
         """Run to the last step, then write the release form."""
-        config = self.config.train
+        config, parts = self.config.train, len(self.parts)
         readback = Readback()
+        self.counted = self._part_sampler()  # apart from the loader's, which a thread may be reading
         loader = make_loader(
             self.store,
-            self.sampler,
+            self._part_sampler(),
             kind=self.config.data.loader,
             device=str(self.device),
-            start_step=self.step,
+            start_step=self.step * parts,
         )
         progress = TrainingProgress(config.steps, done=self.step, quiet=quiet)
-        with closing_loader(loader) as batches, progress:
+        first = self.step
+        with closing_loader(loader) as batches, progress, collecting_rarely():
             clock = Clock(loader)
-            for batch in itertools.islice(batches, config.steps - self.step):
+            while self.step < config.steps and not self._stale():
                 lr = learning_rate(self.step, config)
+                batch = [next(batches)] if parts == 1 else itertools.islice(batches, parts)
                 norm, reported = self._one_step(batch, lr)
                 self.step += 1
-                clock.count(batch.tokens)
-                if self.step % config.log_every == 0 or self.step == config.steps:
+                clock.count(self.tokens)
+                if self.step == first + 1:
+                    parallel.shorten_timeout()
+                if self.step % COLLECT_EVERY == 0:
+                    gc.collect()
+                stopping = self._stopping(stop)
+                end = self.step == config.steps
+                if self.step % config.log_every == 0 or end:
                     names = (*Meters.NAMES, "grad_norm", *reported)
                     values = torch.cat([self.meters.read(), torch.stack([norm, *reported.values()]).double()])
                     readback.push(values, {"step": self.step, "lr": lr, "names": names, **clock.lap()})
-                validate = self.step % config.validate_every == 0 or self.step == config.steps
-                save = self.step % config.checkpoint_every == 0 or self.step == config.steps
-                stopping = stop.number is not None
-                for numbers, tag in readback.pop(wait=validate or save or stopping):
-                    self._report(numbers, tag, progress)
-                if validate:
-                    self._write({"step": self.step, **self.validate(self.module)}, progress)
+                validate = self.step % config.validate_every == 0 or end
+                if validate or stopping or end or self.step % config.checkpoint_every == 0:
+                    self._report_all(readback, progress, wait=True)
+                    if validate:
+                        self._validated(progress)
+                        stopping = stopping or (self.ranks.world == 1 and stop.number is not None)
+                    if stopping or end or self._stale() or self.step % config.checkpoint_every == 0:
+                        self._save()
                     clock.restart()
-                if save or stopping:
-                    self._save()
-                    clock.restart()
+                else:
+                    self._report_all(readback, progress, wait=False)
                 if stopping and self.step < config.steps:
-                    preempted = Preempted(stop.number or 0, self.step, self.folder)
-                    mark(self.folder, preempted)
+                    self.writer.wait()
+                    preempted = Preempted(stop.number or signal.SIGTERM, self.step, self.folder)
+                    if self.ranks.first:
+                        mark(self.folder, preempted)
                     raise preempted
-        save_pretrained(self.module, self.folder, facts(self.config, self.store, self.split, self.step))
+            self.writer.wait()
+        self._release(self.folder)
 
-    def _one_step(self, batch: Any, lr: float) -> tuple[Tensor, dict[str, Tensor]]:
-        config = self.config.train
-        _seed_dropout(derive_seed(config.seed, "dropout", self.step), self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-            out = self.module(batch, seed=self.mask_seed)
-        out.loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.clip)
-        guarded_step(self.optimizer, lr, self.meters.update(out.loss.detach(), norm, self.step))
-        return norm, out.metrics
+    def _stopping(self, stop: StopRequest) -> bool:
+        """Whether any rank was asked to stop; on GPUs the answer is read every `log_every` steps."""
+        if self.ranks.world == 1:
+            return stop.number is not None
+        self.flag += stop.number is not None
+        if self.device.type == "cuda" and self.step % self.config.train.log_every:
+            return False
+        return bool(self.ranks.sum(self.flag) > 0)
+
+    def _stale(self) -> bool:
+        return 0 < self.config.train.patience <= self.stale
+
+    def _report_all(self, readback: Readback, progress: TrainingProgress, *, wait: bool) -> None:
+        for numbers, tag in readback.pop(wait=wait):
+            self._report(numbers, tag, progress)
+
+    def _validated(self, progress: TrainingProgress) -> None:
+        with self.ema.swapped(self.module) if self.ema else nullcontext():
+            scores = self.validate(self.module)
+        self._write({"step": self.step, **scores}, progress)
+        if scores["val_loss"] < self.best:
+            self.best, self.stale = scores["val_loss"], 0
+            self.writer.wait()  # a full disk is first told of where the last checkpoint is known
+            self._release(self.folder / BEST)
+        else:
+            self.stale += 1
+
+    def _one_step(self, batch: Iterable[Any], lr: float) -> tuple[Tensor, dict[str, Tensor]]:
+        config, step, model = self.config.train, self.step, self.model
+        seeds = [self._mask_seed(number) for number in self.parts]
+        shares = part_shares(
+            self.module, self.counted.samplers, seeds, step, parts=config.micro_batches, total=self._total
+        )
+        total: Tensor | None = None
+        reported: dict[str, Tensor] = {}
+        self.tokens = 0
+        for part, (number, share) in enumerate(zip(self.parts, shares, strict=True)):
+            data = next(iter(batch)) if isinstance(batch, list) else next(batch)  # type: ignore[call-overload]
+            if data.step != step:
+                data = dataclasses.replace(data, step=step)
+            self.tokens += data.tokens
+            seed_dropout(self._part_seed("dropout", step, number), self.device)
+            self.pair_gradient.scale = None if share is None else 1 / (config.micro_batches * share)
+            last = part == len(self.parts) - 1
+            with parallel.accumulating(model, last=last):
+                with torch.autocast(
+                    self.device.type, dtype=_HALF.get(config.precision), enabled=config.precision in _HALF
+                ):
+                    out = model(data, seed=seeds[part])
+                loss = out.loss if share is None else out.loss * (share * self.ranks.world)
+                (loss if self.scale is None else loss * self.scale.values[0]).backward()
+            if share is None:
+                total, reported = out.loss.detach(), out.metrics
+                continue
+            pairs = 1 / config.micro_batches
+            reconstruction = out.metrics["reconstruction"]
+            value = share * reconstruction + pairs * (out.loss.detach() - reconstruction)
+            total = value if total is None else total + value
+            for name, metric in out.metrics.items():
+                weighed = metric * (share if name == "reconstruction" else pairs)
+                reported[name] = reported[name] + weighed if name in reported else weighed
+        if self.ranks.world > 1:
+            sums = self.ranks.sum(torch.stack([total, *reported.values()]).double())  # type: ignore[list-item]
+            total = sums[0]
+            reported = dict(zip(reported, sums[1:], strict=True))
+        if self.scale is not None:
+            self.scale.unscale(self.module)
+        norm = parallel.whole(nn.utils.clip_grad_norm_(self.module.parameters(), config.clip))
+        bad = self.meters.update(total, norm, step)  # type: ignore[arg-type]
+        guarded_step(self.optimizer, lr, bad)
+        if self.scale is not None:
+            self.scale.update(bad)
+        if self.ema is not None:
+            self.ema.update(self.module, bad)
+        return norm, reported
+
+    def _total(self, counts: Tensor) -> Tensor:
+        return self.ranks.sum(counts.to(self.device))
+
+    def _part_seed(self, purpose: str, step: int, part: int) -> int:
+        return derive_seed(self.config.train.seed, purpose, step, *([part] if part else []))
+
+    def _mask_seed(self, part: int) -> int:
+        """Return the seed of a part's masks; the autoencoder's draws one number for the whole batch."""
+        if part == 0 or self.config.model.framework == "autoencoder":
+            return self.mask_seed
+        return derive_seed(self.mask_seed, "part", part)
 
     def _write(self, line: dict[str, Any], progress: TrainingProgress) -> None:
-        self.log.write(line)
-        self.track(line)
-        progress.show(line)
+        if self.log is not None and self.track is not None:
+            self.log.write(line)
+            self.track(line)
+            progress.show(line)
 
     def _report(self, values: list[float], tag: dict[str, Any], progress: TrainingProgress) -> None:
         read = dict(zip(tag.pop("names"), values, strict=True))
@@ -226,46 +359,50 @@ class _Run:
             )
 
     def _save(self) -> None:
-        tensors = {
+        """Copy everything to the host, every rank its part, and let rank 0 write it in the background."""
+        self.writer.wait()
+        groups = {
             "model": self.module.state_dict(),
             "optimizer": optimizer_tensors(self.module, self.optimizer),
             "meters": {"values": self.meters.values},
+            **({"ema": self.ema.values} if self.ema else {}),
+            **({"scale": {"values": self.scale.values}} if self.scale else {}),
         }
-        root = self.folder / CHECKPOINTS
-        checkpoint.save(root, self.step, tensors, {"torch": torch.__version__}, keep=self.config.train.keep)
+        copies: dict[str, dict[str, Tensor]] = {}
+        for group, tensors in groups.items():
+            copies[group] = {}
+            for name, value in tensors.items():
+                full = parallel.whole(value.detach())
+                if self.ranks.first:
+                    copies[group][name] = full.to("cpu", copy=True)
+        if self.ranks.first:
+            state = {"torch": torch.__version__, "best": self.best, "stale": self.stale}
+            train, root = self.config.train, self.folder / CHECKPOINTS
+            self.writer.save(
+                root, self.step, copies, state, keep=train.keep, permanent_every=train.permanent_every
+            )
 
-    def _restore(self, path: Path) -> None:
+    def _restore(self, path: Path) -> dict[str, dict[str, Tensor]]:
         tensors, state = checkpoint.load(path)
         self.module.load_state_dict(tensors["model"])
-        load_optimizer_tensors(self.module, self.optimizer, tensors["optimizer"])
         self.meters.values = tensors["meters"]["values"].to(self.device)
-        self.step = int(state["step"])
+        if self.scale is not None:
+            self.scale.values = tensors["scale"]["values"].to(self.device)
+        self.step, self.best, self.stale = int(state["step"]), float(state["best"]), int(state["stale"])
         _log.info("resumed from %s", path)
+        return tensors
+
+    def _release(self, folder: Path) -> None:
+        """Write the weights, averaged if they are, as `brainflow.load` reads them."""
+        with self.ema.swapped(self.module) if self.ema else nullcontext():
+            whole = {
+                k: parallel.whole(v.detach()).to("cpu", copy=True)  # a view would follow the swap back
+                for k, v in self.module.state_dict().items()
+            }
+        if self.ranks.first:
+            module = build(self.config.model)
+            module.load_state_dict(whole)
+            save_pretrained(module, folder, facts(self.config, self.store, self.split, self.step))
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: got cuda, but torch sees no CUDA device; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _split(config: PretrainConfig, store: BoldStore, path: Path) -> Split:
-    """Read the run's split, or make and save it."""
-    if path.exists():
-        return Split.load(path, snapshot=store.snapshot)
-    split = split_runs(
-        store.runs,
-        sizes={"validation": config.data.validation_fraction},
-        seed=config.train.seed,
-        snapshot=store.snapshot,
-    )
-    split.save(path)
-    return split
-
-
-def _seed_dropout(seed: int, device: torch.device) -> None:
-    """Seed the generator that dropout draws from (torch.manual_seed would seed every backend, each step)."""
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,25 +1,39 @@
-"""AdamW with a linear schedule; a step that is not finite leaves weights and moments untouched."""
+"""AdamW, schedules, loss scale, moving average; a step that is not finite leaves all of them untouched."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from brainflow.config import TrainConfig
 
+from .parallel import like
+
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return the learning rate of optimizer step `step` (0-based): linear rise, then linear decay to 0.
+    """Return the learning rate of optimizer step `step` (0-based): linear rise, then `config.schedule`.
 
-    It is computed from the step alone, so resuming needs no state. As published, but for the first step,
-    whose rate is not 0.
+    It is computed from the step alone, so resuming needs no state. "linear" is as published, but for the
+    first step, whose rate is not 0; "wsd" decays over the last tenth (arXiv 2405.18392).
     """
     warmup = math.ceil(config.warmup * config.steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    return config.lr * max(0, config.steps - step) / max(1, config.steps - warmup)
+    left = max(0, config.steps - step)
+    share = left / max(1, config.steps - warmup)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 - math.cos(math.pi * share))
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "wsd":
+        return config.lr * min(1.0, left / max(1, math.ceil(0.1 * config.steps)))
+    return config.lr * share
 
 
 def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -40,6 +54,73 @@ def guarded_step(optimizer: torch.optim.AdamW, lr: float, found_inf: Tensor) -> 
     optimizer.found_inf = found_inf  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+class LossScale:
+    """Loss scale of fp16, kept on the device: halved after an overflow, doubled after 2,000 good steps.
+
+    `values` float32 [2]: the scale, good steps since it changed. It is part of a checkpoint.
+    """
+
+    START, GROW_EVERY = 2.0**14, 2_000
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.tensor([self.START, 0.0], device=device)
+
+    def unscale(self, module: nn.Module) -> None:
+        """Divide all gradients by the scale."""
+        inverse = 1 / self.values[0]
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                local(parameter.grad).mul_(inverse)
+
+    def update(self, found_inf: Tensor) -> None:
+        """Adapt the scale after a step."""
+        scale, good = self.values.unbind()
+        good = (good + 1) * (1 - found_inf)
+        grow = good >= self.GROW_EVERY
+        scale = torch.where(found_inf > 0, scale * 0.5, torch.where(grow, scale * 2, scale))
+        self.values = torch.stack([scale.clamp(min=1.0), torch.where(grow, 0.0, good)])
+
+
+class MovingAverage:
+    """Exponential moving average of a module's parameters; a skipped step leaves it as it is."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, found_inf: Tensor) -> None:
+        """Move towards the module's parameters by 1 - decay, or not at all where `found_inf` is 1."""
+        weight = (1 - self.decay) * (1 - found_inf)
+        for name, parameter in module.named_parameters():
+            average = local(self.values[name])
+            average.lerp_(local(parameter), weight.to(average.dtype))
+
+    @contextmanager
+    def swapped(self, module: nn.Module) -> Iterator[None]:
+        """Have the averaged parameters in the module for a while."""
+        self._swap(module)
+        try:
+            yield
+        finally:
+            self._swap(module)
+
+    @torch.no_grad()
+    def _swap(self, module: nn.Module) -> None:
+        if isinstance(module, FSDPModule):  # FSDP leaves the root's parameters whole after a forward pass
+            module.reshard()
+        for name, parameter in module.named_parameters():
+            here, average = local(parameter), local(self.values[name])
+            kept = here.clone()
+            here.copy_(average)
+            average.copy_(kept)
+
+
+def local(value: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that may be sharded."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -66,4 +147,6 @@ def load_optimizer_tensors(
         name, _, key = flat.rpartition("|")
         if name not in parameters:
             raise ValueError(f"checkpoint: optimizer state for {name!r}, which is no parameter of this model")
-        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
+        parameter = parameters[name]
+        moved = like(value, parameter) if value.ndim else value.to(parameter.device)
+        optimizer.state[parameter][key] = moved

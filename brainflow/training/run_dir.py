@@ -16,9 +16,19 @@ from .checkpoint import latest
 from .interrupt import MARKER
 from .metrics import EVAL_CSV, METRICS, TRAIN_CSV
 
-CONFIG, SPLIT, CHECKPOINTS = "train_config.json", "split.json", "checkpoints"
+CONFIG, SPLIT, CHECKPOINTS, BEST = "train_config.json", "split.json", "checkpoints", "best"
 # These may change on resume: where and how often a run writes and how fast it reads, not what it computes.
-FREE = ("store", "out", "device", "data.loader", "train.checkpoint_every", "train.keep", "train.tracker")
+FREE = (
+    "store",
+    "out",
+    "device",
+    "data.loader",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.permanent_every",
+    "train.parallel",
+    "train.tracker",
+)
 Resume = Literal["auto", "never"]
 
 
@@ -69,7 +79,8 @@ def begin(folder: Path, config: PretrainConfig, *, snapshot: str, resume: Resume
     if resume == "never":
         for name in (CONFIG, SPLIT, METRICS, TRAIN_CSV, EVAL_CSV, "model.safetensors", "config.json"):
             (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        for name in (CHECKPOINTS, BEST):
+            shutil.rmtree(folder / name, ignore_errors=True)
     (folder / MARKER).unlink(missing_ok=True)
     if path.exists() and not _begun(folder):
         path.unlink()  # it failed before its first step: nothing to continue, nothing to lose

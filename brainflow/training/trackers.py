@@ -1,9 +1,10 @@
-"""Copies of the metrics for TensorBoard or Weights & Biases; `metrics.jsonl` stays the record."""
+"""Copies of the metrics for TensorBoard, Weights & Biases or MLflow; `metrics.jsonl` stays the record."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def make_tracker(config: PretrainConfig) -> Tracker:
     if config.train.tracker == "none":
         return lambda line: None
     try:
-        make = {"tensorboard": _tensorboard, "wandb": _wandb}[config.train.tracker]
+        make = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}[config.train.tracker]
         return make(Path(config.out), config)
     except ImportError as error:
         raise ImportError(
@@ -59,6 +60,26 @@ def _wandb(folder: Path, config: PretrainConfig) -> Tracker:
         config=to_dict(config),
     )
     return lambda line: run.log(_numbers(line), step=line["step"])
+
+
+def _mlflow(folder: Path, config: PretrainConfig) -> Tracker:
+    from mlflow.tracking import MlflowClient
+
+    # MLFLOW_TRACKING_URI wins, as everywhere in MLflow; else a database beside the run.
+    where = folder.resolve()
+    uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{where / 'mlflow.db'}")
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name("brainflow")
+    experiment = found.experiment_id if found else client.create_experiment("brainflow")
+    key = hashlib.sha256(str(where).encode()).hexdigest()[:16]  # a resumed run goes on in the same curve
+    same = client.search_runs([experiment], f"tags.folder = '{key}'", max_results=1)
+    run = same[0] if same else client.create_run(experiment, tags={"folder": key}, run_name=where.name)
+
+    def write(line: dict[str, Any]) -> None:
+        for name, value in _numbers(line).items():
+            client.log_metric(run.info.run_id, name, value, step=line["step"])
+
+    return write
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,173 @@
+"""Many processes, one training: who is who, how the model is spread, sums over all of them.
+
+`torchrun` (or SLURM with one task a GPU) starts the processes. The ranks' shares of a batch are weighed so
+that the gradient is that of one process with the whole batch. Control messages are tensors: nothing that
+travels between ranks is unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from brainflow.models.transformer import Transformer
+
+FIRST_TIMEOUT, TIMEOUT = timedelta(minutes=30), timedelta(minutes=5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among the others.
+
+    Attributes
+    ----------
+    rank, world
+        This process and how many there are.
+    local
+        Its number on this machine: which GPU it takes.
+    local_world
+        Processes on this machine; HSDP shards among them and replicates across machines.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    local_world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the run directory."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over all ranks; `values` is overwritten."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, value: int, device: torch.device) -> int:
+        """Return rank 0's integer on every rank."""
+        if self.world == 1:
+            return value
+        said = torch.tensor([value], dtype=torch.int64, device=device)
+        dist.broadcast(said, src=0)
+        return int(said)
+
+
+def from_environment(environ: Any = os.environ) -> Ranks:
+    """Read what torchrun, or else SLURM, says about this process.
+
+    Raises
+    ------
+    ValueError
+        If the variables contradict each other, or SLURM's step lacks MASTER_ADDR.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    elif int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+    else:
+        return Ranks()
+    rank, world, local = (
+        int(environ.get(name, default)) for name, default in zip(names, "010", strict=False)
+    )
+    # SLURM writes "4(x2)" for four tasks on each of two nodes
+    local_world = int(environ.get(names[3], "1").split("(")[0].split(",")[0])
+    if not 0 <= rank < world:
+        raise ValueError(f"{names[0]}: got {rank} of {world} processes; start them with torchrun or srun")
+    if world > 1 and "MASTER_ADDR" not in environ:
+        raise ValueError(
+            "MASTER_ADDR: is not set, expected the first node's name; export MASTER_ADDR and MASTER_PORT in "
+            "the sbatch script, or start with torchrun"
+        )
+    return Ranks(rank=rank, world=world, local=local, local_world=local_world)
+
+
+@contextmanager
+def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Join the other ranks; a group that is already there is used and left alone."""
+    if ranks.world == 1 or dist.is_initialized():
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=FIRST_TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def shorten_timeout() -> None:
+    """Let a collective wait no longer than `TIMEOUT`: after the first step nothing compiles any more."""
+    if dist.is_initialized():
+        from torch.distributed.distributed_c10d import _set_pg_timeout
+
+        _set_pg_timeout(TIMEOUT, dist.group.WORLD)
+
+
+def spread(module: nn.Module, ranks: Ranks, how: str, device: torch.device) -> nn.Module:
+    """Return what the step calls: `module` itself, its DDP wrapper, or `module` with sharded parameters.
+
+    Parameters
+    ----------
+    how
+        "ddp" copies the parameters to every rank, "fsdp" shards them over all, "hsdp" over the ranks of a
+        machine.
+    """
+    if ranks.world == 1:
+        return module
+    if how == "ddp":
+        # CSM's CLS token, for one, is trained only by the decoding that follows.
+        return DistributedDataParallel(module, find_unused_parameters=True)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shape: tuple[int, ...] = (ranks.world,)
+    names: tuple[str, ...] = ("shard",)
+    if how == "hsdp":
+        if ranks.world % ranks.local_world:
+            raise ValueError(
+                f"train.parallel: got hsdp with {ranks.world} ranks, {ranks.local_world} on this machine; "
+                "expected the same number on every machine"
+            )
+        shape, names = (ranks.world // ranks.local_world, ranks.local_world), ("replicate", "shard")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    for part in module.modules():
+        if isinstance(part, Transformer):  # the LSTMs' weights are read without calling the LSTM
+            for block in part.blocks:
+                fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    register_fsdp_forward_method(module, "reconstruct")
+    return module
+
+
+def accumulating(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Return a context in which gradients are exchanged only if this is the step's last part."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    elif isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return all of a tensor that may be sharded; every rank has to call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def like(value: Tensor, template: Tensor) -> Tensor:
+    """Return a whole tensor on `template`'s device, sharded as that one is."""
+    value = value.to(template.device)
+    if not isinstance(template, DTensor):
+        return value
+    return distribute_tensor(value, template.device_mesh, template.placements)

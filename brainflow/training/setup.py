@@ -1,0 +1,136 @@
+"""What is settled before the first step: the configuration, who begins where, split, device, seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from brainflow.config import PretrainConfig
+from brainflow.data.splits import Split, split_runs
+from brainflow.storage import BoldStore
+
+from .parallel import Ranks
+from .run_dir import CHECKPOINTS, CONFIG, Resume, begin
+
+
+def fit_to_store(config: PretrainConfig, store: BoldStore) -> PretrainConfig:
+    """Return the configuration with the store's number of networks.
+
+    Raises
+    ------
+    ValueError
+        If another number was asked for.
+    """
+    default = type(config.model)().networks
+    if config.model.networks not in (default, store.networks):
+        raise ValueError(
+            f"model.networks: got {config.model.networks}, but the store has {store.networks}; leave it out"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, networks=store.networks))
+
+
+def cut_into_parts(config: PretrainConfig, folder: Path, world: int, *, resume: Resume) -> PretrainConfig:
+    """Return the configuration with `train.micro_batches`: as asked for, as the run began, or one a rank.
+
+    Raises
+    ------
+    ValueError
+        If ranks cannot share the parts equally or parts the windows.
+    """
+    parts, saved = config.train.micro_batches, folder / CONFIG
+    if not parts and resume == "auto" and saved.exists():
+        parts = json.loads(saved.read_text(encoding="utf-8")).get("train", {}).get("micro_batches", 0)
+    parts = parts or world
+    if parts % world or config.data.batch_size % parts:
+        raise ValueError(
+            f"train.micro_batches: got {parts} parts for {world} ranks and data.batch_size="
+            f"{config.data.batch_size}, expected a multiple of the ranks that divides the batch; choose "
+            "another number of ranks or of parts"
+        )
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batches=parts))
+
+
+def begin_together(
+    ranks: Ranks, device: torch.device, folder: Path, config: PretrainConfig, **options: Any
+) -> Path | None:
+    """Let rank 0 look at the run directory and tell the others the step to start from."""
+    step, error = 0, None
+    if ranks.first:
+        try:
+            found = begin(folder, config, **options)
+            step = int(found.name.removeprefix("step-")) if found else 0
+        except (ValueError, OSError) as reason:
+            step, error = -1, reason
+    step = ranks.agree(step, device)
+    if error is not None:
+        raise error
+    if step < 0:
+        raise ValueError("out: rank 0 refused the run directory; its message says why")
+    return folder / CHECKPOINTS / f"step-{step:08d}" if step else None
+
+
+def derive_seed(seed: int, *parts: int | str) -> int:
+    """Return a 63-bit seed for one purpose, such as the dropout of one step."""
+    text = ":".join(map(str, (seed, *parts)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def rank_parts(parts: int, ranks: Ranks) -> range:
+    """Return the numbers of the parts of a batch that this rank computes."""
+    each = parts // ranks.world
+    return range(ranks.rank * each, (ranks.rank + 1) * each)
+
+
+@contextmanager
+def collecting_rarely() -> Iterator[None]:
+    """Keep Python's garbage collector from stopping single ranks at random moments."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
+
+
+def device_of(name: str, number: int = 0) -> torch.device:
+    """Return the device of a setting; GPU `number` of this machine."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got cuda, but torch sees no CUDA device; use --device cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def split_of(config: PretrainConfig, store: BoldStore, path: Path) -> Split:
+    """Read the run's split, or make and save it."""
+    if path.exists():
+        return Split.load(path, snapshot=store.snapshot)
+    split = split_runs(
+        store.runs,
+        sizes={"validation": config.data.validation_fraction},
+        seed=config.train.seed,
+        snapshot=store.snapshot,
+    )
+    split.save(path)
+    return split
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Seed the generator that dropout draws from (torch.manual_seed would seed every backend, each step)."""
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)

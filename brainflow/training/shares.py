@@ -1,0 +1,130 @@
+"""How a step's batch is cut into parts, and what each part weighs.
+
+The global batch is cut into `parts` contiguous shares, some for each rank. Masks and dropout of a part are
+drawn from (seed, step, part), whichever rank computes it: one process that accumulates four parts, two ranks
+with two parts and four ranks with one have the same loss, dropout included.
+
+A framework's loss is a mean over the values that it predicts, and parts predict different numbers of them. So
+the gradient of a part counts by its number of predicted values; the is-next loss of the BERTs, a mean over
+pairs, by its pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from brainflow.data.sampler import WindowSampler
+from brainflow.data.windows import Windows
+from brainflow.frameworks.base import drawn_rows
+from brainflow.kernels import MaskSpec
+from brainflow.models.packing import offsets
+
+
+@dataclass
+class PartSampler:
+    """The parts of this rank, one after the other: batch `step * len(samplers) + i` is part i of `step`."""
+
+    samplers: list[WindowSampler]
+    steps: int | None = None
+
+    @property
+    def windows_per_batch(self) -> int:
+        """Windows in a part."""
+        return self.samplers[0].windows_per_batch
+
+    @property
+    def max_tokens(self) -> int:
+        """Time points that no part exceeds."""
+        return max(sampler.max_tokens for sampler in self.samplers)
+
+    def batch(self, step: int) -> Windows:
+        """Return the windows of one part of one step."""
+        step, part = divmod(step, len(self.samplers))
+        return self.samplers[part].batch(step)
+
+
+def predicted_values(module: Any, windows: Windows, *, seed: int, step: int) -> int:
+    """Return over how much the reconstruction loss of a part is a mean, up to a factor that parts share.
+
+    Parameters
+    ----------
+    module
+        The framework.
+    windows
+        The part.
+    seed, step
+        What the masks are drawn from.
+    """
+    config, lengths = module.config, windows.lengths
+    if config.framework == "csm":  # every window counts the same
+        return len(lengths)
+    if config.framework == "autoencoder":
+        return int(lengths.sum())
+    if config.framework == "seq-bert":
+        if config.mask_span > 1:
+            mask = MaskSpec.spans(config.mask_rate, config.mask_span, seed=seed, offset=step)
+        else:
+            mask = MaskSpec.time_points(config.mask_rate, seed=seed, offset=step)
+        return len(drawn_rows(mask, lengths))
+    bounds = offsets(lengths)[:: 1 if windows.is_next is None else 2].astype(np.int32)
+    if config.mask_span > 0:
+        mask = MaskSpec.tubes(config.mask_rate, config.mask_span, seed=seed, offset=step)
+        return int(mask.dense(torch.from_numpy(bounds), config.networks).sum())
+    # The same networks over the whole sequence: one time point of each sequence tells how many.
+    mask = MaskSpec.networks(config.mask_rate, seed=seed, offset=step)
+    ones = torch.arange(len(bounds), dtype=torch.int32)
+    count = mask.dense(ones, config.networks).sum(dim=1).numpy()
+    return int(count @ np.diff(bounds))
+
+
+def part_shares(
+    module: Any,
+    samplers: list[WindowSampler],
+    seeds: list[int],
+    step: int,
+    *,
+    parts: int,
+    total: Callable[[Tensor], Tensor],
+) -> list[Tensor | None]:
+    """Return what share of a step's predicted values each part of this rank has; None: all of it.
+
+    Parameters
+    ----------
+    samplers, seeds
+        Windows and mask seed of each part of this rank.
+    parts
+        Parts of all ranks.
+    total
+        Sums a count, float64 [1], over all ranks, on the device.
+    """
+    if parts == 1:
+        return [None]
+    if module.config.framework == "csm":  # every window counts the same, and parts have equally many
+        return [torch.tensor(1 / parts)] * len(samplers)
+    counts = [
+        max(1, predicted_values(module, sampler.batch(step), seed=seed, step=step))
+        for sampler, seed in zip(samplers, seeds, strict=True)
+    ]
+    whole = total(torch.tensor([sum(counts)], dtype=torch.float64))
+    return [(count / whole[0]).float() for count in counts]
+
+
+class PairGradient:
+    """Scales the gradient of the is-next loss against that of the reconstruction; 1 leaves it as it is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.scale: Tensor | None = None
+        head = getattr(module, "is_next", None)
+        if isinstance(head, nn.Module):
+            head.register_forward_hook(self._hook)
+
+    def _hook(self, head: nn.Module, given: Any, logits: Tensor) -> None:
+        scale = self.scale
+        if scale is not None and logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * scale.to(gradient.dtype))

@@ -1,0 +1,151 @@
+"""Settings of a run, each seen to do what its help says: schedules, averages, precision, stopping."""
+
+import itertools
+import json
+import sqlite3
+
+import numpy as np
+import pytest
+import torch
+
+import brainflow
+from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
+from brainflow.storage import StoreWriter
+from brainflow.training import checkpoint
+from brainflow.training.loop import pretrain
+from brainflow.training.metrics import read_metrics
+from brainflow.training.optimizer import LossScale, MovingAverage, learning_rate
+from brainflow.training.trackers import make_tracker
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("options") / "store"
+    rng = np.random.default_rng(0)
+    with StoreWriter.create(path, networks=8, dtype="float32", parcellation="none") as writer:
+        for run in range(6):
+            bold = rng.standard_normal((50, 8)).astype(np.float32)
+            writer.append(bold, t_r=2.0, dataset="noise", subject=str(run), session="", task="rest", run="1")
+    return str(path)
+
+
+def tiny(store, out, **train):
+    return PretrainConfig(
+        store=store,
+        out=str(out),
+        device="cpu",
+        model=ModelConfig(width=16, layers=1, heads=2),
+        data=DataConfig(batch_size=4, seq_min=6, seq_max=12, loader="host", validation_batches=1),
+        train=TrainConfig(
+            **{"steps": 6, "lr": 1e-2, "log_every": 1, "validate_every": 2, "checkpoint_every": 1, **train}
+        ),
+    )
+
+
+def rates(schedule, steps=1000):
+    config = TrainConfig(steps=steps, lr=2.0, warmup=0.1, schedule=schedule)
+    return [learning_rate(step, config) for step in range(steps)]
+
+
+def test_schedules_share_the_warm_up_and_end_as_they_should():
+    for name in ("linear", "cosine", "constant", "wsd"):
+        assert rates(name)[:101] == pytest.approx(rates("linear")[:101])
+    assert set(rates("constant")[100:]) == {2.0}
+    cosine = rates("cosine")
+    assert cosine[550] == pytest.approx(1.0)
+    assert all(a > b for a, b in itertools.pairwise(cosine[100:]))
+    wsd = rates("wsd")
+    assert set(wsd[100:901]) == {2.0}
+    assert wsd[950] == pytest.approx(1.0)
+
+
+def test_the_loss_scale_halves_after_an_overflow_and_grows_after_good_steps(monkeypatch):
+    monkeypatch.setattr(LossScale, "GROW_EVERY", 3)
+    scale = LossScale(torch.device("cpu"))
+    begin = float(scale.values[0])
+    scale.update(torch.tensor(1.0))
+    assert float(scale.values[0]) == begin / 2
+    for _ in range(3):
+        scale.update(torch.tensor(0.0))
+    assert scale.values.tolist() == [begin, 0.0]
+
+
+def test_fp16_trains_and_resumes(store, tmp_path):
+    run = pretrain(tiny(store, tmp_path / "run", precision="fp16"), quiet=True)
+    training = [line for line in read_metrics(run) if "loss" in line]
+    assert len(training) == 6
+    assert training[-1]["skipped"] < 6
+    tensors, _ = checkpoint.load(checkpoint.latest(run / "checkpoints"))
+    assert tensors["scale"]["values"].shape == (2,)
+
+
+def test_the_average_moves_by_its_decay_and_not_in_a_skipped_step():
+    module = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        module.weight.fill_(0.0)
+    average = MovingAverage(module, 0.9)
+    with torch.no_grad():
+        module.weight.fill_(1.0)
+    average.update(module, torch.tensor(0.0))
+    average.update(module, torch.tensor(1.0))
+    assert average.values["weight"].item() == pytest.approx(0.1)
+    with average.swapped(module):
+        assert module.weight.item() == pytest.approx(0.1)
+    assert module.weight.item() == 1.0
+
+
+def test_the_average_is_what_is_released(store, tmp_path):
+    run = pretrain(tiny(store, tmp_path / "run", ema=0.5), quiet=True)
+    tensors, _ = checkpoint.load(checkpoint.latest(run / "checkpoints"))
+    released = brainflow.load(str(run)).state_dict()
+    assert all(torch.equal(released[k], tensors["ema"][k]) for k in tensors["ema"])
+    assert not torch.equal(released["unembedding.weight"], tensors["model"]["unembedding.weight"])
+
+
+def test_patience_stops_a_run_that_gets_no_better_and_the_best_weights_are_there(store, tmp_path):
+    # This rate is so large that no later validation is better than the first.
+    config = tiny(store, tmp_path / "run", steps=40, lr=5.0, patience=2, warmup=0.0)
+    run = pretrain(config, quiet=True)
+    scores = [(line["val_loss"], line["step"]) for line in read_metrics(run) if "val_loss" in line]
+    best = min(scores)[1]
+    assert scores[-1][1] == best + 4 < 40
+    assert json.loads((run / "best" / "config.json").read_text())["step"] == best
+    before = (run / "metrics.jsonl").read_bytes()
+    pretrain(config, quiet=True)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_permanent_checkpoints_stay(store, tmp_path):
+    run = pretrain(tiny(store, tmp_path / "run", keep=1, permanent_every=2), quiet=True)
+    steps = [int(path.name.removeprefix("step-")) for path in checkpoint.complete(run / "checkpoints")]
+    assert steps == [2, 4, 6]
+
+
+def test_a_full_disk_comes_up_at_the_next_call_and_names_what_is_intact(tmp_path, monkeypatch):
+    writer = checkpoint.Writer()
+    tensors = {"model": {"w": torch.ones(3)}}
+    writer.save(tmp_path, 1, tensors, {}, keep=1)
+    writer.wait()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        writer.save(tmp_path, 2, tensors, {}, keep=1)
+        with pytest.raises(OSError, match=r"No space left.*step-00000001, is intact"):
+            writer.save(tmp_path, 3, tensors, {}, keep=1)
+    writer.save(tmp_path, 3, tensors, {}, keep=1)
+    writer.wait()
+    assert checkpoint.latest(tmp_path).name == "step-00000003"
+
+
+def test_mlflow_gets_the_numbers_in_one_run_a_directory(store, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow", reason="mlflow-skinny is not installed")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for step in (1, 2):
+        make_tracker(tiny(store, tmp_path, tracker="mlflow"))({"step": step, "loss": 0.5, "text": "x"})
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        rows = database.execute("SELECT key, value, step, run_uuid FROM metrics ORDER BY step").fetchall()
+    assert [row[:3] for row in rows] == [("loss", 0.5, 1), ("loss", 0.5, 2)]
+    assert rows[0][3] == rows[1][3]

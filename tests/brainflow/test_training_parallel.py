@@ -1,0 +1,333 @@
+"""Several processes train as one does: losses, checkpoints that change hands, accumulation, layouts."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import traceback
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.fsdp
+
+from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
+from brainflow.frameworks import build
+from brainflow.storage import StoreWriter
+from brainflow.training import loop
+from brainflow.training.loop import pretrain
+from brainflow.training.metrics import read_metrics
+from brainflow.training.parallel import Ranks, from_environment
+
+TIMING = ("tokens_per_s", "steps_per_s", "data_wait", "seconds")
+FRAMEWORKS = ("csm", "seq-bert", "net-bert", "autoencoder")
+NETWORKS = 12
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("parallel") / "store"
+    rng = np.random.default_rng(0)
+    with StoreWriter.create(path, networks=NETWORKS, dtype="float32", parcellation="none") as writer:
+        for run in range(8):
+            bold = rng.standard_normal((60, NETWORKS)).cumsum(0).astype(np.float32) / 4
+            writer.append(bold, t_r=2.0, dataset="walk", subject=str(run), session="", task="rest", run="1")
+    return str(path)
+
+
+def tiny(store, out, framework="csm", *, model=None, **train):
+    return PretrainConfig(
+        store=store,
+        out=str(out),
+        device="cpu",
+        model=ModelConfig(framework=framework, width=16, layers=2, heads=2, **(model or {})),
+        data=DataConfig(batch_size=8, seq_min=6, seq_max=16, loader="host", validation_batches=1),
+        train=TrainConfig(
+            **{
+                "steps": 4,
+                "lr": 1e-3,
+                "log_every": 1,
+                "validate_every": 4,
+                "checkpoint_every": 2,
+                "keep": 9,
+                **train,
+            }
+        ),
+    )
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def on_ranks(world, work, errors):
+    """Fork `world` ranks that each call `work()`; fail with the traceback of any that fails."""
+    port = str(free_port())
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.environ.update(
+                    RANK=str(rank),
+                    WORLD_SIZE=str(world),
+                    LOCAL_RANK=str(rank),
+                    LOCAL_WORLD_SIZE="2",
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=port,
+                )
+                torch.set_num_threads(1)
+                work()
+                code = 0
+            except BaseException:
+                (errors / f"rank-{rank}.txt").write_text(traceback.format_exc())
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    said = "\n".join(path.read_text() for path in sorted(errors.glob("rank-*.txt")))
+    assert codes == [0] * world, said
+
+
+def curve(folder):
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(folder)]
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert value == pytest.approx(other[key], rel=tolerance, abs=tolerance), (one["step"], key)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_have_the_losses_of_one_process(store, tmp_path, framework, parallel):
+    one = pretrain(tiny(store, tmp_path / "one", framework, micro_batches=2), quiet=True)
+    two = tiny(store, tmp_path / "two", framework, parallel=parallel)
+    on_ranks(2, lambda: pretrain(two, quiet=True), tmp_path)
+    assert_close(curve(tmp_path / "two"), curve(one))
+
+
+def test_four_ranks_in_two_groups_have_the_losses_of_one_process(store, tmp_path):
+    one = pretrain(tiny(store, tmp_path / "one", "seq-bert", micro_batches=4), quiet=True)
+    four = tiny(store, tmp_path / "four", "seq-bert", parallel="hsdp", ema=0.9)
+    on_ranks(4, lambda: pretrain(four, quiet=True), tmp_path)
+    ours = [line for line in curve(tmp_path / "four") if "loss" in line]
+    assert_close(ours, [line for line in curve(one) if "loss" in line])
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_parts_of_a_batch_give_the_gradient_of_its_mean_over_all_predicted_values(
+    store, tmp_path, framework, monkeypatch
+):
+    """The reference joins the parts' predictions and takes one mean; it knows nothing of shares."""
+    seen = []
+    real = loop._Run._one_step
+
+    def one_step(self, batch, lr):
+        parts = [torch.utils._pytree.tree_map(lambda x: x, part) for part in batch]
+        parts = [type(part)(**{**vars(part), "bold": part.bold.clone(), "step": self.step}) for part in parts]
+        values, errors, pair_losses, window_means = [], [], [], []
+        gradient_of = dict(self.module.named_parameters())
+        self.pair_gradient.scale = None
+        for number, part in enumerate(parts):
+            seed = self._mask_seed(number)
+            if framework == "autoencoder":  # its training pass may be teacher-forced: take the loss itself
+                out = self.module(part, seed=seed)
+                errors.append(out.loss * part.tokens)
+                values.append(torch.tensor(float(part.tokens)))
+                continue
+            prediction, rows = self.module.reconstruct(part, seed=seed)
+            error = (prediction - part.bold[rows]).abs()
+            if framework == "csm":
+                lengths = torch.from_numpy(part.lengths - 1)
+                window_means += [x.mean() for x in error.split(lengths.tolist())]
+            else:
+                errors.append(error[~prediction.isnan()].sum())
+                values.append((~prediction.isnan()).sum())
+                out = self.module(part, seed=seed)
+                pair_losses.append(out.loss - out.metrics["reconstruction"])
+        if framework == "csm":
+            loss = torch.stack(window_means).mean()
+            loss.backward()
+        else:
+            total = sum(values)
+            (sum(errors) / total).backward()
+            if pair_losses:
+                # d(loss - detached reconstruction): its reconstruction part is taken off again below
+                with_both = {n: p.grad.clone() for n, p in gradient_of.items() if p.grad is not None}
+                self.module.zero_grad(set_to_none=True)
+                for number, part in enumerate(parts):
+                    out = self.module(part, seed=self._mask_seed(number))
+                    (out.loss / len(parts)).backward()
+                    prediction, rows = self.module.reconstruct(part, seed=self._mask_seed(number))
+                    error = (prediction - part.bold[rows])[~prediction.isnan()].abs().mean()
+                    (-error / len(parts)).backward()
+                for name, value in with_both.items():
+                    grad = gradient_of[name].grad
+                    gradient_of[name].grad = value if grad is None else grad + value
+        expected = {n: p.grad.clone() for n, p in gradient_of.items() if p.grad is not None}
+        self.module.zero_grad(set_to_none=True)
+        monkeypatch.setattr(
+            loop, "guarded_step", lambda *_: seen.append({n: p.grad for n, p in gradient_of.items()})
+        )
+        real(self, iter(parts), lr)
+        for name, value in expected.items():
+            torch.testing.assert_close(seen[-1][name], value, rtol=1e-5, atol=1e-6)
+        self.module.zero_grad(set_to_none=True)
+        return torch.zeros(()), {}
+
+    monkeypatch.setattr(loop._Run, "_one_step", one_step)
+    config = tiny(
+        store, tmp_path / "run", framework, model={"dropout": 0.0}, micro_batches=4, steps=2, clip=1e9
+    )
+    pretrain(config, quiet=True)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (2, "fsdp")), ((2, "ddp"), (2, "fsdp"))]
+)
+def test_a_checkpoint_changes_hands(store, tmp_path, first, then):
+    one = pretrain(tiny(store, tmp_path / "one", "net-bert", micro_batches=2, steps=6), quiet=True)
+
+    def begin(world, parallel):
+        config = tiny(store, tmp_path / "run", "net-bert", micro_batches=2, steps=6, parallel=parallel)
+
+        def crash(self, batch, lr, real=loop._Run._one_step):
+            if self.step == 4:
+                self.writer.wait()
+                os._exit(0)
+            return real(self, batch, lr)
+
+        def work():
+            if (world, parallel) == first:
+                loop._Run._one_step = crash
+            pretrain(config, quiet=True)
+
+        on_ranks(world, work, tmp_path)
+
+    begin(*first)
+    assert (tmp_path / "run" / "checkpoints" / "step-00000004" / "COMPLETE").exists()
+    begin(*then)
+    assert_close(curve(tmp_path / "run"), curve(one))
+
+
+def test_two_ranks_killed_between_steps_continue_bit_for_bit(store, tmp_path):
+    def config(name):
+        return tiny(store, tmp_path / name, "seq-bert", steps=6)
+
+    on_ranks(2, lambda: pretrain(config("whole"), quiet=True), tmp_path)
+
+    def crash(self, batch, lr, real=loop._Run._one_step):
+        if self.step == 3:
+            os._exit(0)  # without a word, while the checkpoint of step 2 may still be in the writer's hands
+        return real(self, batch, lr)
+
+    def dying():
+        loop._Run._one_step = crash
+        pretrain(config("run"), quiet=True)
+
+    on_ranks(2, dying, tmp_path)
+    on_ranks(2, lambda: pretrain(config("run"), quiet=True), tmp_path)
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+def test_nan_on_one_rank_skips_the_step_on_all(store, tmp_path):
+    def work():
+        def poisoned(config):
+            module = build(config)
+
+            def scale(head, given, output):
+                bad = dist.is_initialized() and dist.get_rank() == 1 and module.training
+                return output * float("nan") if bad and module.count == 2 else output
+
+            module.count = 0
+
+            def count(m, given):
+                module.count += m.training
+
+            module.register_forward_pre_hook(count)
+            module.embedding.register_forward_hook(scale)
+            return module
+
+        loop.build = poisoned
+        pretrain(tiny(store, tmp_path / "run"), quiet=True)
+
+    on_ranks(2, work, tmp_path)
+    training = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert [line["skipped"] for line in training] == [0, 1, 1, 1]
+    assert training[-1]["loss"] is not None
+
+
+def test_ranks_that_cannot_share_are_refused(store, tmp_path):
+    with pytest.raises(ValueError, match=r"micro_batches: got 3 parts for 1 ranks and data\.batch_size=8"):
+        pretrain(tiny(store, tmp_path / "run", micro_batches=3), quiet=True)
+
+
+def test_torchrun_and_slurm_say_who_is_who():
+    assert from_environment({}) == Ranks()
+    torchrun = {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "a",
+    }
+    assert from_environment(torchrun) == Ranks(rank=5, world=8, local=1, local_world=4)
+    slurm = {
+        "SLURM_PROCID": "5",
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    }
+    with pytest.raises(ValueError, match="MASTER_ADDR"):
+        from_environment(slurm)
+    assert from_environment({**slurm, "MASTER_ADDR": "a"}) == Ranks(rank=5, world=8, local=1, local_world=4)
+
+
+def test_a_thousand_ranks_can_be_laid_out(store):
+    """The same calls as on a cluster, on a process group that answers at once."""
+    script = """
+import torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from brainflow.config import ModelConfig
+from brainflow.frameworks import build
+from brainflow.training.parallel import Ranks, spread
+dist.init_process_group("fake", rank=1000, world_size=1024, store=FakeStore())
+ranks = Ranks(rank=1000, world=1024, local=0, local_world=8)
+for how, shards in (("fsdp", 1024), ("hsdp", 8)):
+    module = build(ModelConfig(networks=1024, width=1024, layers=2, heads=8))
+    sizes = {name: p.shape[0] for name, p in module.named_parameters()}
+    spread(module, ranks, how, torch.device("cpu"))
+    for name, p in module.named_parameters():
+        assert p.to_local().shape[0] in (sizes[name] // shards, -(-sizes[name] // shards), 0), (name, how)
+    assert dict(module.named_parameters())["unembedding.weight"].device_mesh.size() == 1024
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_torchrun_starts_it(store, tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
+            *("-m", "brainflow", "pretrain", store, "--out", tmp_path / "run", "--json", "--device", "cpu"),
+            *("--model.width", "16", "--model.heads", "2", "--model.layers", "1", "--data.batch-size", "8"),
+            *("--data.seq-max", "16", "--data.validation-batches", "1", "--train.steps", "2"),
+            *("--data.loader", "host"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] == 2  # one summary, by rank 0
+    assert json.loads((tmp_path / "run" / "train_config.json").read_text())["train"]["micro_batches"] == 2
