@@ -22,11 +22,11 @@ from brainflow.config import ModelConfig
 from brainflow.data.batch import PackedBatch
 from brainflow.frameworks import StepOutput, build
 
-from .timing import Row, Timing, interleave
+from .timing import Row, Timing, interleave, speed_rows
 
 PADDED = 50
 T_R = 0.72
-BASELINE = "recipe of 2022 (Hugging Face, padded)"
+FRAMEWORKS = ("csm", "seq-bert", "net-bert", "autoencoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,8 @@ class Sizes:
     dropout: float = 0.1
 
 
-def run(quick: bool, device: str) -> list[Row]:
-    """Measure all four frameworks; without the package `transformers` say so and measure nothing.
+def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
+    """Return framework → what measures it; nothing, and a line that says so, without `transformers`.
 
     Parameters
     ----------
@@ -55,46 +55,39 @@ def run(quick: bool, device: str) -> list[Row]:
         print(
             "frameworks: skipped, the baseline needs transformers (pip install transformers)", file=sys.stderr
         )
-        return []
-    repeats, sizes = (3, Sizes()) if quick else (9, Sizes())
-    rows = []
-    for name in ("csm", "seq-bert", "net-bert", "autoencoder"):
-        rows += measure(name, sizes, repeats, device)
-    return rows
+        return {}
+    return {name: partial(measure, name, Sizes(), 3 if quick else 9, device) for name in FRAMEWORKS}
 
 
 def measure(name: str, sizes: Sizes, repeats: int, device: str) -> list[Row]:
-    """Return speed and memory rows of one framework."""
+    """Return speed and memory rows of one framework; with dense CSM also those of `csm-single`."""
     windows = Windows(sizes, device)
-    ours, theirs, targets = _steps(name, sizes, windows, device)
-    steps = {"ours": ours, "theirs": theirs}
-    both = {f"{who} {i}": step for who, parts in steps.items() for i, step in enumerate(parts)}
-    times = interleave(both, repeats=repeats, device=device)
-    mean = {who: _mean([times[f"{who} {i}"] for i in range(len(parts))]) for who, parts in steps.items()}
+    steps, targets = _steps(name, sizes, windows, device)
+    parts = {f"{who} {i}": step for who, parts in steps.items() for i, step in enumerate(parts)}
+    timed = interleave(parts, repeats=repeats, device=device)
+    times = {who: _mean([timed[f"{who} {i}"] for i in range(len(parts))]) for who, parts in steps.items()}
     peak = {who: max(peak_bytes(step, device) for step in parts) for who, parts in steps.items()}
-    rate = {who: (targets[who] if name == "csm" else 1) / mean[who].p50 for who in steps}
-    speed = Row(
-        suite="frameworks",
-        case=name,
-        metric="targets" if name == "csm" else "steps",
-        value=rate["ours"],
-        unit="targets/s" if name == "csm" else "steps/s",
-        baseline=BASELINE,
-        ratio=rate["ours"] / rate["theirs"],
-        p20=mean["ours"].p20,
-        p50=mean["ours"].p50,
-        p80=mean["ours"].p80,
-    )
-    memory = Row(
-        suite="frameworks",
-        case=name,
-        metric="peak_memory",
-        value=peak["ours"] / 2**20,
-        unit="MiB",
-        baseline=BASELINE,
-        ratio=peak["theirs"] / peak["ours"],
-    )
-    return [speed, memory]
+    work: dict[str, dict[str, int]] = {
+        "steps": dict.fromkeys(steps, 1),
+        "targets": targets,
+        "tokens": dict.fromkeys(steps, int(windows.lengths.sum())),
+    }
+    cases = {name: "ours"} | ({"csm-single": "single"} if "single" in steps else {})
+    found = []
+    for case, ours in cases.items():
+        baselines = [who for who in steps if who not in (ours, "ours")]
+        for what, amount in work.items():
+            found += speed_rows(
+                "frameworks", case, times, ours=ours, baselines=baselines, metric=f"{what}_per_s",
+                unit=f"{what}/s", work=amount,
+            )  # fmt: skip
+        for baseline in baselines:
+            memory = Row(
+                suite="frameworks", case=case, metric="peak_memory", value=peak[ours] / 2**20, unit="MiB",
+                baseline=baseline, ratio=peak[baseline] / peak[ours],
+            )  # fmt: skip
+            found.append(memory)
+    return found
 
 
 class Windows:
@@ -142,10 +135,16 @@ class Windows:
         return bold, seconds, attention
 
 
+Step = Callable[[], None]
+
+
 def _steps(
     name: str, sizes: Sizes, windows: Windows, device: str
-) -> tuple[list[Callable[[], None]], list[Callable[[], None]], dict[str, int]]:
-    """Return our training steps, theirs, and the predicted time points of one step of each."""
+) -> tuple[dict[str, list[Step]], dict[str, int]]:
+    """Return name → training steps (ours, the published recipe's, …), and name → targets of one step.
+
+    A target is a predicted time point; Net-BERT's are the share of the time points' values that it predicts.
+    """
     from .baselines import published  # optional dependency: transformers
 
     torch.manual_seed(0)
@@ -159,28 +158,35 @@ def _steps(
     lengths = windows.lengths.tolist()
     bold, seconds, attention = windows.padded()
     batch = windows.packed(pairs="bert" in name)
-    targets = {"ours": batch.tokens - batch.windows, "theirs": s.batch}
 
     def module(**changes: Any) -> nn.Module:
         return build(ModelConfig(framework=name, heads=s.heads, **common, **changes)).to(device)  # type: ignore[arg-type]
+
+    def ours(**changes: Any) -> Step:
+        made = module(**changes)
+        return _step(made, partial(_loss, made, batch))
 
     theirs: nn.Module
     if name == "autoencoder":
         theirs = published.Autoencoder(**common).to(device)
         inputs = (bold, seconds, attention, lengths)
-        baseline = [_step(theirs, partial(theirs, *inputs, forced)) for forced in (True, False)]
-        both = [module(teacher_forcing=p) for p in (1.0, 0.0)]
-        return [_step(m, partial(_loss, m, batch)) for m in both], baseline, targets
-    ours = module()
+        steps = {
+            "ours": [ours(teacher_forcing=p) for p in (1.0, 0.0)],
+            "published": [_step(theirs, partial(theirs, *inputs, forced)) for forced in (True, False)],
+        }
+        return steps, dict.fromkeys(steps, batch.tokens)
     if name == "csm":
         theirs = published.CSM(**common, heads=s.heads).to(device)
-        loss = partial(theirs, bold, seconds, attention, lengths)
-    else:
-        kind = "time" if name == "seq-bert" else "network"
-        theirs = published.BERT(**common, heads=s.heads, by=kind).to(device)
-        halves = [(int(a), int(b)) for a, b in windows.halves]
-        loss = partial(theirs, bold, seconds, attention, halves, windows.label)
-    return [_step(ours, partial(_loss, ours, batch))], [_step(theirs, loss)], targets
+        step = _step(theirs, partial(theirs, bold, seconds, attention, lengths))
+        steps = {"ours": [ours()], "published": [step], "single": [ours(masking="single")]}
+        return steps, {"ours": batch.tokens - batch.windows, "published": s.batch, "single": s.batch}
+    theirs = published.BERT(**common, heads=s.heads, by="time" if name == "seq-bert" else "network").to(
+        device
+    )
+    halves = [(int(a), int(b)) for a, b in windows.halves]
+    loss = partial(theirs, bold, seconds, attention, halves, windows.label)
+    steps = {"ours": [ours()], "published": [_step(theirs, loss)]}
+    return steps, dict.fromkeys(steps, round(ModelConfig().mask_rate * batch.tokens))
 
 
 def _loss(module: nn.Module, batch: PackedBatch) -> Tensor:
@@ -200,13 +206,8 @@ def _step(module: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
 
 
 def _mean(parts: list[Timing]) -> Timing:
-    count = len(parts)
-    return Timing(
-        p20=sum(t.p20 for t in parts) / count,
-        p50=sum(t.p50 for t in parts) / count,
-        p80=sum(t.p80 for t in parts) / count,
-        repeats=parts[0].repeats,
-    )
+    """Return the mean step, round by round."""
+    return Timing(seconds=tuple(float(np.mean(s)) for s in zip(*(t.seconds for t in parts), strict=True)))
 
 
 def peak_bytes(step: Callable[[], None], device: str) -> int:

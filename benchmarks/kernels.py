@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from brainflow.kernels import MaskSpec, linear_masked_loss, mask_tokens, masked_
 from brainflow.kernels.testing import error_ratio
 
 from . import kernels_attention
-from .timing import Row, Timing, interleave
+from .ceilings import floor, roofline_rows
+from .timing import Row, Timing, WrongResultError, interleave, speed_rows
 
 WINDOWS, TIME, NETWORKS, WIDTH = 64, 50, 1024, 768
 TOKENS = WINDOWS * TIME
@@ -28,17 +30,16 @@ MASKS = {
 }
 
 
-def run(quick: bool, device: str) -> list[Row]:
-    """Return the rows of this suite; `quick` takes fewer repeats."""
-    repeats = 5 if quick else 15
-    floor = _seconds_per_byte(device)
-    rows: list[Row] = []
+def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
+    """Return name → what measures it; `quick` takes fewer repeats."""
+    seconds = 1.0 if quick else 6.0
+    found: dict[str, Callable[[], list[Row]]] = {}
     for name, mask in MASKS.items():
-        rows += _masked_loss(name, mask, repeats, device, floor)
+        found[f"masked_loss/{name}"] = partial(_masked_loss, name, mask, seconds, device)
     for name in ("time", "position"):
-        rows += _linear(name, MASKS[name], repeats, device, floor)
-    rows += _mask_tokens("time", MASKS["time"], repeats, device, floor)
-    return rows + kernels_attention.run(quick, device)
+        found[f"linear_masked_loss/{name}"] = partial(_linear, name, MASKS[name], seconds, device)
+    found["mask_tokens/time"] = partial(_mask_tokens, "time", MASKS["time"], seconds, device)
+    return found | kernels_attention.measurements(quick, device)
 
 
 def naive_loss(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def _bounds(device: str) -> Tensor:
     return torch.arange(0, TOKENS + 1, TIME, dtype=torch.int32, device=device)
 
 
-def _masked_loss(name: str, mask: MaskSpec, repeats: int, device: str, floor: float) -> list[Row]:
+def _masked_loss(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]:
     pred = torch.randn(TOKENS, NETWORKS, device=device, requires_grad=True)
     target, bounds, step = torch.randn(TOKENS, NETWORKS, device=device), _bounds(device), _fresh(mask)
     dense = mask.dense(bounds, NETWORKS)
@@ -81,11 +82,11 @@ def _masked_loss(name: str, mask: MaskSpec, repeats: int, device: str, floor: fl
     element = pred.element_size()
     share = float(dense.float().mean()) if mask.by_rows else 1.0  # columns share cache lines: all are read
     least = element * TOKENS * NETWORKS * (2 * share + 1)
-    timings = interleave({"ours": ours, "naive": naive}, repeats=repeats, device=device)
-    return _rows(f"masked_loss/{name}", timings, least * floor, least)
+    times = interleave({"ours": ours, "naive": naive}, device=device, seconds=seconds)
+    return _rows(f"masked_loss/{name}", times, device, least)
 
 
-def _linear(name: str, mask: MaskSpec, repeats: int, device: str, floor: float) -> list[Row]:
+def _linear(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]:
     hidden = torch.randn(TOKENS, WIDTH, device=device, requires_grad=True)
     weight = (torch.randn(NETWORKS, WIDTH, device=device) / WIDTH**0.5).requires_grad_()
     bias = torch.zeros(NETWORKS, device=device, requires_grad=True)
@@ -108,11 +109,12 @@ def _linear(name: str, mask: MaskSpec, repeats: int, device: str, floor: float) 
     _require_equal(f"linear_masked_loss/{name}", ours(mask), project_all(), gradient_bound=5e-3)
     masked = int(mask.rows(host).numel())
     least = 4 * (masked * (2 * WIDTH + NETWORKS) + TOKENS * WIDTH + 3 * NETWORKS * WIDTH)
-    timings = interleave({"ours": ours, "project_all": project_all}, repeats=repeats, device=device)
-    return _rows(f"linear_masked_loss/{name}", timings, least * floor, least)
+    flops = 6 * masked * WIDTH * NETWORKS
+    times = interleave({"ours": ours, "project_all": project_all}, device=device, seconds=seconds)
+    return _rows(f"linear_masked_loss/{name}", times, device, least, flops)
 
 
-def _mask_tokens(name: str, mask: MaskSpec, repeats: int, device: str, floor: float) -> list[Row]:
+def _mask_tokens(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]:
     x, bounds, step = torch.randn(TOKENS, NETWORKS, device=device), _bounds(device), _fresh(mask)
     token = torch.randn(NETWORKS, device=device, requires_grad=True)
     upstream = torch.randn_like(x)
@@ -129,8 +131,8 @@ def _mask_tokens(name: str, mask: MaskSpec, repeats: int, device: str, floor: fl
 
     _require_equal(f"mask_tokens/{name}", ours(mask), naive())
     least = 4 * TOKENS * NETWORKS * (2 + float(small.float().mean()))
-    timings = interleave({"ours": ours, "naive": naive}, repeats=repeats, device=device)
-    return _rows(f"mask_tokens/{name}", timings, least * floor, least)
+    times = interleave({"ours": ours, "naive": naive}, device=device, seconds=seconds)
+    return _rows(f"mask_tokens/{name}", times, device, least)
 
 
 def _require_equal(
@@ -138,32 +140,11 @@ def _require_equal(
 ) -> None:
     for a, e, bound in zip(actual, expected, [1e-5] + [gradient_bound] * len(expected), strict=False):
         if error_ratio(a, e) > bound:
-            raise RuntimeError(
-                f"{case}: error {error_ratio(a, e):.1e} above {bound:.0e}: no speed is printed"
-            )
+            raise WrongResultError(f"{case}: error {error_ratio(a, e):.1e} above {bound:.0e}")
 
 
-def _seconds_per_byte(device: str) -> float:
-    source = torch.randn(TOKENS, NETWORKS, device=device)
-    copy = torch.empty_like(source)
-    timing = interleave({"copy": lambda: copy.copy_(source)}, repeats=15, device=device)["copy"]
-    return timing.p50 / (2 * source.nbytes)
-
-
-def _rows(case: str, timings: dict[str, Timing], floor: float, least_bytes: float) -> list[Row]:
-    (baseline,) = (name for name in timings if name != "ours")
-    ours, other = timings["ours"], timings[baseline]
-    return [
-        Row(
-            suite="kernels", case=case, metric="forward + backward", value=ours.p50 * 1e3, unit="ms",
-            baseline=baseline, ratio=other.p50 / ours.p50, floor_share=floor / ours.p50,
-            p20=ours.p20, p50=ours.p50, p80=ours.p80,
-        ),
-        Row(
-            suite="kernels", case=f"{case}/{baseline}", metric="forward + backward", value=other.p50 * 1e3,
-            unit="ms", floor_share=floor / other.p50, p20=other.p20, p50=other.p50, p80=other.p80,
-        ),
-        Row(
-            suite="kernels", case=case, metric="bytes that must move", value=least_bytes / 1e6, unit="MB",
-        ),
-    ]  # fmt: skip
+def _rows(
+    case: str, times: dict[str, Timing], device: str, least_bytes: float, flops: float = 0.0
+) -> list[Row]:
+    found = speed_rows("kernels", case, times, floor=floor(least_bytes, flops, device))
+    return found + roofline_rows(case, times["ours"], least_bytes, flops, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,16 +15,22 @@ from brainflow.kernels.gather_windows import gather_windows
 from brainflow.kernels.testing import error_ratio
 from brainflow.kernels.varlen_attention import attention, shifted_attention
 
-from .timing import Row, Timing, interleave
+from .ceilings import floor, roofline_rows
+from .timing import Row, WrongResultError, interleave, speed_rows
 
 HEADS, HEAD_DIM = 12, 64
 TOLERANCE = 1e-5
 
 
-def run(quick: bool, device: str) -> list[Row]:
-    """Return the rows of varlen_attention and gather_windows, forward + backward where there is one."""
-    repeats = 3 if quick else 7
-    return _attention_rows(repeats, device) + _gather_rows(repeats, device, windows=64 if quick else 256)
+def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
+    """Return name → what measures it, forward + backward where there is a backward."""
+    repeats, windows = (3, 64) if quick else (9, 256)
+    found: dict[str, Callable[[], list[Row]]] = {}
+    found["varlen_attention"] = partial(_attention_rows, repeats, device)
+    for name, dtype in (("fp16", torch.float16), ("fp32", torch.float32), ("int8", torch.int8)):
+        case = "gather_windows" if name == "fp16" else f"gather_windows/{name}"
+        found[case] = partial(_gather_rows, case, dtype, quick, device, windows)
+    return found
 
 
 def _attention_rows(repeats: int, device: str) -> list[Row]:
@@ -75,75 +82,46 @@ def _attention_rows(repeats: int, device: str) -> list[Row]:
         repeats=repeats,
         device=device,
     )
-    case = f"varlen_attention 64×10–49, {HEADS}×{HEAD_DIM}"
-    floor = _copy_floor(8 * q.numel() * q.element_size(), repeats, device)
-    rows = [
-        _row(case, "forward + backward", times["ours"], baseline, times[baseline], floor)
-        for baseline in ("padded", "block_diagonal")
-    ]
-    return [
-        *rows,
-        _row("shifted_attention, same", "forward + backward", times["second_stream"], None, None, floor),
-    ]
+    causal_pairs = sum(n * (n + 1) // 2 for n in lengths)
+    flops = 14 * causal_pairs * HEADS * HEAD_DIM  # two products forward, five backward
+    nbytes = 12 * q.numel() * q.element_size()  # forward: q, k, v, out; backward: these and their gradients
+    lowest = floor(nbytes, flops, device, dtype)
+    found = speed_rows(
+        "kernels", "varlen_attention", times, baselines=("padded", "block_diagonal"), floor=lowest
+    )
+    found += speed_rows(
+        "kernels", "shifted_attention", times, ours="second_stream", baselines=(), floor=lowest
+    )
+    return found + roofline_rows("varlen_attention", times["ours"], nbytes, flops, device, dtype)
 
 
-def _gather_rows(repeats: int, device: str, windows: int) -> list[Row]:
+def _gather_rows(case: str, dtype: torch.dtype, quick: bool, device: str, windows: int) -> list[Row]:
+    """Windows of a store in memory, to packed float32."""
     rng = np.random.default_rng(0)
     time, networks = 20_000, 1_024
     lengths = rng.integers(10, 50, windows)
     starts = rng.integers(0, time - 50, windows)
     pairs = list(zip(starts.tolist(), lengths.tolist(), strict=True))
-    rows = []
-    for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("int8", torch.int8)):
-        generator = torch.Generator().manual_seed(0)
-        store = (torch.randn(time, networks, generator=generator) * 30).to(device, dtype)
-        scale = None if dtype.is_floating_point else torch.full((networks,), 0.03, device=device)
+    generator = torch.Generator().manual_seed(0)
+    store = (torch.randn(time, networks, generator=generator) * 30).to(device, dtype)
+    scale = None if dtype.is_floating_point else torch.full((networks,), 0.03, device=device)
 
-        def naive(store: Tensor = store, scale: Tensor | None = scale) -> Tensor:
-            packed = torch.cat([store[s : s + n] for s, n in pairs]).float()
-            return packed if scale is None else packed * scale
+    def naive() -> Tensor:
+        packed = torch.cat([store[s : s + n] for s, n in pairs]).float()
+        return packed if scale is None else packed * scale
 
-        def ours(store: Tensor = store, scale: Tensor | None = scale) -> Tensor:
-            return gather_windows(store, starts, lengths, scale=scale)
+    def ours() -> Tensor:
+        return gather_windows(store, starts, lengths, scale=scale)
 
-        _require_equal("gather_windows", (ours(),), [naive().double()], 1e-6)
-        times = interleave({"ours": ours, "naive": naive}, repeats=repeats, device=device)
-        values = int(lengths.sum()) * networks
-        floor = _copy_floor(values * (4 + store.element_size()), repeats, device)
-        case = f"gather_windows {name} → fp32, {windows}×10–49×{networks}"
-        rows.append(_row(case, "forward", times["ours"], "naive", times["naive"], floor))
-    return rows
+    _require_equal(case, (ours(),), [naive().double()], 1e-6)
+    times = interleave({"ours": ours, "naive": naive}, device=device, seconds=0.5 if quick else 3.0)
+    nbytes = int(lengths.sum()) * networks * (4 + store.element_size())
+    found = speed_rows("kernels", case, times, floor=floor(nbytes, 0, device))
+    return found + roofline_rows(case, times["ours"], nbytes, 0, device)
 
 
 def _require_equal(case: str, actual: tuple[Tensor, ...], expected: list[Tensor], bound: float) -> None:
     """Refuse to print the speed of something whose result is wrong."""
     for a, e in zip(actual, expected, strict=True):
         if error_ratio(a, e) > bound:
-            raise RuntimeError(
-                f"{case}: results differ by {error_ratio(a, e):.1e}, expected at most {bound:.0e}"
-            )
-
-
-def _copy_floor(nbytes: int, repeats: int, device: str) -> float:
-    """Return the seconds that moving as many bytes (read + written) takes in one copy."""
-    source = torch.ones(max(1, nbytes // 8), device=device)
-    target = torch.empty_like(source)
-    return interleave({"copy": lambda: target.copy_(source)}, repeats=repeats, device=device)["copy"].p50
-
-
-def _row(
-    case: str, metric: str, ours: Timing, baseline: str | None, other: Timing | None, floor: float
-) -> Row:
-    return Row(
-        suite="kernels",
-        case=case,
-        metric=metric,
-        value=ours.p50 * 1e3,
-        unit="ms",
-        baseline=baseline or "",
-        ratio=None if other is None else other.p50 / ours.p50,
-        floor_share=floor / ours.p50,
-        p20=ours.p20,
-        p50=ours.p50,
-        p80=ours.p80,
-    )
+            raise WrongResultError(f"{case}: error {error_ratio(a, e):.1e} above {bound:.0e}")

@@ -24,15 +24,15 @@ from brainflow.storage.segments import RunTable, encode_strings
 
 from . import million
 from .baselines import loaders as baselines
-from .timing import Row, interleave
+from .timing import Row, Timing, interleave, speed_rows
 
 BATCH, SEQ_MIN, SEQ_MAX = 64, 10, 50
 _SLOW = {"webdataset": 1, "zarr": 1, "zarrs": 1, "tensorstore": 4, "litdata": 2}
 """Batches a call of the slow ways; the others read 32."""
 
 
-def run(quick: bool, device: str) -> list[Row]:
-    """Return the rows of the suite.
+def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
+    """Return name → what measures it.
 
     Parameters
     ----------
@@ -41,13 +41,19 @@ def run(quick: bool, device: str) -> list[Row]:
     device
         "cpu", or "cuda" to let the loaders deliver onto the GPU.
     """
+    return {
+        "store": lambda: _store_rows(quick, device),
+        "runs_1e6_over_1e3": lambda: _many_runs(repeats=5 if quick else 15),
+        "open_1e6_runs": lambda: million.run_rows(runs=1_000_000, repeats=2 if quick else 5),
+    }
+
+
+def _store_rows(quick: bool, device: str) -> list[Row]:
+    """Readers and loaders of one store, warm and cold."""
     with tempfile.TemporaryDirectory(prefix="brainflow-bench-") as folder:
         store_path, npy, urls = _prepare(Path(folder), runs=64 if quick else 600)
-        rows = _warm(store_path, npy, urls, device, repeats=3 if quick else 9)
-        rows += _cold(store_path, npy, repeats=3 if quick else 9)
-    rows += _many_runs(repeats=5 if quick else 15)
-    rows += million.run_rows(runs=1_000_000, repeats=2 if quick else 5)
-    return rows
+        found = _warm(store_path, npy, urls, device, repeats=3 if quick else 9)
+        return found + _cold(store_path, npy, repeats=3 if quick else 9)
 
 
 def _prepare(folder: Path, *, runs: int) -> tuple[Path, Path, list[str]]:
@@ -116,27 +122,16 @@ def _warm(path: Path, npy: Path, urls: list[str], device: str, *, repeats: int) 
     source = np.ones((int(np.mean([n.sum() for _, n in batches])), store.networks), store.dtype)
     ways["memcpy"] = lambda: np.copyto(out[: len(source)], source)
     times = interleave({n: _repeat(way, _SLOW.get(n, 32)) for n, way in ways.items()}, repeats=repeats)
-    rate = {name: BATCH * _SLOW.get(name, 32) / t.p50 for name, t in times.items()}
-    rows = []
-    for name, timing in times.items():
-        rows += [
-            Row(
-                suite="loader",
-                case=name,
-                metric="throughput",
-                value=rate[name],
-                unit="windows/s",
-                baseline=baseline,
-                ratio=rate[name] / rate[baseline],
-                floor_share=rate[name] / rate["memcpy"],
-                p20=timing.p20 / _SLOW.get(name, 32),
-                p50=timing.p50 / _SLOW.get(name, 32),
-                p80=timing.p80 / _SLOW.get(name, 32),
-            )
-            for baseline in ("memmap", "webdataset")
-            if baseline in rate and (baseline == "memmap" or name in ("reader", "host", "dali"))
-        ]
-    return rows
+    times = {name: timing.per(_SLOW.get(name, 32)) for name, timing in times.items()}
+    ways_of_ours = [name for name in ("reader", "host", "dali") if name in times]
+    others = [name for name in times if name not in (*ways_of_ours, "memcpy")]
+    found = []
+    for name in ways_of_ours:
+        found += speed_rows(
+            "loader", name, times, ours=name, baselines=others, metric="windows_per_s", unit="windows/s",
+            work=BATCH, floor=times["memcpy"].p50,
+        )  # fmt: skip
+    return found
 
 
 def _repeat(function: Callable[[], object], count: int) -> Callable[[], None]:
@@ -177,25 +172,10 @@ def _cold(path: Path, npy: Path, *, repeats: int) -> list[Row]:
         store.windows(starts, lengths, out=out)
         seconds["reader"].append(time.perf_counter() - began)
         del store
-    plain = float(np.median(seconds["memmap"]))
-    rows_ = []
-    for name, values in seconds.items():
-        p20, p50, p80 = (float(v) for v in np.percentile(values, [20, 50, 80]))
-        rows_.append(
-            Row(
-                suite="loader",
-                case=f"cold_{name}",
-                metric="throughput",
-                value=BATCH / p50,
-                unit="windows/s",
-                baseline="cold_memmap",
-                ratio=plain / p50,
-                p20=p20,
-                p50=p50,
-                p80=p80,
-            )
-        )
-    return rows_
+    times = {name: Timing(seconds=tuple(values)) for name, values in seconds.items()}
+    return speed_rows(
+        "loader", "reader_cold", times, ours="reader", metric="windows_per_s", unit="windows/s", work=BATCH
+    )
 
 
 def _table(runs: int) -> RunTable:
@@ -236,21 +216,8 @@ def _many_runs(*, repeats: int) -> list[Row]:
     names = {("index", False), ("window", True)}
     ways = {f"{name}_{runs}": step(runs, copy) for name, copy in names for runs in (1_000, 1_000_000)}
     times = interleave(ways, repeats=repeats)
-    rows = []
-    for name, metric in (("window", "runs_1e6_over_1e3"), ("index", "index_1e6_over_1e3")):
-        many, few = times[f"{name}_1000000"], times[f"{name}_1000"]
-        rows.append(
-            Row(
-                suite="loader",
-                case=metric,
-                metric="time per window, 1e6 runs over 1e3",
-                value=many.p50 / few.p50,
-                unit="ratio",
-                baseline="1e3 runs",
-                ratio=few.p50 / many.p50,
-                p20=many.p20 / 64,
-                p50=many.p50 / 64,
-                p80=many.p80 / 64,
-            )
-        )
-    return rows
+    found = []
+    for name, case in (("window", "runs_1e6_over_1e3"), ("index", "index_1e6_over_1e3")):
+        both = {"ours": times[f"{name}_1000000"].per(64), "1e3_runs": times[f"{name}_1000"].per(64)}
+        found += speed_rows("loader", case, both)
+    return found

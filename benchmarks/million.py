@@ -16,7 +16,7 @@ from brainflow.storage.layout import CHUNK_ROWS, SHARD_ROWS, Grid
 from brainflow.storage.manifest import MANIFEST, Manifest
 from brainflow.storage.segments import encode_strings
 
-from .timing import Row
+from .timing import Row, Timing, speed_rows
 
 _OPEN = """
 import json, resource, sys, time
@@ -43,10 +43,10 @@ def run_rows(*, runs: int, repeats: int) -> list[Row]:
                 raise AssertionError(f"opened {opened} runs, wrote {runs}")
             found.append((seconds, megabytes))
     times, memory = np.array(found[1:]).T
-    p20, p50, p80 = (float(v) for v in np.percentile(times, [20, 50, 80]))
     case = f"open_{runs:.0e}_runs".replace("+0", "")
+    timing = Timing(seconds=tuple(times.tolist()))
     return [
-        Row(suite="loader", case=case, metric="time", value=p50, unit="seconds", p20=p20, p50=p50, p80=p80),
+        *speed_rows("loader", case, {"ours": timing}, unit="s"),
         Row(suite="loader", case=case, metric="memory", value=float(np.median(memory)), unit="MB"),
     ]
 

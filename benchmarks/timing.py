@@ -1,28 +1,57 @@
-"""Interleaved timing: A B A B in one process, medians with spread, warm-up apart.
+"""Interleaved timing and the rows of record.
 
-On a shared CPU only ratios taken in one interleaved run mean anything, so this module has no way to
-time one function alone and compare it with a figure from another day.
+Functions are timed against each other, one call of each in turn (A B B A …) in one process, and a ratio is
+the median over the rounds of the ratio within a round: what slows the machine for a while slows both. This
+module has no way to time one function alone and compare it with a figure from another day.
 """
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+MOST_ROUNDS = 500
+
+
+class WrongResultError(Exception):
+    """What was to be timed computes something else than its specification: it gets no speed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds per call: the 20th, 50th and 80th percentile over the repeats."""
+    """Seconds per call, round by round; two timings of one :func:`interleave` are paired by round."""
 
-    p20: float
-    p50: float
-    p80: float
-    repeats: int
+    seconds: tuple[float, ...]
+
+    @property
+    def p20(self) -> float:
+        """The 20th percentile in seconds."""
+        return float(np.percentile(self.seconds, 20))
+
+    @property
+    def p50(self) -> float:
+        """The median in seconds."""
+        return float(np.median(self.seconds))
+
+    @property
+    def p80(self) -> float:
+        """The 80th percentile in seconds."""
+        return float(np.percentile(self.seconds, 80))
+
+    def times_faster_than(self, other: Timing) -> float:
+        """Return the median over the rounds of the other's time ÷ this time: 2.0 is twice as fast."""
+        pairs = zip(other.seconds, self.seconds, strict=True)
+        return float(np.median([theirs / ours for theirs, ours in pairs]))
+
+    def per(self, count: float) -> Timing:
+        """Return the timing of one of `count` equal parts of a call."""
+        return Timing(seconds=tuple(s / count for s in self.seconds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +79,72 @@ class Row:
         return {**asdict(self), "env": dict(env)}
 
 
+def speed_rows(
+    suite: str,
+    case: str,
+    times: Mapping[str, Timing],
+    *,
+    ours: str = "ours",
+    baselines: Iterable[str] | None = None,
+    metric: str = "time",
+    unit: str = "ms",
+    work: float | Mapping[str, float] | None = None,
+    floor: float | None = None,
+) -> list[Row]:
+    """Return one row for each baseline that `ours` was timed against, or one row if there is none.
+
+    Parameters
+    ----------
+    suite, case, metric
+        Names of the rows.
+    times
+        Name → :class:`Timing`, from one :func:`interleave`.
+    ours
+        Which of them is ours.
+    baselines
+        Which of them are baselines; default: all others.
+    unit, work
+        Without `work` the value is the median time in "ms" (or "s"). With it the value is work ÷ median
+        time, and `unit` ends in "/s". One number, or one for each name where a call does different amounts.
+    floor
+        Seconds that the hardware needs at least, for `floor_share`.
+
+    Examples
+    --------
+    >>> t = {"ours": Timing(seconds=(1.0, 1.0)), "naive": Timing(seconds=(4.0, 6.0))}
+    >>> [(r.baseline, r.value, r.ratio) for r in speed_rows("kernels", "mask", t, unit="s")]
+    [('naive', 1.0, 5.0)]
+    """
+    mine = times[ours]
+    amount = work if isinstance(work, Mapping) else dict.fromkeys(times, work)
+    done = amount[ours]
+    value = mine.p50 * {"ms": 1e3, "s": 1.0}[unit] if done is None else done / mine.p50
+
+    def row(baseline: str, ratio: float | None) -> Row:
+        return Row(
+            suite=suite, case=case, metric=metric, value=value, unit=unit, baseline=baseline, ratio=ratio,
+            floor_share=None if floor is None else floor / mine.p50,
+            p20=mine.p20, p50=mine.p50, p80=mine.p80,
+        )  # fmt: skip
+
+    others = [name for name in times if name != ours] if baselines is None else list(baselines)
+    if not others:
+        return [row("", None)]
+    found = []
+    for name in others:
+        theirs = amount[name]
+        scale = 1.0 if done is None or theirs is None else done / theirs
+        found.append(row(name, mine.times_faster_than(times[name]) * scale))
+    return found
+
+
 def interleave(
     functions: Mapping[str, Callable[[], object]],
     *,
     repeats: int = 7,
     warmup: int = 1,
     device: str = "cpu",
+    seconds: float = 0.0,
 ) -> dict[str, Timing]:
     """Time several functions against each other, one call of each in turn.
 
@@ -64,11 +153,13 @@ def interleave(
     functions
         Name → callable without arguments. What a callable returns is dropped.
     repeats
-        Timed rounds; every round calls each function once, alternating the order.
+        Timed rounds at least; every round calls each function once, alternating the order.
     warmup
         Rounds that are run first and not counted.
     device
         "cpu" reads the wall clock; "cuda" uses device events around each call.
+    seconds
+        Go on with more rounds until so much time was spent: for calls of a few milliseconds.
 
     Returns
     -------
@@ -78,7 +169,7 @@ def interleave(
     Examples
     --------
     >>> t = interleave({"a": lambda: sum(range(10)), "b": lambda: sum(range(10_000))}, repeats=5)
-    >>> t["b"].p50 > t["a"].p50
+    >>> t["a"].times_faster_than(t["b"]) > 1
     True
     """
     if repeats < 1:
@@ -89,10 +180,19 @@ def interleave(
         for name in names:
             functions[name]()
     samples: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(repeats):
-        for name in names if round_ % 2 == 0 else reversed(names):
-            samples[name].append(clock(functions[name]))
-    return {name: _summary(values) for name, values in samples.items()}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        round_, end = 0, time.perf_counter() + seconds
+        while round_ < repeats or (round_ < MOST_ROUNDS and time.perf_counter() < end):
+            for name in names if round_ % 2 == 0 else reversed(names):
+                samples[name].append(clock(functions[name]))
+            round_ += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing(seconds=tuple(values)) for name, values in samples.items()}
 
 
 def _wall_seconds(function: Callable[[], object]) -> float:
@@ -108,8 +208,3 @@ def _cuda_seconds(function: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1e3
-
-
-def _summary(values: list[float]) -> Timing:
-    p20, p50, p80 = (float(v) for v in np.percentile(values, [20, 50, 80]))
-    return Timing(p20=p20, p50=p50, p80=p80, repeats=len(values))

@@ -4,59 +4,63 @@ import sys
 
 import pytest
 
-from brainflow.benchmarks import command
-from brainflow.benchmarks.timing import Row
+from brainflow.benchmarks import command, gate, registry
+from brainflow.benchmarks.timing import Row, WrongResultError
 
 
 @pytest.fixture
 def suite(monkeypatch, tmp_path):
-    """A kernels suite of one row whose ratio the test chooses, with a floor of 2."""
-    rows: list[Row] = []
+    """A kernels suite of what the test gives it, with a floor of 2 for the case `mask`."""
+    found = {}
     floors = tmp_path / "floors.json"
     floor = {"suite": "kernels", "case": "mask", "metric": "time", "baseline": "naive", "ratio": 2.0}
     floors.write_text(json.dumps([floor]))
-    monkeypatch.setattr(command, "FLOORS", floors)
-    monkeypatch.setattr(command, "_suite", lambda name: _Suite(rows))
-
-    def with_ratio(ratio: float) -> None:
-        rows.append(
-            Row(suite="kernels", case="mask", metric="time", value=1, unit="s", baseline="naive", ratio=ratio)
-        )
-
-    return with_ratio
+    monkeypatch.setattr(gate, "FLOORS", floors)
+    monkeypatch.setattr(registry, "load", lambda module, quick, device: found if module == "kernels" else {})
+    return found
 
 
-class _Suite:
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows = rows
-
-    def run(self, quick: bool, device: str) -> list[Row]:
-        return self.rows
+def _row(ratio: float, case: str = "mask"):
+    row = Row(suite="kernels", case=case, metric="time", value=1, unit="s", baseline="naive", ratio=ratio)
+    return lambda: [row]
 
 
-@pytest.mark.parametrize(("ratio", "code"), [(2.5, 0), (1.9, 1)])
+def _wrong():
+    raise WrongResultError("mask: error 1e+00 above 1e-05")
+
+
+@pytest.mark.parametrize(("ratio", "code"), [(2.5, 0), (1.9, 1), (float("nan"), 1)])
 def test_gate(suite, ratio, code, capsys):
-    suite(ratio)
+    suite["mask"] = _row(ratio)
     assert command.run(command.Args(suite="kernels", quick=True, device="cpu", gate=True)) == code
     assert ("gate: passed" in capsys.readouterr().err) == (code == 0)
 
 
 def test_a_missing_row_trips_the_gate(suite, capsys):
-    suite(3.0)
-    command.FLOORS.write_text(
-        json.dumps([{"suite": "kernels", "case": "x", "metric": "y", "baseline": "z", "ratio": 1.0}])
-    )
-    assert command.run(command.Args(suite="kernels", quick=True, device="cpu", gate=True)) == 1
+    suite["x"] = _row(3.0, case="x")
+    assert command.run(command.Args(suite="kernels", device="cpu", gate=True)) == 1
     assert "no figure" in capsys.readouterr().err
+    assert command.run(command.Args(suite="kernels", device="cpu", gate=True, only="x")) == 0
+
+
+def test_a_wrong_result_prints_no_speed(suite, capsys, tmp_path):
+    suite |= {"mask": _wrong, "other": _row(3.0, case="other")}
+    out = tmp_path / "rows.json"
+    assert command.run(command.Args(suite="kernels", device="cpu", json=out)) == 1
+    seen = capsys.readouterr()
+    assert "kernels mask: wrong result, so no speed" in seen.err
+    assert [row["case"] for row in json.loads(out.read_text())] == ["other"]
+    assert "mask" not in seen.out
 
 
 def test_rows_are_written_with_the_environment(suite, tmp_path):
-    suite(3.0)
+    suite["mask"] = _row(3.0)
     out = tmp_path / "rows.json"
     assert command.run(command.Args(suite="kernels", device="cpu", json=out)) == 0
     (row,) = json.loads(out.read_text())
     assert row["case"] == "mask"
     assert row["env"]["torch"]
+    assert row["env"]["threads"] == 1
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch):
@@ -65,7 +69,7 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch):
         command.run(command.Args(suite="kernels", device="cuda"))
 
 
-def test_module_and_verb_are_one(tmp_path):
+def test_module_and_verb_are_one():
     done = subprocess.run(
         [sys.executable, "-m", "brainflow", "bench", "--help"], capture_output=True, text=True
     )

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from brainflow.benchmarks.timing import Row, interleave
+from brainflow.benchmarks.timing import Row, Timing, interleave, speed_rows
 
 
 def test_functions_take_turns():
@@ -12,15 +12,49 @@ def test_functions_take_turns():
     assert calls == ["a", "b"] + ["a", "b", "b", "a"] * 2
 
 
-def test_percentiles_are_ordered_and_positive():
-    timing = interleave({"sleep": lambda: time.sleep(0.001)}, repeats=5)["sleep"]
+def test_more_rounds_until_the_time_is_spent():
+    timing = interleave({"sleep": lambda: time.sleep(0.001)}, repeats=2, seconds=0.05)["sleep"]
+    assert len(timing.seconds) > 5
     assert 0.001 <= timing.p20 <= timing.p50 <= timing.p80
-    assert timing.repeats == 5
 
 
 def test_no_repeats_are_refused():
     with pytest.raises(ValueError, match="repeats: got 0"):
         interleave({"a": lambda: None}, repeats=0)
+
+
+def test_a_ratio_is_paired_by_round():
+    """The machine is ten times slower in the middle: unpaired medians would say 1, the rounds say 2."""
+    ours, theirs = Timing(seconds=(1, 10, 10)), Timing(seconds=(2, 2, 20))
+    assert ours.times_faster_than(theirs) == 2
+    assert theirs.times_faster_than(ours) == 0.5
+
+
+def test_rows_of_seconds():
+    times = {"ours": Timing(seconds=(0.1, 0.1)), "naive": Timing(seconds=(0.3, 0.3))}
+    (row,) = speed_rows("kernels", "mask", times, floor=0.05)
+    assert (row.value, row.unit, row.baseline) == (100, "ms", "naive")
+    assert math.isclose(row.ratio, 3)
+    assert math.isclose(row.floor_share, 0.5)
+
+
+def test_rows_of_work_done():
+    """Ours takes twice the time for eight times the work: four times as fast."""
+    times = {
+        "ours": Timing(seconds=(2.0,)),
+        "single": Timing(seconds=(1.0,)),
+        "other": Timing(seconds=(4.0,)),
+    }
+    rows = speed_rows(
+        "frameworks", "csm", times, metric="targets_per_s", unit="targets/s",
+        work={"ours": 80, "single": 10, "other": 40},
+    )  # fmt: skip
+    assert [(r.baseline, r.value, r.ratio) for r in rows] == [("single", 40, 4), ("other", 40, 4)]
+
+
+def test_a_row_without_a_baseline():
+    (row,) = speed_rows("ceilings", "memcpy", {"ours": Timing(seconds=(0.5,))}, unit="GB/s", work=3)
+    assert (row.value, row.baseline, row.ratio) == (6, "", None)
 
 
 def test_a_row_carries_its_environment():
@@ -31,4 +65,3 @@ def test_a_row_carries_its_environment():
         *("suite", "case", "metric", "value", "unit", "baseline", "ratio"),
         *("floor_share", "p20", "p50", "p80", "env"),
     }
-    assert math.isclose(entry["ratio"], 2.0)
