@@ -10,21 +10,21 @@ Examples
   brainflow bench kernels --only 'masked_loss/*'
   brainflow bench kernels --static          # registers, spills, load widths: needs no GPU
   brainflow bench all --quick --gate
+  brainflow bench all --json today.json --report page
+  brainflow bench --compare 2 1             # the run before the last with the last
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from . import gate
+from . import gate, history
 from .registry import SUITES, measure
 
 
@@ -52,6 +52,17 @@ class Args:
     """Write the rows to this file (a list of objects, each with the environment)."""
     gate: bool = False
     """Exit with 1 if a ratio is below its floor in benchmarks/floors.json."""
+    report: Path | None = None
+    """Write a page with the charts into this folder: index.html, which needs no network, and its PNGs."""
+    table: Path | None = None
+    """Put the rows as Markdown tables between the marks of this page, e.g. benchmarks/README.md."""
+    rows: Path | None = None
+    """Measure nothing: take the rows from this file, for --gate, --report and --table."""
+    compare: tuple[str, str] | None = None
+    """Measure nothing: print what changed beyond noise from run A to B. A run is a file that --json wrote,
+    or how many runs back in the history: 1 is the newest."""
+    history: Path = field(default_factory=history.default_path)
+    """File to which each run is added as one line."""
     static: bool = False
     """`kernels` only: compile for sm_80, 90, 100 and print registers, spills and load widths."""
 
@@ -67,12 +78,30 @@ def run(args: Args) -> int:
     """Run the suites, print a table each, and return the exit code."""
     if args.static:
         return _static()
+    if args.compare is not None:
+        from .show import print_changes
+
+        print_changes(*(history.read(source, args.history) for source in args.compare))
+        return 0
     failures: list[str] = []
-    rows = _measure(args, failures)
+    if args.rows is not None:
+        rows = history.read(str(args.rows), args.history)
+    else:
+        rows = _measure(args, failures)
+        if rows:
+            history.append(args.history, rows, " ".join(sys.argv[1:]))
     if args.json is not None:
-        _write_json(args.json, rows)
+        history.write_json(args.json, rows)
+    if args.table is not None:
+        from .show import write_table
+
+        write_table(args.table, rows)
+    if args.report is not None:
+        from .report import write_report
+
+        print(f"report: {write_report(rows, args.report)}", file=sys.stderr)
     if args.gate:
-        missed = gate.failures(rows, complete=_complete(args))
+        missed = gate.failures(rows, complete=not (args.only or args.loop or args.time_to_loss))
         failures += [f"gate: {line}" for line in missed]
         print(f"gate: {'failed' if failures else 'passed'}", file=sys.stderr)
     for line in failures:
@@ -80,10 +109,11 @@ def run(args: Args) -> int:
     return 1 if failures else 0
 
 
-def _measure(args: Args, failures: list[str]) -> list[dict[str, Any]]:
+def _measure(args: Args, failures: list[str]) -> history.Rows:
     import torch
 
     from .environment import environment
+    from .show import print_rows
 
     device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -98,7 +128,7 @@ def _measure(args: Args, failures: list[str]) -> list[dict[str, Any]]:
             for part in measure(modules, args.quick, device, args.only, failures)
             for row in part
         ]
-        _print(suite, found)
+        print_rows(suite, found)
         rows += found
     return rows
 
@@ -113,37 +143,6 @@ def _plan(args: Args) -> dict[str, tuple[str, ...]]:
         return SUITES
     chosen: dict[str, tuple[str, ...]] = {args.suite: SUITES[args.suite]}
     return chosen if args.only else {"ceilings": SUITES["ceilings"], **chosen}
-
-
-def _complete(args: Args) -> bool:
-    return not (args.only or args.loop or args.time_to_loss)
-
-
-def _write_json(path: Path, rows: list[dict[str, Any]]) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _print(suite: str, rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{suite}: medians; ratio = ours over the baseline, larger is better")
-    for column in ("case", "metric", "value", "p20–p80 ms", "baseline", "ratio", "of the floor"):
-        table.add_column(column, justify="left" if column in ("case", "metric", "baseline") else "right")
-    for row in rows:
-        p20, p80, ratio, share = row["p20"], row["p80"], row["ratio"], row["floor_share"]
-        table.add_row(
-            row["case"],
-            row["metric"],
-            f"{row['value']:,.4g} {row['unit']}",
-            "" if p20 is None or p80 is None else f"{p20 * 1e3:.2f}–{p80 * 1e3:.2f}",
-            row["baseline"],
-            "" if ratio is None else f"{ratio:.2f}×",
-            "" if share is None else f"{share:.0%}",
-        )
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
 
 
 def _static() -> int:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 PACKAGES = (
-    *("torch", "triton", "numpy", "zarr", "numcodecs"),
-    *("nvidia-dali-cuda130", "transformers", "flash-attn"),
+    *("torch", "triton", "numpy", "zarr", "numcodecs", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+    *("flash-attn", "flash-attn-4", "transformers", "webdataset", "zarrs", "tensorstore", "litdata"),
 )
 
 
 def environment(device: str) -> dict[str, Any]:
     """Return CPU, GPU, threads and package versions as a JSON-ready dict."""
     env: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
         "device": device,
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),

@@ -16,6 +16,7 @@ def suite(monkeypatch, tmp_path):
     floor = {"suite": "kernels", "case": "mask", "metric": "time", "baseline": "naive", "ratio": 2.0}
     floors.write_text(json.dumps([floor]))
     monkeypatch.setattr(gate, "FLOORS", floors)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setattr(registry, "load", lambda module, quick, device: found if module == "kernels" else {})
     return found
 
@@ -61,6 +62,8 @@ def test_rows_are_written_with_the_environment(suite, tmp_path):
     assert row["case"] == "mask"
     assert row["env"]["torch"]
     assert row["env"]["threads"] == 1
+    (line,) = (tmp_path / "data" / "brainflow" / "bench-history.jsonl").read_text().splitlines()
+    assert json.loads(line)["rows"][0]["ratio"] == 3.0
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch):
