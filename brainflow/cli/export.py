@@ -30,7 +30,7 @@ class Args:
     label: str = ""
     """Label of the atlas in the file names; by default the store's parcellation."""
     space: str = ""
-    """Space for the file names, such as MNI152NLin2009cAsym."""
+    """Space for the file names; by default the one that the store was prepared in."""
     geometry: str = ""
     """Label image or dlabel of the atlas, so that a ptseries knows where its parcels lie."""
 

@@ -19,13 +19,13 @@ Examples
 from __future__ import annotations
 
 import dataclasses
-import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+
+from brainflow.cli.prepare_cluster import submitted, write_slurm
+from brainflow.cli.prepare_output import Progress, counts, print_left_out, print_plan
 
 if TYPE_CHECKING:
     from brainflow.storage.ingest.prepare import AtlasSpec, Query, Settings
@@ -65,7 +65,11 @@ class Args:
     atlas: tuple[str, ...] = ()
     """Parcellations: difumo-N, schaefer-N, a path, or LABEL=PATH; several are done in one pass."""
     allow_space_mismatch: bool = False
-    """Take an atlas that is in another template than the images."""
+    """Take an atlas in another template than the images, as the published models did: nilearn has DiFuMo and
+    Schaefer in MNI152NLin6Asym, TemplateFlow also in fMRIPrep's MNI152NLin2009cAsym."""
+    surfaces: tuple[Path, ...] = ()
+    """Meshes LEFT RIGHT (.surf.gii) for the coordinates of an atlas on a surface; by default fsLR 32k from
+    TemplateFlow's folder, or nilearn's fsaverage5."""
     hcp_image: str = ""
     """HCP: what follows a run's name, such as hp2000_clean or Atlas_MSMAll; by default nothing, or Atlas."""
     confounds: Literal["published", "motion", "simple", "scrubbing", "compcor", "aroma", "none"] = "published"
@@ -122,15 +126,18 @@ def run(args: Args) -> int:
         raise ValueError(f"nprocs: got {args.nprocs}, expected at least 1")
     from brainflow.storage.ingest.prepare import find_atlas
 
-    atlases = [find_atlas(text) for text in args.atlas]
+    if len(args.surfaces) not in (0, 2):
+        raise ValueError(f"surfaces: got {len(args.surfaces)} files, expected left and right")
+    template = _template(args)
+    atlases = [find_atlas(text, template, args.surfaces) for text in args.atlas]
     if args.slurm:
-        return _write_slurm(args, atlases)
+        return write_slurm(args, _jobs(args, atlases))
     records: list[dict[str, Any]] = []
     if "participant" in args.analysis_level:
         records = _participant(args, atlases)
     if "group" in args.analysis_level and not args.dry_run:
         records = _group(args, atlases)
-    return int(_print_left_out(records))
+    return int(print_left_out(records))
 
 
 def _participant(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
@@ -142,42 +149,19 @@ def _participant(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     jobs = _jobs(args, atlases)
     todo = [job for job in jobs if not job.is_done()]
     if args.dry_run:
-        _print_plan(args, jobs, todo)
+        print_plan(jobs, todo, args.nprocs)
         return []
     write_description(args.output_dir)
     for atlas in atlases:
         save_atlas(atlas, _work(args))
     records = []
-    with _Progress(len(todo)) as progress:
-        for record in prepare_runs(todo, args.nprocs) if args.submit == "no" else _submitted(args, todo):
+    with Progress(len(todo)) as progress:
+        for record in prepare_runs(todo, args.nprocs) if args.submit == "no" else submitted(args, todo):
             records.append(record)
             progress.show(record)
-    outcome = _counts(records) or "nothing was left to do"
+    outcome = counts(records) or "nothing was left to do"
     print(f"{len(jobs)} runs: {len(jobs) - len(todo)} were ready, {outcome}")
     return records
-
-
-def _submitted(args: Args, jobs: list[Job]) -> Iterator[dict[str, Any]]:
-    """Prepare runs in jobs of a cluster and give their records, participant by participant."""
-    from brainflow.storage.ingest.prepare.memory import worker_bytes
-    from brainflow.storage.ingest.prepare.records import read_record
-    from brainflow.storage.ingest.prepare.run import failed_record
-    from brainflow.storage.ingest.prepare.submit import submit
-
-    assert args.submit != "no"
-    runs: dict[str, list[Job]] = {}
-    for job in jobs:
-        runs.setdefault(job.files.entities.get("sub", ""), []).append(job)
-    words = [sys.executable, "-m", *_command(args, "participant"), "--participant-label"]
-    commands = {participant: [*words, participant] for participant in runs}
-    folder = _work(args) / "jobs"
-    gigabytes = math.ceil(worker_bytes(jobs[0]) / 1e9) + 1 if jobs else 0
-    for participant in submit(commands, folder, args.submit, gigabytes=gigabytes) if jobs else ():
-        for job in runs[participant]:
-            record = read_record(job.work, job.files.key)
-            if record is None or record["fingerprint"] != job.fingerprint():
-                record = failed_record(job, f"its job ended without a record; its log is in {folder}")
-            yield record
 
 
 def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
@@ -192,8 +176,11 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
         tasks=_labels(args.task_id, "task"),
         sessions=_labels(args.session_id, "ses"),
     )
+    records = sorted([*records, *_unprepared(args, records)], key=lambda record: record["key"])
     gather.write_description(args.output_dir)
     gather.write_table(records, args.output_dir / "runs.tsv")
+    if not any(record["status"] == "done" for record in records):
+        print_left_out(records)
     specs = atlases or [saved_atlas(label, _work(args)) for label in gather.check_recipes(records)["atlases"]]
     dataset = "-".join(sorted({record["dataset"] for record in records}))
     stores = {}
@@ -202,6 +189,8 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
         count = gather.gather(records, atlas, path, work=_work(args), dtype=args.dtype)
         stores[atlas.label] = BoldStore.open(path)
         print(f"{path}: {count} runs, {stores[atlas.label].networks} networks, atlas {atlas.label}")
+        if stores[atlas.label].attributes["network_coordinates"] is None:
+            print(f"atlas {atlas.label}: its mesh is not known, so no coordinates are stored; see --surfaces")
     if args.report:
         from brainflow.report.quality import write_quality_report
 
@@ -210,15 +199,26 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     return records
 
 
+def _unprepared(args: Args, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of runs that are in the dataset, but were not prepared: a job on a cluster may just vanish."""
+    from brainflow.storage.ingest.prepare import find_runs
+    from brainflow.storage.ingest.prepare.gather import unprepared
+
+    query = _query(args)
+    if records:  # the options that chose the images need not be given again
+        names = ("kind", "space", "description")
+        query = dataclasses.replace(query, **{name: records[0]["recipe"][name] for name in names})
+    return unprepared(records, find_runs(args.bids_dir, query, derivatives=args.derivatives))
+
+
 def _jobs(args: Args, atlases: list[AtlasSpec]) -> list[Job]:
     from brainflow.storage.ingest.prepare import find_runs
     from brainflow.storage.ingest.prepare.atlas import check_space
     from brainflow.storage.ingest.prepare.run import jobs_for
 
-    query = _query(args)
-    if not args.allow_space_mismatch:
-        for atlas in atlases:
-            check_space(atlas, query.wanted_space)
+    query, template = _query(args), _template(args)
+    for atlas in atlases:
+        check_space(atlas, template)
     runs = find_runs(args.bids_dir, query, derivatives=args.derivatives)
     if not runs:
         raise ValueError(
@@ -253,6 +253,11 @@ def _query(args: Args) -> Query:
     )
 
 
+def _template(args: Args) -> str:
+    """The template that atlases have to be in; "" if any will do."""
+    return "" if args.allow_space_mismatch else _query(args).wanted_space
+
+
 def _settings(args: Args) -> Settings:
     from brainflow.storage.ingest.prepare import CleanSettings, EventSettings, Rules, Settings, is_hcp
 
@@ -283,129 +288,3 @@ def _work(args: Args) -> Path:
 
 def _labels(given: tuple[str, ...], prefix: str) -> tuple[str, ...]:
     return tuple(label.removeprefix(f"{prefix}-") for label in given)
-
-
-def _write_slurm(args: Args, atlases: list[AtlasSpec]) -> int:
-    from brainflow.storage.ingest.prepare.memory import worker_bytes
-    from brainflow.storage.ingest.prepare.slurm import array_script, write_script
-
-    assert args.slurm is not None
-    jobs = _jobs(args, atlases)
-    participants = sorted({job.files.entities.get("sub", "") for job in jobs})
-    text = array_script(
-        name=args.slurm.name,
-        participants=participants,
-        participant=_command(args, "participant"),
-        group=_command(args, "group"),
-        gigabytes=math.ceil(worker_bytes(jobs[0]) / 1e9) + 1,
-    )
-    write_script(args.slurm, text)
-    print(f"{args.slurm}: {len(participants)} participants; sbatch {args.slurm}")
-    return 0
-
-
-def _print_plan(args: Args, jobs: list[Job], todo: list[Job]) -> None:
-    from brainflow.storage.ingest.prepare.memory import worker_bytes
-
-    waiting = {job.files.key for job in todo}
-    for job in jobs:
-        files = job.files
-        state = "prepare" if files.key in waiting else "ready"
-        lacks = [
-            name for name, there in (("confounds", files.confounds), ("sidecar", files.sidecars)) if not there
-        ]
-        note = f"  (no {', no '.join(lacks)})" if lacks else ""
-        print(f"{state:8} {files.key}  {files.images[0].name}{note}")
-    gigabytes = worker_bytes(jobs[0]) / 1e9
-    print(
-        f"{len(todo)} of {len(jobs)} runs to prepare, atlas {', '.join(jobs[0].atlas_labels)}; "
-        f"{args.nprocs} processes of at most {gigabytes:.1f} GB each; nothing was done"
-    )
-
-
-def _counts(records: list[dict[str, Any]]) -> str:
-    names = {"done": "prepared", "excluded": "excluded", "failed": "failed"}
-    counts = {name: sum(record["status"] == status for record in records) for status, name in names.items()}
-    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-
-
-def _print_left_out(records: list[dict[str, Any]]) -> bool:
-    """Print a table of the runs that were left out; True if one of them failed."""
-    left_out = [record for record in records if record["status"] != "done"]
-    width = max((len(record["key"]) for record in left_out), default=0)
-    for record in sorted(left_out, key=lambda record: (record["status"], record["key"])):
-        print(f"{record['status']:8}  {record['key']:{width}}  {record['reason']}")
-    return any(record["status"] == "failed" for record in left_out)
-
-
-class _Progress:
-    """A bar with the remaining time in a terminal, plain lines elsewhere; on stderr."""
-
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._total, self._done = total, 0
-        self._bar: Progress | None = None
-        if sys.stderr.isatty() and total:
-            columns = (
-                TextColumn("prepare"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self) -> _Progress:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def show(self, record: dict[str, Any]) -> None:
-        """Count a run."""
-        self._done += 1
-        if self._bar:
-            self._bar.update(self._task, completed=self._done, description=record["key"])
-        else:
-            reason = f": {record['reason']}" if record["reason"] else ""
-            sys.stderr.write(f"{self._done}/{self._total} {record['status']} {record['key']}{reason}\n")
-            sys.stderr.flush()
-
-
-def _command(args: Args, level: str) -> list[str]:
-    """The command line of one level with the options of this one, but for those that choose what to do."""
-    words = ["brainflow", "prepare", str(args.bids_dir.absolute()), str(args.output_dir.absolute()), level]
-    left_out = {
-        "bids_dir",
-        "output_dir",
-        "analysis_level",
-        "participant_label",
-        "slurm",
-        "submit",
-        "dry_run",
-        "report",
-    }
-    for field in dataclasses.fields(Args):
-        value = getattr(args, field.name)
-        if field.name in left_out or value == field.default:
-            continue
-        flag = field.name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{'' if value else 'no-'}{flag}")
-        elif isinstance(value, tuple):
-            words += [f"--{flag}", *map(_absolute, value)]
-        else:
-            words += [f"--{flag}", _absolute(value)]
-    return words
-
-
-def _absolute(value: object) -> str:
-    """A value as a word of a command line; paths from the root, since jobs start elsewhere."""
-    label, equals, path = str(value).rpartition("=")
-    return f"{label}{equals}{Path(path).absolute()}" if Path(path).exists() else str(value)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 from typing import Any
 
 import numpy as np
 
-_SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
+from .prepare.timing import nifti_repetition_time
 
 
 def bold_from_nifti(
@@ -43,19 +42,11 @@ def bold_from_nifti(
     if not np.allclose(volumes.affine, inside.affine, atol=1e-3):
         raise ValueError(f"{image}: its affine differs from that of {mask}; resample one to the other")
     if t_r is None:
-        t_r = _header_t_r(volumes, image)
+        t_r = nifti_repetition_time(volumes.header)
+        if t_r is None:
+            raise ValueError(f"{image}: its header has no repetition time; give t_r in seconds")
     selected = np.asanyarray(inside.dataobj) != 0
     return np.asarray(volumes.dataobj, np.float32)[selected].T.copy(), float(t_r)
-
-
-def _header_t_r(volumes: Any, image: str | os.PathLike[str]) -> float:
-    unit = volumes.header.get_xyzt_units()[1]
-    step = float(volumes.header.get_zooms()[3])
-    if unit not in _SECONDS or not math.isfinite(step) or step <= 0:
-        raise ValueError(
-            f"{image}: its header has no repetition time (step {step}, unit {unit}); give t_r in seconds"
-        )
-    return step * _SECONDS[unit]
 
 
 def _nibabel() -> Any:

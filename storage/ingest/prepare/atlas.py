@@ -16,6 +16,7 @@ import numpy as np
 from ...files import replace_durably
 from ...layout import to_json
 from .extra import need
+from .named import Family, find_named, label_of
 from .names import parse_name
 
 AtlasKind = Literal["labels", "maps", "dlabel", "gifti"]
@@ -36,6 +37,7 @@ class AtlasSpec:
     space : template that it is in, from its file name or from nilearn; "" if unknown
     names : {label value or map index: name}
     digest : sha256 of its files
+    surfaces : meshes of the left and right hemisphere, for the coordinates of an atlas on a surface
     """
 
     label: str
@@ -44,16 +46,22 @@ class AtlasSpec:
     space: str = ""
     names: tuple[tuple[int, str], ...] = ()
     digest: str = ""
+    surfaces: tuple[Path, ...] = ()
 
 
-def find_atlas(text: str) -> AtlasSpec:
+def find_atlas(text: str, template: str = "", surfaces: Sequence[Path] = ()) -> AtlasSpec:
     """Resolve what a user wrote: `difumo-1024`, `schaefer-400`, `path.nii.gz` or `LABEL=path.nii.gz`.
+
+    Parameters
+    ----------
+    template : in which a named atlas is wanted; "" for nilearn's copy
+    surfaces : meshes of the left and right hemisphere, for an atlas on a surface
 
     Raises
     ------
     FileNotFoundError : if it is neither a file nor a name
-    ConnectionError : if nilearn cannot fetch an atlas that is known by name
-    ValueError : if the file is not a parcellation
+    ConnectionError : if an atlas that is known by name cannot be downloaded
+    ValueError : if the file is not a parcellation, or a named atlas does not exist in the template
     """
     label, equals, path_text = text.partition("=")
     path = Path(path_text if equals else text)
@@ -64,11 +72,12 @@ def find_atlas(text: str) -> AtlasSpec:
                 f"atlas {text!r}: no such file, and not a name: difumo-64 to difumo-1024, schaefer-100 to "
                 f"schaefer-1000"
             )
-        return _fetch(named[1], int(named[2]))
-    return _from_files(path, re.sub(r"[^A-Za-z0-9]", "", label) if equals else "")
+        family: Family = "difumo" if named[1] == "difumo" else "schaefer"
+        return _named(family, int(named[2]), template)
+    return _from_files(path, re.sub(r"[^A-Za-z0-9]", "", label) if equals else "", tuple(surfaces))
 
 
-def _from_files(path: Path, label: str) -> AtlasSpec:
+def _from_files(path: Path, label: str, surfaces: tuple[Path, ...]) -> AtlasSpec:
     nibabel = need("nibabel", "reading an atlas")
     parsed = parse_name(path)
     entities: Mapping[str, str] = parsed.entities if parsed else {}
@@ -98,6 +107,7 @@ def _from_files(path: Path, label: str) -> AtlasSpec:
         space=entities.get("space", "") or entities.get("tpl", ""),
         names=tuple(sorted(_names_beside(path).items())),
         digest=_digest(paths),
+        surfaces=tuple(surface.absolute() for surface in surfaces) if kind in ("dlabel", "gifti") else (),
     )
 
 
@@ -158,33 +168,15 @@ def _digest(paths: Sequence[Path]) -> str:
     return sha.hexdigest()
 
 
-def _fetch(family: str, size: int) -> AtlasSpec:
-    datasets = need("nilearn.datasets", "fetching an atlas")
-    try:
-        if family == "difumo":
-            bunch = datasets.fetch_atlas_difumo(dimension=size, resolution_mm=2)
-            path, kind = Path(str(bunch.maps)), "maps"
-            names = {i: str(name) for i, name in enumerate(bunch.labels["difumo_names"], 1)}
-        else:
-            bunch = datasets.fetch_atlas_schaefer_2018(n_rois=size, resolution_mm=2)
-            path, kind = Path(str(bunch.maps)), "labels"
-            labels = [name.decode() if isinstance(name, bytes) else str(name) for name in bunch.labels]
-            names = dict(enumerate([x for x in labels if x.lower() != "background"], 1))
-    except ValueError as error:
-        raise ValueError(f"atlas {family}-{size}: {' '.join(str(error).split())}") from error
-    except Exception as error:  # nilearn, requests and urllib raise many kinds when there is no network
-        raise ConnectionError(
-            f"atlas {family}-{size}: nilearn could not download it ({type(error).__name__}); fetch it where "
-            f"there is "
-            f"internet and set NILEARN_DATA to its folder, or give the path of its image"
-        ) from error
-    label = {"difumo": "DiFuMo", "schaefer": "Schaefer"}[family] + str(size)
+def _named(family: Family, size: int, template: str) -> AtlasSpec:
+    path, space, names = find_named(family, size, template)
+    beside = _names_beside(path) if names is None else names
     return AtlasSpec(
-        label=label,
-        paths=(path,),
-        kind=kind,  # type: ignore[arg-type]
-        space=str(bunch.get("template", "")),
-        names=tuple(sorted(names.items())),
+        label=label_of(family, size),
+        paths=(path.absolute(),),
+        kind="maps" if family == "difumo" else "labels",
+        space=space,
+        names=tuple(sorted(beside.items())),
         digest=_digest((path,)),
     )
 
@@ -193,7 +185,8 @@ def save_atlas(spec: AtlasSpec, work: Path) -> None:
     """Note where an atlas lies, for the group level."""
     path = work / "atlases" / f"{spec.label}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_durably(path, to_json({**asdict(spec), "paths": [str(p) for p in spec.paths]}))
+    paths = {name: [str(p) for p in getattr(spec, name)] for name in ("paths", "surfaces")}
+    replace_durably(path, to_json({**asdict(spec), **paths}))
 
 
 def saved_atlas(label: str, work: Path) -> AtlasSpec:
@@ -204,7 +197,7 @@ def saved_atlas(label: str, work: Path) -> AtlasSpec:
     FileNotFoundError : if it has moved
     """
     noted = json.loads((work / "atlases" / f"{label}.json").read_text(encoding="utf-8"))
-    noted["paths"] = tuple(map(Path, noted["paths"]))
+    noted["paths"], noted["surfaces"] = tuple(map(Path, noted["paths"])), tuple(map(Path, noted["surfaces"]))
     noted["names"] = tuple((value, name) for value, name in noted["names"])
     for path in noted["paths"]:
         if not path.is_file():
@@ -220,21 +213,6 @@ def network_names(
     """Name of each network: from the table beside the atlas, the image itself (`known`), or its number."""
     names = {**(known or {}), **dict(spec.names)}
     return [names.get(int(value)) or f"{value}" for value in values]
-
-
-def coordinates(spec: AtlasSpec) -> np.ndarray | None:
-    """Centre of each network in mm by nilearn, float64 [networks, 3]; None for surfaces."""
-    if spec.kind not in ("labels", "maps"):
-        return None
-    plotting = need("nilearn.plotting", "finding the coordinates of an atlas")
-    path = str(spec.paths[0])
-    if spec.kind == "maps":
-        return np.asarray(plotting.find_probabilistic_atlas_cut_coords(path), np.float64)
-    found, values = plotting.find_parcellation_cut_coords(
-        path, background_label=BACKGROUND, return_label_names=True
-    )
-    order = np.argsort(np.asarray(values))
-    return np.asarray(found, np.float64)[order]
 
 
 def check_space(spec: AtlasSpec, space: str) -> None:

@@ -13,23 +13,27 @@ from .settings import CleanSettings
 
 
 def clean(series: np.ndarray, confounds: Confounds | None, settings: CleanSettings, t_r: float) -> np.ndarray:
-    """Detrend, filter, remove confounds and z-score.
+    """Detrend, filter, remove confounds and z-score, with nilearn's `sample_mask` for censored time points.
 
     Parameters
     ----------
     series : float [time, networks], as extracted
-    confounds : of the same time points; None for none
+    confounds : of the same time points, with their censor bits; None for none
     t_r : seconds
 
     Returns
     -------
-    float32 [time, networks]
+    float32 [time, networks]; censored time points take no part, and hold a straight line between the nearest
+    others, so that the time axis keeps its spacing
 
     Raises
     ------
     Unusable : if nilearn cannot clean it, or values are not finite afterwards
     """
     signal = need("nilearn.signal", "cleaning time series")
+    kept = np.arange(len(series)) if confounds is None else np.flatnonzero(~confounds.censor)
+    if not len(kept):
+        raise Unusable(f"cleaning: all {len(series)} volumes are censored")
     high_pass = settings.high_pass if confounds is None or not confounds.has_cosines else None
     filtered = high_pass is not None or settings.low_pass is not None
     try:
@@ -44,13 +48,20 @@ def clean(series: np.ndarray, confounds: Confounds | None, settings: CleanSettin
                 low_pass=settings.low_pass,
                 high_pass=high_pass,
                 t_r=t_r,
+                sample_mask=None if len(kept) == len(series) else kept,
             )
     except ValueError as error:
         raise Unusable(f"cleaning: {' '.join(str(error).split())}") from error
     bad = np.flatnonzero(~np.isfinite(cleaned).all(axis=0))
     if len(bad):
         raise Unusable(f"cleaning: {len(bad)} networks are not finite afterwards (first: network {bad[0]})")
-    return np.ascontiguousarray(cleaned, np.float32)
+    return np.ascontiguousarray(_on_all_volumes(cleaned, kept, len(series)), np.float32)
+
+
+def _on_all_volumes(values: np.ndarray, kept: np.ndarray, volumes: int) -> np.ndarray:
+    if len(kept) == volumes:
+        return values
+    return np.stack([np.interp(np.arange(volumes), kept, network) for network in values.T], axis=1)
 
 
 def temporal_snr(series: np.ndarray) -> float:

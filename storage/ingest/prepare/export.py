@@ -45,7 +45,7 @@ def export(
     form : "tsv", one column a network with its name above, or "ptseries", CIFTI
     participants : labels to export; all if empty
     label : of the atlas; by default the store's parcellation
-    space : for the `space-` of the name; left out if empty
+    space : for the `space-` of the name; by default the one that the store was prepared in, if it knows
     geometry : label image or dlabel of the atlas, which tells a ptseries where its parcels are; without it
         they have names only
 
@@ -54,6 +54,7 @@ def export(
     ValueError : if nothing is to be exported, or the geometry has other networks than the store
     """
     label = re.sub(r"[^A-Za-z0-9]", "", label or store.attributes["parcellation"]) or "unknown"
+    space = space or store.attributes["preprocessing"].get("space", "")
     names = list(store.attributes["network_names"] or (str(i) for i in range(1, store.networks + 1)))
     axis = _parcels(names, geometry) if form == "ptseries" else None
     subjects, sessions, keys, datasets = (

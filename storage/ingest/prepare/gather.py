@@ -10,9 +10,11 @@ from ...files import replace_durably
 from ...layout import to_json
 from ...parts import part_path, read_part
 from ...writer import StoreWriter
-from .atlas import AtlasSpec, coordinates
+from .atlas import AtlasSpec
+from .coordinates import coordinates
 from .networks import networks_of
-from .records import DONE, parts_of, read_records
+from .records import DONE, FAILED, parts_of, read_records
+from .runfiles import RunFiles
 
 BIDS_VERSION = "1.10.0"
 
@@ -35,6 +37,22 @@ def select_records(
         record
         for record in read_records(work)
         if all(not wanted or record["entities"].get(name) in wanted for name, wanted in chosen)
+    ]
+
+
+def unprepared(records: Sequence[dict[str, Any]], runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
+    """Records for runs of the dataset that have none: their job never began, or died before it wrote one."""
+    known = {tuple(sorted(record["entities"].items())) for record in records}
+    return [
+        {
+            "key": run.key,
+            "dataset": run.dataset,
+            "entities": run.entities,
+            "status": FAILED,
+            "reason": "was not prepared; run the participant level for it, or leave it out at both levels",
+        }
+        for run in runs
+        if tuple(sorted(run.entities.items())) not in known
     ]
 
 

@@ -46,8 +46,10 @@ def find_hcp_runs(root: Path, query: Query, dataset: str) -> list[RunFiles]:
 
     Raises
     ------
-    ValueError : for GIFTI, which this layout does not have
+    ValueError : for GIFTI or sessions, which this layout does not have
     """
+    if query.sessions:
+        raise ValueError("session_id: the HCP's folders have no sessions")
     if query.kind == "gifti":
         raise ValueError("input: got gifti, expected volume or cifti; the HCP's runs are no GIFTI files")
     runs = []
@@ -79,6 +81,8 @@ def _run(dataset: str, subject: str, folder: Path, name: re.Match[str], query: Q
         images=images,
         confounds=movement if movement.is_file() else None,
         events=tuple(sorted((folder / "EVs").glob("*.txt"))),
+        space=SPACES[query.kind],
+        description=query.description,
         problem=problem,
     )
 

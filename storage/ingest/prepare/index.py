@@ -34,6 +34,7 @@ _HEMISPHERES = ("L", "R")
 
 @dataclass
 class _Found:
+    sources: list[BidsFile] = field(default_factory=list)
     images: list[BidsFile] = field(default_factory=list)
     confounds: list[BidsFile] = field(default_factory=list)
 
@@ -71,6 +72,8 @@ def find_runs(bids_dir: Path, query: Query, *, derivatives: Collection[Path] = (
                 tables.append(file)
             elif _is_image(file, query):
                 runs.setdefault(file.recording, _Found()).images.append(file)
+            elif _is_source(file):
+                runs.setdefault(file.recording, _Found()).sources.append(file)
             elif file.entities.get("desc") == "confounds" and file.extension == ".tsv":
                 runs.setdefault(file.recording, _Found()).confounds.append(file)
     dataset = query.dataset or dataset_name(bids_dir)
@@ -94,6 +97,7 @@ def dataset_name(bids_dir: Path) -> str:
 
 def _walk(root: Path, participants: Collection[str]) -> Iterator[Path]:
     folders = [str(root)]
+    home, linked = os.path.realpath(root), set[str]()
     while folders:
         subfolders = []
         with os.scandir(folders.pop()) as entries:
@@ -102,11 +106,21 @@ def _walk(root: Path, participants: Collection[str]) -> Iterator[Path]:
                 if name.startswith(".") or name in _SKIP:
                     continue
                 if entry.is_dir():
-                    if not (name.startswith("sub-") and participants and name[4:] not in participants):
+                    if name.startswith("sub-") and participants and name[4:] not in participants:
+                        continue
+                    if not (entry.is_symlink() and _leads_back(entry.path, home, linked)):
                         subfolders.append(entry.path)
                 elif name.startswith(("sub-", "task-")) or name == "bold.json":
                     yield Path(entry.path)
         folders += sorted(subfolders, reverse=True)
+
+
+def _leads_back(link: str, home: str, linked: set[str]) -> bool:
+    """Whether a link leads to what is walked anyway: inside, above, or where another link led."""
+    real = os.path.realpath(link)
+    known = real in linked or os.path.commonpath([real, home]) in (real, home)
+    linked.add(real)
+    return known
 
 
 def _parse(path: Path) -> BidsFile | None:
@@ -130,6 +144,12 @@ def _is_image(file: BidsFile, query: Query) -> bool:
     return file.extension == ".func.gii"
 
 
+def _is_source(file: BidsFile) -> bool:
+    """Whether this is an image as the scanner made it, in the raw dataset."""
+    derived = {"space", "res", "den", "desc", "hemi"} & set(file.entities)
+    return file.suffix == "bold" and file.extension in (".nii.gz", ".nii") and not derived
+
+
 def _is_wanted(file: BidsFile, query: Query) -> bool:
     chosen = (("sub", query.participants), ("task", query.tasks), ("ses", query.sessions))
     return all(not wanted or file.entities.get(name, "") in wanted for name, wanted in chosen)
@@ -139,23 +159,24 @@ class _Tables:
     """Side files, by the recording or the part of the dataset that they describe (BIDS' inheritance)."""
 
     def __init__(self, files: list[BidsFile]) -> None:
-        self._exact: dict[tuple[str, ...], list[BidsFile]] = {}
-        self._shared: list[BidsFile] = []
+        self._by_subject: dict[str, list[BidsFile]] = {}
         for file in files:
-            if "sub" in file.entities and "task" in file.entities:
-                self._exact.setdefault(file.recording, []).append(file)
-            else:
-                self._shared.append(file)
+            self._by_subject.setdefault(file.entities.get("sub", ""), []).append(file)
 
     def of(self, image: BidsFile, suffix: str) -> list[BidsFile]:
         """Files that apply to an image, the most specific first."""
-        near = [file for file in self._exact.get(image.recording, []) if file.suffix == suffix]
-        far = [
+        fitting = [
             file
-            for file in self._shared
-            if file.suffix == suffix and all(image.entities.get(k) == v for k, v in file.entities.items())
+            for subject in {image.entities.get("sub", ""), ""}
+            for file in self._by_subject.get(subject, [])
+            if file.suffix == suffix and _describes(file, image)
         ]
-        return sorted(near + far, key=lambda file: (-len(file.entities), str(file.path)))
+        return sorted(fitting, key=lambda file: (-len(file.entities), str(file.path)))
+
+
+def _describes(file: BidsFile, image: BidsFile) -> bool:
+    """Whether a side file says nothing about the recording that its image does not say."""
+    return all(image.entities.get(k) == v for k, v in file.entities.items() if k in RUN_ENTITIES)
 
 
 def _make_run(dataset: str, found: _Found, tables: _Tables, query: Query) -> RunFiles:
@@ -183,6 +204,9 @@ def _make_run(dataset: str, found: _Found, tables: _Tables, query: Query) -> Run
         sidecars=tuple(file.path for file in sidecars),
         confounds=confounds[0].path if confounds else None,
         events=tuple(file.path for file in events),
+        source=found.sources[0].path if len(found.sources) == 1 else None,
+        space=first.entities.get("space", ""),
+        description=first.entities.get("desc", ""),
         problem=problem,
     )
 

@@ -12,10 +12,11 @@ import numpy as np
 from ...store import BoldStore
 from ...writer import StoreWriter
 from . import volumes
-from .atlas import AtlasSpec, find_atlas
+from .atlas import AtlasSpec, check_space, find_atlas
 from .clean import clean
 from .confounds import Confounds
 from .extra import need
+from .names import parse_name
 from .settings import CleanSettings
 from .timing import nifti_repetition_time
 
@@ -33,7 +34,8 @@ def extract(
     Parameters
     ----------
     images : a 4-D image (path or nibabel object), or a list of them
-    atlas : what `--atlas` takes (a path or a name), or a fitted nilearn masker, which does all of the work
+    atlas : what `--atlas` takes (a path or a name), an `AtlasSpec`, or a fitted nilearn masker, which does
+        all of the work
     t_r : repetition time in seconds; by default the header's
     confounds : [time, confounds] array or DataFrame; a list of them for a list of images
     settings : how to clean; the published defaults if not given; not with a masker, which has its own
@@ -44,7 +46,8 @@ def extract(
 
     Raises
     ------
-    ValueError : if the numbers of images and confounds differ, or the repetition time is not known
+    ValueError : if the numbers of images and confounds differ, the repetition time is not known, or the names
+        of image and atlas say that they are in different templates
     """
     several = isinstance(images, list | tuple)
     files = list(images) if several else [images]
@@ -56,7 +59,7 @@ def extract(
             raise ValueError("settings: a masker has its own; pass settings with an atlas only")
         series = [_with_masker(atlas, file, table) for file, table in zip(files, tables, strict=True)]
     else:
-        spec = atlas if isinstance(atlas, AtlasSpec) else find_atlas(str(atlas))
+        spec = atlas if isinstance(atlas, AtlasSpec) else _atlas_for(str(atlas), files)
         series = [
             _with_atlas(spec, file, table, t_r, settings or CleanSettings())
             for file, table in zip(files, tables, strict=True)
@@ -131,6 +134,16 @@ def store_from_masker(
 def is_masker(thing: Any) -> bool:
     """Whether something is one of nilearn's maskers (or behaves like one)."""
     return hasattr(thing, "transform") and hasattr(thing, "fit")
+
+
+def _atlas_for(text: str, images: Sequence[Any]) -> AtlasSpec:
+    """An atlas in the template that the images' names state."""
+    named = [parse_name(Path(image)) for image in images if isinstance(image, str | os.PathLike)]
+    templates = {file.entities["space"] for file in named if file and "space" in file.entities}
+    spec = find_atlas(text, min(templates, default=""))
+    for template in templates:
+        check_space(spec, template)
+    return spec
 
 
 def _with_masker(masker: Any, image: Any, confounds: Any) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from .extra import need
 from .run import Job
@@ -16,12 +17,13 @@ _MAP_SHARE = 0.1
 """Share of the voxels that one map covers, stored as 12 bytes each; DiFuMo's maps cover less."""
 
 
-def worker_bytes(job: Job) -> int:
-    """Memory that one worker needs for runs like this one, in bytes; an upper estimate.
+def worker_bytes(jobs: Sequence[Job]) -> int:
+    """Memory that one worker needs for the largest of some runs, in bytes; an upper estimate.
 
     Volumes are read in blocks. Surfaces are read whole: their size counts twice.
     """
     nibabel = need("nibabel", "reading images")
+    job = max(jobs, key=_file_size)
     try:
         shapes = [nibabel.load(path).shape for path in job.files.images]
     except Exception:  # a damaged image is reported when it is prepared
@@ -39,3 +41,7 @@ def worker_bytes(job: Job) -> int:
             32 * size if atlas.kind == "labels" else int(16 * 16 * size + 12 * _MAP_SHARE * voxels * own[3])
         )
     return PROGRAM_BYTES + _BLOCKS * block + atlases
+
+
+def _file_size(job: Job) -> int:
+    return sum(path.stat().st_size for path in job.files.images if path.is_file())

@@ -24,6 +24,7 @@ from .extra import need
 from .records import DONE, EXCLUDED, FAILED, forget, is_complete, parts_of, read_record, write_record
 from .runfiles import RunFiles
 from .settings import AUTO, Kind, Settings
+from .shear import is_sheared, wrongly_resampled
 from .timing import nifti_repetition_time, repetition_time
 
 
@@ -46,7 +47,8 @@ class Job:
     def recipe(self) -> dict[str, Any]:
         """Settings and atlases as JSON values: what runs of one store must have in common."""
         atlases = {atlas.label: atlas.digest for atlas in self.atlases}
-        return {"kind": self.kind, "atlases": atlases, **self.settings.to_dict()}
+        images = {"kind": self.kind, "space": self.files.space, "description": self.files.description}
+        return {**images, "atlases": atlases, **self.settings.to_dict()}
 
     def fingerprint(self) -> str:
         """Digest of the settings and of names, sizes and times of the input files."""
@@ -109,6 +111,7 @@ def _prepare(job: Job, record: dict[str, Any]) -> None:
     record["notes"] = [timing.note] if timing.note else []
     confounds = load_confounds(files.images, files.confounds, settings.clean.confounds, length)
     dropped = confounds.steady_from if settings.clean.dummy_scans == AUTO else settings.clean.dummy_scans
+    dropped = min(dropped, length)
     confounds = _drop(confounds, dropped)
     record |= {"volumes": length - dropped, "dropped": dropped} | _motion(confounds)
     _apply_rules(job, record)
@@ -127,7 +130,7 @@ def _prepare(job: Job, record: dict[str, Any]) -> None:
         extracted = volumes.extract(image, job.atlases, settings.clean.smoothing_fwhm, dropped)
     else:
         extracted = surfaces.extract(image, job.atlases, dropped)
-    record["tsnr"] = _finite(temporal_snr(extracted[0]))
+    record["tsnr"] = _finite(temporal_snr(extracted[0][~confounds.censor]))
     record["flat_networks"] = {}
     for atlas, series in zip(job.atlases, extracted, strict=True):
         record["flat_networks"][atlas.label] = int((np.ptp(series, axis=0) == 0).sum())
@@ -150,7 +153,7 @@ def _open(job: Job) -> tuple[Any, int, float | None]:
     """The image, its number of time points, and the repetition time of its header in seconds."""
     if job.kind == "volume":
         image = volumes.open_volume(job.files.images[0])
-        if volumes.is_sheared(image.affine) and not job.settings.rules.allow_sheared:
+        if is_sheared(image.affine) and not job.settings.rules.allow_sheared:
             raise Excluded("the image is sheared (a fault of fMRIPrep 20.2.0)")
         return image, image.shape[3], nifti_repetition_time(image.header)
     if job.kind == "cifti":
@@ -189,8 +192,12 @@ def _motion(confounds: Confounds) -> dict[str, Any]:
 
 def _apply_rules(job: Job, record: dict[str, Any]) -> None:
     rules = job.settings.rules
-    if record["volumes"] < rules.min_volumes:
-        raise Excluded(f"short run: {record['volumes']} volumes, fewer than {rules.min_volumes}")
+    if not rules.allow_sheared and wrongly_resampled(job.files.images[0], job.files.source):
+        raise Excluded("the scanner's image is sheared, which fMRIPrep 20.2.0 resampled wrongly")
+    left = record["volumes"] - record["censored"]
+    if left < rules.min_volumes:
+        censored = f" that are not censored (of {record['volumes']})" if record["censored"] else ""
+        raise Excluded(f"short run: {left} volumes{censored}, fewer than {rules.min_volumes}")
     if rules.max_mean_fd is not None:
         if record["mean_fd"] is None:
             raise Unusable("framewise displacement is not known, so the limit on it cannot be applied")

@@ -21,6 +21,9 @@ class RunFiles:
     sidecars : JSON files that may hold the repetition time, the most specific first
     confounds : `desc-confounds` table or None
     events : `_events.tsv`, or EV files of the HCP
+    source : the scanner's image, where the raw dataset is there
+    space, description : `space-` and `desc-` of the image; runs of one store have them in common
+    problem : why the run cannot be prepared, known from names alone
     """
 
     key: str
@@ -30,13 +33,16 @@ class RunFiles:
     sidecars: tuple[Path, ...] = ()
     confounds: Path | None = None
     events: tuple[Path, ...] = ()
+    source: Path | None = None
+    space: str = ""
+    description: str = ""
     problem: str = ""
 
     @property
     def inputs(self) -> tuple[Path, ...]:
         """All files that the prepared run depends on."""
-        confounds = () if self.confounds is None else (self.confounds,)
-        return (*self.images, *self.sidecars, *confounds, *self.events)
+        others = tuple(path for path in (self.confounds, self.source) if path is not None)
+        return (*self.images, *self.sidecars, *others, *self.events)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,14 +57,20 @@ class Rules:
     Parameters
     ----------
     max_mean_fd : largest mean framewise displacement in mm; None for no limit
-    min_volumes : shortest run, after dummy scans
-    allow_sheared : keep runs whose image is sheared (rows of the affine not at right angles), which fMRIPrep
-        20.2.0 wrote by mistake
+    min_volumes : shortest run, in volumes that are neither dummy scans nor censored
+    allow_sheared : keep runs whose image is sheared (axes not at right angles), and those that fMRIPrep
+        20.2.0 made from a sheared image of the scanner, which it resampled wrongly
     """
 
     max_mean_fd: float | None = None
     min_volumes: int = 50
     allow_sheared: bool = False
+
+    def __post_init__(self) -> None:
+        if self.min_volumes < 2:
+            raise ValueError(f"min_volumes: got {self.min_volumes}, expected at least 2")
+        if self.max_mean_fd is not None and not self.max_mean_fd > 0:
+            raise ValueError(f"max_mean_fd: got {self.max_mean_fd}, expected a positive number or None")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ def nifti_repetition_time(header: Any) -> float | None:
     """Repetition time of a NIfTI header in seconds, or None if it has none or no unit of time."""
     zooms = header.get_zooms()
     scale = _SECONDS.get(header.get_xyzt_units()[1])
-    if len(zooms) < 4 or scale is None or not zooms[3] > 0:
+    if len(zooms) < 4 or scale is None or not 0 < zooms[3] < math.inf:
         return None
     return float(zooms[3]) * scale
 

@@ -20,6 +20,7 @@ import numpy as np
 from .atlas import BACKGROUND, AtlasSpec, network_names, read_labels
 from .errors import Unusable
 from .extra import need
+from .resample import trilinear
 
 BLOCK_BYTES = 256 * 2**20
 """Bytes of float64 that are read, smoothed and averaged at once."""
@@ -46,13 +47,6 @@ def open_volume(path: Path) -> Any:
     if len(image.shape) != 4 or image.shape[3] < 2:
         raise Unusable(f"{path.name}: has shape {image.shape}, expected a 4-D image of several volumes")
     return image
-
-
-def is_sheared(affine: np.ndarray) -> bool:
-    """Whether the axes of an affine are not at right angles, beyond what float32 headers round."""
-    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    off_diagonal = axes.T @ axes - np.eye(3)
-    return bool(np.abs(off_diagonal).max() > 1e-4)
 
 
 def extract(
@@ -121,7 +115,10 @@ def _fit_labels(atlas: AtlasSpec, shape: tuple[int, ...], affine: np.ndarray) ->
     sparse = need("scipy.sparse", "averaging labels")
     image = need("nibabel", "reading an atlas").load(atlas.paths[0])
     before = np.unique(read_labels(image))
-    labels = read_labels(_resampled(image, shape, affine, "nearest")).reshape(-1, order="F")
+    if not _is_on(image, shape, affine):
+        resample = need("nilearn.image", "resampling an atlas").resample_img
+        image = resample(image, target_affine=affine, target_shape=shape, interpolation="nearest")
+    labels = read_labels(image).reshape(-1, order="F")
     wanted = before[before != BACKGROUND]
     lost = np.setdiff1d(wanted, labels)
     if len(lost):
@@ -141,14 +138,15 @@ def _fit_maps(atlas: AtlasSpec, shape: tuple[int, ...], affine: np.ndarray) -> P
     nibabel = need("nibabel", "reading an atlas")
     image = nibabel.load(atlas.paths[0], keep_file_open=True)
     count = image.shape[3]
+    weights = (
+        None if _is_on(image, shape, affine) else trilinear(image.shape[:3], image.affine, shape, affine)
+    )
     rows = []
     for start in range(0, count, _MAPS_AT_ONCE):
-        block = nibabel.Nifti1Image(
-            np.asarray(image.dataobj[..., start : start + _MAPS_AT_ONCE]), image.affine
-        )
-        flat = np.asarray(_resampled(block, shape, affine, "linear").dataobj, np.float64)
-        flat = np.where(np.isfinite(flat), flat, 0).reshape(-1, flat.shape[3], order="F")
-        rows.append(sparse.csr_array(flat.T))
+        block = np.asarray(image.dataobj[..., start : start + _MAPS_AT_ONCE], np.float64)
+        flat = np.where(np.isfinite(block), block, 0).reshape(-1, block.shape[3], order="F")
+        few = sparse.csr_array(flat.T)
+        rows.append(few if weights is None else few @ weights)
     maps = sparse.vstack(rows, format="csr")  # [networks, voxels]
     empty = np.flatnonzero(np.diff(maps.indptr) == 0)
     if len(empty):
@@ -160,9 +158,5 @@ def _fit_maps(atlas: AtlasSpec, shape: tuple[int, ...], affine: np.ndarray) -> P
     return lambda data: np.stack([inverse @ (maps @ volume) for volume in data.T])
 
 
-def _resampled(image: Any, shape: tuple[int, ...], affine: np.ndarray, interpolation: str) -> Any:
-    same = image.shape[:3] == tuple(shape) and np.allclose(image.affine, affine)
-    if same:
-        return image
-    resample = need("nilearn.image", "resampling an atlas").resample_img
-    return resample(image, target_affine=affine, target_shape=tuple(shape), interpolation=interpolation)
+def _is_on(image: Any, shape: tuple[int, ...], affine: np.ndarray) -> bool:
+    return image.shape[:3] == tuple(shape) and np.allclose(image.affine, affine)

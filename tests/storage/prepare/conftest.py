@@ -55,6 +55,7 @@ class Tree:
         data=None,
         outliers=0,
         fd=0.1,
+        moved=(),
     ):
         """Write one run: volumes `index * 121 …` of the real BOLD; returns the path of the image."""
         func, name = self.func(sub, ses), self.name(sub, task, ses, run)
@@ -71,7 +72,7 @@ class Tree:
         stem.with_name(stem.name + ".json").write_text(json.dumps(sidecar))
         if confounds:
             write_confounds(
-                func / f"{name}_desc-confounds_timeseries.tsv", data.shape[-1], index, outliers, fd
+                func / f"{name}_desc-confounds_timeseries.tsv", data.shape[-1], index, outliers, fd, moved
             )
         if events:
             raw = self.func(sub, ses, derived=False) / f"{name}_events.tsv"
@@ -79,6 +80,15 @@ class Tree:
                 "onset\tduration\ttrial_type\n" + "".join(f"{o}\t{d}\t{t}\n" for o, d, t in events)
             )
         return path
+
+    def blank_column(self, sub, name):
+        """Let a column of a participant's confounds hold no numbers."""
+        [table] = (self.fmriprep / f"sub-{sub}").rglob("*confounds_timeseries.tsv")
+        rows = [line.split("\t") for line in table.read_text().splitlines()]
+        column = rows[0].index(name)
+        for row in rows[1:]:
+            row[column] = "n/a"
+        table.write_text("\n".join(map("\t".join, rows)) + "\n")
 
     def atlas(self, name="atlas-grid_dseg.nii.gz", labels=12):
         """A label image on the grid of the data: stripes of the mask, with names beside it."""
@@ -102,7 +112,7 @@ class Tree:
         return path
 
 
-def write_confounds(path, volumes, seed, outliers=0, fd=0.1):
+def write_confounds(path, volumes, seed, outliers=0, fd=0.1, moved=()):
     rng = np.random.default_rng(seed)
     columns = {name: rng.normal(size=volumes).cumsum() * 0.01 for name in MOTION}
     for name in MOTION:
@@ -115,6 +125,7 @@ def write_confounds(path, volumes, seed, outliers=0, fd=0.1):
         columns |= {name: values, f"{name}_derivative1": first, f"{name}_power2": values**2}
         columns[f"{name}_derivative1_power2"] = first**2
     columns["framewise_displacement"] = np.r_[np.nan, fd * rng.uniform(0.5, 1.5, volumes - 1)]
+    columns["framewise_displacement"][list(moved)] = 2.0
     columns["std_dvars"] = np.r_[np.nan, rng.uniform(0.8, 1.2, volumes - 1)]
     for i in range(2):
         columns[f"cosine{i:02d}"] = np.cos(np.pi * (i + 1) * (np.arange(volumes) + 0.5) / volumes)

@@ -1,15 +1,19 @@
 """`brainflow prepare` as people and clusters run it: one command, killed workers, any order."""
 
+import html
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import tyro
+from nilearn.interfaces.fmriprep import load_confounds
+from nilearn.maskers import NiftiLabelsMasker
 
 from brainflow.cli import prepare
 from brainflow.storage import BoldStore, verify
@@ -17,6 +21,7 @@ from brainflow.storage.ingest.prepare import Query, Settings, find_atlas, find_r
 from brainflow.storage.ingest.prepare.pool import prepare_runs
 from brainflow.storage.ingest.prepare.run import jobs_for, prepare_run
 
+SPACE = "MNI152NLin2009cAsym"
 fork = multiprocessing.get_context("fork")
 
 
@@ -46,25 +51,51 @@ def store_of(output):
     return output / "ds-bids_atlas-grid.zarr"
 
 
-def test_one_command(dataset, tmp_path, capsys):
+BROKEN = {  # one participant each
+    "03": "cannot be read; the file is truncated or damaged",
+    "04": "no confounds table",
+    "05": "column csf is not a number in 121 of 121 rows",
+    "06": "RepetitionTime is -2, expected a positive number",
+    "07": "has shape (40, 20, 1), expected a 4-D image",
+    "08": "the image is sheared (a fault of fMRIPrep 20.2.0)",
+    "09": "short run: 30 volumes, fewer than 50",
+}
+
+
+def break_runs(tree):
+    truncated = tree.run("03", "objects")
+    truncated.write_bytes(truncated.read_bytes()[:30_000])
+    tree.run("04", "objects", confounds=False)
+    tree.run("05", "objects")
+    tree.blank_column("05", "csf")
+    tree.run("06", "objects", sidecar_t_r=-2)
+    tree.run("07", "objects", data=tree.bold[..., 0])
+    sheared = tree.affine.copy()
+    sheared[0, 1] = 0.3
+    tree.run("08", "objects", affine=sheared)
+    tree.run("09", "objects", volumes=30)
+
+
+def test_one_command(dataset, tmp_path):
+    """A tree with one broken file of each kind: good runs are in the store, the others have their reason."""
     out = tmp_path / "out"
-    dataset.run("03", "objects", confounds=False)
-    bad = dataset.run("04", "objects", affine=dataset.affine + np.eye(4)[[1, 0, 2, 3]] * (np.arange(4) < 2))
-    assert bad.is_file()
-    assert (
-        command(
-            prepare,
-            *words(dataset, out, "participant", "group"),
-            "--atlas",
-            dataset.maps(),
-            "stripes=" + str(dataset.root.parent / "atlas-grid_dseg.nii.gz"),
-        )
-        == 1
+    break_runs(dataset)
+    options = ["--atlas", dataset.maps(), "stripes=" + str(dataset.atlas()), "--dtype", "float32"]
+    line = [sys.executable, "-m", "brainflow", "prepare", dataset.root, out, "participant", "group"]
+    done = subprocess.run(
+        [*map(str, line), *map(str, options), "--n_procs", "2"], capture_output=True, text=True, check=False
     )
-    printed = capsys.readouterr().out
-    assert "8 runs: 0 were ready, 6 prepared, 1 excluded, 1 failed" in printed
-    assert "failed    ds-bids_sub-03_task-objects" in printed
-    assert "no confounds table" in printed
+    assert done.returncode == 1
+    assert "13 runs: 0 were ready, 6 prepared, 2 excluded, 5 failed" in done.stdout
+    assert "13/13 (0 s left)" in done.stderr
+    table = done.stdout[done.stdout.index("status ") :]
+    report = html.unescape((out / "report.html").read_text())
+    rows = (out / "runs.tsv").read_text()
+    for sub, reason in BROKEN.items():
+        [line] = [line for line in table.splitlines() if f"sub-{sub}_task-objects" in line]
+        assert line.startswith("excluded" if sub in ("08", "09") else "failed")
+        assert all(reason in text for text in (line, report, rows)), reason
+    assert len(rows.splitlines()) == 14
     for label, networks in (("soft", 5), ("stripes", 12)):
         path = out / f"ds-bids_atlas-{label}.zarr"
         assert verify(path).ok
@@ -75,26 +106,60 @@ def test_one_command(dataset, tmp_path, capsys):
         assert store.runs.session.tolist() == ["a", "b", "b"] * 2
         assert np.asarray(store.attributes["network_coordinates"]).shape == (networks, 3)
     assert store.attributes["network_names"][0] == "stripe 1"
-    assert store.attributes["preprocessing"]["clean"]["smoothing_fwhm"] == 3.0
-    assert len(store.attributes["preprocessing"]["confound_columns"]) == 9
+    recipe = store.attributes["preprocessing"]
+    assert (recipe["space"], recipe["clean"]["smoothing_fwhm"]) == (SPACE, 3.0)
+    assert len(recipe["confound_columns"]) == 9
+    image = next(dataset.fmriprep.rglob("sub-02_ses-b_task-rest*bold.nii.gz"))
+    chosen, _ = load_confounds(str(image), ("motion", "wm_csf", "global_signal"), "basic", wm_csf="basic")
+    masker = NiftiLabelsMasker(
+        dataset.atlas(),
+        smoothing_fwhm=3,
+        detrend=True,
+        standardize="zscore_sample",
+        high_pass=0.008,
+        t_r=2.0,
+    )
+    expected = masker.fit_transform(image, confounds=chosen)
+    np.testing.assert_allclose(store.run(5), expected, atol=1e-5)
     # 3 s of haemodynamic lag: the block at 0 s begins at volume 2 (of 2.5 s)
     segments = store.segments
     assert segments.columns["mental_state"].tolist() == ["face", "house", "cat"] * 4
     assert (segments.onset[0], segments.length[0]) == (2, 9)
-    rows = (out / "runs.tsv").read_text().splitlines()
-    assert len(rows) == 9
     assert json.loads((out / "dataset_description.json").read_text())["DatasetType"] == "derivative"
-    report = (out / "report.html").read_text()
     assert "data:image/png;base64," in report
     assert "http://" not in report.replace("http://www.w3.org", "")
-    for fact in (
-        "sub-03_task-objects",
-        "no confounds table",
-        "the image is sheared",
-        "temporal SNR",
-        "Carpet plot",
-    ):
+    for fact in ("temporal SNR", "Carpet plot", "Framewise displacement", "Correlation of networks"):
         assert fact in report, fact
+
+
+def test_runs_whose_job_vanished_are_reported_at_the_group_level(dataset, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command(prepare, *words(dataset, out, "participant"), "--participant-label", "01") == 0
+    assert command(prepare, dataset.root, out, "group", "--no-report") == 1
+    printed = capsys.readouterr().out
+    assert "ds-bids_sub-02_ses-a_task-objects  was not prepared; run the participant level" in printed
+    assert len(BoldStore.open(store_of(out)).runs.key) == 3
+    assert len((out / "runs.tsv").read_text().splitlines()) == 7
+    options = ("--no-report", "--participant-label", "sub-01")
+    assert command(prepare, dataset.root, out, "group", *options) == 0
+
+
+def test_if_nothing_can_be_prepared_the_reasons_are_still_printed(tree, tmp_path, capsys):
+    tree.atlas()
+    tree.run("01", "objects", confounds=False)
+    with pytest.raises(ValueError, match="no run was prepared"):
+        command(prepare, *words(tree, tmp_path / "out", "participant", "group"))
+    assert "no confounds table" in capsys.readouterr().out
+
+
+def test_images_of_two_spaces_do_not_go_into_one_store(dataset, tmp_path):
+    out = tmp_path / "out"
+    for path in (dataset.fmriprep / "sub-02").rglob("*space*"):
+        path.rename(path.with_name(path.name.replace(SPACE, "MNI152NLin6Asym")))
+    assert command(prepare, *words(dataset, out, "participant")) == 0
+    assert command(prepare, *words(dataset, out, "participant"), "--space", "MNI152NLin6Asym") == 0
+    with pytest.raises(ValueError, match="were prepared with different space"):
+        command(prepare, dataset.root, out, "group")
 
 
 def test_resume_repeats_only_what_changed(dataset, tmp_path, capsys):

@@ -136,15 +136,3 @@ def test_an_atlas_in_fmripreps_space_is_refused_unless_allowed(hcp, tree, tmp_pa
         run_verb(cli, *words)
     assert run_verb(cli, *words, "--allow-space-mismatch") == 0
     assert "4 of 4 runs to prepare" in capsys.readouterr().out
-
-
-def test_the_template_of_a_named_atlas_is_known(tree, monkeypatch):
-    from nilearn import datasets
-    from sklearn.utils import Bunch
-
-    from brainflow.storage.ingest.prepare import find_atlas
-
-    atlas = Bunch(maps=str(tree.atlas()), labels=["a"], template="MNI152NLin6Asym")
-    monkeypatch.setattr(datasets, "fetch_atlas_schaefer_2018", lambda **_: atlas)
-    assert find_atlas("schaefer-100").space == "MNI152NLin6Asym"
-    assert find_atlas("schaefer-100").label == "Schaefer100"

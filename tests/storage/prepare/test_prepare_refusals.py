@@ -33,14 +33,7 @@ def no_confounds(tree):
 
 def nan_column(tree):
     tree.run("01", "objects")
-    [table] = tree.root.rglob("*confounds_timeseries.tsv")
-    lines = table.read_text().splitlines()
-    column = lines[0].split("\t").index("csf")
-    for i in range(1, len(lines)):
-        cells = lines[i].split("\t")
-        cells[column] = "n/a"
-        lines[i] = "\t".join(cells)
-    table.write_text("\n".join(lines) + "\n")
+    tree.blank_column("01", "csf")
 
 
 def missing_column(tree):
@@ -121,6 +114,34 @@ def test_a_sheared_image_is_excluded_unless_allowed(tree):
     assert prepare_run(job)["status"] == "done"
 
 
+@pytest.mark.parametrize(("version", "status"), [("20.2.0", "excluded"), ("20.2.1", "done")])
+def test_a_sheared_image_of_the_scanner_excludes_what_fmriprep_20_2_0_made_of_it(tree, version, status):
+    tree.run("01", "objects")
+    description = {"GeneratedBy": [{"Name": "fMRIPrep", "Version": version}]}
+    (tree.fmriprep / "dataset_description.json").write_text(json.dumps(description))
+    affine = tree.affine.copy()
+    affine[0, 1] = 0.3
+    raw = tree.func("01", derived=False) / "sub-01_task-objects_bold.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(tree.bold[..., :3], affine), raw)
+    record = record_of(tree)
+    assert record["status"] == status
+    assert ("the scanner's image is sheared" in record["reason"]) == (status == "excluded")
+    assert record_of(tree, allow_sheared=True)["status"] == "done"
+    raw.write_bytes(b"")
+    record = record_of(tree)
+    if status == "excluded":
+        assert "cannot be opened to see whether it is sheared" in record["reason"]
+    else:
+        assert record["status"] == "done"
+
+
+def test_a_run_that_is_mostly_censored_is_short(tree):
+    tree.run("01", "objects", outliers=80)
+    record = record_of(tree)
+    assert record["status"] == "excluded"
+    assert record["reason"] == "short run: 41 volumes that are not censored (of 121), fewer than 50"
+
+
 @pytest.mark.parametrize(
     ("rules", "run", "reason"),
     [
@@ -142,6 +163,12 @@ def test_an_atlas_in_another_template_is_refused(tree):
     atlas = find_atlas(str(tree.atlas("atlas-x_space-MNI152NLin6Asym_dseg.nii.gz")))
     with pytest.raises(ValueError, match="is in MNI152NLin6Asym, the images in MNI152NLin2009cAsym"):
         check_space(atlas, "MNI152NLin2009cAsym")
+
+
+@pytest.mark.parametrize("rules", [{"min_volumes": 1}, {"max_mean_fd": 0.0}])
+def test_rules_that_make_no_sense_are_refused(rules):
+    with pytest.raises(ValueError, match=next(iter(rules))):
+        Rules(**rules)
 
 
 def test_a_named_atlas_without_internet_says_what_to_do(monkeypatch):

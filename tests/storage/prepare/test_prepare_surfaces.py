@@ -12,6 +12,7 @@ from nilearn.maskers import SurfaceLabelsMasker
 from nilearn.surface import InMemoryMesh, PolyMesh, SurfaceImage
 
 from brainflow.storage.ingest.prepare import CleanSettings, Query, Settings, find_atlas, find_runs
+from brainflow.storage.ingest.prepare.coordinates import coordinates
 from brainflow.storage.ingest.prepare.networks import networks_of
 from brainflow.storage.ingest.prepare.records import parts_of
 from brainflow.storage.ingest.prepare.run import jobs_for, prepare_run
@@ -87,6 +88,48 @@ def test_cifti_equals_means_cleaned_by_nilearn(tmp_path, series):
     )
     expected = signal.clean(means, standardize="zscore_sample", high_pass=0.008, t_r=2.5)
     np.testing.assert_allclose(part.bold, expected, atol=1e-5)
+
+
+def write_mesh(path, points):
+    array = nibabel.gifti.GiftiDataArray(
+        points.astype(np.float32), intent="NIFTI_INTENT_POINTSET", datatype="NIFTI_TYPE_FLOAT32"
+    )
+    nibabel.save(nibabel.GiftiImage(darrays=[array]), path)
+
+
+def test_coordinates_of_a_dlabel_come_from_meshes_and_voxels(tmp_path, monkeypatch):
+    atlas = write_dlabel(tmp_path)
+    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(tmp_path / "tf"))
+    assert coordinates(find_atlas(str(atlas))) is None
+    points = np.random.default_rng(0).normal(size=(2, 32_492, 3)).astype(np.float32) * 50
+    meshes = [tmp_path / f"{side}.surf.gii" for side in "LR"]
+    for path, side in zip(meshes, points, strict=True):
+        write_mesh(path, side)
+    found = coordinates(find_atlas(str(atlas), surfaces=meshes))
+    assert found.shape == (4, 3)
+    for i, (start, stop) in enumerate(((12, 112), (112, 212), (212, 262))):
+        members = points[0, start:stop]
+        nearest = ((members - members.mean(axis=0)) ** 2).sum(axis=1).argmin()
+        np.testing.assert_allclose(found[i], members[nearest], atol=1e-4)
+    assert found[3].tolist() in np.argwhere(np.ones((5, 6, 1))).tolist()  # thalamus: a voxel
+    folder = tmp_path / "tf" / "tpl-fsLR"
+    folder.mkdir(parents=True)
+    for path, side in zip(meshes, "LR", strict=True):
+        path.rename(folder / f"tpl-fsLR_den-32k_hemi-{side}_midthickness.surf.gii")
+    np.testing.assert_array_equal(coordinates(find_atlas(str(atlas))), found)
+    write_mesh(meshes[0], points[0, :9])
+    with pytest.raises(ValueError, match=r"L.surf.gii has 9 vertices, atlas atlascifti has 32492"):
+        coordinates(find_atlas(str(atlas), surfaces=[meshes[0]] * 2))
+
+
+def test_coordinates_on_fsaverage5_need_no_files(tmp_path):
+    values = np.zeros(10_242, np.int32)
+    values[:10], values[100] = 1, 2
+    path = write_gifti_labels(tmp_path, "L", values, ["L1", "L2"])
+    write_gifti_labels(tmp_path, "R", values, ["L1", "L2"])
+    found = coordinates(find_atlas(str(path)))
+    assert found.shape == (2, 3)
+    assert np.abs(found).max() < 120
 
 
 def test_a_label_that_the_run_lacks_is_named(tmp_path, series):

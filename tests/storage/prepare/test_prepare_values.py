@@ -75,18 +75,36 @@ def test_labels_and_maps_in_one_pass_equal_nilearns_maskers(tree, monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", ["simple", "scrubbing", "compcor"])
-def test_strategies_with_cosines_are_not_filtered_twice(tree, strategy):
-    path = tree.run("01", "objects", outliers=2)
-    [record], [[part]] = prepare(tree, [tree.atlas()], confounds=strategy, dummy_scans=2)
+def test_strategies_are_nilearns_with_its_sample_mask(tree, strategy):
+    path = tree.run("01", "objects", outliers=2, moved=range(40, 44))
+    [record], [[part]] = prepare(tree, [tree.atlas()], confounds=strategy)
     confounds, kept = load_confounds_strategy(str(path), denoise_strategy=strategy)
-    assert any(name.startswith("cosine") for name in record["confounds"])
+    assert len(kept) < (118 if strategy == "scrubbing" else 120)
+    assert any(name.startswith("cosine") for name in record["confounds"])  # so it is not filtered twice
     masker = NiftiLabelsMasker(
         str(tree.root.parent / "atlas-grid_dseg.nii.gz"), smoothing_fwhm=3.0, **CLEANING
     )
-    np.testing.assert_allclose(part.bold, masked(masker, path, confounds, 2), atol=1e-5)
+    expected = masker.fit_transform(str(path), confounds=confounds, sample_mask=kept)
+    np.testing.assert_allclose(part.bold[kept], expected, atol=1e-5)
     bad = np.ones(121, bool)
     bad[kept] = False
-    np.testing.assert_array_equal(part.censor, bad[2:])
+    np.testing.assert_array_equal(part.censor, bad)
+    assert part.bold.shape == (121, 12)  # the time axis keeps its spacing
+    if strategy == "scrubbing":
+        before, after = kept[kept < 40][-1], kept[kept > 43][0]
+        lines = [np.interp(41, [before, after], part.bold[[before, after], i]) for i in range(12)]
+        np.testing.assert_allclose(part.bold[41], lines, atol=1e-6)
+
+
+def test_published_defaults_with_non_steady_volumes_are_nilearns(tree):
+    path = tree.run("01", "objects", outliers=3)
+    _, [[part]] = prepare(tree, [tree.atlas()])
+    confounds, kept = load_confounds(str(path), **PUBLISHED, global_signal="basic")
+    masker = NiftiLabelsMasker(
+        str(tree.root.parent / "atlas-grid_dseg.nii.gz"), smoothing_fwhm=3.0, high_pass=0.008, **CLEANING
+    )
+    expected = masker.fit_transform(str(path), confounds=confounds, sample_mask=kept)
+    np.testing.assert_allclose(part.bold[kept], expected, atol=1e-5)
 
 
 def test_aroma_takes_the_images_that_aroma_cleaned(tree):

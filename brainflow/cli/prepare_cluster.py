@@ -1,0 +1,96 @@
+"""`brainflow prepare` on a cluster: the command lines of its jobs, an array script, jobs through submitit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from brainflow.cli.prepare import Args
+    from brainflow.storage.ingest.prepare.run import Job
+
+_CHOSEN_ANEW = {
+    "bids_dir",
+    "output_dir",
+    "analysis_level",
+    "participant_label",
+    "slurm",
+    "submit",
+    "dry_run",
+    "report",
+}
+"""Fields that a job does not take over as they are."""
+
+
+def write_slurm(args: Args, jobs: Sequence[Job]) -> int:
+    """Write the array script and return the exit code."""
+    from brainflow.storage.ingest.prepare.slurm import array_script, write_script
+
+    assert args.slurm is not None
+    participants = sorted({job.files.entities.get("sub", "") for job in jobs})
+    text = array_script(
+        name=args.slurm.name,
+        participants=participants,
+        participant=command_line(args, "participant"),
+        group=command_line(args, "group"),
+        gigabytes=_gigabytes(jobs),
+    )
+    write_script(args.slurm, text)
+    print(f"{args.slurm}: {len(participants)} participants; sbatch {args.slurm}")
+    return 0
+
+
+def submitted(args: Args, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
+    """Prepare runs in jobs of a cluster and give their records, participant by participant."""
+    from brainflow.storage.ingest.prepare.records import read_record
+    from brainflow.storage.ingest.prepare.run import failed_record
+    from brainflow.storage.ingest.prepare.submit import submit
+
+    assert args.submit != "no"
+    if not jobs:
+        return
+    runs: dict[str, list[Job]] = {}
+    for job in jobs:
+        runs.setdefault(job.files.entities.get("sub", ""), []).append(job)
+    words = [sys.executable, "-m", *command_line(args, "participant"), "--participant-label"]
+    commands = {participant: [*words, participant] for participant in runs}
+    folder = jobs[0].work / "jobs"
+    for participant in submit(commands, folder, args.submit, gigabytes=_gigabytes(jobs)):
+        for job in runs[participant]:
+            record = read_record(job.work, job.files.key)
+            if record is None or record["fingerprint"] != job.fingerprint():
+                record = failed_record(job, f"its job ended without a record; its log is in {folder}")
+            yield record
+
+
+def command_line(args: Args, level: str) -> list[str]:
+    """The words of one level with the options of this command line, but for those that a job chooses anew."""
+    words = ["brainflow", "prepare", str(args.bids_dir.absolute()), str(args.output_dir.absolute()), level]
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if field.name in _CHOSEN_ANEW or value == field.default:
+            continue
+        flag = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{flag}")
+        elif isinstance(value, tuple):
+            words += [f"--{flag}", *map(_absolute, value)]
+        else:
+            words += [f"--{flag}", _absolute(value)]
+    return words
+
+
+def _absolute(value: object) -> str:
+    """A value as a word of a command line; paths from the root, since jobs start elsewhere."""
+    label, equals, path = str(value).rpartition("=")
+    return f"{label}{equals}{Path(path).absolute()}" if Path(path).exists() else str(value)
+
+
+def _gigabytes(jobs: Sequence[Job]) -> int:
+    from brainflow.storage.ingest.prepare.memory import worker_bytes
+
+    return math.ceil(worker_bytes(jobs) / 1e9) + 1
