@@ -16,7 +16,7 @@ from brainflow.models.packing import offsets, upload, window_of
 if TYPE_CHECKING:
     from brainflow.data.batch import PackedBatch
 
-Pooling = Literal["last", "mean", "first", "cls"]
+Pooling = Literal["last", "mean", "first", "cls", "tokens"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Framework(Protocol):
         ...
 
     def features(self, batch: PackedBatch, pooling: Pooling = "last") -> Tensor:
-        """Return one vector a window, [windows, width], for decoding."""
+        """Return one vector a window, [windows, width], for decoding; "tokens": one a time point."""
         ...
 
 
@@ -65,7 +65,7 @@ def at_least_float(x: Tensor) -> Tensor:
 
 
 def pool(hidden: Tensor, lengths: np.ndarray, how: Pooling) -> Tensor:
-    """Return one vector a window from packed hidden states.
+    """Return one vector a window from packed hidden states, or with "tokens" these states.
 
     Parameters
     ----------
@@ -74,13 +74,15 @@ def pool(hidden: Tensor, lengths: np.ndarray, how: Pooling) -> Tensor:
     lengths
         Host int [windows], tokens of each window.
     how
-        "first" or "last" token, or "mean" over the window's tokens.
+        "first" or "last" token, "mean" over the window's tokens, or "tokens": all of them.
 
     Returns
     -------
     Tensor
-        [windows, width].
+        [windows, width]; [tokens, width] for "tokens".
     """
+    if how == "tokens":
+        return hidden
     starts = offsets(lengths)
     if how in ("first", "last"):
         rows = starts[:-1] if how == "first" else starts[1:] - 1
@@ -94,5 +96,5 @@ def pool(hidden: Tensor, lengths: np.ndarray, how: Pooling) -> Tensor:
         summed = hidden.new_zeros(len(lengths), hidden.shape[-1])
         return summed.index_add(0, sent["window"], hidden * sent["share"].to(hidden.dtype))
     raise ValueError(
-        f"pooling: got {how!r}, expected 'last', 'mean' or 'first' (or 'cls' where there is one)"
+        f"pooling: got {how!r}, expected 'last', 'mean', 'first' or 'tokens' (or 'cls' where there is one)"
     )
