@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from brainflow.models.pretrained import read_config
 from brainflow.storage import BoldStore
@@ -19,6 +21,9 @@ MUST_MATCH = {
 }
 TR_TOLERANCE = 0.05
 """Share by which a TR may lie outside the range that the model was trained on."""
+SCALE_TOLERANCE = 5.0
+"""Factor by which the mean square of windows may differ from the variance of the runs a model was trained on:
+windows of one condition vary; a recording that was not z-scored is off by thousands."""
 STANDARD = ("standardize", "zscore", "scale")
 """Words of a preprocessing record that say how values were scaled."""
 
@@ -96,6 +101,68 @@ def differences(trained: dict[str, Any], ours: dict[str, Any], t_rs: list[float]
                 f"{', '.join(f'{value:g}' for value in outside)} s"
             )
     return found
+
+
+def check_windows(
+    data: dict[str, Any],
+    windows: Sequence[NDArray],
+    *,
+    t_r: float,
+    network_names: Sequence[str] | None = None,
+    allow: bool = False,
+) -> list[str]:
+    """Compare windows in memory with what a model was trained on.
+
+    Parameters
+    ----------
+    data
+        Section `data` of the model's `config.json`; what is not recorded there is not compared.
+    windows
+        Arrays `[time, networks]`; how they are scaled is looked at if they have 20 time points in all.
+    t_r
+        Seconds between time points.
+    network_names
+        Names of their networks, where these are known.
+    allow
+        Log the differences and go on.
+
+    Returns
+    -------
+    list of str
+        What differs.
+
+    Raises
+    ------
+    ValueError
+        Naming everything that differs.
+    """
+    found = differences(data, {"network_names": list(network_names or [])}, [t_r])
+    expected = _variance(data)
+    if expected and sum(len(window) for window in windows) >= 20:
+        values = np.concatenate([np.asarray(window, dtype=np.float64) for window in windows])
+        spread = float(np.median(np.square(values).mean(axis=0)))  # a mean that is not 0 shows, too
+        if not expected / SCALE_TOLERANCE <= spread <= expected * SCALE_TOLERANCE:
+            found.append(
+                f"normalisation: the model saw networks with a mean square of about {expected:.3g}, X has "
+                f"{spread:.3g}; z-score each network and run as its data were"
+            )
+    if found and not allow:
+        raise ValueError(
+            f"X: does not fit the checkpoint: {'; '.join(found)}. Correct the data or t_r, or set "
+            "allow_mismatch=True if you know why this does not matter"
+        )
+    for line in found:
+        log.warning("X against the checkpoint: %s", line)
+    return found
+
+
+def _variance(data: dict[str, Any]) -> float | None:
+    """Return the variance of a network that a model was trained on, if that is recorded."""
+    seen = (data.get("fingerprint") or {}).get("variance")
+    if seen:
+        return float(seen)
+    told = f"{data.get('normalisation')} {_scaling(data.get('preprocessing'))}".lower()
+    return 1.0 if "z-score" in told or "zscore" in told else None
 
 
 def _scaling(record: Any) -> dict[str, Any]:

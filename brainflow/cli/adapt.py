@@ -7,9 +7,11 @@ Examples
 --------
   brainflow adapt store --from run --target condition --out decoding --hrf-shift 5
   brainflow adapt store --from run --target state --split leave-one-subject-out --mode lora --out decoding
-  brainflow adapt store --from run --target state --split subject-wise --n-train-subjects 48 --out decoding
+  brainflow adapt store --from run --target state --n-train-subjects 48 --n-test-subjects 20 --out decoding
   brainflow adapt store --from run --target state --mode linear --learning-curve 1,3,6,12 --out curve
   brainflow adapt store --from run --target condition --mode all --out decoding --json
+  brainflow adapt runs.toml --from run --target condition --mode all --attribute integrated-gradients \\
+    --report --mask mask.nii.gz --out decoding
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from brainflow.decoding.result import Result
 
-Modes = Literal["finetune", "lora", "linear", "mlp", "knn", "all"]
+Modes = Literal["finetune", "lora", "attentive", "linear", "mlp", "knn", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,27 +36,28 @@ class Args:
     """Arguments of `brainflow adapt`."""
 
     store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
-    """Store with labelled segments."""
+    """Store with labelled segments; or the TOML file of `brainflow ingest arrays`, whose runs are then
+    written to OUT/store first."""
     from_: Annotated[str, tyro.conf.arg(name="from", metavar="CKPT")]
-    """Pretrained model: the directory of a `brainflow pretrain` run."""
+    """Pretrained model: the directory of a `brainflow pretrain` run, or `owner/name` on the hub."""
     target: Annotated[str, tyro.conf.arg(metavar="COLUMN")]
     """Label column to decode."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
     """Folder for scores, predictions and the confusion matrix."""
     mode: Modes = "finetune"
-    """`finetune` all weights, `lora`: low-rank changes; on frozen features `linear` (logistic regression),
-    `mlp`, `knn`; `all` judges each of them, the files are fine-tuning's."""
-    split: Literal["leave-one-run-out", "leave-one-subject-out", "k-fold", "subject-wise"] = (
-        "leave-one-run-out"
-    )
+    """`finetune` all weights, `lora`: low-rank changes; on frozen weights `attentive` (attention over time
+    points), `linear` (logistic regression), `mlp`, `knn`; `all` judges each of them, the files are
+    fine-tuning's."""
+    split: Literal["leave-one-run-out", "leave-one-subject-out", "k-fold", "subject-wise"] | None = None
     """What is left out of training and tested in turn; `k-fold` keeps subjects (or runs) whole;
-    `subject-wise` deals subjects once to training, validation and test, as published."""
+    `subject-wise` deals subjects once to training, validation and test, as published. By default
+    `subject-wise` where numbers of subjects are given, else `leave-one-run-out`."""
     folds: int = 5
     """Number of parts of `k-fold`."""
     n_train_subjects: int | None = None
     """Training subjects of `subject-wise`; by default all that neither validate nor test."""
-    n_val_subjects: int = 0
-    """Validation subjects of `subject-wise`: they choose among the weights of a fit."""
+    n_val_subjects: int | None = None
+    """Validation subjects of `subject-wise`: they choose among the weights of a fit; by default none."""
     n_test_subjects: int | None = None
     """Test subjects of `subject-wise`; by default a fifth of all."""
     split_seed: int = 0
@@ -73,13 +76,14 @@ class Args:
     scratch: bool = False
     """Take the checkpoint's architecture with fresh weights: what pretraining has to beat."""
     pooling: Literal["cls", "last", "mean", "first"] | None = None
-    """How one vector is made of a window; by default `cls` for finetune and lora, `mean` for probes."""
+    """How one vector is made of a window (not with attentive, all); by default `cls` for finetune and lora,
+    `mean` for linear, mlp and knn."""
     steps: int = 500
     """Optimizer steps a fold."""
     batch_size: int = 32
     """Windows a step."""
     lr: float | None = None
-    """Peak learning rate of AdamW; by default 3e-4 for `finetune`, 1e-3 for `lora`."""
+    """Peak learning rate of AdamW; by default 3e-4 for `finetune`, 1e-3 for `lora` and `attentive`."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
     dropout: float = 0.1
@@ -97,7 +101,15 @@ class Args:
     save: bool = False
     """Also fit a decoder to all labelled windows and write it to OUT/decoder, ready to be shared."""
     attribute: Literal["integrated-gradients", "occlusion"] | None = None
-    """With --save: explain the saved decoder's logits by networks and time, to OUT/attributions.npz."""
+    """Explain each test window by its fold's decoder, by networks and time: OUT/attributions.npz."""
+    report: bool = False
+    """Also make the page of `brainflow report`, OUT/report/index.html."""
+    mask: Annotated[str | None, tyro.conf.arg(metavar="NIFTI")] = None
+    """Mask whose voxels are the networks: the page shows attributions on the brain."""
+    labels: Annotated[str | None, tyro.conf.arg(metavar="NIFTI")] = None
+    """Image of labels that are the networks, in place of --mask."""
+    maps: Annotated[str | None, tyro.conf.arg(metavar="NIFTI")] = None
+    """4-D image of maps that are the networks, in place of --mask."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     json: bool = False
@@ -108,76 +120,104 @@ def run(args: Args) -> int:
     """Adapt, write the results, print the scores, and return the exit code."""
     # torch and scikit-learn cost seconds that --help and a wrong command line need not pay
     from brainflow.decoding.adapt import adapt
-    from brainflow.decoding.attribution import attribute_task
+    from brainflow.decoding.attribution import HeldOut
     from brainflow.decoding.curve import curve_dict, learning_curve, write_curve
-    from brainflow.decoding.fit import NAMES
     from brainflow.decoding.persist import check_decoder_classes, save_for_task
-    from brainflow.decoding.result import baseline, baselines, write_results
+    from brainflow.decoding.result import baselines, write_results
     from brainflow.decoding.task import load_task
-    from brainflow.storage import BoldStore
+    from brainflow.sharing import fetch
 
     counts = _numbers(args.learning_curve)
-    if args.attribute and (not args.save or args.mode == "all"):
-        raise ValueError("attribute: explains a saved decoder; add --save and one --mode")
-    task = load_task(BoldStore.open(args.store), _task_config(args))
+    if not args.report and (args.mask or args.labels or args.maps):
+        raise ValueError("mask, labels, maps: draw on the brain in a report; add --report")
+    masker = None
+    if args.mask or args.labels or args.maps:
+        from brainflow.report.brain import make_masker
+
+        masker = make_masker(mask=args.mask, labels=args.labels, maps=args.maps)
+    out, checkpoint = Path(args.out), fetch(args.from_)
+    task_config = _task_config(args)
+    configs = [_adapt_config(args, mode) for mode in _modes(args, checkpoint)]
+    out.mkdir(parents=True, exist_ok=True)
+    task = load_task(_open(args, out), task_config)
     if not args.new_classes:
-        check_decoder_classes(args.from_, task)
-    modes = list(reversed(NAMES)) if args.mode == "all" else [args.mode]
-    configs = [_adapt_config(args, mode) for mode in modes]
-    total = args.seeds * len(task.folds) * len(modes)
+        check_decoder_classes(checkpoint, task)
+    explain = HeldOut(task, args.attribute) if args.attribute else None
+    settings: dict[str, Any] = {
+        "seeds": args.seeds,
+        "device": args.device,
+        "allow_mismatch": args.allow_mismatch,
+    }
+    points = (len(counts) + 1) * args.seeds * len(task.folds)
     columns = (TextColumn("adapt"), BarColumn(), MofNCompleteColumn(), TextColumn("fits"))
     with Progress(*columns, console=Console(stderr=True), disable=args.json, transient=True) as bar:
-        line = bar.add_task("adapt", total=total)
-        results = [
-            adapt(
+        line = bar.add_task("adapt", total=points + (len(configs) - 1) * args.seeds * len(task.folds))
+        settings["progress"] = lambda done, _: bar.advance(line)
+        results = [adapt(task, checkpoint, config, **settings) for config in configs[:-1]]
+        result = adapt(task, checkpoint, configs[-1], explain=explain, **settings)
+        others = [*results, *baselines(task)]
+        extra: dict[str, Any] = {"command": _recorded(args)}
+        if counts:
+            curve = learning_curve(
                 task,
-                args.from_,
-                config,
-                seeds=args.seeds,
-                device=args.device,
-                allow_mismatch=args.allow_mismatch,
-                progress=lambda done, _: bar.advance(line),
+                counts,
+                lambda part: [adapt(part, checkpoint, configs[-1], **settings), *baselines(part)],
+                seed=args.split_seed,
             )
-            for config in configs
-        ]
-    result, others = results[-1], [*results[:-1], *baselines(task)]
-    extra: dict[str, Any] = {"command": _recorded(args)}
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if counts:
-        points = learning_curve(
-            task,
-            counts,
-            [
-                lambda part: adapt(
-                    part,
-                    args.from_,
-                    configs[-1],
-                    seeds=args.seeds,
-                    device=args.device,
-                    allow_mismatch=args.allow_mismatch,
-                ),
-                lambda part: baseline(part, "ridge"),
-            ],
-            seed=args.split_seed,
-        )
-        extra["learning_curve"] = curve_dict(task, points)
-        write_curve(extra["learning_curve"], out / "learning_curve.csv")
+            extra["learning_curve"] = curve_dict(task, curve)
+            write_curve(extra["learning_curve"], out / "learning_curve.csv")
     write_results(task, result, others, out, extra)
     if args.save:
-        save_for_task(task, args.from_, configs[-1], out / "decoder", result, device=args.device)
-    if args.attribute:
-        attribute_task(task, out / "decoder", out / "attributions.npz", method=args.attribute)
+        save_for_task(task, checkpoint, configs[-1], out / "decoder", result, device=args.device)
+    if explain is not None:
+        explain.average().save(out / "attributions.npz")
+    page = None
+    if args.report:
+        from brainflow.report.run_page import write_report
+
+        page = write_report(out, masker=masker)
     if args.json:
         print((out / "scores.json").read_text(encoding="utf-8"), end="")
         return 0
-    title = f"{args.target}: {len(task.classes)} classes, {len(task.tested)} tested windows, {args.split}"
+    title = (
+        f"{args.target}: {len(task.classes)} classes, {len(task.tested)} tested windows, {task_config.split}"
+    )
     Console().print(scores_table([result, *others], title=title))
+    print(f"classes: {', '.join(task.classes)}")
     print(f"intervals: 95 %, bootstrap over {len(set(task.groups[task.tested]))} {task.group_kind}s")
+    saw = result.details.get("pretraining_saw")
+    if saw:
+        count = len(set(task.subjects[task.tested]))
+        print(f"pretraining read the BOLD, not the labels, of {len(saw)} of the {count} tested subjects")
     if counts:
         Console().print(curve_table(extra["learning_curve"]))
-    print(f"written to {args.out}")
+    print(f"written to {args.out}" + (f"; page: {page}" if page else ""))
     return 0
+
+
+def _open(args: Args, out: Path) -> Any:
+    """Open the store; write it first if runs are still in array files."""
+    from brainflow.storage import BoldStore
+    from brainflow.storage.ingest.arrays import ingest_arrays
+
+    if not args.store.endswith(".toml"):
+        return BoldStore.open(args.store)
+    report = ingest_arrays(args.store, out / "store", overwrite=True)
+    if not report.ok:
+        raise ValueError(f"store: {'; '.join(report.failures.values())}")
+    return BoldStore.open(str(out / "store"))
+
+
+def _modes(args: Args, checkpoint: Path) -> list[str]:
+    """Return the ways to adapt, the one whose files are written last."""
+    from brainflow.decoding.fit import NAMES
+    from brainflow.decoding.lora import has_blocks
+    from brainflow.models.pretrained import load_pretrained
+
+    if args.mode != "all":
+        return [args.mode]
+    blocks = has_blocks(load_pretrained(checkpoint))
+    return [mode for mode in reversed(NAMES) if mode != "lora" or blocks]
 
 
 def scores_table(results: list[Result], *, title: str) -> Table:
@@ -219,12 +259,18 @@ def _task_config(args: Args) -> Any:
     if args.classes is not None:
         names = tuple(name.strip() for name in args.classes.split(","))
         classes = int(names[0]) if len(names) == 1 and names[0].isdigit() else names
+    dealt = (args.n_train_subjects, args.n_val_subjects, args.n_test_subjects) != (None, None, None)
+    split = args.split or ("subject-wise" if dealt else "leave-one-run-out")
+    if dealt and split != "subject-wise":
+        raise ValueError(
+            f"split: got {split} with numbers of subjects, which only subject-wise deals; leave one out"
+        )
     return TaskConfig(
         target=args.target,
-        split=args.split,
+        split=split,
         folds=args.folds,
         train_subjects=args.n_train_subjects,
-        validation_subjects=args.n_val_subjects,
+        validation_subjects=args.n_val_subjects or 0,
         test_subjects=args.n_test_subjects,
         split_seed=args.split_seed,
         hrf_shift=args.hrf_shift,
@@ -237,8 +283,10 @@ def _adapt_config(args: Args, mode: str) -> Any:
 
     shared = ("scratch", "pooling", "steps", "batch_size", "lr", "weight_decay", "dropout", "rank", "balance")
     chosen: Any = {name: getattr(args, name) for name in shared}
-    if args.mode == "all":
-        chosen["pooling"] = None  # each mode's own
+    if args.mode == "all" and args.pooling:
+        raise ValueError(
+            f"pooling: got {args.pooling} with mode all, where each mode has its own; leave it out"
+        )
     smoothing = 0.0 if args.mode == "all" and mode in PROBES else args.label_smoothing
     known: Any = mode
     return AdaptConfig(mode=known, label_smoothing=smoothing, seed=args.seed, **chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from brainflow.compat import check_fits
-from brainflow.decoding.finetune import frozen_features, probabilities
+from brainflow.decoding.finetune import Decoder, History, frozen_features, probabilities
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.result import Result, judge
 from brainflow.decoding.task import DecodingTask
 from brainflow.frameworks import build
-from brainflow.models.pretrained import load_pretrained
+from brainflow.models.pretrained import load_pretrained, read_config
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -30,6 +30,7 @@ def adapt(
     seeds: int = 1,
     device: Device = "auto",
     allow_mismatch: bool = False,
+    explain: Callable[[Decoder, np.ndarray], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Fit a decoder in each fold of a task and score what it says about the windows it did not see.
@@ -48,6 +49,8 @@ def adapt(
         `auto` takes CUDA where there is one.
     allow_mismatch
         Go on where the store's parcellation, TR or normalisation is not what the model was trained on.
+    explain
+        Called with each fitted decoder and the windows that its fold tests.
     progress
         Called with (folds done, folds) after each fold.
 
@@ -66,7 +69,7 @@ def adapt(
         raise ValueError(f"seeds: got {seeds}, expected at least 1")
     check_fits(checkpoint, task.store, allow=allow_mismatch)
     where = pick_device(device)
-    parts, losses = [], []
+    parts, histories = [], []
     for number in range(seeds):
         seeded = replace(config, seed=config.seed + number)
 
@@ -74,17 +77,28 @@ def adapt(
             if progress is not None:
                 progress(number * len(task.folds) + done, seeds * len(task.folds))
 
-        chances, loss = _fold_chances(task, load_module(checkpoint, seeded, where), seeded, where, show)
+        module = load_module(checkpoint, seeded, where)
+        chances, fits = _fold_chances(task, module, seeded, where, explain, show)
         parts.append(chances)
-        losses.append(loss)
+        histories += [(number, fold.name, fit) for fold, fit in zip(task.folds, fits, strict=True) if fit]
     stacked = np.stack(parts)
-    module_config = asdict(load_module(checkpoint, config, torch.device("cpu")).config)
-    details: dict[str, Any] = {"adapt": asdict(config), "seeds": seeds, "model": module_config}
-    if losses[0][0] is not None:
-        details["final_train_loss"] = losses
+    details: dict[str, Any] = {"adapt": asdict(config), "seeds": seeds, "model": asdict(module.config)}
+    if not config.scratch:
+        details["pretraining_saw"] = pretraining_saw(checkpoint, task)
     return judge(
-        task, config.name, stacked.argmax(axis=-1), probabilities=stacked.mean(axis=0), details=details
+        task,
+        config.name,
+        stacked.argmax(axis=-1),
+        probabilities=stacked.mean(axis=0),
+        details=details,
+        histories=histories,
     )
+
+
+def pretraining_saw(checkpoint: str | os.PathLike[str], task: DecodingTask) -> list[str]:
+    """Return the tested subjects whose BOLD (never their labels) the model was pretrained on."""
+    known = (read_config(checkpoint).get("data") or {}).get("training_subjects") or []
+    return sorted(set(known) & {str(name) for name in task.subjects[task.tested]})
 
 
 def load_module(checkpoint: str | os.PathLike[str], config: AdaptConfig, device: torch.device) -> Any:
@@ -115,17 +129,18 @@ def _fold_chances(
     module: Any,
     config: AdaptConfig,
     device: torch.device,
+    explain: Callable[[Decoder, np.ndarray], None] | None,
     progress: Callable[[int], None],
-) -> tuple[np.ndarray, Sequence[float | None]]:
-    """Return class probabilities `[windows, classes]` of a decoder fitted in each fold, and its losses."""
+) -> tuple[np.ndarray, list[History | None]]:
+    """Return class probabilities `[windows, classes]` of a decoder fitted in each fold, and the fits."""
     classes = len(task.classes)
     chances = np.zeros((len(task.labels), classes), dtype=np.float32)
     features = None
-    if config.frozen:
+    if config.by_features:
         features = frozen_features(module, task, pooling=config.pooled_by, device=device)
-    losses = []
+    histories = []
     for number, fold in enumerate(task.folds):
-        decoder, loss = fit_decoder(
+        decoder, history = fit_decoder(
             module,
             task,
             fold.train,
@@ -135,12 +150,14 @@ def _fold_chances(
             validation=fold.validation,
             features=features,
         )
-        losses.append(loss)
+        histories.append(history)
         if features is None:
             chances[fold.test] = probabilities(decoder, task, fold.test, device=device)
         else:
             with torch.no_grad():
                 logits = decoder.head(torch.from_numpy(features[fold.test]).to(device))
                 chances[fold.test] = logits.float().softmax(dim=-1).cpu().numpy()
+        if explain is not None:
+            explain(decoder, fold.test)
         progress(number + 1)
-    return chances, losses
+    return chances, histories

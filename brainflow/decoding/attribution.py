@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from brainflow.decoding.finetune import Decoder
-from brainflow.decoding.persist import load_decoder
 from brainflow.decoding.task import DecodingTask
 from brainflow.decoding.windows import ArrayWindows
 
@@ -24,29 +23,34 @@ STEPS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Attribution:
-    """Attributions averaged per class.
+    """Attributions averaged per class, each with its standard error over groups (subjects or runs).
+
+    What is averaged is how much a value raises the logit of the window's own class. NaN stands for a class
+    without windows, and for the error of fewer than 2 groups.
 
     Attributes
     ----------
     classes
         Names of the classes.
-    mean
-        float64 `[classes, time, networks]`: mean over groups of how much a value raises the logit of the
-        window's class; NaN for classes without windows.
-    error
-        float64, same shape: its standard error over groups (subjects or runs); NaN for fewer than 2 groups.
+    mean, error
+        float64 `[classes, time, networks]`.
+    network_mean, network_error
+        float64 `[classes, networks]`, of the sums over time: one value a network, for maps.
     groups
-        Number of groups of each class.
+        int64 `[classes]`: number of groups of each class.
     """
 
     classes: tuple[str, ...]
     mean: NDArray[np.float64]
     error: NDArray[np.float64]
+    network_mean: NDArray[np.float64]
+    network_error: NDArray[np.float64]
     groups: NDArray[np.int64]
 
-    def networks(self) -> NDArray[np.float64]:
-        """Return the sum over time, `[classes, networks]`: one value a network, for maps."""
-        return np.asarray(self.mean.sum(axis=1))
+    def save(self, path: Path) -> None:
+        """Write all arrays as NPZ, under their names."""
+        arrays: dict[str, Any] = {**vars(self), "classes": np.array(self.classes)}
+        np.savez(path, **arrays)
 
 
 def attribute(
@@ -54,7 +58,7 @@ def attribute(
     windows: list[NDArray],
     targets: NDArray[np.int64],
     *,
-    t_r: float,
+    t_r: float | NDArray,
     method: Method = "integrated-gradients",
 ) -> list[NDArray[np.float32]]:
     """Attribute the logit of a class to the values of each window.
@@ -68,10 +72,10 @@ def attribute(
     targets
         int64 `[windows]`: class whose logit is explained, usually the true one.
     t_r
-        Seconds between time points.
+        Seconds between time points, one for all windows or `[windows]`.
     method
-        `integrated-gradients` (Sundararajan et al. 2017) or `occlusion`: one network over the whole window
-        set to 0 at a time.
+        `integrated-gradients` (Sundararajan et al. 2017), or `occlusion`: how far the logit falls when one
+        network is set to 0 over the whole window, spread evenly over its time points.
 
     Returns
     -------
@@ -87,10 +91,11 @@ def attribute(
     decoder.eval()
     device = next(decoder.parameters()).device
     result: list[Any] = [None] * len(windows)
-    lengths = np.array([len(window) for window in windows])
-    for length in np.unique(lengths):
-        rows = np.flatnonzero(lengths == length)
-        forward = _logits(decoder, t_r)
+    t_rs = np.broadcast_to(np.asarray(t_r, dtype=np.float64), len(windows))
+    shapes = np.array([(len(window), one) for window, one in zip(windows, t_rs, strict=True)])
+    for length, one in np.unique(shapes, axis=0):
+        rows = np.flatnonzero((shapes == (length, one)).all(axis=1))
+        forward = _logits(decoder, float(one))
         for part in np.array_split(rows, -(-len(rows) // 64)):
             x = torch.from_numpy(np.stack([windows[i] for i in part]).astype(np.float32)).to(device)
             target = torch.from_numpy(targets[part]).to(device)
@@ -103,6 +108,7 @@ def attribute(
                     explained = captum.Occlusion(forward).attribute(
                         x, target=target, sliding_window_shapes=(int(length), 1), perturbations_per_eval=8
                     )
+                explained = explained / length
             else:
                 raise ValueError(f"method: got {method!r}, expected integrated-gradients or occlusion")
             for i, values in zip(part, explained.detach().float().cpu().numpy(), strict=True):
@@ -133,9 +139,10 @@ def average(
     time, networks = max(len(value) for value in values), values[0].shape[1]
     mean = np.full((len(classes), time, networks), np.nan)
     error = np.full_like(mean, np.nan)
+    network_mean, network_error = (np.full((len(classes), networks), np.nan) for _ in range(2))
     count = np.zeros(len(classes), dtype=np.int64)
     for label in np.unique(labels):
-        per_group = []
+        per_group, sums = [], []
         for group in np.unique(groups[labels == label]):
             mine = np.flatnonzero((labels == label) & (groups == group))
             total, seen = np.zeros((time, networks)), np.zeros((time, 1))
@@ -143,24 +150,62 @@ def average(
                 total[: len(values[i])] += values[i]
                 seen[: len(values[i])] += 1
             per_group.append(total / np.maximum(seen, 1))
-        stacked = np.stack(per_group)
-        count[label] = len(stacked)
-        mean[label] = stacked.mean(axis=0)
-        if len(stacked) > 1:
-            error[label] = stacked.std(axis=0, ddof=1) / np.sqrt(len(stacked))
-    return Attribution(classes=classes, mean=mean, error=error, groups=count)
+            sums.append(total.sum(axis=0) / len(mine))
+        count[label] = len(per_group)
+        mean[label], error[label] = _mean_and_error(np.stack(per_group))
+        network_mean[label], network_error[label] = _mean_and_error(np.stack(sums))
+    return Attribution(
+        classes=classes,
+        mean=mean,
+        error=error,
+        network_mean=network_mean,
+        network_error=network_error,
+        groups=count,
+    )
 
 
-def attribute_task(task: DecodingTask, decoder: Path, path: Path, *, method: Method) -> Attribution:
-    """Explain a saved decoder on the windows of a task and write `classes`, `mean`, `error` as NPZ."""
-    fitted, _ = load_decoder(decoder)
-    bold, lengths = task.read()
-    windows = np.split(np.asarray(bold, dtype=np.float32), np.cumsum(lengths)[:-1])
-    t_r = float(np.median(np.asarray(task.store.runs.t_r)))
-    values = attribute(fitted, windows, task.labels, t_r=t_r, method=method)
-    result = average(values, task.labels, groups=task.groups, classes=task.classes)
-    np.savez(path, classes=np.array(result.classes), mean=result.mean, error=result.error)
-    return result
+class HeldOut:
+    """Collects attributions of the windows of a task, each by the decoder of the fold that tests it.
+
+    Give it to :func:`~brainflow.decoding.adapt.adapt` as `explain`. Windows that several seeds explain are
+    averaged.
+
+    Parameters
+    ----------
+    task
+        Labelled windows and folds.
+    method
+        See :func:`attribute`.
+    """
+
+    def __init__(self, task: DecodingTask, method: Method) -> None:
+        bold, lengths = task.read()
+        self._task, self._method = task, method
+        self._windows = np.split(np.asarray(bold, dtype=np.float32), np.cumsum(lengths)[:-1])
+        self._t_r = np.asarray(task.store.runs.t_r)[np.asarray(task.store.segments.run)[task.segments]]
+        self._sums = [np.zeros_like(window) for window in self._windows]
+        self._times = np.zeros(len(self._windows), dtype=np.int64)
+
+    def __call__(self, decoder: Decoder, windows: NDArray[np.int64]) -> None:
+        """Explain the true classes of some windows."""
+        mine = [self._windows[i] for i in windows]
+        targets, t_r = self._task.labels[windows], self._t_r[windows]
+        for i, values in zip(
+            windows, attribute(decoder, mine, targets, t_r=t_r, method=self._method), strict=True
+        ):
+            self._sums[i] += values
+            self._times[i] += 1
+
+    def average(self) -> Attribution:
+        """Return the averages over the windows that were explained."""
+        rows, task = np.flatnonzero(self._times), self._task
+        values = [self._sums[i] / np.float32(self._times[i]) for i in rows]
+        return average(values, task.labels[rows], groups=task.groups[rows], classes=task.classes)
+
+
+def _mean_and_error(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64] | float]:
+    error = values.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return values.mean(axis=0), error
 
 
 def _logits(decoder: Decoder, t_r: float) -> Callable[[Tensor], Tensor]:

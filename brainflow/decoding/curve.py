@@ -26,7 +26,7 @@ class Point:
 def learning_curve(
     task: DecodingTask,
     counts: Sequence[int],
-    decoders: Sequence[Callable[[DecodingTask], Result]],
+    decoders: Callable[[DecodingTask], Sequence[Result]],
     *,
     seed: int = 0,
 ) -> list[Point]:
@@ -41,7 +41,7 @@ def learning_curve(
     counts
         Numbers of training groups.
     decoders
-        Functions from a task to a result.
+        Judges them all on a task.
     seed
         Draws the groups of each fold.
 
@@ -50,11 +50,10 @@ def learning_curve(
     ValueError
         If a count is larger than the number of training groups of a fold.
     """
+    # every count is checked before the first fit
+    reduced_tasks = [(count, reduce_task(task, count, seed=seed)) for count in sorted(set(counts))]
     return [
-        Point(groups=count, result=decoder(reduced))
-        for count in sorted(set(counts))
-        for reduced in [reduce_task(task, count, seed=seed)]
-        for decoder in decoders
+        Point(groups=count, result=result) for count, reduced in reduced_tasks for result in decoders(reduced)
     ]
 
 

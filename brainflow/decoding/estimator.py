@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from brainflow.compat import check_windows
 from brainflow.config import ModelConfig
 from brainflow.decoding.extra import requires_report
 from brainflow.decoding.finetune import Pooling, frozen_features, probabilities
@@ -22,8 +23,8 @@ from brainflow.decoding.fit import AdaptConfig, Mode, fit_decoder
 from brainflow.decoding.persist import load_decoder, save_decoder
 from brainflow.decoding.windows import ArrayWindows, as_windows, cut_events
 from brainflow.frameworks import build
-from brainflow.models.pretrained import read_config
-from brainflow.sharing import fetch, from_pretrained
+from brainflow.models.pretrained import load_pretrained, read_config
+from brainflow.sharing import fetch
 
 with requires_report("decoding"):
     from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
@@ -31,6 +32,7 @@ with requires_report("decoding"):
     from sklearn.utils.validation import check_array, check_is_fitted, check_X_y
 
 Checkpoint = str | os.PathLike[str] | None
+UNSAVED = {"masker", "device"}
 FRESH: dict[str, Any] = {"width": 64, "layers": 2, "heads": 4}
 """Size of the model with fresh weights that stands in where no checkpoint is given."""
 
@@ -42,22 +44,35 @@ class _OnWindows(BaseEstimator):
     t_r: float
     hrf_shift: float
     masker: Any
+    allow_mismatch: bool
     device: Literal["cpu", "cuda"]
     random_state: int
 
-    def _module(self, networks: int) -> Any:
-        """Return the checkpoint's module, or a small one with fresh weights."""
+    def _module(self, windows: list[NDArray]) -> Any:
+        """Return the checkpoint's module if windows fit it, or a small one with fresh weights."""
+        networks = self.n_features_in_
         if self.checkpoint is not None:
-            module: Any = from_pretrained(self.checkpoint)
+            folder = fetch(self.checkpoint)
+            module: Any = load_pretrained(folder)
             if module.config.networks != networks:
                 raise ValueError(
                     f"X: got {networks} networks, but the checkpoint {self.checkpoint} was trained on "
                     f"{module.config.networks}; use the parcellation of the model"
                 )
+            self.trained_on_ = read_config(folder).get("data") or {}
+            self._check(windows)
         else:
+            self.trained_on_ = {}
             torch.manual_seed(self.random_state)
             module = build(ModelConfig(networks=networks, **FRESH))
         return module.to(self.device).eval()
+
+    def _check(self, windows: list[NDArray]) -> None:
+        """Refuse windows that are not like what the checkpoint was trained on."""
+        masker = getattr(self, "masker_", None)
+        named = getattr(masker, "region_names_", None) if getattr(masker, "labels", None) else None
+        names = list(named.values()) if named else None
+        check_windows(self.trained_on_, windows, t_r=self.t_r, network_names=names, allow=self.allow_mismatch)
 
     def _runs(self, X: Any, *, fit: bool) -> Any:
         """Turn images into arrays if there is a masker."""
@@ -94,6 +109,8 @@ class _OnWindows(BaseEstimator):
                 f"X has {windows[0].shape[1]} features, but {type(self).__name__} is expecting "
                 f"{self.n_features_in_} features as input"
             )
+        if not fit:
+            self._check(windows)
         return windows, labels
 
     def __sklearn_tags__(self) -> Any:
@@ -111,21 +128,26 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         Folder of a pretrained model, or `owner/name` on the hub. None: a small model with fresh weights,
         whose features are random ones.
     mode
-        How it is adapted: `finetune`, `lora`, or a probe on frozen features, `linear`, `mlp`, `knn`.
+        How it is adapted: `finetune`, `lora`, or a probe on frozen weights: `attentive`, `linear`, `mlp`,
+        `knn`.
     pooling
-        How one vector is made of a window; None: `cls` for `finetune` and `lora`, `mean` for probes.
+        How one vector is made of a window; None: `cls` for `finetune` and `lora`, `mean` for `linear`, `mlp`
+        and `knn`; `attentive` makes its own.
     steps, batch_size, lr
-        Optimizer steps, windows a step, peak learning rate (None: 3e-4 and 1e-3) of `finetune` and `lora`.
+        Optimizer steps, windows a step, peak learning rate (None: 3e-4, or 1e-3 for `lora` and `attentive`)
+        of `finetune`, `lora` and `attentive`.
     balance
         Weigh windows by the inverse of their class's frequency.
     label_smoothing
-        Share of each label spread over all classes; `finetune` and `lora` only.
+        Share of each label spread over all classes; `finetune`, `lora` and `attentive` only.
     t_r
         Seconds between time points.
     hrf_shift
         Seconds by which windows begin after their event, where tables of events are given.
     masker
         nilearn masker that turns images into `[time, networks]`; X is then a list of images.
+    allow_mismatch
+        Go on where TR, normalisation or the masker's labels are not what the checkpoint was trained on.
     device
         Where to compute.
     random_state
@@ -164,6 +186,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         t_r: float = 2.0,
         hrf_shift: float = 0.0,
         masker: Any = None,
+        allow_mismatch: bool = False,
         device: Literal["cpu", "cuda"] = "cpu",
         random_state: int = 0,
     ) -> None:
@@ -178,6 +201,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         self.t_r = t_r
         self.hrf_shift = hrf_shift
         self.masker = masker
+        self.allow_mismatch = allow_mismatch
         self.device = device
         self.random_state = random_state
 
@@ -213,7 +237,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
             seed=self.random_state,
         )
         self.decoder_, _ = fit_decoder(
-            self._module(self.n_features_in_),
+            self._module(windows),
             source,
             np.arange(len(windows)),
             config,
@@ -245,19 +269,22 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         return probabilities(self.decoder_, source, everything, device=torch.device(self.device))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the fitted decoder: safetensors and JSON, no pickle. A masker is not saved."""
+        """Write the fitted decoder: safetensors and JSON, no pickle. Masker and device are not saved."""
         check_is_fitted(self, "decoder_")
-        parameters = {k: v for k, v in self.get_params(deep=False).items() if k != "masker"}
+        parameters = {k: v for k, v in self.get_params(deep=False).items() if k not in UNSAVED}
         parameters["checkpoint"] = None if self.checkpoint is None else os.fspath(self.checkpoint)
-        facts: dict[str, Any] = {"estimator": parameters}
-        if self.checkpoint is not None:
-            saved = read_config(fetch(self.checkpoint))
-            facts |= {name: saved[name] for name in ("data", "pretrain", "step") if name in saved}
+        facts: dict[str, Any] = {"estimator": parameters, "data": self.trained_on_}
         classes = tuple(name.item() for name in self.classes_)
         save_decoder(self.decoder_, folder, mode=self.mode, classes=classes, facts=facts)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], *, masker: Any = None) -> Self:
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        masker: Any = None,
+        device: Literal["cpu", "cuda"] = "cpu",
+    ) -> Self:
         """Return a decoder that :meth:`save` or `brainflow adapt --save` wrote.
 
         Parameters
@@ -266,14 +293,22 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
             Folder, or `owner/name` on the hub.
         masker
             Fitted nilearn masker of the model's parcellation, if X will be images.
+        device
+            Where to compute.
         """
         decoder, config = load_decoder(fetch(folder))
         section = config["decoder"]
-        known = {**config.get("estimator", {}), "mode": section["mode"], "pooling": section["pooling"]}
-        if "estimator" not in config:
-            known["t_r"] = (config.get("data", {}).get("t_r") or [2.0])[0]
-            known["hrf_shift"] = config.get("decoding", {}).get("hrf_shift", 0.0)
-        result = cls(**known, masker=masker)
+        data, estimator = config.get("data") or {}, config.get("estimator")
+        if estimator is None:  # from `brainflow adapt --save`
+            estimator = {
+                "t_r": (data.get("t_r") or [2.0])[0],
+                "hrf_shift": (config.get("decoding") or {}).get("hrf_shift", 0.0),
+            }
+        names = set(cls().get_params()) - UNSAVED
+        known = {name: value for name, value in estimator.items() if name in names}
+        known |= {"mode": section["mode"], "pooling": section["pooling"]}
+        result = cls(**known, masker=masker, device=device)
+        result.trained_on_ = data
         result.decoder_ = decoder.to(result.device)
         result.classes_ = np.array(section["classes"])
         result.n_features_in_ = int(config["model"]["networks"])
@@ -287,7 +322,7 @@ class BoldEncoder(TransformerMixin, _OnWindows):
 
     Parameters
     ----------
-    checkpoint, t_r, hrf_shift, masker, device, random_state
+    checkpoint, t_r, hrf_shift, masker, allow_mismatch, device, random_state
         See :class:`MentalStateDecoder`.
     pooling
         How one vector is made of a window.
@@ -306,6 +341,7 @@ class BoldEncoder(TransformerMixin, _OnWindows):
         t_r: float = 2.0,
         hrf_shift: float = 0.0,
         masker: Any = None,
+        allow_mismatch: bool = False,
         device: Literal["cpu", "cuda"] = "cpu",
         random_state: int = 0,
     ) -> None:
@@ -314,6 +350,7 @@ class BoldEncoder(TransformerMixin, _OnWindows):
         self.t_r = t_r
         self.hrf_shift = hrf_shift
         self.masker = masker
+        self.allow_mismatch = allow_mismatch
         self.device = device
         self.random_state = random_state
 
@@ -324,8 +361,8 @@ class BoldEncoder(TransformerMixin, _OnWindows):
 
     def fit(self, X: Any, y: Any = None) -> Self:
         """Load the model; nothing is fitted to X but the masker."""
-        self._windows(X, y if _are_tables(y) else None, fit=True)
-        self.module_ = self._module(self.n_features_in_)
+        windows, _ = self._windows(X, y if _are_tables(y) else None, fit=True)
+        self.module_ = self._module(windows)
         self._n_features_out = self.module_.config.width
         return self
 

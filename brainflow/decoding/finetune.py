@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -16,10 +17,32 @@ from brainflow.data.batch import PackedBatch
 from brainflow.decoding.heads import class_weights
 from brainflow.decoding.windows import WindowSource
 
-Pooling = Literal["cls", "last", "mean", "first"]
+Pooling = Literal["cls", "last", "mean", "first", "tokens"]
 EVALUATION_BATCH = 256
 CHECKS = 10
 """How often a fit looks at its validation windows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """What a fit went through.
+
+    Attributes
+    ----------
+    losses, rates
+        Training loss and learning rate of each step.
+    checks
+        (steps done, loss, accuracy) on the validation windows at each look at them.
+    """
+
+    losses: list[float]
+    rates: list[float]
+    checks: list[tuple[int, float, float]] = field(default_factory=list)
+
+    @property
+    def final_loss(self) -> float:
+        """Mean training loss over the last tenth of the steps."""
+        return float(np.mean(self.losses[-max(1, len(self.losses) // 10) :]))
 
 
 class Decoder(nn.Module):
@@ -30,20 +53,34 @@ class Decoder(nn.Module):
     module
         Framework module with `features(batch, pooling) -> [windows, width]`.
     head
-        Module from features `[windows, width]` to logits `[windows, classes]`.
+        Module from features `[windows, width]` to logits `[windows, classes]`; with the pooling "tokens" from
+        states `[tokens, width]` and lengths `[windows]`.
     pooling
-        How one vector is made of a window.
+        How one vector is made of a window; "tokens" leaves that to the head.
+    frozen
+        Train the head alone: the module stays in evaluation mode and gets no gradients.
     """
 
-    def __init__(self, module: Any, head: nn.Module, *, pooling: Pooling) -> None:
+    def __init__(self, module: Any, head: nn.Module, *, pooling: Pooling, frozen: bool = False) -> None:
         super().__init__()
         self.module = module
         self.head = head
         self.pooling: Pooling = pooling
+        self.frozen = frozen
+        if frozen:
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, of the head alone if the module is frozen."""
+        super().train(mode)
+        if self.frozen:
+            self.module.eval()
+        return self
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return logits `[windows, classes]`."""
-        return self.head(self.module.features(batch, self.pooling))
+        features = self.module.features(batch, self.pooling)
+        return self.head(features, batch.lengths) if self.pooling == "tokens" else self.head(features)
 
 
 def finetune(
@@ -61,7 +98,7 @@ def finetune(
     balance: bool = False,
     smoothing: float = 0.0,
     validation: NDArray[np.int64] | None = None,
-) -> float:
+) -> History:
     """Fit the trainable weights of a decoder to some windows by cross-entropy.
 
     AdamW, gradients clipped to norm 1, learning rate rising over the first 10 % of the steps and falling
@@ -89,44 +126,39 @@ def finetune(
         Share of each label spread over all classes.
     validation
         Positions of windows that choose the weights, in neither training nor test.
-
-    Returns
-    -------
-    float
-        Mean cross-entropy over the last tenth of the steps.
     """
     trained = [p for p in decoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
     labels = source.labels[windows]
     weights = torch.from_numpy(class_weights(labels, classes)).to(device) if balance else None
     warmup = max(1, steps // 10)
-    tail = torch.zeros((), device=device)
-    counted = max(1, steps // 10)
+    rates = [lr * min((i + 1) / warmup, (steps - i) / max(1, steps - warmup)) for i in range(steps)]
+    losses = torch.zeros(steps, device=device)
     looks = {steps - 1 - look * max(1, steps // CHECKS) for look in range(CHECKS)}
-    best: tuple[float, dict[str, Tensor]] | None = None
+    checks: list[tuple[int, float, float]] = []
+    best: dict[str, Tensor] | None = None
     decoder.train()
     size = min(batch, len(windows))
     with source.loader(windows, batch=size, shuffle=True, seed=seed, device=device) as loader:
         for step, packed in enumerate(itertools.islice(loader, steps)):
-            rate = min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
             for group in optimizer.param_groups:
-                group["lr"] = lr * rate
+                group["lr"] = rates[step]
             optimizer.zero_grad(set_to_none=True)
             assert packed.labels is not None  # the loader was given labels
             loss = F.cross_entropy(decoder(packed), packed.labels, weight=weights, label_smoothing=smoothing)
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
-            if step >= steps - counted:
-                tail += loss.detach()
+            losses[step] = loss.detach()
             if validation is not None and step in looks:
-                now = _loss(decoder, source, validation, device)
-                if best is None or now < best[0]:
-                    best = (now, copy.deepcopy(decoder.state_dict()))
+                now, right = _check(decoder, source, validation, device)
+                if best is None or now < min(check[1] for check in checks):
+                    best = copy.deepcopy(decoder.state_dict())
+                checks.append((step + 1, now, right))
                 decoder.train()
     if best is not None:
-        decoder.load_state_dict(best[1])
-    return float(tail / counted)
+        decoder.load_state_dict(best)
+    return History(losses=losses.tolist(), rates=rates, checks=checks)
 
 
 @torch.no_grad()
@@ -140,12 +172,14 @@ def probabilities(
     return torch.cat(parts).numpy()
 
 
-def _loss(
+def _check(
     decoder: nn.Module, source: WindowSource, windows: NDArray[np.int64], device: torch.device
-) -> float:
-    chances = probabilities(decoder, source, windows, device=device)
-    chosen = chances[np.arange(len(windows)), source.labels[windows]]
-    return float(-np.log(np.maximum(chosen, 1e-12)).mean())
+) -> tuple[float, float]:
+    """Return cross-entropy and accuracy over some windows."""
+    chances, labels = probabilities(decoder, source, windows, device=device), source.labels[windows]
+    chosen = chances[np.arange(len(windows)), labels]
+    loss = float(-np.log(np.maximum(chosen, 1e-12)).mean())
+    return loss, float((chances.argmax(axis=1) == labels).mean())
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""One decoder from labelled windows: all weights, low-rank changes, or a head on frozen features."""
+"""One decoder from labelled windows: all weights, low-rank changes, or a head on frozen weights."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from brainflow.decoding.finetune import Decoder, Pooling, finetune, frozen_features
+from brainflow.decoding.finetune import Decoder, History, Pooling, finetune, frozen_features
 from brainflow.decoding.heads import ProbeName, fit_probe, make_head
 from brainflow.decoding.lora import add_lora, merge_lora
 from brainflow.decoding.windows import WindowSource
 
-Mode = Literal["finetune", "lora", "linear", "mlp", "knn"]
+Mode = Literal["finetune", "lora", "attentive", "linear", "mlp", "knn"]
 PROBES = get_args(ProbeName)
-LEARNING_RATES = {"finetune": 3e-4, "lora": 1e-3}
+LEARNING_RATES = {"finetune": 3e-4, "lora": 1e-3, "attentive": 1e-3}
 NAMES = {
     "finetune": "fine-tuned",
     "lora": "LoRA",
+    "attentive": "attentive probe",
     "linear": "linear probe",
     "mlp": "MLP probe",
     "knn": "nearest neighbours",
@@ -32,19 +33,21 @@ class AdaptConfig:
     """How a pretrained model is adapted."""
 
     mode: Mode = "finetune"
-    """`finetune`: all weights. `lora`: low-rank changes of the blocks' projections. On frozen features:
-    `linear` (logistic regression), `mlp` (one hidden layer), `knn` (nearest neighbours)."""
+    """`finetune`: all weights. `lora`: low-rank changes of the blocks' projections. On frozen weights:
+    `attentive` (attention over the time points), and on one vector a window `linear` (logistic regression),
+    `mlp` (one hidden layer), `knn` (nearest neighbours)."""
     scratch: bool = False
     """Take the checkpoint's architecture with fresh weights: what pretraining has to beat."""
     pooling: Pooling | None = None
     """How one vector is made of a window: `cls` appends the CLS token as published, `last`, `mean`, `first`
-    take hidden states of the time points. By default `cls` for `finetune` and `lora`, `mean` for probes."""
+    take hidden states of the time points, `tokens` keeps them all for `attentive`, which takes nothing else.
+    By default `cls` for `finetune` and `lora`, `mean` for `linear`, `mlp` and `knn`."""
     steps: int = 500
     """Optimizer steps a fold."""
     batch_size: int = 32
     """Windows a step."""
     lr: float | None = None
-    """Peak learning rate of AdamW; by default 3e-4 for `finetune`, 1e-3 for `lora`."""
+    """Peak learning rate of AdamW; by default 3e-4 for `finetune`, 1e-3 for `lora` and `attentive`."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
     dropout: float = 0.1
@@ -54,7 +57,7 @@ class AdaptConfig:
     balance: bool = False
     """Weigh windows by the inverse of their class's frequency."""
     label_smoothing: float = 0.0
-    """Share of each label spread over all classes; `finetune` and `lora` only."""
+    """Share of each label spread over all classes; `finetune`, `lora` and `attentive` only."""
     seed: int = 0
     """Seeds fresh weights, dropout and the order of the windows."""
 
@@ -69,21 +72,28 @@ class AdaptConfig:
         for name in ("dropout", "label_smoothing"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a number in [0, 1)")
-        if self.label_smoothing and self.frozen:
+        if self.label_smoothing and self.by_features:
             raise ValueError(
                 f"label_smoothing: got {self.label_smoothing} with mode {self.mode}, which takes no smoothed "
-                "labels; expected 0, or mode finetune or lora"
+                "labels; expected 0, or mode finetune, lora or attentive"
+            )
+        if self.pooling is not None and (self.pooling == "tokens") != (self.mode == "attentive"):
+            raise ValueError(
+                f"pooling: got {self.pooling!r} with mode {self.mode}; tokens goes with attentive, and "
+                "attentive with nothing else"
             )
 
     @property
-    def frozen(self) -> bool:
-        """Whether the pretrained weights stay as they are."""
+    def by_features(self) -> bool:
+        """Whether a head is fitted to one frozen vector a window."""
         return self.mode in PROBES
 
     @property
     def pooled_by(self) -> Pooling:
         """Pooling, the default filled in."""
-        return self.pooling or ("mean" if self.frozen else "cls")
+        if self.mode == "attentive":
+            return "tokens"
+        return self.pooling or ("mean" if self.by_features else "cls")
 
     @property
     def name(self) -> str:
@@ -101,7 +111,7 @@ def fit_decoder(
     device: torch.device,
     validation: NDArray[np.int64] | None = None,
     features: NDArray[np.float32] | None = None,
-) -> tuple[Decoder, float | None]:
+) -> tuple[Decoder, History | None]:
     """Fit a decoder to some windows.
 
     Parameters
@@ -117,17 +127,17 @@ def fit_decoder(
     device
         Where to compute.
     validation
-        Windows that choose the weights of `finetune` and `lora`, in neither training nor test.
+        Windows that choose the weights of `finetune`, `lora` and `attentive`, in neither training nor test.
     features
         Frozen features of all windows of the source, where they are known already.
 
     Returns
     -------
-    decoder, loss
-        The decoder in evaluation mode; its training loss at the end, None for probes.
+    decoder, history
+        The decoder in evaluation mode; how its training went, None for `linear`, `mlp` and `knn`.
     """
     width = module.config.width
-    if config.frozen:
+    if config.by_features:
         if features is None:
             features = frozen_features(module, source, pooling=config.pooled_by, device=device)
         kind: Any = config.mode
@@ -145,8 +155,9 @@ def fit_decoder(
     own = copy.deepcopy(module)
     if config.mode == "lora":
         add_lora(own, rank=config.rank)
-    decoder = Decoder(own, head, pooling=config.pooled_by).to(device)
-    loss = finetune(
+    frozen = config.mode == "attentive"
+    decoder = Decoder(own, head, pooling=config.pooled_by, frozen=frozen).to(device)
+    history = finetune(
         decoder,
         source,
         windows,
@@ -163,4 +174,4 @@ def fit_decoder(
     )
     if config.mode == "lora":
         merge_lora(own)
-    return decoder.eval(), loss
+    return decoder.eval(), history

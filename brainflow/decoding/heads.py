@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from brainflow.decoding.attentive import AttentiveHead
 from brainflow.decoding.baselines import single_threaded
 from brainflow.decoding.extra import requires_report
 from brainflow.models.heads import DecodingHead
@@ -67,6 +68,8 @@ def make_head(kind: str, *, width: int, classes: int, dropout: float = 0.0, exam
         return nn.Sequential(nn.Linear(width, MLP_UNITS), nn.ReLU(), nn.Linear(MLP_UNITS, classes))
     if kind == "knn":
         return Neighbours(examples, width, classes)
+    if kind == "attentive":
+        return AttentiveHead(width, classes, dropout)
     return DecodingHead(width, classes, dropout)
 
 

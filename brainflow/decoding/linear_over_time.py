@@ -43,9 +43,13 @@ class LinearOverTime:
 
     def predict(self, X: NDArray) -> NDArray[np.int64]:
         """Return the class of each window."""
+        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+
+    def predict_proba(self, X: NDArray) -> NDArray[np.float32]:
+        """Return the probability of each of `classes_` for each window."""
         with torch.no_grad():
             x = (torch.from_numpy(np.asarray(X, dtype=np.float32)) - self._mean) / self._scale
-            return self.classes_[self._logits(x).argmax(dim=1).numpy()]
+            return self._logits(x).softmax(dim=1).numpy()
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         return torch.einsum("wtn,t->wn", x, self._time) @ self._weight + self._bias

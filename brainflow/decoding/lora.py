@@ -39,9 +39,7 @@ def add_lora(module: nn.Module, *, rank: int = 8, alpha: float = 16.0) -> None:
     """
     targets = list(_projections(module))
     if not targets:
-        raise ValueError(
-            "mode: got lora, but this model has no transformer blocks; use finetune, linear or mlp"
-        )
+        raise ValueError("mode: got lora, but this model has no transformer blocks; use another mode")
     module.requires_grad_(False)
     for linear in targets:
         rows, columns = linear.weight.shape
@@ -54,6 +52,11 @@ def merge_lora(module: nn.Module) -> None:
     for linear in _projections(module):
         if parametrize.is_parametrized(linear, "weight"):
             parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+
+
+def has_blocks(module: nn.Module) -> bool:
+    """Whether a module has the projections that :func:`add_lora` changes."""
+    return any(True for _ in _projections(module))
 
 
 def _projections(module: nn.Module) -> Iterator[nn.Linear]:

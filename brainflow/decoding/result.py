@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from brainflow.decoding.baselines import BASELINES, BaselineName, make_features, predict_folds
 from brainflow.decoding.calibration import Calibration, calibration
+from brainflow.decoding.finetune import History
 from brainflow.decoding.scores import Interval, Scores, paired_difference, score
 from brainflow.decoding.task import DecodingTask
 
@@ -38,6 +40,8 @@ class Result:
         `dataset/subject` → accuracy.
     details
         Whatever else is worth keeping, ready for JSON.
+    histories
+        (seed, name of the fold, course) of each fit that took optimizer steps.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Result:
     calibration: Calibration | None = None
     per_subject: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    histories: list[tuple[int, str, History]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return name, scores and details, ready for JSON."""
@@ -62,6 +67,7 @@ def judge(
     *,
     probabilities: NDArray[np.float32] | None = None,
     details: dict[str, Any] | None = None,
+    histories: Sequence[tuple[int, str, History]] = (),
 ) -> Result:
     """Score a decoder's predictions on the windows of a task that its folds test."""
     rows = task.tested
@@ -77,25 +83,27 @@ def judge(
         calibration=None if probabilities is None else calibration(labels, probabilities[rows]),
         per_subject={str(one): float(hits[subjects == one].mean()) for one in np.unique(subjects)},
         details=details or {},
+        histories=list(histories),
     )
 
 
 def baseline(task: DecodingTask, name: BaselineName) -> Result:
     """Fit a decoder without a pretrained model on the windows and folds of a task."""
-    features = make_features(name, *task.read())
-    return judge(task, name, predict_folds(name, features, task.labels, task.folds))
+    return _baseline(task, name, *task.read())
 
 
 def baselines(task: DecodingTask) -> list[Result]:
     """Fit every decoder without a pretrained model that these windows allow."""
     bold, lengths = task.read()
-    result = []
-    for name in BASELINES:
-        if name == "connectome" and lengths.min() < 3:
-            continue  # correlations of fewer than 3 time points are ±1
-        predictions = predict_folds(name, make_features(name, bold, lengths), task.labels, task.folds)
-        result.append(judge(task, name, predictions))
-    return result
+    # correlations of fewer than 3 time points are ±1
+    names = [name for name in BASELINES if name != "connectome" or lengths.min() >= 3]
+    return [_baseline(task, name, bold, lengths) for name in names]
+
+
+def _baseline(task: DecodingTask, name: BaselineName, bold: NDArray, lengths: NDArray[np.int32]) -> Result:
+    features = make_features(name, bold, lengths)
+    predictions, chances = predict_folds(name, features, task.labels, task.folds, classes=len(task.classes))
+    return judge(task, name, predictions, probabilities=chances)
 
 
 def difference(task: DecodingTask, first: Result, second: Result) -> Interval:
@@ -120,9 +128,11 @@ def write_results(
     """Write the files of a decoding; `extra` stands in `scores.json` too.
 
     `scores.json` (everything, other decoders included), `scores.csv` (a row a decoder),
-    `per_subject.csv`, `confusion_matrix.csv`, `predictions.csv` (a row a tested window and seed),
-    and under the published names `test_metrics.csv`, `test_predictions.npy` (class probabilities
-    `[windows, classes]`), `test_label_ids.npy` (classes `[windows]`).
+    `per_subject.csv`, `confusion_matrix.csv`, `predictions.csv` (a row a tested window and seed), and
+    under the published names `test_metrics.csv`, `test_predictions.npy` (class probabilities
+    `[windows, classes]`), `test_label_ids.npy` (classes `[windows]`), `train_config.json`,
+    `train_history.csv` and, with validation windows, `eval_history.csv` (a row a step of each fit, with its
+    seed and fold behind the published columns).
     """
     folder.mkdir(parents=True, exist_ok=True)
     scores, rows = result.scores, task.tested
@@ -137,10 +147,14 @@ def write_results(
         "groups": {"kind": task.group_kind, "count": len(np.unique(task.groups[rows]))},
         "folds": [fold.name for fold in task.folds],
         "store_snapshot": task.store.snapshot,
+        "data": _data(task),
         "decoder": result.to_dict(),
         "baselines": [entry.to_dict() for entry in others],
         **(extra or {}),
     }
+    if "command" in summary:
+        settings = json.dumps(summary["command"], indent=1)
+        (folder / "train_config.json").write_text(settings + "\n", encoding="utf-8")
     (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     metrics = {
         "test_accuracy": scores.accuracy.value,
@@ -160,6 +174,16 @@ def write_results(
     _write_csv(folder / "per_subject.csv", ["decoder", "subject", "accuracy"], per_subject)
     header = ["decoder", "accuracy", "low", "high", "balanced_accuracy", "macro_f1", "chance", "p", "ece"]
     _write_csv(folder / "scores.csv", header, [_row(entry) for entry in (result, *others)])
+    steps = [
+        [i + 1, loss, rate, seed, fold]
+        for seed, fold, fit in result.histories
+        for i, (loss, rate) in enumerate(zip(fit.losses, fit.rates, strict=True))
+    ]
+    if steps:
+        _write_csv(folder / "train_history.csv", ["step", "loss", "lr", "seed", "fold"], steps)
+    checks = [[*check, seed, fold] for seed, fold, fit in result.histories for check in fit.checks]
+    if checks:
+        _write_csv(folder / "eval_history.csv", ["step", "loss", "accuracy", "seed", "fold"], checks)
     named = np.atleast_2d(result.predictions)
     windows = [
         [
@@ -174,6 +198,22 @@ def write_results(
         for row in rows
     ]
     _write_csv(folder / "predictions.csv", ["run", "subject", "fold", "seed", "label", "prediction"], windows)
+
+
+def _data(task: DecodingTask) -> dict[str, Any]:
+    """Return what was read, ready for JSON."""
+    store, counts = task.store, np.bincount(task.labels, minlength=len(task.classes)).tolist()
+    used = np.unique(np.asarray(store.segments.run)[task.segments])
+    return {
+        "store": str(store.path),
+        "datasets": sorted({str(name) for name in np.asarray(store.runs.dataset)[used]}),
+        "subjects": len(np.unique(task.subjects)),
+        "runs": len(used),
+        "networks": store.networks,
+        "t_r": np.unique(np.asarray(store.runs.t_r)[used]).tolist(),
+        **{name: store.attributes.get(name) for name in ("parcellation", "normalisation", "preprocessing")},
+        "windows": dict(zip(task.classes, counts, strict=True)),
+    }
 
 
 def _row(entry: Result) -> list[Any]:

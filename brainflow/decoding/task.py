@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from brainflow.data.batch import PackedBatch
 
 MISSING_INTEGER = np.iinfo(np.int64).min
+ROWS = 4_096
+"""Time points that are compared at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +166,8 @@ def load_task(store: BoldStore, config: TaskConfig) -> DecodingTask:
             f"target: column {config.target!r} holds only {list(classes)}, expected at least 2 classes"
         )
     if config.classes is not None:
-        check_classes(config.classes, classes, origin="classes", column=config.target)
+        others = {name: _count(column) for name, column in table.columns.items() if name != config.target}
+        check_classes(config.classes, classes, origin="classes", column=config.target, others=others)
     run = np.asarray(table.run)[segments]
     subjects = np.array(
         [f"{d}/{s}" for d, s in zip(store.runs.dataset, store.runs.subject, strict=True)], dtype=np.str_
@@ -182,7 +186,7 @@ def load_task(store: BoldStore, config: TaskConfig) -> DecodingTask:
         test_subjects=config.test_subjects,
         seed=config.split_seed,
     )
-    return DecodingTask(
+    task = DecodingTask(
         store=store,
         config=config,
         segments=segments,
@@ -192,12 +196,64 @@ def load_task(store: BoldStore, config: TaskConfig) -> DecodingTask:
         subjects=subjects,
         folds=folds,
     )
+    refuse_copies(task)
+    return task
+
+
+def refuse_copies(task: DecodingTask) -> None:
+    """Refuse a fold that tests a copy of a window that it trains on, as of a subject with two names.
+
+    Windows are compared by the time point in their middle; one with one value in all networks is no evidence.
+
+    Raises
+    ------
+    ValueError
+        Naming the runs.
+    """
+    everything = np.arange(len(task.labels))
+    windows = task.sampler(everything, batch=len(everything), shuffle=False).batch(0)
+    middle = windows.starts + windows.lengths // 2
+    content = np.zeros(len(middle), dtype=np.uint64)
+    for begin in range(0, len(middle), ROWS):
+        part = middle[begin : begin + ROWS]
+        for i, row in enumerate(task.store.windows(part, np.ones(len(part), dtype=np.int32)), start=begin):
+            digest = blake2b(row.tobytes(), digest_size=8).digest() if (row != row[0]).any() else b"\0" * 8
+            content[i] = int.from_bytes(digest, "little")
+    for fold in task.folds:
+        trained = fold.train if fold.validation is None else np.append(fold.train, fold.validation)
+        shared = np.setdiff1d(np.intersect1d(content[trained], content[fold.test]), [0])
+        if len(shared):
+            tested = fold.test[np.isin(content[fold.test], shared)]
+            source = trained[content[trained] == content[tested[0]]][0]
+            raise ValueError(
+                f"store: {len(tested)} of {len(fold.test)} windows that the fold of {fold.name} tests are "
+                f"copies of windows that it trains on (run {task.runs[tested[0]]} repeats run "
+                f"{task.runs[source]}), so the score would measure memory; keep one copy of a recording"
+            )
 
 
 def check_classes(
-    expected: int | tuple[str, ...], found: tuple[str, ...], *, origin: str, column: str
+    expected: int | tuple[str, ...],
+    found: tuple[str, ...],
+    *,
+    origin: str,
+    column: str,
+    others: Mapping[str, int] | None = None,
 ) -> None:
     """Refuse a label column whose classes are not those expected.
+
+    Parameters
+    ----------
+    expected
+        Number or names of the classes.
+    found
+        Names of those that the column holds.
+    origin
+        Who expects them, the first words of the message.
+    column
+        Name of the label column.
+    others
+        Number of classes of the store's other label columns, to say which one may be meant.
 
     Raises
     ------
@@ -209,6 +265,7 @@ def check_classes(
             raise ValueError(
                 f"{origin}: got {expected}, but column {column!r} holds {len(found)}: "
                 f"{', '.join(found)}; is this the right label column?"
+                + "".join(f" {name!r} holds {n}." for name, n in (others or {}).items() if n == expected)
             )
         return
     missing = [name for name in expected if name not in found]
@@ -228,6 +285,11 @@ def _present(values: NDArray) -> NDArray[np.bool_]:
     if values.dtype.kind in "iu":
         return values != MISSING_INTEGER
     return np.asarray(values, dtype=np.str_) != ""
+
+
+def _count(values: Any) -> int:
+    values = np.asarray(values)
+    return len(np.unique(values[_present(values)]))
 
 
 def _name(value: Any) -> str:

@@ -37,15 +37,15 @@ class ArrayWindows:
     windows
         Arrays `[time, networks]`.
     t_r
-        Seconds between time points.
+        Seconds between time points, one for all windows or `[windows]`.
     labels
         Class of each window; zeros if None.
     """
 
     def __init__(
-        self, windows: Sequence[NDArray], *, t_r: float, labels: NDArray[np.int64] | None = None
+        self, windows: Sequence[NDArray], *, t_r: float | NDArray, labels: NDArray[np.int64] | None = None
     ) -> None:
-        self.t_r = t_r
+        self.t_r = np.broadcast_to(np.asarray(t_r, dtype=np.float64), len(windows))
         self.lengths = np.array([len(window) for window in windows], dtype=np.int32)
         self.bold = np.concatenate([np.asarray(window, dtype=np.float32) for window in windows])
         self.starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
@@ -80,7 +80,7 @@ class ArrayWindows:
             starts=self.starts[pick],
             lengths=lengths,
             runs=np.zeros(len(pick), np.int32),
-            t_r=np.full(len(pick), self.t_r),
+            t_r=self.t_r[pick],
             labels=self.labels[pick],
         )
         rows = np.concatenate([np.arange(s, s + n) for s, n in zip(chosen.starts, lengths, strict=True)])

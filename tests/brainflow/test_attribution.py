@@ -3,10 +3,12 @@
 import nibabel
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 import brainflow
 from brainflow.decoding.attribution import attribute, average
+from brainflow.decoding.windows import ArrayWindows
 from brainflow.report.brain import glass_brain, interactive, make_masker, on_surface, to_image
 
 NETWORKS, TIME, PLANTED, CLASSES = 27, 6, 4, 3
@@ -40,7 +42,7 @@ def test_attributions_find_the_planted_networks(planted, decoder, method):
     assert mean.mean.shape == (CLASSES, TIME, NETWORKS)
     for label in range(CLASSES):
         truth = np.isin(np.arange(NETWORKS), carriers[label])
-        assert roc_auc_score(truth, mean.networks()[label]) >= 0.95
+        assert roc_auc_score(truth, mean.network_mean[label]) >= 0.95
     if method == "integrated-gradients":
         carried = np.abs(mean.mean[0][:, carriers[0]]).sum(axis=1)
         assert carried[TIME // 2 :].sum() > 3 * carried[: TIME // 2].sum()
@@ -65,6 +67,9 @@ def test_uncertainty_is_over_groups():
     assert result.error[0] == pytest.approx(np.full((2, 3), 2.0))  # of the group means 2 and 6
     assert np.isnan(result.mean[1]).all()
     assert result.groups.tolist() == [2, 0]
+    assert result.network_mean[0] == pytest.approx(np.full(3, 8.0))  # two time points
+    assert result.network_error[0] == pytest.approx(np.full(3, 4.0))
+    assert np.isnan(result.network_error[1]).all()
 
 
 def test_maps_come_back_to_the_voxels_they_are_from(tmp_path):
@@ -85,6 +90,20 @@ def test_maps_come_back_to_the_voxels_they_are_from(tmp_path):
         to_image(np.zeros(5), masker)
     with pytest.raises(ValueError, match="expected exactly one"):
         make_masker()
+
+
+def test_occlusion_sums_to_the_fall_of_the_logit(planted, decoder):
+    windows, labels, _ = planted
+    (value,) = attribute(decoder.decoder_, [windows[0]], labels[:1], t_r=2.0, method="occlusion")
+    blank = windows[0].copy()
+    blank[:, 3] = 0
+    source = ArrayWindows([windows[0], blank], t_r=2.0)
+    with (
+        torch.no_grad(),
+        source.loader(np.arange(2), batch=2, shuffle=False, seed=0, device=torch.device("cpu")) as batches,
+    ):
+        logits = decoder.decoder_(next(batches))[:, labels[0]]
+    assert value[:, 3].sum() == pytest.approx(float(logits[0] - logits[1]), abs=1e-4)
 
 
 def test_an_unknown_method_is_refused(planted, decoder):

@@ -80,12 +80,14 @@ def _planted(strength: float, seed: int = 0):
 @pytest.mark.parametrize("name", ["logistic", "ridge"])
 def test_a_planted_signal_is_decoded_and_permuted_labels_are_not(name):
     features, labels, runs, folds = _planted(strength=0.5)
-    seen = score(labels, predict_folds(name, features, labels, folds), groups=runs, classes=4)
+    named, _ = predict_folds(name, features, labels, folds, classes=4)
+    seen = score(labels, named, groups=runs, classes=4)
     assert seen.accuracy.low > 0.5
     assert seen.permutation_p < 0.01
     rng = np.random.default_rng(5)
     shuffled = np.concatenate([rng.permutation(part) for part in np.split(labels, 12)])
-    none = score(shuffled, predict_folds(name, features, shuffled, folds), groups=runs, classes=4)
+    named, _ = predict_folds(name, features, shuffled, folds, classes=4)
+    none = score(shuffled, named, groups=runs, classes=4)
     assert none.accuracy.low < 0.25 < none.accuracy.high
     assert none.permutation_p > 0.05
 

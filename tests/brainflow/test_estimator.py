@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
+from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
 
@@ -20,7 +20,7 @@ from brainflow.models.pretrained import save_pretrained
 NETWORKS = 10
 
 
-def data(windows=24, time=5, seed=0):
+def make_data(windows=24, time=5, seed=0):
     rng = np.random.default_rng(seed)
     labels = np.array(["cat", "face", "house"])[np.arange(windows) % 3]
     patterns = 2 * rng.normal(size=(3, NETWORKS))
@@ -45,9 +45,9 @@ def test_scikit_learn_checks(estimator):
     assert not [(r["check_name"], str(r["exception"])) for r in results if r["status"] == "failed"]
 
 
-@pytest.mark.parametrize("mode", ["linear", "knn", "mlp", "lora", "finetune"])
+@pytest.mark.parametrize("mode", ["linear", "knn", "mlp", "attentive", "lora", "finetune"])
 def test_saved_decoder_says_the_same(checkpoint, tmp_path, mode):
-    x, names = data()
+    x, names = make_data()
     decoder = brainflow.MentalStateDecoder(checkpoint, mode=mode, steps=60, lr=5e-3).fit(x, names)
     decoder.save(tmp_path / "d")
     assert {path.suffix for path in (tmp_path / "d").iterdir()} == {".json", ".safetensors"}
@@ -59,7 +59,7 @@ def test_saved_decoder_says_the_same(checkpoint, tmp_path, mode):
 
 
 def test_pipelines_and_searches(checkpoint):
-    x, names = data(36)
+    x, names = make_data(36)
     groups = np.arange(36) // 6
     decoder = brainflow.MentalStateDecoder(checkpoint)
     scores = cross_val_score(decoder, x, names, groups=groups, cv=GroupKFold(3))
@@ -109,6 +109,60 @@ def test_runs_with_events_and_images_give_what_windows_give(checkpoint):
 def test_bad_events_are_refused(events, says):
     with pytest.raises(ValueError, match=says):
         cut_events([np.zeros((10, 3))], events, t_r=2.0)
+
+
+def test_runs_with_events_are_cross_validated(checkpoint):
+    rng = np.random.default_rng(1)
+    table = {"onset": [0.0, 16.0, 32.0, 48.0], "duration": [8.0] * 4, "trial_type": ["a", "b", "a", "b"]}
+    runs = [rng.normal(size=(30, NETWORKS)).astype(np.float32) for _ in range(4)]
+    for run in runs:
+        run[0:4, 0] += 4
+        run[16:20, 0] += 4
+    decoder = brainflow.MentalStateDecoder(checkpoint)
+    assert cross_val_score(decoder, runs, [table] * 4, cv=KFold(2)).tolist() == [1.0, 1.0]
+
+
+def test_data_unlike_the_training_data_are_refused(tmp_path):
+    data = {"t_r": [2.0], "parcellation": "ten", "preprocessing": {"standardize": "z-score"}}
+    torch.manual_seed(0)
+    module = build(ModelConfig(networks=NETWORKS, width=16, layers=1, heads=2))
+    folder = save_pretrained(module, tmp_path / "m", {"data": {**data, "network_names": list("abcdefghij")}})
+    x, names = windows = make_data()
+    with pytest.raises(ValueError, match=r"TR: the model saw 2 to 2 s, the store has 3 s"):
+        brainflow.MentalStateDecoder(folder, t_r=3.0).fit(x, names)
+    with pytest.raises(
+        ValueError, match=r"normalisation: the model saw networks with a mean square of about 1"
+    ):
+        brainflow.BoldEncoder(folder).fit(100 + 30 * x)
+    allowed = brainflow.MentalStateDecoder(folder, t_r=3.0, allow_mismatch=True).fit(*windows)
+    assert allowed.score(x, names) > 0.5
+    fitted = brainflow.MentalStateDecoder(folder).fit(x, names)
+    fitted.save(tmp_path / "d")
+    for decoder in (fitted, brainflow.MentalStateDecoder.load(tmp_path / "d")):
+        with pytest.raises(ValueError, match="normalisation"):
+            decoder.predict(500 * x)
+
+
+def test_order_of_a_maskers_labels_is_checked(tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    from nilearn.maskers import NiftiLabelsMasker
+
+    torch.manual_seed(0)
+    data = {"network_names": ["left", "right"]}
+    folder = save_pretrained(
+        build(ModelConfig(networks=2, width=16, layers=1, heads=2)), tmp_path, {"data": data}
+    )
+    atlas = nibabel.Nifti1Image(np.arange(1, 3, dtype=np.int16).reshape(2, 1, 1), np.eye(4))
+    rng = np.random.default_rng(0)
+    images = [nibabel.Nifti1Image(rng.normal(size=(2, 1, 1, 12)), np.eye(4)) for _ in range(4)]
+    for labels, fits in ((["left", "right"], True), (["right", "left"], False)):
+        masker = NiftiLabelsMasker(atlas, labels=labels, standardize=None)
+        decoder = brainflow.MentalStateDecoder(folder, masker=masker)
+        if fits:
+            assert decoder.fit(images, [0, 1, 0, 1]).n_features_in_ == 2
+        else:
+            with pytest.raises(ValueError, match=r"network names: .*'left', 'right'.*'right', 'left'"):
+                decoder.fit(images, [0, 1, 0, 1])
 
 
 def test_checkpoint_of_other_networks_is_refused(checkpoint):
