@@ -1,7 +1,8 @@
-"""Say how far a store is from what a model saw, and what to do about it.
+"""Say how far a store is from what a model saw and what to do about it, or what this installation can do.
 
 Examples
 --------
+  brainflow doctor
   brainflow doctor store --for run
   brainflow doctor store --for run --json
 """
@@ -9,8 +10,11 @@ Examples
 from __future__ import annotations
 
 import json
+import os
+import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -19,6 +23,18 @@ NAMESAKE = (
     "the brain–computer-interface library `brainflow` is installed too and has the same import name; keep "
     "one of them in an environment: pip uninstall brainflow, then install brainflow-fmri again"
 )
+OPTIONAL = {
+    "triton": "kernels on a GPU",
+    "flash-attn": "attention on Ampere and later: extra flash",
+    "flash-attn-4": "attention on Hopper and Blackwell: extra flash4",
+    "nvidia-dali-cuda130": "DALI pipeline: extra dali",
+    "nvidia-dali-cuda120": "DALI pipeline for older drivers: extra dali-cuda12",
+    "scikit-learn": "decoding: extra report",
+    "nilearn": "decoding, reports, preparation: extra report",
+    "captum": "attributions: extra explain",
+    "huggingface_hub": "sharing: extra hub",
+    "obstore": "remote stores: extra remote",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +61,10 @@ def run(args: Args) -> int:
         rows = examine(BoldStore.open(args.store), args.for_)
     namesake = namesake_installed()
     bad = namesake or any(row.verdict == "differs" for row in rows)
+    facts = environment()
     if args.json:
-        print(
-            json.dumps({"rows": [vars(row) for row in rows], "namesake": namesake, "ok": not bad}, indent=1)
-        )
+        found = {"rows": [vars(row) for row in rows], "environment": facts, "namesake": namesake}
+        print(json.dumps({**found, "ok": not bad}, indent=1))
         return int(bad)
     from rich.console import Console
     from rich.markup import escape
@@ -62,14 +78,43 @@ def run(args: Args) -> int:
             cells = (row.what, row.model, row.store, row.verdict, row.advice)
             table.add_row(*(escape(cell) for cell in cells))
         Console().print(table)
-    print(f"installation: {NAMESAKE if namesake else 'fine'}")
+    else:
+        for name, value in facts.items():
+            print(f"{name + ':':<22}{value}")
+    print(f"{'installation:':<22}{NAMESAKE if namesake else 'fine'}")
     return int(bad)
 
 
-def namesake_installed() -> bool:
-    """Whether the distribution `brainflow` of the same import name is installed."""
+def environment() -> dict[str, str]:
+    """Return what a bug report needs: versions, devices, and which optional packages are there."""
+    import torch
+
+    import brainflow
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts = {
+        "brainflow": f"{_version('brainflow-fmri') or 'not installed'} in {Path(brainflow.__file__).parent}",
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
+        "GPUs": ", ".join(gpus) or "none",
+        "CPU cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}"
+        f", torch uses {torch.get_num_threads()} threads",
+    }
+    for package, use in OPTIONAL.items():
+        found = _version(package)
+        facts[package] = found or f"not installed ({use})"
+    return facts
+
+
+def _version(package: str) -> str | None:
     try:
-        version("brainflow")
+        return version(package)
     except PackageNotFoundError:
-        return False
-    return True
+        return None
+
+
+def namesake_installed() -> bool:
+    """Whether the distribution `brainflow` of the same import name is installed, or left files in ours."""
+    import brainflow
+
+    return _version("brainflow") is not None or (Path(brainflow.__file__).parent / "board_shim.py").exists()

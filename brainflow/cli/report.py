@@ -8,6 +8,7 @@ Examples
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,7 @@ class Args:
     out: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the page; by default RUN/report."""
     mask: Annotated[str | None, tyro.conf.arg(metavar="NIFTI")] = None
-    """Mask whose voxels are the networks: draws attributions on the brain."""
+    """Mask whose voxels are the networks: draws attributions and reconstruction errors on the brain."""
     labels: Annotated[str | None, tyro.conf.arg(metavar="NIFTI")] = None
     """Image of labels that are the networks."""
     maps: Annotated[str | None, tyro.conf.arg(metavar="NIFTI")] = None
@@ -33,15 +34,13 @@ class Args:
 
 def run(args: Args) -> int:
     """Write the page and return the exit code."""
-    from brainflow.report.page import write_page
-    from brainflow.report.run_page import run_page
+    from brainflow.report.run_page import write_report
 
     masker = None
     if args.mask or args.labels or args.maps:
         from brainflow.report.brain import make_masker
 
         masker = make_masker(mask=args.mask, labels=args.labels, maps=args.maps)
-    folder = Path(args.run)
-    page = run_page(folder, masker=masker)
-    print(write_page(page, Path(args.out) if args.out else folder / "report"))
+    print("drawing …", file=sys.stderr, flush=True)
+    print(write_report(Path(args.run), masker=masker, out=Path(args.out) if args.out else None))
     return 0

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from brainflow.decoding.extra import requires_report
-from brainflow.report.page import Picture
+from brainflow.report.page import Picture, Section, View
 
 with requires_report("brain maps"):
     import matplotlib
     import matplotlib.figure
     from nilearn import plotting, surface
     from nilearn.datasets import load_fsaverage
+    from nilearn.image import index_img, resample_img
+
+FINEST = 4.0
+"""Smallest voxel of an interactive view in millimetres: finer maps are resampled, or a page gets huge."""
+PLACE = (
+    "Maps are drawn at the coordinates that the image of the networks has; the outlines of glass brain and "
+    "surface fit where these are MNI coordinates."
+)
 
 
 def make_masker(*, mask: str | None = None, labels: str | None = None, maps: str | None = None) -> Any:
@@ -93,30 +103,68 @@ def on_surface(image: Any, *, title: str) -> bytes:
     return _draw(draw)
 
 
-def interactive(image: Any) -> str:
+def interactive(image: Any, *, title: str = "") -> str:
     """Return an interactive view of a map as a whole HTML page, with everything inside."""
+    size = np.abs(np.linalg.norm(image.affine[:3, :3], axis=0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        view = plotting.view_img(image, bg_img=False, threshold=None, resampling_interpolation="nearest")
-    return str(view.get_standalone())
-
-
-def brain_pictures(name: str, title: str, values: NDArray, masker: Any) -> list[Picture]:
-    """Return a glass brain of a map as a picture of a report."""
-    image = to_image(values, masker)
-    return [
-        Picture(
-            name=f"brain_{name}",
-            png=glass_brain(image, title=title),
-            alt=f"Glass brain: {title}",
-            caption=f"{title}, back-projected from networks.",
+        if size.min() < FINEST:
+            image = resample_img(
+                image, target_affine=np.diag(np.maximum(size, FINEST)), interpolation="nearest"
+            )
+        view = plotting.view_img(
+            image, bg_img=False, threshold=None, resampling_interpolation="nearest", title=title or None
         )
-    ]
+    return re.sub(r"<link[^>]*icon[^>]*>", "", view.get_standalone())  # the only thing that it would fetch
+
+
+def brain_section(
+    title: str,
+    names: Sequence[str],
+    values: NDArray,
+    masker: Any,
+    *,
+    prefix: str,
+    errors: NDArray | None = None,
+    notes: Sequence[str] = (),
+) -> Section:
+    """Return maps on the brain: of each a glass brain, the surface, an interactive view, and NIfTI images.
+
+    Parameters
+    ----------
+    title, notes
+        Of the section.
+    names
+        What each map shows.
+    values, errors
+        `[maps, networks]`; errors are saved as images of their own. Maps with NaN are left out.
+    masker
+        Fitted nilearn masker.
+    prefix
+        First part of the names of files.
+    """
+    pictures, views, volumes = [], [], {}
+    for number, (name, row) in enumerate(zip(names, values, strict=True)):
+        if not np.isfinite(row).all():
+            continue
+        file = f"{prefix}_{number:02d}_{re.sub(r'[^A-Za-z0-9-]+', '-', name)[:40]}"
+        image = volumes[f"{file}.nii.gz"] = to_image(row, masker)
+        if errors is not None and np.isfinite(errors[number]).all():
+            volumes[f"{file}_error.nii.gz"] = to_image(errors[number], masker)
+        for kind, draw in (("glass", glass_brain), ("surface", on_surface)):
+            looks = {"glass": "Glass brain", "surface": "Cortical surface"}[kind]
+            pictures.append(
+                Picture(
+                    name=f"{file}_{kind}", png=draw(image, title=name), alt=f"{looks}: {name}", caption=name
+                )
+            )
+        views.append(View(title=f"{name}: click to move through the volume", html=interactive(image)))
+    saved = f"Back-projected by the masker's inverse_transform, saved beside the page as {prefix}_….nii.gz."
+    notes = [*notes, saved, PLACE]
+    return Section(title=title, notes=notes, pictures=pictures, views=views, volumes=volumes)
 
 
 def _first(image: Any) -> Any:
-    from nilearn.image import index_img
-
     return index_img(image, 0) if image.ndim == 4 else image
 
 

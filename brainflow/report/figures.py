@@ -87,7 +87,7 @@ def reconstruction(truth: NDArray, prediction: NDArray, *, t_r: float, limit: fl
     Parameters
     ----------
     truth, prediction
-        `[time, networks]`, z-scored; every time point was predicted with its own values masked.
+        `[time, networks]`, z-scored; the prediction is NaN, and left blank, where nothing was masked.
     t_r
         Seconds between time points.
     limit
@@ -143,6 +143,76 @@ def decoders(
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x", color=FAINT, linewidth=0.8)
         axes.set_axisbelow(True)
+        return _png(figure)
+
+
+def learning_curve(
+    curves: Mapping[str, Sequence[tuple[float, float, float, float]]], *, unit: str, chance: float
+) -> bytes:
+    """Draw accuracy over the number of training subjects (or runs), a line a decoder.
+
+    Parameters
+    ----------
+    curves
+        Decoder → points (training groups, accuracy, low, high); NaN where there is no interval. The first is
+        drawn strong.
+    unit
+        What is counted, in the plural.
+    chance
+        Accuracy of always naming the most frequent class.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(7.2, 4.4)
+        muted = matplotlib.colormaps["tab10"]
+        for number, (name, points) in enumerate(curves.items()):
+            count, value, low, high = np.array(sorted(points), dtype=float).T
+            color = ACCENT if number == 0 else muted(number % 10)
+            axes.plot(count, value, "o-", color=color, linewidth=2.2 if number == 0 else 1.2, label=name)
+            axes.fill_between(count, low, high, color=color, alpha=0.18 if number == 0 else 0.06, linewidth=0)
+        axes.axhline(chance, color=SECOND, linewidth=1.4, linestyle=DASHES, label=f"chance {chance:.3f}")
+        if max(max(point[0] for point in points) for points in curves.values()) > 1:
+            ticks = sorted({point[0] for points in curves.values() for point in points})
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel(f"training {unit}")
+        axes.set_ylabel("accuracy, 95 % interval")
+        axes.grid(axis="y", color=FAINT, linewidth=0.8)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9)
+        return _png(figure)
+
+
+def time_course(values: NDArray, names: Sequence[str]) -> bytes:
+    """Draw `[classes, time]` over the time points of a window, a line a class."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(7.2, 3.6)
+        colors = matplotlib.colormaps["tab20"]
+        for number, (name, row) in enumerate(zip(names, values, strict=True)):
+            axes.plot(np.arange(len(row)), row, "o-", markersize=3, color=colors(number % 20), label=name)
+        axes.set_xlabel("time point of the window")
+        axes.set_ylabel("sum of |attribution|")
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color=FAINT, linewidth=0.8)
+        if len(names) <= 30:
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        return _png(figure)
+
+
+def fit_curve(
+    training: tuple[Sequence[float], Sequence[float]], checks: tuple[Sequence[float], Sequence[float]]
+) -> bytes:
+    """Draw the cross-entropy of fits, (steps, losses), and where there are validation windows, of these."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(7.2, 3.4)
+        axes.plot(*training, color=ACCENT, alpha=0.6, linewidth=1.4, label="training")
+        if len(checks[0]):
+            axes.plot(*checks, color=SECOND, linewidth=2.0, marker="o", markersize=4, label="validation")
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("cross-entropy")
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color=FAINT, linewidth=0.8)
+        axes.legend()
         return _png(figure)
 
 

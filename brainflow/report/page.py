@@ -1,7 +1,8 @@
-"""One HTML page with everything inside: pictures as data URIs, no script, nothing fetched.
+"""One HTML page with everything inside: pictures as data URIs, interactive views in frames, nothing fetched.
 
 The page's own Content-Security-Policy forbids network access, so that "self-contained" is enforced by the
-browser. All text is escaped by jinja2.
+browser, also in the frames, which inherit it. Scripts are allowed where there are interactive views, and run
+in their sandboxed frames alone: the page has none, and all text is escaped by jinja2.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from brainflow.decoding.extra import requires_report
 from brainflow.report.template import TEMPLATE
@@ -38,6 +40,15 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
+class View:
+    """An interactive view: a whole HTML page that fetches nothing, shown in a frame `height` pixels high."""
+
+    title: str
+    html: str
+    height: int = 260
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """A table; the first column holds names. Rows listed in `strong` stand out."""
 
@@ -48,13 +59,18 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A heading with sentences, a table and pictures, in this order."""
+    """A heading with sentences, a table, pictures and views, in this order.
+
+    `volumes` are images with `to_filename`, by the name under which they are saved beside the page.
+    """
 
     title: str
     text: list[str] = field(default_factory=list)
     table: Table | None = None
     notes: list[str] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
+    views: list[View] = field(default_factory=list)
+    volumes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +83,11 @@ class Page:
     sections: list[Section]
     footer: list[str]
 
+    @property
+    def interactive(self) -> bool:
+        """Whether some section has an interactive view, which needs scripts."""
+        return any(section.views for section in self.sections)
+
 
 def render(page: Page) -> str:
     """Return the page as HTML."""
@@ -77,12 +98,14 @@ def render(page: Page) -> str:
 
 
 def write_page(page: Page, folder: str | Path) -> Path:
-    """Write `index.html` and every picture as a PNG beside it; return the page's path."""
+    """Write `index.html`, and beside it every picture as a PNG and every volume; return the page's path."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     for section in page.sections:
         for picture in section.pictures:
             (target / f"{picture.name}.png").write_bytes(picture.png)
+        for name, volume in section.volumes.items():
+            volume.to_filename(target / name)
     path = target / "index.html"
     path.write_text(render(page), encoding="utf-8")
     return path

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from brainflow.data.splits import Split
 from brainflow.decoding.baselines import DESCRIPTIONS
+from brainflow.models.pretrained import CONFIG, load_pretrained, read_config
 from brainflow.report import figures
-from brainflow.report.page import Page, Picture, Section, Table
+from brainflow.report.page import Page, Picture, Section, Table, write_page
+from brainflow.report.reconstruction import reconstruct
+from brainflow.storage import BoldStore
+from brainflow.training.run_dir import SPLIT
 
 PRETRAINING, DECODING, MAPS = "metrics.jsonl", "scores.json", "attributions.npz"
+FITS, CHECKS, RECONSTRUCTION = "train_history.csv", "eval_history.csv", "reconstruction.npz"
 
 
 def run_page(folder: Path, *, masker: Any = None) -> Page:
@@ -30,15 +37,15 @@ def run_page(folder: Path, *, masker: Any = None) -> Page:
     FileNotFoundError
         If the folder holds neither.
     """
-    sections, facts = [], []
+    sections: list[Section] = []
+    facts: list[tuple[str, str]] = []
     if (folder / PRETRAINING).is_file():
-        section, found = _pretraining(folder)
-        sections.append(section)
-        facts += found
+        found, facts = _pretraining(folder, masker)
+        sections += found
     if (folder / DECODING).is_file():
         summary = json.loads((folder / DECODING).read_text(encoding="utf-8"))
-        sections += _decoding(summary)
-        sections += _maps(folder, masker)
+        sections += _decoding(folder, summary)
+        sections += _explained(folder, masker, summary["groups"]["kind"])
         value = summary["decoder"]["accuracy"]["value"]
         facts += [(f"{value:.1%}", f"named rightly (chance {summary['decoder']['chance']:.1%})")]
         facts += [(str(summary["tested"]), f"tested windows of {len(summary['classes'])} classes")]
@@ -51,12 +58,17 @@ def run_page(folder: Path, *, masker: Any = None) -> Page:
         title=f"brainflow report: {folder.resolve().name}",
         lead="What a run read, did and reached. Every figure comes from the files of the run.",
         facts=facts,
-        sections=[*sections, *_configuration(folder)],
+        sections=[*_data(folder), *sections, *_configuration(folder)],
         footer=["Made by brainflow report; the page holds everything itself and fetches nothing."],
     )
 
 
-def _pretraining(folder: Path) -> tuple[Section, list[tuple[str, str]]]:
+def write_report(folder: Path, *, masker: Any = None, out: Path | None = None) -> Path:
+    """Write the page of :func:`run_page`, by default to `folder`/report; return its path."""
+    return write_page(run_page(folder, masker=masker), out or folder / "report")
+
+
+def _pretraining(folder: Path, masker: Any) -> tuple[list[Section], list[tuple[str, str]]]:
     lines = [
         json.loads(line)
         for line in (folder / PRETRAINING).read_text(encoding="utf-8").splitlines()
@@ -79,10 +91,52 @@ def _pretraining(folder: Path) -> tuple[Section, list[tuple[str, str]]]:
     )
     table = Table(header=["prediction of held-out runs", "L1 error"], rows=rows, strong=(0,))
     facts = [(str(lines[-1]["step"] if lines else 0), "optimizer steps of pretraining")]
-    return Section(title="Pretraining", table=table, pictures=[picture]), facts
+    section = Section(title="Pretraining", table=table, pictures=[picture])
+    return [section, *_reconstruction(folder, masker)], facts
 
 
-def _decoding(summary: dict[str, Any]) -> list[Section]:
+def _reconstruction(folder: Path, masker: Any) -> list[Section]:
+    """Return what the model predicts of its validation runs, if they still lie where they were."""
+    if not ((folder / CONFIG).is_file() and (folder / SPLIT).is_file()):
+        return []
+    config = read_config(folder)
+    pretrained = config.get("pretrain") or {}
+    path, title = str(pretrained.get("store", "")), "Masked reconstruction"
+    if not Path(path).is_dir() or BoldStore.open(path).snapshot != config["data"]["store_snapshot"]:
+        note = f"The training store is not at {path} any more, or has changed: nothing was predicted."
+        return [Section(title=title, notes=[note])]
+    runs = tuple(Split.load(folder / SPLIT).parts["validation"])
+    if not runs:
+        return [Section(title=title, notes=["The split has no validation runs: nothing was predicted."])]
+    length = int((pretrained.get("data") or {}).get("seq_max", 50)) - 1
+    r = reconstruct(BoldStore.open(path), load_pretrained(folder), runs, length=length)
+    np.savez(folder / RECONSTRUCTION, error=r.error, mean_error=r.mean_error, explained=r.explained)
+    picture = Picture(
+        name="reconstruction",
+        png=figures.reconstruction(r.truth, r.prediction, t_r=r.t_r),
+        alt="Three carpets: a recorded window, its masked reconstruction, the error",
+        caption=f"A window of the validation run {r.run}; blank where nothing was masked. Networks are "
+        "ordered by the window's first principal component.",
+    )
+    median = [float(np.nanmedian(v)) for v in (r.error, r.mean_error, r.explained)]
+    note = (
+        f"Over {r.windows} windows of {len(runs)} validation runs, median of networks: mean absolute error "
+        f"{median[0]:.3f} (predicting each network's mean: {median[1]:.3f}), explained "
+        f"variance {median[2]:.1%}."
+    )
+    sections = [Section(title=title, notes=[note], pictures=[picture])]
+    if masker is not None:
+        from brainflow.report.brain import brain_section  # nilearn's plotting costs seconds
+
+        names = ["reconstruction error (L1)", "explained variance"]
+        values = np.nan_to_num(np.stack([r.error, r.explained]))
+        sections.append(
+            brain_section("Reconstruction on the brain", names, values, masker, prefix="reconstruction")
+        )
+    return sections
+
+
+def _decoding(folder: Path, summary: dict[str, Any]) -> list[Section]:
     entries = [*summary["baselines"], summary["decoder"]]
     ours = summary["decoder"]
     kind, count = summary["groups"]["kind"], summary["groups"]["count"]
@@ -137,50 +191,112 @@ def _decoding(summary: dict[str, Any]) -> list[Section]:
                 caption=f"Calibration: expected calibration error {c['error']:.3f}.",
             )
         )
+    if (folder / FITS).is_file():
+        fits, checks = (_mean_by_step(folder / name) for name in (FITS, CHECKS))
+        pictures.append(
+            Picture(
+                name="fits",
+                png=figures.fit_curve(fits, checks),
+                alt="Cross-entropy over optimizer steps",
+                caption=f"Fitting the decoder ({ours['name']}): means over folds and seeds.",
+            )
+        )
+    saw = ours.get("pretraining_saw") or []
+    notes = [f"p: labels permuted within {kind}s. Chance: always naming the most frequent class."]
+    if saw:
+        notes.append(
+            f"Pretraining read the BOLD, not the labels, of {len(saw)} of the {len(ours['per_subject'])} "
+            "tested subjects."
+        )
     sections = [
         Section(
             title=f"Decoding {summary['target']}: {len(summary['classes'])} classes, {summary['split']}",
-            text=[
-                f"Classes: {', '.join(summary['classes'])}. Every decoder sees the same windows and folds."
-            ],
+            text=["Every decoder sees the same windows and folds."],
             table=Table(header=header, rows=rows, strong=(len(rows) - 1,)),
-            notes=[f"p: labels permuted within {kind}s. Chance: always naming the most frequent class."],
+            notes=notes,
             pictures=pictures,
         )
     ]
     curve = summary.get("learning_curve")
     if curve:
+        sections.append(_learning_curve(curve, ours["chance"]))
+    return sections
+
+
+def _learning_curve(curve: dict[str, Any], chance: float) -> Section:
+    lines: dict[str, list[tuple[float, float, float, float]]] = {}
+    for p in curve["points"]:
+        ends = (np.nan, np.nan) if p["low"] is None else (p["low"], p["high"])
+        name = DESCRIPTIONS.get(p["decoder"], p["decoder"])
+        lines.setdefault(name, []).append((p["train"], p["value"], *ends))
+    picture = Picture(
+        name="learning_curve",
+        png=figures.learning_curve(lines, unit=f"{curve['unit']}s", chance=chance),
+        alt="Accuracy over the number of training subjects or runs, a line a decoder",
+        caption=f"The same test windows at every point; 95 % intervals over {curve['interval_over']}.",
+    )
+    rows = [
+        [DESCRIPTIONS.get(p["decoder"], p["decoder"]), str(p["train"]), _number(p["value"]), _ends(p)]
+        for p in curve["points"]
+    ]
+    header = ["decoder", f"training {curve['unit']}s", "accuracy", "95 % interval"]
+    return Section(title="Learning curve", table=Table(header=header, rows=rows), pictures=[picture])
+
+
+def _explained(folder: Path, masker: Any, kind: str) -> list[Section]:
+    """Return attributions: which networks, when, and on the brain if there is a masker."""
+    if not (folder / MAPS).is_file():
+        return []
+    with np.load(folder / MAPS, allow_pickle=False) as saved:
+        names, mean, error = saved["classes"].tolist(), saved["network_mean"], saved["network_error"]
+        over_time = np.nansum(np.abs(saved["mean"]), axis=2)
+    notes = [
+        "How far a network's values raise the logit of a window's own class: sums over time, "
+        f"means over {kind}s with their standard errors, each window explained by the decoder of the fold "
+        "that tested it."
+    ]
+    rows = []
+    for name, values, errors in zip(names, mean, error, strict=True):
+        if np.isfinite(values).all():
+            best = np.argsort(-values)[:3]
+            rows.append([name, *(f"{i}: {values[i]:+.3f} ± {errors[i]:.3f}" for i in best)])
+    header = ["class", *("strongest", "second", "third")[: min(3, mean.shape[1])]]
+    picture = Picture(
+        name="attribution_time",
+        png=figures.time_course(over_time, names),
+        alt="Attribution over the time points of a window, a line a class",
+        caption="When: sums over networks of the absolute mean attribution at each time point of a window.",
+    )
+    title = "What the decoder goes by"
+    table = Table(header=header, rows=rows)
+    sections = [Section(title=title, table=table, notes=notes, pictures=[picture])]
+    if masker is not None:
+        from brainflow.report.brain import brain_section  # nilearn's plotting costs seconds
+
+        titles = [f"attribution to {name}" for name in names]
         sections.append(
-            Section(
-                title="Learning curve",
-                table=Table(
-                    header=["decoder", f"training {curve['unit']}s", "accuracy", "95 % interval"],
-                    rows=[
-                        [p["decoder"], str(p["train"]), _number(p["value"]), _ends(p)]
-                        for p in curve["points"]
-                    ],
-                ),
-                notes=[f"The same test windows at every point; intervals over {curve['interval_over']}."],
-            )
+            brain_section("On the brain", titles, mean, masker, prefix="attribution", errors=error)
         )
     return sections
 
 
-def _maps(folder: Path, masker: Any) -> list[Section]:
-    if masker is None or not (folder / MAPS).is_file():
+def _data(folder: Path) -> list[Section]:
+    """Return what was read: by the decoding, or else by the pretraining."""
+    if (folder / DECODING).is_file():
+        facts = json.loads((folder / DECODING).read_text(encoding="utf-8")).get("data") or {}
+    elif (folder / CONFIG).is_file():
+        facts = dict(read_config(folder).get("data") or {})
+        people = facts.pop("training_subjects", None) or []
+        facts["training subjects"] = len(people)
+        names = facts.pop("network_names", None)
+        facts.pop("network_coordinates", None)
+        facts["network names"] = ", ".join(names[:5]) + ", …" if names else None
+    else:
         return []
-    from brainflow.report.brain import brain_pictures  # nilearn's plotting costs seconds
-
-    with np.load(folder / MAPS, allow_pickle=False) as saved:
-        names, mean = saved["classes"].tolist(), saved["mean"]
-    pictures = [
-        picture
-        for name, values in zip(names, mean.sum(axis=1), strict=True)
-        if np.isfinite(values).all()
-        for picture in brain_pictures(str(name), f"Attribution to {name}", values, masker)
-    ]
-    note = "Sums over time of attributions to the class's logit, averaged over groups."
-    return [Section(title="On the brain", notes=[note], pictures=pictures)]
+    rows = _flat(
+        {name.replace("_", " "): "not recorded" if v in (None, "") else v for name, v in facts.items()}
+    )
+    return [Section(title="Data", table=Table(header=["what", "value"], rows=rows))]
 
 
 def _configuration(folder: Path) -> list[Section]:
@@ -202,9 +318,19 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[list[str]]:
         if isinstance(value, dict):
             rows += _flat(value, f"{prefix}{key}.")
         else:
-            text = str(value)
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             rows.append([prefix + key, text if len(text) < 60 else text[:57] + "…"])
     return rows
+
+
+def _mean_by_step(path: Path) -> tuple[list[float], list[float]]:
+    """Return the steps of a history and the mean loss of its fits at each; empty without the file."""
+    losses: dict[int, list[float]] = {}
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="") as handle:
+            for row in csv.DictReader(handle):
+                losses.setdefault(int(row["step"]), []).append(float(row["loss"]))
+    return [float(step) for step in losses], [float(np.mean(found)) for found in losses.values()]
 
 
 def _columns(pairs: list[tuple[float, float]]) -> tuple[list[float], list[float]]:

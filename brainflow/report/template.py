@@ -7,7 +7,8 @@ TEMPLATE = """\
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'\
+{% if page.interactive %}; script-src 'unsafe-inline'{% endif %}">
 <link rel="icon" href="data:,">
 <title>{{ page.title }}</title>
 <style>
@@ -18,7 +19,7 @@ body { margin: 0; background: var(--ground); color: var(--ink);
 
     font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif;
   }
-main { max-width: 880px; margin: 0 auto; padding: 48px 20px 64px; }
+main { max-width: 960px; margin: 0 auto; padding: 48px 20px 64px; }
 h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 12px; text-wrap: balance; }
 h2 { font-size: 1.25rem; line-height: 1.3; letter-spacing: -0.01em; margin: 0 0 8px; }
 p { margin: 0 0 12px; max-width: 68ch; }
@@ -35,13 +36,14 @@ section { background: var(--paper); border: 1px solid var(--line); border-radius
   margin: 0 0 20px; }
 .scroll { overflow-x: auto; margin: 12px 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 0.95rem; }
-th, td { text-align: right; padding: 7px 10px; border-bottom: 1px solid var(--line);
+th, td { text-align: right; padding: 7px 8px; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 thead th { color: var(--muted); font-weight: 500; font-size: 0.85rem; border-bottom: 1px solid #c9ced8; }
 tbody th { font-weight: 400; }
 tr.strong td, tr.strong th { font-weight: 650; color: var(--accent); }
 figure { margin: 20px 0 0; }
+iframe { display: block; width: 100%; border: 0; }
 figure img { display: block; width: 100%; height: auto; margin: 0 auto; }
 figcaption, .notes { color: var(--muted); font-size: 0.88rem; line-height: 1.5; margin-top: 8px; }
 figcaption { max-width: 76ch; }
@@ -94,6 +96,13 @@ footer { color: var(--muted); font-size: 0.85rem; padding: 8px 4px; }
 width="{{ picture.size[0] }}" height="{{ picture.size[1] }}" \
 style="max-width: {{ picture.size[0] // 2 }}px">
 <figcaption>{{ picture.caption }}</figcaption>
+</figure>
+{% endfor %}
+{% for view in section.views %}
+<figure>
+<iframe sandbox="allow-scripts" title="{{ view.title }}" srcdoc="{{ view.html }}" \
+style="height: {{ view.height }}px"></iframe>
+<figcaption>{{ view.title }}</figcaption>
 </figure>
 {% endfor %}
 </section>

@@ -1,6 +1,7 @@
 """From a labelled store by commands to scores, a learning curve, a saved decoder, maps, a page, a card."""
 
 import json
+import re
 import shutil
 import sys
 import types
@@ -13,17 +14,21 @@ import torch
 import brainflow
 from brainflow import compat, sharing
 from brainflow.cli.main import main
-from brainflow.config import ModelConfig
+from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
+from brainflow.decoding.baselines import BASELINES
 from brainflow.decoding.curve import reduce_task
 from brainflow.decoding.persist import check_decoder_classes
 from brainflow.decoding.result import baselines
 from brainflow.decoding.splits import Fold, check_folds
 from brainflow.decoding.task import TaskConfig, load_task
+from brainflow.decoding.windows import ArrayWindows
 from brainflow.frameworks import build
 from brainflow.models.pretrained import save_pretrained
 from brainflow.report.page import render
+from brainflow.report.reconstruction import reconstruct
 from brainflow.report.run_page import run_page
 from brainflow.storage import BoldStore, Segment, StoreWriter
+from brainflow.training.loop import pretrain
 
 NETWORKS, CLASSES, SUBJECTS = 8, ("cat", "face", "house"), 6
 
@@ -116,12 +121,19 @@ def test_command_writes_scores_curve_decoder_and_attributions(decoding):
     assert saved["learning_curve"]["unit"] == "subject"
     points = [(p["decoder"], p["train"]) for p in saved["learning_curve"]["points"]]
     assert [count for name, count in points if name == "ridge"] == [1, 3]
-    assert len((decoding / "learning_curve.csv").read_text().splitlines()) == 5
+    assert {name for name, _ in points} == {"fine-tuned, pretrained", *BASELINES}
+    assert len((decoding / "learning_curve.csv").read_text().splitlines()) == 1 + 2 * 7
+    assert saved["data"]["windows"] == dict.fromkeys(CLASSES, 24)
+    checks = (decoding / "eval_history.csv").read_text().splitlines()
+    assert checks[0] == "step,loss,accuracy,seed,fold"
+    assert len(checks) == 1 + 2 * 10
     assert sum(saved["decoder"]["confusion"][0]) % 2 == 0  # two seeds, pooled
     assert 0 <= saved["decoder"]["calibration"]["error"] <= 1
     with np.load(decoding / "attributions.npz") as found:
         assert found["mean"].shape == (3, 4, NETWORKS)
         assert np.isfinite(found["error"]).all()
+        assert found["groups"].tolist() == [2, 2, 2]  # the test subjects alone
+        np.testing.assert_allclose(found["network_mean"], found["mean"].sum(axis=1), atol=1e-6)
 
 
 def test_a_saved_decoder_is_loaded_by_the_estimator(decoding, store):
@@ -156,15 +168,72 @@ def test_report_holds_every_figure(decoding, tmp_path, capsys):
     command = ["report", str(decoding), "--mask", str(tmp_path / "mask.nii.gz"), "--out", str(tmp_path / "r")]
     assert main(command) == 0
     names = {path.stem for path in (tmp_path / "r").glob("*.png")}
-    brains = {f"brain_{name}" for name in CLASSES}
-    assert names == {"decoders", "confusion", "subjects", "reliability"} | brains
+    maps = {f"attribution_{i:02d}_attribution-to-{name}" for i, name in enumerate(CLASSES)}
+    brains = {f"{file}_{kind}" for file in maps for kind in ("glass", "surface")}
+    drawn = {"decoders", "confusion", "subjects", "reliability", "fits", "learning_curve", "attribution_time"}
+    assert names == drawn | brains
+    saved = {path.name for path in (tmp_path / "r").glob("*.nii.gz")}
+    assert saved == {f"{file}{end}.nii.gz" for file in maps for end in ("", "_error")}
+    image = nibabel.load(tmp_path / "r" / "attribution_00_attribution-to-cat.nii.gz")
+    with np.load(decoding / "attributions.npz") as found:
+        np.testing.assert_allclose(image.get_fdata().ravel(), found["network_mean"][0], atol=1e-5)
     html = (tmp_path / "r" / "index.html").read_text()
     assert "Learning curve" in html
-    assert "http" not in html.replace("http-equiv", "")
+    assert html.count("<iframe ") == 3
+    assert not re.search(r"""(src|href)=["'&#;0-9quot]*(https?:)?//""", html)
     assert str(tmp_path / "r" / "index.html") in capsys.readouterr().out
 
 
-def test_report_of_a_pretraining_run(tmp_path):
+def test_report_of_a_pretraining_run_maps_the_reconstruction_error(store, tmp_path):
+    run = tmp_path / "run"
+    config = PretrainConfig(
+        store=store.path,
+        out=str(run),
+        model=ModelConfig(networks=NETWORKS, width=16, layers=1, heads=2),
+        data=DataConfig(seq_min=4, seq_max=13, batch_size=4, validation_batches=1),
+        train=TrainConfig(steps=2, checkpoint_every=2, validate_every=2),
+        device="cpu",
+    )
+    pretrain(config, resume="never", quiet=True)
+    nibabel.save(nibabel.Nifti1Image(np.ones((2, 2, 2), np.uint8), 30 * np.eye(4)), tmp_path / "mask.nii.gz")
+    assert main(["report", str(run), "--mask", str(tmp_path / "mask.nii.gz")]) == 0
+    html = (run / "report" / "index.html").read_text()
+    for words in ("Masked reconstruction", "validation runs", "eight", "toy"):
+        assert words in html
+    with np.load(run / "reconstruction.npz") as found:
+        assert found["error"].shape == (NETWORKS,)
+        image = nibabel.load(run / "report" / "reconstruction_00_reconstruction-error-L1-.nii.gz")
+        np.testing.assert_allclose(image.get_fdata().ravel(), found["error"], atol=1e-5)
+    config_path = run / "config.json"
+    config_path.write_text(config_path.read_text().replace(str(store.path), str(tmp_path / "gone")))
+    assert "nothing was predicted" in render(run_page(run))
+
+
+@pytest.mark.parametrize("framework", ["csm", "seq-bert", "net-bert", "autoencoder"])
+def test_reconstruction_error_is_what_a_plain_loop_finds(store, framework):
+    torch.manual_seed(0)
+    sizes = {"networks": NETWORKS, "width": 16, "layers": 1, "heads": 2}
+    module = build(ModelConfig(framework=framework, **sizes)).eval()
+    runs = tuple(str(key) for key in store.runs.key[:3])
+    result = reconstruct(store, module, runs, length=13)
+    assert result.windows == 6
+    known = np.isfinite(result.prediction)
+    assert known.any()
+    windows = [store.run(i)[13 * half : 13 * half + 13] for i in range(3) for half in range(2)]
+    source = ArrayWindows([np.asarray(w, np.float32) for w in windows], t_r=2.0)
+    with source.loader(np.arange(6), batch=6, shuffle=False, seed=0, device=torch.device("cpu")) as batches:
+        batch = next(batches)
+    with torch.no_grad():
+        values, rows = module.reconstruct(batch, seed=0)
+    gap = np.abs(batch.bold[rows].numpy() - values.numpy())
+    expected = np.nansum(gap, axis=0) / np.maximum(np.isfinite(gap).sum(axis=0), 1)
+    never = ~np.isfinite(gap).any(axis=0)
+    np.testing.assert_allclose(result.error, np.where(never, np.nan, expected), rtol=1e-4)
+    with pytest.raises(ValueError, match="holds none of the 1 runs"):
+        reconstruct(store, module, ("nowhere",), length=13)
+
+
+def test_report_of_logs_alone(tmp_path):
     lines = [
         {"step": 10, "loss": 0.9, "lr": 1e-4},
         {"step": 10, "val_loss": 0.8, "val_l1": 0.8, "val_mean_l1": 0.79, "val_last_l1": 0.9},
@@ -203,12 +272,17 @@ def test_doctor_says_what_differs_and_what_to_do(store, model, tmp_path, capsys)
     assert "resample" in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_doctor_knows_the_library_of_the_same_name(monkeypatch):
+def test_doctor_knows_the_library_of_the_same_name(monkeypatch, capsys):
     from brainflow.cli import doctor
 
-    assert doctor.run(doctor.Args()) == 0
-    monkeypatch.setattr(doctor, "version", lambda name: "5.0")
-    assert doctor.run(doctor.Args(json=True)) == 1
+    assert doctor.run(doctor.Args(json=True)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["environment"]["torch"].startswith(torch.__version__)
+    assert not found["namesake"]
+    plain = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: "5.0" if name == "brainflow" else plain(name))
+    assert doctor.run(doctor.Args()) == 1
+    assert "brain–computer-interface library" in capsys.readouterr().out
 
 
 def test_card_and_upload(decoding, monkeypatch, tmp_path):

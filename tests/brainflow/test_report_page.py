@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
 
 from brainflow.report import figures
+from brainflow.report.brain import brain_section, make_masker
 from brainflow.report.page import Page, Picture, Section, Table, render, write_page
 from brainflow.report.run_page import run_page
 
@@ -164,6 +166,42 @@ def test_page_of_a_decoding_renders_in_a_browser(tmp_path):
     assert "CONSOLE" not in seen.stderr, seen.stderr
     with Image.open(screenshot) as image:
         assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_interactive_views_are_drawn_and_fetch_nothing(tmp_path):
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    affine = np.diag([20.0, 20.0, 20.0, 1.0])
+    affine[:3, 3] = (-30, -60, -20)
+    nibabel.save(nibabel.Nifti1Image(np.ones((4, 4, 4), np.uint8), affine), tmp_path / "mask.nii.gz")
+    masker = make_masker(mask=str(tmp_path / "mask.nii.gz"))
+    values = np.linspace(-1, 1, 64)[None]
+    section = brain_section(HOSTILE, [HOSTILE], values, masker, prefix="map")
+    page = Page(title="t", lead="", facts=[], sections=[section], footer=[])
+    path = write_page(page, tmp_path / "report")
+    assert {file.suffix for file in path.parent.iterdir()} == {".html", ".png", ".gz"}
+    html = path.read_text(encoding="utf-8")
+    assert "script-src 'unsafe-inline'" in html
+    assert "<script" not in html  # scripts stand, escaped, in the frame alone
+    screenshot = tmp_path / "page.png"
+    seen = _browse(
+        browser, tmp_path, "--virtual-time-budget=5000", f"--screenshot={screenshot}", path.as_uri()
+    )
+    assert "CONSOLE" not in seen.stderr, seen.stderr
+
+    # The frame is sealed off, so its page alone says what it has drawn.
+    script = """<script>addEventListener("load", () => setTimeout(() => {
+        const c = document.querySelector("canvas");
+        const d = c.getContext("2d").getImageData(0, 0, c.width, c.height);
+        const seen = new Set(new Uint32Array(d.data.buffer));
+        document.documentElement.innerHTML = JSON.stringify([[c.width, seen.size]]); }, 1000));</script>"""
+    probe = tmp_path / "probe.html"
+    probe.write_text(section.views[0].html.replace("</body>", script + "</body>"), encoding="utf-8")
+    dom = _browse(browser, tmp_path, "--virtual-time-budget=5000", "--dump-dom", probe.as_uri()).stdout
+    ((width, colors),) = json.loads(re.search(r"\[\[.*\]\]", dom).group())
+    assert width > 100
+    assert colors > 20
 
 
 def _browse(browser: str, tmp_path, *arguments: str) -> subprocess.CompletedProcess:
