@@ -9,13 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
-from brainflow.data.batch import PackedBatch
-from brainflow.data.packing import packed_fields
 from brainflow.data.splits import Split
-from brainflow.data.windows import Windows
 from brainflow.decoding.adapt import adapt
 from brainflow.decoding.fit import NAMES, AdaptConfig, Mode
 from brainflow.decoding.result import Result, baselines, difference, write_results
@@ -23,6 +19,7 @@ from brainflow.decoding.scores import Interval
 from brainflow.decoding.task import DecodingTask, TaskConfig, load_task
 from brainflow.demo import haxby
 from brainflow.models.pretrained import load_pretrained
+from brainflow.report.reconstruction import Reconstruction, reconstruct
 from brainflow.storage import BoldStore, verify
 from brainflow.training.loop import pretrain
 from brainflow.training.metrics import read_metrics
@@ -37,6 +34,7 @@ ADAPTATIONS: tuple[tuple[Mode, bool], ...] = (
     ("linear", True),
     ("linear", False),
     ("mlp", False),
+    ("attentive", False),
     ("lora", False),
     ("finetune", True),
     ("finetune", False),
@@ -44,7 +42,6 @@ ADAPTATIONS: tuple[tuple[Mode, bool], ...] = (
 """Ways to adapt and whether from fresh weights; the last is the one whose results are written."""
 PICTURE_WINDOW = 49
 """Time points of the windows whose reconstruction is measured: the longest that pretraining draws."""
-RECONSTRUCTION_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,26 +61,6 @@ class DemoConfig:
     """Optimizer steps of adaptation, in each fold."""
     width: int = 128
     """Hidden width of the model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reconstruction:
-    """Masked reconstruction of runs that pretraining did not train on.
-
-    Attributes
-    ----------
-    truth, prediction
-        float32 `[time, networks]`: one window without its first time point, which has nothing before it.
-    explained
-        float32 `[networks]`: explained variance over all such windows, against each network's mean.
-    run
-        Key of the run that the window is from.
-    """
-
-    truth: NDArray[np.float32]
-    prediction: NDArray[np.float32]
-    explained: NDArray[np.float32]
-    run: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +137,7 @@ def run_demo(config: DemoConfig, *, say: Callable[[str], None], quiet: bool = Fa
     say(f"pretraining: causal sequence modelling, {config.pretrain_steps} steps, labels not used")
     pretrain(pretrain_config(config), resume="never", quiet=quiet)
     held_out = Split.load(run_folder / SPLIT).parts["validation"]
-    reconstruction = reconstruct(store, load_pretrained(run_folder), held_out)
+    reconstruction = reconstruct(store, load_pretrained(run_folder), held_out, length=PICTURE_WINDOW)
 
     task = load_task(store, TaskConfig(target=haxby.TARGET, split="leave-one-run-out", hrf_shift=HRF_SHIFT))
     say(f"decoding {len(task.classes)} conditions, each run left out once: classifiers without a model")
@@ -202,51 +179,6 @@ def pretrain_config(config: DemoConfig) -> PretrainConfig:
             checkpoint_every=steps,
         ),
         device="cpu",
-    )
-
-
-@torch.no_grad()
-def reconstruct(store: BoldStore, module: Any, runs: tuple[str, ...]) -> Reconstruction:
-    """Predict every time point of some runs from those before it, in windows end to end.
-
-    Parameters
-    ----------
-    store
-        The store.
-    module
-        A pretrained module; put into evaluation mode.
-    runs
-        Keys of the runs.
-    """
-    module.eval()
-    ids = np.flatnonzero(np.isin(store.runs.key, runs))
-    per_run = [int(store.runs.length[i]) // PICTURE_WINDOW for i in ids]
-    owner = np.repeat(ids, per_run)
-    place = np.concatenate([np.arange(count) for count in per_run])
-    windows = Windows(
-        starts=np.asarray(store.runs.start)[owner].astype(np.int64) + place * PICTURE_WINDOW,
-        lengths=np.full(len(owner), PICTURE_WINDOW, dtype=np.int32),
-        runs=owner.astype(np.int32),
-        t_r=np.asarray(store.runs.t_r, dtype=np.float64)[owner],
-    )
-    batch = PackedBatch(
-        bold=torch.from_numpy(store.windows(windows.starts, windows.lengths)).float(),
-        max_seqlen=PICTURE_WINDOW,
-        lengths=windows.lengths,
-        runs=windows.runs,
-        step=0,
-        **{name: torch.from_numpy(values) for name, values in packed_fields(windows).items()},
-    )
-    prediction, rows = module.reconstruct(batch, seed=RECONSTRUCTION_SEED)
-    truth = batch.bold[rows]
-    residual = (truth - prediction).square().sum(dim=0)
-    total = (truth - truth.mean(dim=0)).square().sum(dim=0)
-    first = rows < PICTURE_WINDOW
-    return Reconstruction(
-        truth=truth[first].numpy(),
-        prediction=prediction[first].numpy(),
-        explained=(1 - residual / total.clamp_min(1e-12)).numpy(),
-        run=str(store.runs.key[owner[0]]),
     )
 
 

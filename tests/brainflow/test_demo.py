@@ -80,12 +80,13 @@ def test_demo_end_to_end(result, capsys):
         "linear probe, from scratch",
         "linear probe, pretrained",
         "MLP probe, pretrained",
+        "attentive probe, pretrained",
         "LoRA, pretrained",
         "fine-tuned, from scratch",
         "fine-tuned, pretrained",
     ]
     assert len(result.held_out) == 2
-    assert result.reconstruction.truth.shape == result.reconstruction.prediction.shape == (48, 530)
+    assert result.reconstruction.truth.shape == result.reconstruction.prediction.shape == (49, 530)
     assert (
         0.55 < result.decoders[1].scores.accuracy.value < 0.80
     )  # ridge: 0.656 to 0.76 by the kind of window
