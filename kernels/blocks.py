@@ -8,16 +8,20 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import chain, pairwise
 
 import torch
 
-from .masks import check_values, column_mask, masked_rows, windows
+from .masks import POSITION, TAG_POSITION, check_values, column_mask, masked_rows, windows
+from .random import philox_ints
 
 BLOCK = 1 << 16
 """Values of a block: a quarter of a megabyte of float32, so that two or three stay in a core's cache."""
 
-
 LAZY_BYTES = 1 << 20
+"""Least size of a lazily zeroed gradient."""
+FEW_WINDOWS = 256
+"""Up to so many windows positions are drawn in plain ints, which costs less than sixty small tensors."""
 
 
 def lazy_zeros(like: torch.Tensor) -> torch.Tensor:
@@ -27,7 +31,7 @@ def lazy_zeros(like: torch.Tensor) -> torch.Tensor:
     all of it (one position in each of 64 windows of 50, 1,024 networks: 0.2 against 1.3 ms). With many
     rows the page faults cost more than they save.
     """
-    if like.nbytes < LAZY_BYTES:
+    if like.nbytes < LAZY_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros_like(like)
     memory = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
@@ -40,10 +44,24 @@ def host_bounds(bounds: torch.Tensor, rows: int | None, period: int) -> tuple[in
     return result
 
 
+def host_windows(bounds: tuple[int, ...], period: int) -> list[tuple[int, int]]:
+    """Return (first row, length) of each window."""
+    if period:
+        return [(w * period, length) for w, length in enumerate(bounds)]
+    return [(start, end - start) for start, end in pairwise(bounds)]
+
+
 @lru_cache(maxsize=8)
 def rows_of(code: tuple[int, ...], bounds: tuple[int, ...], period: int) -> torch.Tensor:
     """Return the masked rows of a row mask: drawn once for masking, loss and gradient."""
-    return masked_rows(list(code), *windows(torch.tensor(bounds), period))
+    if code[0] != POSITION or len(bounds) > FEW_WINDOWS:
+        return masked_rows(list(code), *windows(torch.tensor(bounds), period))
+    ranges = host_windows(bounds, period)
+    draws = philox_ints(code[3], [(TAG_POSITION, 0, draw, code[4]) for draw in range(-(-len(ranges) // 4))])
+    words = chain.from_iterable(draws)
+    pairs = zip(ranges, words, strict=False)
+    rows = [start + 1 + (word * (n - 1) >> 32) for (start, n), word in pairs if n > 1]
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 @lru_cache(maxsize=8)
@@ -65,11 +83,11 @@ def column_blocks(
     Masks are [1, N] where the window shares one draw of its networks, [block, N] otherwise, bool or what
     `convert` makes of that.
     """
-    starts, lengths = (t.tolist() for t in windows(torch.tensor(bounds), period))
+    ranges = host_windows(bounds, period)
     whole = code[2] == 0
-    masks = convert(window_masks(tuple(code), len(starts), networks)).split(1) if whole else ()
+    masks = convert(window_masks(tuple(code), len(ranges), networks)).split(1) if whole else ()
     step = max(1, BLOCK // max(1, networks))
-    for w, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+    for w, (start, length) in enumerate(ranges):
         for first in range(0, length, step):
             last = min(first + step, length)
             if whole:
@@ -84,7 +102,7 @@ def column_count(code: list[int], bounds: tuple[int, ...], period: int, networks
     """Return the number of masked values of a column mask (which draws it, unless of whole windows)."""
     if code[2]:
         return sum(int(mask.sum()) for _, _, mask in column_blocks(code, bounds, period, networks))
-    _, lengths = windows(torch.tensor(bounds), period)
+    lengths = torch.tensor([length for _, length in host_windows(bounds, period)], dtype=torch.int64)
     return int(window_masks(tuple(code), lengths.numel(), networks).sum(1).dot(lengths))
 
 

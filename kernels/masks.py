@@ -20,7 +20,7 @@ from itertools import pairwise
 import torch
 
 from .dispatch import check_tensor
-from .random import below, philox, philox_ints
+from .random import below, philox
 
 ALL, POSITION, ROWS, COLUMNS = range(4)
 KINDS = ("all", "position", "rows", "columns")
@@ -183,11 +183,7 @@ def masked_rows(code: list[int], starts: torch.Tensor, lengths: torch.Tensor) ->
 
 def position_words(seed: int, offset: int, lengths: torch.Tensor) -> torch.Tensor:
     """Return the word that gives each window its masked position: word w mod 4 of draw w // 4, int64 [W]."""
-    draws = -(-lengths.numel() // 4)
-    if lengths.device.type == "cpu" and draws <= 64:
-        words = philox_ints(seed, [(TAG_POSITION, 0, i, offset) for i in range(draws)])
-        return torch.tensor(words, dtype=torch.int64).view(-1)[: lengths.numel()]
-    index = torch.arange(draws, device=lengths.device)
+    index = torch.arange(-(-lengths.numel() // 4), device=lengths.device)
     return torch.stack(philox(seed, TAG_POSITION, 0, index, offset), dim=1).view(-1)[: lengths.numel()]
 
 
@@ -198,7 +194,7 @@ def column_mask(code: list[int], window: torch.Tensor, position: torch.Tensor, n
     tiles = -(-networks // TILE)
     draw = torch.arange(tiles * SUBTILE, device=window.device) + TAG_COLUMNS
     words = philox(seed, draw, block[:, None], window[:, None], offset)
-    hit = torch.stack([(w >> 8) < threshold for w in words], dim=1)  # [n, 4, tiles · 256]
+    hit = torch.stack([w < threshold << 8 for w in words], dim=1)  # [n, 4, tiles · 256]
     return hit.unflatten(2, (tiles, SUBTILE)).transpose(1, 2).flatten(1)[:, :networks]
 
 

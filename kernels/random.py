@@ -47,28 +47,31 @@ def philox(
     >>> [hex(int(w)) for w in words]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    counters = (c0, c1, c2, c3)
-    tensors = [c for c in counters if isinstance(c, torch.Tensor)]
-    if not tensors:
+    if not any(isinstance(c, torch.Tensor) for c in (c0, c1, c2, c3)):
         raise TypeError("c0, c1, c2, c3: got four ints, expected at least one int64 tensor")
-    device = tensors[0].device
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    even = torch.empty((2, *shape), dtype=torch.int64, device=device)  # words 0 and 2
-    odd = torch.empty_like(even)  # words 1 and 3
-    for store, pair in ((even, (c0, c2)), (odd, (c1, c3))):
-        for i, c in enumerate(pair):
-            store[i] = c
-    tail = (1,) * len(shape)
-    keys = torch.tensor(_key_schedule(seed), dtype=torch.int64, device=device).view(ROUNDS, 2, *tail)
-    multipliers = torch.tensor([ROUND_A, ROUND_B], dtype=torch.int64, device=device).view(2, *tail)
-    for key in keys.unbind(0):
-        # The 64-bit products wrap in int64 and keep their bits. Words are cut to 32 bits where that counts:
-        # before a product, and at the end.
-        product = even.mul_(multipliers).flip(0)
-        even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(MASK)
-        odd = product
-    odd.bitwise_and_(MASK)
-    return even[0], odd[0], even[1], odd[1]
+    # Words stay ints, or of their own small shape, until a round mixes them: the first rounds cost little.
+    for k0, k1 in _key_schedule(seed):
+        a, b = c0 * ROUND_A, c2 * ROUND_B
+        c0, c2 = _mix(b, c1, k0), _mix(a, c3, k1)
+        c1, c3 = (word if isinstance(word, torch.Tensor) else word & MASK for word in (b, a))
+    w0, w1, w2, w3 = torch.broadcast_tensors(c0, c1 & MASK, c2, c3 & MASK)
+    return w0, w1, w2, w3
+
+
+def _mix(product: torch.Tensor | int, word: torch.Tensor | int, key: int) -> torch.Tensor | int:
+    """Return the upper half of a product ^ word ^ key, cut to 32 bits.
+
+    A tensor's product wraps in int64 and keeps its bits; its word may still hold the upper half of the last
+    product, so it is cut here only, once a round.
+    """
+    upper = product >> 32
+    if isinstance(upper, torch.Tensor) and upper.shape == getattr(word, "shape", upper.shape):
+        upper.bitwise_xor_(word)
+    else:
+        upper = upper ^ word
+    if isinstance(upper, torch.Tensor):
+        return upper.bitwise_xor_(key).bitwise_and_(MASK)
+    return (upper ^ key) & MASK
 
 
 def philox_ints(seed: int, counters: Iterable[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:

@@ -8,6 +8,8 @@ Legend: rows = tokens (packed) or W · T (padded), N networks.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..blocks import (
@@ -125,29 +127,29 @@ def _columns(
     grad: torch.Tensor,
     factor: float,
 ) -> float:
-    """Loss and gradient of masked columns: each window's differences with the others' bits cleared."""
+    """Loss and gradient of masked columns: each window's differences, weighted by the scale or by 0."""
     acc, networks = accumulator(pred.dtype), pred.shape[1]
     direct = grad.numel() > 0 and grad.dtype == acc
     # Counted beforehand where that is cheap, so that the scale is applied in cache, and where the gradient
     # has a short mantissa, which should be rounded once.
     known = mask[2] == 0 or (grad.numel() > 0 and not direct)
     count = column_count(mask, bounds, period, networks) if known else 0
-    scale = torch.tensor(factor / max(1, count), dtype=acc)
+    scale = factor / max(1, count) if known else 1.0
     total, done = 0.0, 0
     buffer = torch.empty(0, dtype=acc)
-    blocks = column_blocks(mask, bounds, period, networks, lambda selected: keep_bits(selected, acc))
-    for first, end, bits in blocks:
+    blocks = column_blocks(mask, bounds, period, networks, lambda selected: selected.to(acc).mul_(scale))
+    for first, end, weights in blocks:
         p, t = pred[first:end], target[first:end]
         if buffer.shape != p.shape:
             buffer = torch.empty(p.shape, dtype=acc)
         d = torch.sub(p, t, out=buffer) if p.dtype == t.dtype == acc else buffer.copy_(p).sub_(t)
-        keep(d, bits)
         slope = grad[first:end] if direct else torch.empty_like(d)
-        total += float(sum_and_slope(d, slope, loss))
-        if known:
-            slope.mul_(scale)
-        else:
-            count -= int(bits.sum())
+        part = float(sum_and_slope(d, slope, loss, weights))
+        if not math.isfinite(part):  # NaN or infinity times 0: clear what is not masked, then once more
+            part = float(sum_and_slope(keep(d, keep_bits(weights != 0, acc)), slope, loss, weights))
+        total += part
+        if not known:
+            count += int(weights.sum(dtype=torch.float64))
         if grad.numel():
             if first > done:
                 grad[done:first].zero_()
@@ -158,7 +160,7 @@ def _columns(
         grad[done:].zero_()
         if not known:
             grad.mul_(factor / max(1, count))
-    return total / max(1, count)
+    return total / (1 if known else max(1, count))
 
 
 @masked_loss_backward.register_fake

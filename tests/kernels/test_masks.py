@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainflow.kernels import MaskSpec
+from brainflow.kernels import MaskSpec, blocks
 from brainflow.kernels.random import philox, philox_ints
 
 
@@ -83,6 +83,22 @@ def test_philox_in_tensors_and_ints(seed, counter):
     expected = words(seed, *counter)
     assert philox_ints(seed, [tuple(counter)])[0] == expected
     assert tuple(int(w) for w in philox(seed, torch.tensor(counter[0]), *counter[1:])) == expected
+
+
+@given(st.lists(st.integers(0, 9), max_size=9), SEEDS, st.booleans(), st.integers(0, 2**32 - 1))
+def test_the_rows_of_the_cpu_faces_are_those_of_the_mask(lengths, seed, padded, offset):
+    """Positions of a few windows are drawn in plain ints there."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    for spec in (
+        MaskSpec.position(seed=seed, offset=offset),
+        MaskSpec.spans(0.5, 2, seed=seed, offset=offset),
+    ):
+        rows = spec.rows(cu_seqlens)
+        if padded:
+            window = torch.searchsorted(cu_seqlens, rows, right=True) - 1
+            rows = rows - cu_seqlens[window] + window * 12
+        bounds = tuple(lengths) if padded else tuple(cu_seqlens.tolist())
+        assert torch.equal(blocks.rows_of(tuple(spec.code()), bounds, 12 if padded else 0), rows)
 
 
 def test_many_windows_draw_positions_with_tensors():
