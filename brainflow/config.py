@@ -150,6 +150,9 @@ class TrainConfig:
     """Newest checkpoints kept; older ones are deleted."""
     permanent_every: int = 0
     """Checkpoints at multiples of this many steps are never deleted; 0 for none."""
+    plot: bool = True
+    """Draw masked BOLD beside its reconstruction at each validation, into RUN/reconstructions (extra
+    `report`)."""
     tracker: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
     """Also send the metrics there (extra `tracking`); metrics.jsonl is written in any case."""
 
@@ -168,6 +171,16 @@ class TrainConfig:
                 raise ValueError(f"train.{name}: got {getattr(self, name)}, expected 0 or more")
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"train.ema: got {self.ema}, expected a number in [0, 1)")
+        if self.permanent_every % self.checkpoint_every:
+            raise ValueError(
+                f"train.permanent_every: got {self.permanent_every}, expected a multiple of "
+                f"train.checkpoint_every={self.checkpoint_every}, or 0"
+            )
+        if self.schedule == "wsd" and self.warmup > 0.9:
+            raise ValueError(
+                f"train.warmup: got {self.warmup}, expected at most 0.9 with train.schedule=wsd, which "
+                "decays over the last tenth of the steps"
+            )
         if self.weight_decay < 0:
             raise ValueError(f"train.weight_decay: got {self.weight_decay}, expected 0 or more")
         if not 0.0 <= self.warmup < 1.0:
@@ -189,10 +202,35 @@ class PretrainConfig:
     """`auto` takes CUDA where there is one."""
 
     def __post_init__(self) -> None:
-        if self.data.seq_max > self.model.max_positions:
+        model, data, train = self.model, self.data, self.train
+        pairs = model.framework in ("seq-bert", "net-bert")
+        special = 3 if pairs else 0  # CLS and two SEP
+        if data.seq_max - 1 + special > model.max_positions:
             raise ValueError(
-                f"data.seq_max: got {self.data.seq_max}, but model.max_positions is "
-                f"{self.model.max_positions}; raise model.max_positions or shorten the windows"
+                f"data.seq_max: got {data.seq_max}, but model.max_positions is {model.max_positions}"
+                + (f" and {model.framework} adds 3 special tokens" if pairs else "")
+                + "; raise model.max_positions or shorten the windows"
+            )
+        if pairs and data.seq_min < 6:
+            raise ValueError(
+                f"data.seq_min: got {data.seq_min}, expected at least 6 with model.framework="
+                f"{model.framework}, which cuts a window in two halves with a gap of up to 4 time points"
+            )
+        if train.micro_batches and data.batch_size % train.micro_batches:
+            raise ValueError(
+                f"train.micro_batches: got {train.micro_batches}, expected a divisor of data.batch_size="
+                f"{data.batch_size}"
+            )
+        if model.framework == "autoencoder" and (train.compile or model.recompute):
+            name = "train.compile" if train.compile else "model.recompute"
+            raise ValueError(
+                f"{name}: got True with model.framework=autoencoder, whose LSTMs have no transformer blocks; "
+                "leave it out"
+            )
+        if model.framework != "csm" and model.masking != "dense":
+            raise ValueError(
+                f"model.masking: got {model.masking} with model.framework={model.framework}, expected csm; "
+                "leave it out"
             )
 
 

@@ -1,12 +1,13 @@
 """Checkpoints to resume from: a directory a step, written aside, made durable, then renamed.
 
-    checkpoints/step-00000100/{model.safetensors, optimizer.safetensors, state.json, COMPLETE}
+    checkpoints/step-00000100/{shard-00001-….safetensors, …, state.json, COMPLETE}
 
-`torch.distributed.checkpoint` is not used: its default reader unpickles the `.metadata` file of whatever
-directory it is given. Safetensors and JSON hold the same and cannot run code.
-
-Sharded tensors are gathered, one at a time, and rank 0 writes them whole: a checkpoint does not say how many
-ranks made it, and any number of them, in any layout, continues it.
+The tensors go through `torch.distributed.checkpoint`: each rank writes what it holds into a file of its own,
+and any number of ranks, in any layout, reads back what it needs. Of its formats the safetensors one is used:
+the default one keeps a pickle (`.metadata`) that its reader loads, this one keeps the places of the shards in
+the safetensors headers. Nothing is negotiated between ranks while saving (who writes a tensor follows from
+its size and name), so a checkpoint is written by a thread, beside the training's own collectives; rank 0
+waits for the others' files, lists all of them with size and checksum in COMPLETE, and renames the directory.
 
 Only what cannot be computed from the step is saved: data order, masks, learning rate and the random numbers
 of dropout are functions of (seed, step).
@@ -18,119 +19,146 @@ import json
 import os
 import re
 import shutil
-import threading
-from collections.abc import Mapping
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from .parallel import Ranks
 
 COMPLETE = "COMPLETE"
+POLL = 0.02  # seconds between two looks for the files of other ranks
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d+)")
+
+# `no_dist` is what is meant: every rank saves and loads for itself.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+
+
+class _ShardWriter(dcp.HuggingFaceStorageWriter):
+    """Writes one rank's tensors; without a global plan the rank has to name its own file."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        super().__init__(str(path), save_distributed=True)
+        self._shard = rank + 1
+
+    def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
+        return [replace(plan, storage_data={"shard_index": self._shard}) for plan in plans]
+
+
+def owned(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Return host copies of what this rank has to write.
+
+    Parameters
+    ----------
+    tensors
+        Name → tensor: the same names on all ranks. A sharded one is a DTensor; a plain one is equal on all
+        ranks, and one of them writes it.
+    """
+    by_size = sorted(tensors, key=lambda name: (-tensors[name].numel(), name))
+    mine = {}
+    for place, name in enumerate(by_size):
+        value = tensors[name].detach()
+        if not isinstance(value, DTensor):
+            keep = place % ranks.world == ranks.rank
+        else:
+            coordinate: Any = value.device_mesh.get_coordinate()
+            keep = value.to_local().numel() > 0 and all(
+                at == place % value.device_mesh.size(dim)
+                for dim, (at, how) in enumerate(zip(coordinate, value.placements, strict=True))
+                if how.is_replicate()
+            )
+        if keep:
+            mine[name] = value.to("cpu", copy=True)
+    return mine
 
 
 def save(
     root: Path,
     step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
     *,
     keep: int,
     permanent_every: int = 0,
+    ranks: Ranks | None = None,
+    attempt: int = 0,
+    patience: Callable[[], bool] = lambda: True,
 ) -> Path:
-    """Write the checkpoint of `step`; when it is safe on disk, delete all but the newest `keep`.
+    """Write this rank's part of the checkpoint of `step`; rank 0 completes it and deletes older ones.
 
     Parameters
     ----------
     root
         Folder of the checkpoints.
     tensors
-        File name without ending → its named tensors.
+        What :func:`owned` returned.
     state
-        Anything JSON can hold.
+        Anything JSON can hold; rank 0's is kept.
     keep
         Newest checkpoints that stay.
     permanent_every
         Checkpoints at multiples of this many steps stay, too; 0 for none.
+    ranks
+        Who writes; alone if absent.
+    attempt
+        A number that all ranks share and no earlier process had: shards of different processes never mix.
+    patience
+        Asked by rank 0 while it waits for other ranks' files; False gives up.
 
     Raises
     ------
     OSError
-        If it cannot be written (disk full, quota): older checkpoints are untouched.
+        If it cannot be written (disk full, quota, another rank failed): older checkpoints are untouched.
     """
+    ranks = ranks or Ranks()
     target = root / f"step-{step:08d}"
     if _step(target) is not None:
         return target
-    partial = root / f"{target.name}.tmp"
+    partial = root / f"{target.name}.{attempt:x}.tmp"
     try:
-        _remove(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        _write_shard(partial, tensors, ranks.rank)
+        if not ranks.first:
+            return target
+        sizes = _gather_sizes(partial, ranks.world, patience)
+        _write_json(partial / _STATE, {"step": step, "world": ranks.world, **state})
+        sizes[_STATE] = _measure(partial / _STATE)
+        _write_json(partial / COMPLETE, sizes)
+        _fsync(partial)
         _remove(target)  # left half-deleted by a process that was killed
-        partial.mkdir(parents=True)
-        for name, group in tensors.items():
-            save_file(
-                {key: value.detach().contiguous() for key, value in group.items()},
-                partial / f"{name}.safetensors",
-            )
-        (partial / _STATE).write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
-        sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        (partial / COMPLETE).write_text(json.dumps(sizes) + "\n", encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            _fsync(path)
         partial.rename(target)
         _fsync(root)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError, CheckpointException) as error:
+        reason: BaseException = error
+        if isinstance(error, CheckpointException):
+            reason = next(iter(error.failures.values()))[0]
+            if not isinstance(reason, OSError | SafetensorError):
+                raise reason from None
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            _failed(partial, ranks.rank)
         last = latest(root)
         kept = f"the last checkpoint, {last.name}, is intact" if last else "there is no earlier checkpoint"
         raise OSError(
-            f"checkpoint {target} could not be written: {error}; {kept}. Free space, then resume"
-        ) from error
+            f"checkpoint {target} could not be written: {reason}; {kept}. Free space, then resume"
+        ) from reason
     for old in complete(root)[:-keep]:
         if not (permanent_every and int(old.name.removeprefix("step-")) % permanent_every == 0):
             _remove(old)
     return target
-
-
-class Writer:
-    """Writes checkpoints in a thread, one at a time; an error comes up at the next call."""
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def save(self, *args: Any, **options: Any) -> None:
-        """Do :func:`save` in the background; nobody may change the tensors until :meth:`wait` returns."""
-        self.wait()
-        self._thread = threading.Thread(target=self._run, args=(args, options), name="checkpoint")
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Return when the last checkpoint is safe on disk.
-
-        Raises
-        ------
-        OSError
-            If it could not be written; those before it are intact.
-        """
-        self.join()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def join(self) -> None:
-        """Return when the last checkpoint is safe on disk or has failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def _run(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        try:
-            save(*args, **options)
-        except BaseException as error:
-            self._error = error
 
 
 def complete(root: Path) -> list[Path]:
@@ -147,31 +175,132 @@ def latest(root: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read back (tensors, state) of one checkpoint; tensors on the CPU.
+def remove_partial(root: Path) -> None:
+    """Delete what killed processes left half-written; nobody may be writing."""
+    for path in root.glob("*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def damaged(path: Path, ranks: Ranks | None = None) -> list[str]:
+    """Return this rank's share of the files of a checkpoint whose checksum is not the recorded one."""
+    ranks = ranks or Ranks()
+    names = sorted(_files(path).items())[ranks.rank :: ranks.world]
+    return [name for name, found in names if _measure(path / name) != found]
+
+
+def names(path: Path) -> set[str]:
+    """Return the names of the tensors in a checkpoint."""
+    return set(dcp.HuggingFaceStorageReader(str(_whole(path))).read_metadata().state_dict_metadata)
+
+
+def read_into(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors, DTensors among them, with what a checkpoint holds under their names.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint is not complete, or lacks one of them in that shape.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(_whole(path)))
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+    try:
+        dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=True)
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise ValueError(f"checkpoint: {path} does not fit this run: {reason}") from error
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return what was saved beside the tensors.
 
     Raises
     ------
     ValueError
         If the checkpoint is not complete.
     """
+    state: dict[str, Any] = json.loads((_whole(path) / _STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint, whole, on the CPU."""
+    found = dcp.HuggingFaceStorageReader(str(_whole(path))).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in found.items()}  # type: ignore[union-attr]
+    read_into(path, tensors)
+    return tensors
+
+
+def _write_shard(partial: Path, tensors: Mapping[str, Tensor], rank: int) -> None:
+    """Write one rank's file and, when that is safe on disk, a note of its size and checksum."""
+    if tensors:
+        planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+        dcp.save(dict(tensors), storage_writer=_ShardWriter(partial, rank), planner=planner, no_dist=True)
+    written = {path.name: _measure(path) for path in partial.glob(f"shard-{rank + 1:05d}-*")}
+    note = partial / f"rank-{rank:05d}.json"
+    _write_json(note.with_suffix(".partial"), written)
+    note.with_suffix(".partial").rename(note)
+
+
+def _gather_sizes(partial: Path, world: int, patience: Callable[[], bool]) -> dict[str, list[int]]:
+    """Wait for the notes of all ranks, and merge and delete them."""
+    missing = set(range(world))
+    sizes: dict[str, list[int]] = {}
+    while missing:
+        for rank in sorted(missing):
+            note = partial / f"rank-{rank:05d}.json"
+            if note.exists():
+                sizes.update(json.loads(note.read_text(encoding="utf-8")))
+                missing.discard(rank)
+        if failed := sorted(partial.glob("rank-*.failed")):
+            raise OSError(f"{failed[0].stem} could not write its part; its own message says why")
+        if missing and not patience():
+            raise OSError(f"no file came from rank {min(missing)}")
+        if missing:
+            time.sleep(POLL)
+    for rank in range(world):
+        (partial / f"rank-{rank:05d}.json").unlink()
+    return sizes
+
+
+def _failed(partial: Path, rank: int) -> None:
+    """Tell rank 0, if the disk allows, that it waits in vain."""
+    with suppress(OSError):
+        (partial / f"rank-{rank:05d}.failed").touch()
+
+
+def _whole(path: Path) -> Path:
     if _step(path) is None:
         raise ValueError(
             f"checkpoint: {path} is not complete; expected a directory that `pretrain` has finished writing"
         )
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return tensors, json.loads((path / _STATE).read_text(encoding="utf-8"))
+    return path
 
 
 def _step(path: Path) -> int | None:
     """Return the step of a complete checkpoint directory; None for all else, a truncated one included."""
     match = _NAME.fullmatch(path.name)
     try:
-        sizes = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
-        whole = match and all((path / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+        files = _files(path).items()
+        whole = match and all((path / name).stat().st_size == size for name, (size, _) in files)
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
     return int(match[1]) if match and whole else None
+
+
+def _files(path: Path) -> dict[str, list[int]]:
+    """Return name → [bytes, crc32c] of the files of a checkpoint."""
+    files: dict[str, list[int]] = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+    return files
+
+
+def _measure(path: Path) -> list[int]:
+    """Return [bytes, crc32c] of a file."""
+    checksum, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum = google_crc32c.extend(checksum, block)
+            size += len(block)
+    return [size, checksum]
 
 
 def _remove(path: Path) -> None:
@@ -179,6 +308,11 @@ def _remove(path: Path) -> None:
     (path / COMPLETE).unlink(missing_ok=True)
     if path.exists():
         shutil.rmtree(path)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    _fsync(path)
 
 
 def _fsync(path: Path) -> None:

@@ -90,21 +90,16 @@ class Clock:
 
     def restart(self) -> None:
         """Begin a new interval: what came before was validation or a checkpoint, not training."""
-        self.steps = self.tokens = 0
+        self.steps = 0
         self.waited = self.loader.wait_s
         self.since = time.perf_counter()
-
-    def count(self, tokens: int) -> None:
-        """Count one step over so many time points."""
-        self.steps += 1
-        self.tokens += tokens
 
     def lap(self) -> dict[str, float]:
         """Return the figures of the interval and begin a new one."""
         now = time.perf_counter()
         seconds = max(now - self.since, 1e-9)
         figures = {
-            "tokens_per_s": self.tokens / seconds,
+            "lap": seconds,
             "steps_per_s": self.steps / seconds,
             "data_wait": (self.loader.wait_s - self.waited) / seconds,
             "seconds": now - self.begin,

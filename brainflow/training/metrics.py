@@ -3,9 +3,12 @@
 `metrics.jsonl` holds one JSON object a line, of two kinds, both with `step` = optimizer steps done:
 
 - training: `loss` (mean over the good steps since the line before), `lr`, `grad_norm`, `skipped` (steps
-  skipped so far because something was not finite), `tokens_per_s`, `steps_per_s`, `data_wait` (share of the
-  time spent waiting for the loader), `seconds` since the process began to train, and what the framework
-  reports; `grad_norm` and the framework's numbers are those of the last step alone;
+  skipped so far because something was not finite), what the framework reports, and `loss_max` (the largest
+  loss of a part of the batch, where there are several); `grad_norm`, `loss_max` and the framework's numbers
+  are those of the last step alone. Of speed, over all ranks: `trs_per_s` (time points of recordings read a
+  second), `tokens_per_s` (rows through the transformer, special and mask tokens included), `steps_per_s`,
+  `data_wait` (share of the time spent waiting for the loader), `mfu` (model FLOPs utilisation, see
+  `flops.py`), `gpu_memory_gib` (largest so far, on a GPU), `seconds` since the process began to train;
 - validation: every key begins with `val_`, see `validation.py`.
 
 `train_history.csv` (step,loss,lr) and `eval_history.csv` (step,loss,accuracy) are as published.
@@ -20,6 +23,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Keys that differ between two runs of the same configuration.
+TIMING = (
+    "trs_per_s",
+    "tokens_per_s",
+    "steps_per_s",
+    "data_wait",
+    "mfu",
+    "gpu_memory_gib",
+    "seconds",
+)
 METRICS, TRAIN_CSV, EVAL_CSV = "metrics.jsonl", "train_history.csv", "eval_history.csv"
 _HEADERS = {TRAIN_CSV: "step,loss,lr\n", EVAL_CSV: "step,loss,accuracy\n"}
 
@@ -48,8 +61,7 @@ class RunLog:
 
         Numbers that are not finite become null: JSON has no name for them.
         """
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        _append(self.folder / METRICS, json.dumps(clean) + "\n")
+        _append(self.folder / METRICS, json.dumps(_clean(line)) + "\n")
         if "val_loss" in line:
             accuracy = line.get("val_accuracy", "")
             _append(self.folder / EVAL_CSV, f"{line['step']},{line['val_loss']},{accuracy}\n")
@@ -71,6 +83,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             f"{folder} holds no {METRICS}; expected the directory of a `brainflow pretrain` run"
         )
     return [json.loads(line) for line in _lines(path)]
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _clean(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines(path: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,8 +12,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from brainflow.config import TrainConfig
-
-from .parallel import like
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -132,21 +130,22 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.AdamW) -> dict[s
     }
 
 
-def load_optimizer_tensors(
-    module: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]
-) -> None:
-    """Put back what :func:`optimizer_tensors` gave.
+def allocate_state(module: nn.Module, optimizer: torch.optim.AdamW, names: Iterable[str]) -> None:
+    """Make room for the state tensors of these names, as :func:`optimizer_tensors` gives them.
 
     Raises
     ------
     ValueError
-        If a tensor belongs to no parameter of the module.
+        If one belongs to no parameter of the module.
     """
     parameters = dict(module.named_parameters())
-    for flat, value in tensors.items():
+    for flat in names:
         name, _, key = flat.rpartition("|")
         if name not in parameters:
             raise ValueError(f"checkpoint: optimizer state for {name!r}, which is no parameter of this model")
         parameter = parameters[name]
-        moved = like(value, parameter) if value.ndim else value.to(parameter.device)
-        optimizer.state[parameter][key] = moved
+        optimizer.state[parameter][key] = (
+            torch.zeros((), dtype=torch.float32, device=parameter.device)
+            if key == "step"
+            else torch.zeros_like(parameter)
+        )

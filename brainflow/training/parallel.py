@@ -18,11 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from brainflow.models.transformer import Transformer
 
+# What gloo's errors say (NCCL's are DistErrors).
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo")
 FIRST_TIMEOUT, TIMEOUT = timedelta(minutes=30), timedelta(minutes=5)
 
 
@@ -165,9 +167,9 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def like(value: Tensor, template: Tensor) -> Tensor:
-    """Return a whole tensor on `template`'s device, sharded as that one is."""
-    value = value.to(template.device)
-    if not isinstance(template, DTensor):
-        return value
-    return distribute_tensor(value, template.device_mesh, template.placements)
+def lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone or does not answer."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _LOST)

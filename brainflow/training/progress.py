@@ -64,20 +64,30 @@ class TrainingProgress:
                 self._bar.update(self._task, completed=line["step"], line=text)
         elif not self.quiet and (validation or time.monotonic() - self._last >= PLAIN_EVERY):
             self._last = time.monotonic()
-            sys.stderr.write(f"step {line['step']}/{self.steps}  {text}\n")
+            eta = "" if validation else _eta(line, self.steps)
+            sys.stderr.write(f"step {line['step']}/{self.steps}  {text}{eta}\n")
             sys.stderr.flush()
 
 
 def _training(line: dict[str, Any]) -> str:
     text = (
-        f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s  "
-        f"waiting for data {100 * line['data_wait']:.0f} %"
+        f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['trs_per_s']:,.0f} TRs/s  "
+        f"{line['tokens_per_s']:,.0f} tokens/s  data-wait {100 * line['data_wait']:.1f} %  "
+        f"MFU {100 * line['mfu']:.0f} %"
     )
+    if "gpu_memory_gib" in line:
+        text += f"  GPU {line['gpu_memory_gib']:.1f} GiB"
     return text + (f"  skipped {line['skipped']}" if line["skipped"] else "")
+
+
+def _eta(line: dict[str, Any], steps: int) -> str:
+    left = round((steps - line["step"]) / line["steps_per_s"])
+    return f"  ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
 
 
 def _validation(line: dict[str, Any]) -> str:
     return (
         f"validation loss {line['val_loss']:.4f}; L1 {line['val_l1']:.4f} "
-        f"(predicting the mean {line['val_mean_l1']:.4f}, the last value {line['val_last_l1']:.4f})"
+        f"(predicting the mean {line['val_mean_l1']:.4f}, the last value {line['val_last_l1']:.4f}); "
+        f"explained variance {line['val_explained_variance']:.3f}, correlation {line['val_correlation']:.3f}"
     )

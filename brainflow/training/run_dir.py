@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 from brainflow.config import PretrainConfig, to_dict
 
-from .checkpoint import latest
+from .checkpoint import latest, remove_partial
 from .interrupt import MARKER
 from .metrics import EVAL_CSV, METRICS, TRAIN_CSV
 
 CONFIG, SPLIT, CHECKPOINTS, BEST = "train_config.json", "split.json", "checkpoints", "best"
+RECONSTRUCTIONS = "reconstructions"
 # These may change on resume: where and how often a run writes and how fast it reads, not what it computes.
 FREE = (
     "store",
@@ -27,6 +28,7 @@ FREE = (
     "train.keep",
     "train.permanent_every",
     "train.parallel",
+    "train.plot",
     "train.tracker",
 )
 Resume = Literal["auto", "never"]
@@ -79,9 +81,10 @@ def begin(folder: Path, config: PretrainConfig, *, snapshot: str, resume: Resume
     if resume == "never":
         for name in (CONFIG, SPLIT, METRICS, TRAIN_CSV, EVAL_CSV, "model.safetensors", "config.json"):
             (folder / name).unlink(missing_ok=True)
-        for name in (CHECKPOINTS, BEST):
+        for name in (CHECKPOINTS, BEST, RECONSTRUCTIONS):
             shutil.rmtree(folder / name, ignore_errors=True)
     (folder / MARKER).unlink(missing_ok=True)
+    remove_partial(folder / CHECKPOINTS)
     if path.exists() and not _begun(folder):
         path.unlink()  # it failed before its first step: nothing to continue, nothing to lose
     if path.exists():

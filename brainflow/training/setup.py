@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from brainflow.config import PretrainConfig
+from brainflow.data.batch import PackedBatch
+from brainflow.data.sampler import WindowSampler
 from brainflow.data.splits import Split, split_runs
 from brainflow.storage import BoldStore
 
@@ -27,8 +30,15 @@ def fit_to_store(config: PretrainConfig, store: BoldStore) -> PretrainConfig:
     Raises
     ------
     ValueError
-        If another number was asked for.
+        If another number was asked for, or a window may last longer than the TR embedding covers.
     """
+    longest = (config.data.seq_max - 2) * float(np.max(store.runs.t_r))
+    if longest > config.model.max_seconds:
+        raise ValueError(
+            f"data.seq_max: windows of up to {config.data.seq_max - 1} time points last {longest:g} s at the "
+            f"store's longest TR, but model.max_seconds is {config.model.max_seconds:g}; shorten the windows "
+            "or raise model.max_seconds"
+        )
     default = type(config.model)().networks
     if config.model.networks not in (default, store.networks):
         raise ValueError(
@@ -112,6 +122,26 @@ def device_of(name: str, number: int = 0) -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
+
+
+def largest_batch(sampler: WindowSampler, store: BoldStore, dtype: torch.dtype) -> PackedBatch:
+    """Return a batch of zeros as large as any that the sampler can give, on the host."""
+    longest = sampler.seq_max - 1
+    lengths = np.full(sampler.windows_per_batch, longest, dtype=np.int32)
+    if sampler.pairs:  # two halves and a gap of at least one time point
+        lengths[0::2], lengths[1::2] = longest // 2, longest - 1 - longest // 2
+    seconds = np.concatenate([np.arange(n) for n in lengths]) * float(np.max(store.runs.t_r))
+    pairs = torch.zeros(len(lengths) // 2) if sampler.pairs else None
+    return PackedBatch(
+        bold=torch.zeros(int(lengths.sum()), store.networks, dtype=dtype),
+        times=torch.from_numpy(seconds.astype(np.float32)),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        lengths=lengths,
+        runs=np.zeros(len(lengths), dtype=np.int32),
+        step=0,
+        is_next=pairs,
+    )
 
 
 def split_of(config: PretrainConfig, store: BoldStore, path: Path) -> Split:

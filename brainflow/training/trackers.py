@@ -11,6 +11,8 @@ from typing import Any
 
 from brainflow.config import PretrainConfig, to_dict
 
+from .run_dir import flatten
+
 Tracker = Callable[[dict[str, Any]], None]
 
 
@@ -83,4 +85,5 @@ def _mlflow(folder: Path, config: PretrainConfig) -> Tracker:
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in line.items() if k != "step" and isinstance(v, int | float) and math.isfinite(v)}
+    flat = flatten({k: v for k, v in line.items() if k != "step"})
+    return {k: v for k, v in flat.items() if isinstance(v, int | float) and math.isfinite(v)}

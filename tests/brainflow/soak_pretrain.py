@@ -18,9 +18,7 @@ import torch
 
 from brainflow.cli.main import main
 from brainflow.training import loop  # noqa: F401 - imported before forking
-from brainflow.training.metrics import read_metrics
-
-TIMING = ("tokens_per_s", "steps_per_s", "data_wait", "seconds")
+from brainflow.training.metrics import TIMING, read_metrics
 
 
 def start(arguments: list[str]) -> int:

@@ -37,7 +37,15 @@ def tiny(store, out, **train):
         model=ModelConfig(width=16, layers=1, heads=2),
         data=DataConfig(batch_size=4, seq_min=6, seq_max=12, loader="host", validation_batches=1),
         train=TrainConfig(
-            **{"steps": 6, "lr": 1e-2, "log_every": 1, "validate_every": 2, "checkpoint_every": 1, **train}
+            **{
+                "steps": 6,
+                "lr": 1e-2,
+                "log_every": 1,
+                "validate_every": 2,
+                "checkpoint_every": 1,
+                "plot": False,
+                **train,
+            }
         ),
     )
 
@@ -75,8 +83,8 @@ def test_fp16_trains_and_resumes(store, tmp_path):
     training = [line for line in read_metrics(run) if "loss" in line]
     assert len(training) == 6
     assert training[-1]["skipped"] < 6
-    tensors, _ = checkpoint.load(checkpoint.latest(run / "checkpoints"))
-    assert tensors["scale"]["values"].shape == (2,)
+    tensors = checkpoint.load(checkpoint.latest(run / "checkpoints"))
+    assert tensors["scale.values"].shape == (2,)
 
 
 def test_the_average_moves_by_its_decay_and_not_in_a_skipped_step():
@@ -96,10 +104,12 @@ def test_the_average_moves_by_its_decay_and_not_in_a_skipped_step():
 
 def test_the_average_is_what_is_released(store, tmp_path):
     run = pretrain(tiny(store, tmp_path / "run", ema=0.5), quiet=True)
-    tensors, _ = checkpoint.load(checkpoint.latest(run / "checkpoints"))
+    tensors = checkpoint.load(checkpoint.latest(run / "checkpoints"))
     released = brainflow.load(str(run)).state_dict()
-    assert all(torch.equal(released[k], tensors["ema"][k]) for k in tensors["ema"])
-    assert not torch.equal(released["unembedding.weight"], tensors["model"]["unembedding.weight"])
+    averages = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
+    assert averages
+    assert all(torch.equal(released[k], averages[k]) for k in averages)
+    assert not torch.equal(released["unembedding.weight"], tensors["model.unembedding.weight"])
 
 
 def test_patience_stops_a_run_that_gets_no_better_and_the_best_weights_are_there(store, tmp_path):
@@ -119,25 +129,6 @@ def test_permanent_checkpoints_stay(store, tmp_path):
     run = pretrain(tiny(store, tmp_path / "run", keep=1, permanent_every=2), quiet=True)
     steps = [int(path.name.removeprefix("step-")) for path in checkpoint.complete(run / "checkpoints")]
     assert steps == [2, 4, 6]
-
-
-def test_a_full_disk_comes_up_at_the_next_call_and_names_what_is_intact(tmp_path, monkeypatch):
-    writer = checkpoint.Writer()
-    tensors = {"model": {"w": torch.ones(3)}}
-    writer.save(tmp_path, 1, tensors, {}, keep=1)
-    writer.wait()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
-        writer.save(tmp_path, 2, tensors, {}, keep=1)
-        with pytest.raises(OSError, match=r"No space left.*step-00000001, is intact"):
-            writer.save(tmp_path, 3, tensors, {}, keep=1)
-    writer.save(tmp_path, 3, tensors, {}, keep=1)
-    writer.wait()
-    assert checkpoint.latest(tmp_path).name == "step-00000003"
 
 
 def test_mlflow_gets_the_numbers_in_one_run_a_directory(store, tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """Several processes train as one does: losses, checkpoints that change hands, accumulation, layouts."""
 
+import dataclasses
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 import traceback
 
 import numpy as np
@@ -16,12 +18,14 @@ import torch.distributed.fsdp
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from brainflow.frameworks import build
 from brainflow.storage import StoreWriter
-from brainflow.training import loop
+from brainflow.training import step as step_module
 from brainflow.training.loop import pretrain
-from brainflow.training.metrics import read_metrics
+from brainflow.training.metrics import TIMING, read_metrics
 from brainflow.training.parallel import Ranks, from_environment
+from brainflow.training.run_dir import flatten
+from brainflow.training.setup import cut_into_parts
+from brainflow.training.step import TrainingStep
 
-TIMING = ("tokens_per_s", "steps_per_s", "data_wait", "seconds")
 FRAMEWORKS = ("csm", "seq-bert", "net-bert", "autoencoder")
 NETWORKS = 12
 
@@ -52,6 +56,7 @@ def tiny(store, out, framework="csm", *, model=None, **train):
                 "validate_every": 4,
                 "checkpoint_every": 2,
                 "keep": 9,
+                "plot": False,
                 **train,
             }
         ),
@@ -94,16 +99,29 @@ def on_ranks(world, work, errors):
     assert codes == [0] * world, said
 
 
+def wait_for(path):
+    for _ in range(3000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} did not come")
+
+
 def curve(folder):
     return [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(folder)]
 
 
-def assert_close(ours, theirs, tolerance=1e-5):
+def assert_close(ours, theirs):
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
+        one, other = flatten(one), flatten(other)
         assert one.keys() == other.keys()
         for key, value in one.items():
-            assert value == pytest.approx(other[key], rel=tolerance, abs=tolerance), (one["step"], key)
+            if "correlation" in key:  # of predictions that hardly vary yet: a quotient of tiny numbers
+                value, expected = np.array(value, float), np.array(other[key], float)
+                np.testing.assert_allclose(value, expected, rtol=1e-3, atol=1e-3, err_msg=key)
+            else:
+                assert value == pytest.approx(other[key], rel=1e-5, abs=1e-5), (one["step"], key)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -115,12 +133,15 @@ def test_two_ranks_have_the_losses_of_one_process(store, tmp_path, framework, pa
     assert_close(curve(tmp_path / "two"), curve(one))
 
 
-def test_four_ranks_in_two_groups_have_the_losses_of_one_process(store, tmp_path):
-    one = pretrain(tiny(store, tmp_path / "one", "seq-bert", micro_batches=4), quiet=True)
-    four = tiny(store, tmp_path / "four", "seq-bert", parallel="hsdp", ema=0.9)
+@pytest.mark.parametrize(
+    ("framework", "parallel"),
+    [("csm", "ddp"), ("seq-bert", "hsdp"), ("net-bert", "fsdp"), ("autoencoder", "ddp")],
+)
+def test_four_ranks_have_the_losses_of_one_process(store, tmp_path, framework, parallel):
+    one = pretrain(tiny(store, tmp_path / "one", framework, micro_batches=4, ema=0.9), quiet=True)
+    four = tiny(store, tmp_path / "four", framework, parallel=parallel, ema=0.9)
     on_ranks(4, lambda: pretrain(four, quiet=True), tmp_path)
-    ours = [line for line in curve(tmp_path / "four") if "loss" in line]
-    assert_close(ours, [line for line in curve(one) if "loss" in line])
+    assert_close(curve(tmp_path / "four"), curve(one))
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -129,62 +150,51 @@ def test_the_parts_of_a_batch_give_the_gradient_of_its_mean_over_all_predicted_v
 ):
     """The reference joins the parts' predictions and takes one mean; it knows nothing of shares."""
     seen = []
-    real = loop._Run._one_step
+    real = TrainingStep.__call__
 
-    def one_step(self, batch, lr):
-        parts = [torch.utils._pytree.tree_map(lambda x: x, part) for part in batch]
-        parts = [type(part)(**{**vars(part), "bold": part.bold.clone(), "step": self.step}) for part in parts]
-        values, errors, pair_losses, window_means = [], [], [], []
-        gradient_of = dict(self.module.named_parameters())
-        self.pair_gradient.scale = None
+    def reference(self, parts):
+        """Return the gradient of the step's loss, written down directly."""
+        sums, counts, window_means, pair_losses = [], [], [], []
         for number, part in enumerate(parts):
-            seed = self._mask_seed(number)
+            seed = self.mask_seed(number)
             if framework == "autoencoder":  # its training pass may be teacher-forced: take the loss itself
-                out = self.module(part, seed=seed)
-                errors.append(out.loss * part.tokens)
-                values.append(torch.tensor(float(part.tokens)))
+                sums.append(self.module(part, seed=seed).loss * part.tokens)
+                counts.append(part.tokens)
                 continue
             prediction, rows = self.module.reconstruct(part, seed=seed)
             error = (prediction - part.bold[rows]).abs()
             if framework == "csm":
-                lengths = torch.from_numpy(part.lengths - 1)
-                window_means += [x.mean() for x in error.split(lengths.tolist())]
-            else:
-                errors.append(error[~prediction.isnan()].sum())
-                values.append((~prediction.isnan()).sum())
-                out = self.module(part, seed=seed)
-                pair_losses.append(out.loss - out.metrics["reconstruction"])
-        if framework == "csm":
-            loss = torch.stack(window_means).mean()
-            loss.backward()
-        else:
-            total = sum(values)
-            (sum(errors) / total).backward()
-            if pair_losses:
-                # d(loss - detached reconstruction): its reconstruction part is taken off again below
-                with_both = {n: p.grad.clone() for n, p in gradient_of.items() if p.grad is not None}
-                self.module.zero_grad(set_to_none=True)
-                for number, part in enumerate(parts):
-                    out = self.module(part, seed=self._mask_seed(number))
-                    (out.loss / len(parts)).backward()
-                    prediction, rows = self.module.reconstruct(part, seed=self._mask_seed(number))
-                    error = (prediction - part.bold[rows])[~prediction.isnan()].abs().mean()
-                    (-error / len(parts)).backward()
-                for name, value in with_both.items():
-                    grad = gradient_of[name].grad
-                    gradient_of[name].grad = value if grad is None else grad + value
-        expected = {n: p.grad.clone() for n, p in gradient_of.items() if p.grad is not None}
+                window_means += [x.mean() for x in error.split((part.lengths - 1).tolist())]
+                continue
+            counts.append((~prediction.isnan()).sum())
+            sums.append(error[~prediction.isnan()].sum())
+            # What is left of the loss without its reconstruction part is the is-next loss.
+            pair_losses.append(self.module(part, seed=seed).loss - error[~prediction.isnan()].mean())
+        loss = torch.stack(window_means).mean() if framework == "csm" else sum(sums) / sum(counts)
+        if pair_losses:
+            loss = loss + torch.stack(pair_losses).mean()
+        loss.backward()
+        gradient = {n: p.grad.clone() for n, p in self.module.named_parameters() if p.grad is not None}
         self.module.zero_grad(set_to_none=True)
+        return gradient
+
+    def one_step(self, batches, step, lr, **more):
+        parts = [next(batches) for _ in self.parts]
+        parts = [dataclasses.replace(part, bold=part.bold.clone(), step=step) for part in parts]
+        self._pair_gradient.scale = None
+        expected = reference(self, parts)
         monkeypatch.setattr(
-            loop, "guarded_step", lambda *_: seen.append({n: p.grad for n, p in gradient_of.items()})
+            step_module,
+            "guarded_step",
+            lambda *_: seen.append({n: p.grad for n, p in self.module.named_parameters()}),
         )
-        real(self, iter(parts), lr)
+        numbers = real(self, iter(parts), step, lr, **more)
         for name, value in expected.items():
             torch.testing.assert_close(seen[-1][name], value, rtol=1e-5, atol=1e-6)
         self.module.zero_grad(set_to_none=True)
-        return torch.zeros(()), {}
+        return numbers
 
-    monkeypatch.setattr(loop._Run, "_one_step", one_step)
+    monkeypatch.setattr(TrainingStep, "__call__", one_step)
     config = tiny(
         store, tmp_path / "run", framework, model={"dropout": 0.0}, micro_batches=4, steps=2, clip=1e9
     )
@@ -201,15 +211,15 @@ def test_a_checkpoint_changes_hands(store, tmp_path, first, then):
     def begin(world, parallel):
         config = tiny(store, tmp_path / "run", "net-bert", micro_batches=2, steps=6, parallel=parallel)
 
-        def crash(self, batch, lr, real=loop._Run._one_step):
-            if self.step == 4:
-                self.writer.wait()
+        def crash(self, batches, step, lr, real=TrainingStep.__call__, **more):
+            if step == 4:
+                wait_for(tmp_path / "run" / "checkpoints" / "step-00000004" / "COMPLETE")
                 os._exit(0)
-            return real(self, batch, lr)
+            return real(self, batches, step, lr, **more)
 
         def work():
             if (world, parallel) == first:
-                loop._Run._one_step = crash
+                TrainingStep.__call__ = crash
             pretrain(config, quiet=True)
 
         on_ranks(world, work, tmp_path)
@@ -226,13 +236,13 @@ def test_two_ranks_killed_between_steps_continue_bit_for_bit(store, tmp_path):
 
     on_ranks(2, lambda: pretrain(config("whole"), quiet=True), tmp_path)
 
-    def crash(self, batch, lr, real=loop._Run._one_step):
-        if self.step == 3:
+    def crash(self, batches, step, lr, real=TrainingStep.__call__, **more):
+        if step == 3:
             os._exit(0)  # without a word, while the checkpoint of step 2 may still be in the writer's hands
-        return real(self, batch, lr)
+        return real(self, batches, step, lr, **more)
 
     def dying():
-        loop._Run._one_step = crash
+        TrainingStep.__call__ = crash
         pretrain(config("run"), quiet=True)
 
     on_ranks(2, dying, tmp_path)
@@ -247,7 +257,8 @@ def test_nan_on_one_rank_skips_the_step_on_all(store, tmp_path):
 
             def scale(head, given, output):
                 bad = dist.is_initialized() and dist.get_rank() == 1 and module.training
-                return output * float("nan") if bad and module.count == 2 else output
+                # The rehearsal before the first step counts, too.
+                return output * float("nan") if bad and module.count == 3 else output
 
             module.count = 0
 
@@ -258,7 +269,7 @@ def test_nan_on_one_rank_skips_the_step_on_all(store, tmp_path):
             module.embedding.register_forward_hook(scale)
             return module
 
-        loop.build = poisoned
+        step_module.build = poisoned
         pretrain(tiny(store, tmp_path / "run"), quiet=True)
 
     on_ranks(2, work, tmp_path)
@@ -268,8 +279,8 @@ def test_nan_on_one_rank_skips_the_step_on_all(store, tmp_path):
 
 
 def test_ranks_that_cannot_share_are_refused(store, tmp_path):
-    with pytest.raises(ValueError, match=r"micro_batches: got 3 parts for 1 ranks and data\.batch_size=8"):
-        pretrain(tiny(store, tmp_path / "run", micro_batches=3), quiet=True)
+    with pytest.raises(ValueError, match=r"micro_batches: got 1 parts for 3 ranks and data\.batch_size=8"):
+        cut_into_parts(tiny(store, tmp_path / "run", micro_batches=1), tmp_path, 3, resume="auto")
 
 
 def test_torchrun_and_slurm_say_who_is_who():

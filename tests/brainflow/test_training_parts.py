@@ -12,9 +12,9 @@ from brainflow.config import TrainConfig
 from brainflow.training.meters import Meters, Readback
 from brainflow.training.metrics import RunLog, read_metrics
 from brainflow.training.optimizer import (
+    allocate_state,
     guarded_step,
     learning_rate,
-    load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
 )
@@ -94,19 +94,19 @@ def test_a_row_of_bad_steps_is_counted_across_readings():
     assert dict(zip(Meters.NAMES, meters.read().tolist(), strict=True))["worst"] == 0
 
 
-def test_optimizer_state_survives_being_flattened():
+def test_room_for_the_optimizer_state_is_made_by_name():
     module, optimizer = small()
     backward(module)
     guarded_step(optimizer, 0.1, torch.zeros(()))
     flat = {k: v.clone() for k, v in optimizer_tensors(module, optimizer).items()}
     other, fresh = small()
-    load_optimizer_tensors(other, fresh, flat)
+    allocate_state(other, fresh, flat)
     again = optimizer_tensors(other, fresh)
     assert flat.keys() == again.keys()
     assert len(flat) == 6 * 3
-    assert all(torch.equal(flat[k], again[k]) for k in flat)
+    assert all(flat[k].shape == again[k].shape and flat[k].dtype == again[k].dtype for k in flat)
     with pytest.raises(ValueError, match="nobody"):
-        load_optimizer_tensors(other, fresh, {"nobody|step": torch.ones(())})
+        allocate_state(other, fresh, ["nobody|step"])
 
 
 def test_readback_keeps_order_and_is_not_changed_by_later_steps():

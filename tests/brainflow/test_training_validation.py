@@ -16,6 +16,24 @@ class Output:
     metrics: dict
 
 
+@dataclass
+class Batch:
+    bold: torch.Tensor
+    cu_seqlens: torch.Tensor
+    lengths: np.ndarray
+    runs: np.ndarray
+    step: int = 0
+    windows: int = 2
+
+    @property
+    def tokens(self):
+        return len(self.bold)
+
+    @property
+    def times(self):
+        return torch.arange(self.tokens)
+
+
 class Guess(torch.nn.Module):
     """Predicts every time point but a window's first by a rule instead of a model."""
 
@@ -44,7 +62,7 @@ def validator(monkeypatch):
             rows = slice(int(lengths[:i].sum()), int(lengths[: i + 2].sum()))
             cu = torch.tensor([0, lengths[i], lengths[i] + lengths[i + 1]], dtype=torch.int32)
             part = bold[rows]
-            batches.append(SimpleNamespace(bold=part, cu_seqlens=cu, tokens=len(part), windows=2))
+            batches.append(Batch(part, cu, lengths[i : i + 2], np.array([0, 1])))
 
         class Loader:
             def __iter__(self):
@@ -56,7 +74,9 @@ def validator(monkeypatch):
         return Loader()
 
     monkeypatch.setattr("brainflow.training.validation.make_loader", loader)
-    made = Validator(SimpleNamespace(networks=3), None, None, batches=2, device=torch.device("cpu"))
+    runs = SimpleNamespace(dataset=np.array(["a", "b"]))
+    store = SimpleNamespace(networks=3, runs=runs)
+    made = Validator(store, None, None, batches=2, device=torch.device("cpu"))
     return made, bold, lengths
 
 
@@ -68,7 +88,7 @@ def test_the_mean_is_the_training_sets(validator):
 def test_repeating_the_last_value_scores_as_its_baseline(validator):
     made, _, _ = validator
     module = Guess(lambda batch, rows: batch.bold[rows - 1]).train()
-    scores = made(module)
+    scores, _ = made(module)
     assert scores["val_l1"] == scores["val_last_l1"]
     assert scores["val_mse"] == scores["val_last_mse"]
     assert scores["val_l1"] != scores["val_mean_l1"]
@@ -78,7 +98,7 @@ def test_repeating_the_last_value_scores_as_its_baseline(validator):
 
 def test_predicting_the_mean_explains_nothing(validator):
     made, bold, lengths = validator
-    scores = made(Guess(lambda batch, rows: made.mean.expand(len(rows), -1)))
+    scores, _ = made(Guess(lambda batch, rows: made.mean.expand(len(rows), -1)))
     assert scores["val_explained_variance"] == 0.0
     first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     target = np.delete(bold.numpy(), first, axis=0)
@@ -87,7 +107,7 @@ def test_predicting_the_mean_explains_nothing(validator):
 
 def test_a_perfect_model(validator):
     made, _, _ = validator
-    scores = made(Guess(lambda batch, rows: batch.bold[rows]))
+    scores, _ = made(Guess(lambda batch, rows: batch.bold[rows]))
     assert (scores["val_l1"], scores["val_explained_variance"]) == (0.0, 1.0)
 
 
@@ -99,7 +119,7 @@ def test_values_that_were_given_do_not_count(validator):
         prediction[:, [0, 2]] = torch.nan
         return prediction
 
-    scores = made(Guess(only_network_1))
-    everything = made(Guess(lambda batch, rows: batch.bold[rows - 1]))
+    scores, _ = made(Guess(only_network_1))
+    everything, _ = made(Guess(lambda batch, rows: batch.bold[rows - 1]))
     assert scores["val_l1"] == scores["val_last_l1"]
     assert scores["val_last_l1"] != everything["val_last_l1"]
