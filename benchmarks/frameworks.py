@@ -124,15 +124,16 @@ class Windows:
             is_next=self.label if pairs else None,
         )
 
-    def padded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return bold [batch, 50, networks], seconds and an int64 attention mask [batch, 50]."""
+    def padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return bold [batch, 50, networks], seconds, int64 attention mask and token types [batch, 50]."""
         bold = self.bold.new_zeros(len(self.lengths), PADDED, self.bold.shape[1])
         attention = torch.zeros(len(self.lengths), PADDED, dtype=torch.int64, device=self.device)
         for i, part in enumerate(self.bold.split(self.lengths.tolist())):
             bold[i, : len(part)] = part
             attention[i, : len(part)] = 1
         seconds = (torch.arange(PADDED, device=self.device) * T_R).expand(len(self.lengths), PADDED)
-        return bold, seconds, attention
+        types = (torch.arange(PADDED) >= torch.from_numpy(self.halves[:, :1])).long().to(self.device)
+        return bold, seconds, attention, types
 
 
 Step = Callable[[], None]
@@ -155,8 +156,7 @@ def _steps(
         "layers": s.layers,
         "dropout": s.dropout,
     }
-    lengths = windows.lengths.tolist()
-    bold, seconds, attention = windows.padded()
+    bold, seconds, attention, types = windows.padded()
     batch = windows.packed(pairs="bert" in name)
 
     def module(**changes: Any) -> nn.Module:
@@ -169,7 +169,7 @@ def _steps(
     theirs: nn.Module
     if name == "autoencoder":
         theirs = published.Autoencoder(**common).to(device)
-        inputs = (bold, seconds, attention, lengths)
+        inputs = (bold, seconds, attention)
         steps = {
             "ours": [ours(teacher_forcing=p) for p in (1.0, 0.0)],
             "published": [_step(theirs, partial(theirs, *inputs, forced)) for forced in (True, False)],
@@ -177,14 +177,13 @@ def _steps(
         return steps, dict.fromkeys(steps, batch.tokens)
     if name == "csm":
         theirs = published.CSM(**common, heads=s.heads).to(device)
-        step = _step(theirs, partial(theirs, bold, seconds, attention, lengths))
+        step = _step(theirs, partial(theirs, bold, seconds, attention))
         steps = {"ours": [ours()], "published": [step], "single": [ours(masking="single")]}
         return steps, {"ours": batch.tokens - batch.windows, "published": s.batch, "single": s.batch}
     theirs = published.BERT(**common, heads=s.heads, by="time" if name == "seq-bert" else "network").to(
         device
     )
-    halves = [(int(a), int(b)) for a, b in windows.halves]
-    loss = partial(theirs, bold, seconds, attention, halves, windows.label)
+    loss = partial(theirs, bold, seconds, attention, types, windows.label)
     steps = {"ours": [ours()], "published": [_step(theirs, loss)]}
     return steps, dict.fromkeys(steps, round(ModelConfig().mask_rate * batch.tokens))
 

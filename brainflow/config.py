@@ -47,8 +47,23 @@ class ModelConfig:
     """Autoencoder: probability that a batch is decoded from the true values before each time point."""
     recompute: bool = False
     """Activation checkpointing of the transformer: less memory, about a third more time."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """Positions in a window: a learned table, or rotary (windows longer than `max_positions` may follow)."""
+    norm: Literal["layer", "rms"] = "layer"
+    """The transformer's normalisation: LayerNorm or RMSNorm."""
+    activation: Literal["published", "gelu", "gelu-tanh", "swiglu"] = "published"
+    """The transformer's feed-forward: GELU (`published`: GPT-2's tanh form for CSM, BERT's exact one), or
+    SwiGLU with as many weights."""
+    time_encoding: Literal["table", "fourier"] = "table"
+    """Seconds since onset: a table with a row each `time_resolution` (as published), or a learned projection
+    of sines and cosines, which knows every TR and length."""
+    coordinates: bool = False
+    """Add to each network's input weights a learned function of its coordinates, which the store must give."""
     late_read: bool = False
     """Only for the BERT weights released in 2022: CLS after the sequence, values read one position late."""
+    chained_states: bool = False
+    """Only for the autoencoder weights released in 2022: each LSTM starts from the states that the one below
+    it ended with, the decoder from the encoder's; its first input is the pooled vector."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -58,6 +73,11 @@ class ModelConfig:
         for name in ("networks", "width", "layers", "heads", "feedforward", "max_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}: got {getattr(self, name)}, expected at least 1")
+        if self.positions == "rotary" and self.width // self.heads % 2:
+            raise ValueError(
+                f"model.positions: got rotary with {self.width // self.heads} values a head "
+                "(model.width / model.heads), expected an even number"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"model.dropout: got {self.dropout}, expected a number in [0, 1)")
         if not 0.0 < self.mask_rate <= 1.0:

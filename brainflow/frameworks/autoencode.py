@@ -36,7 +36,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.config = config
         c = config
-        self.embedding = BoldEmbedding(c.networks, c.width, c.dropout, c.max_seconds, c.time_resolution)
+        self.embedding = BoldEmbedding(c)
         self.encoder = Encoder(c.width, c.layers, c.dropout)
         self.decoder = Decoder(c.width, c.layers, c.dropout)
         self.unembedding = nn.Linear(c.width, c.networks)
@@ -73,7 +73,7 @@ class Autoencoder(nn.Module):
         order = time_major(batch.lengths)
         names = ("order", "back", "before", "after", "last", "ranks")
         sent = upload(batch.bold.device, **{name: getattr(order, name) for name in names})
-        time = self.embedding.time_index(batch.times)
+        time = self.embedding.clock(batch.times)
         packed = self.embedding.finish(self.embedding(batch.bold), time)
         steps = Steps(
             before=sent["before"], after=sent["after"], last=sent["last"], batch_sizes=order.batch_sizes

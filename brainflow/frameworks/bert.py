@@ -99,27 +99,17 @@ class BertFramework(nn.Module):
     Parameters
     ----------
     config
-        Reads networks, width, layers, heads, feedforward, dropout, max_positions, max_seconds,
-        time_resolution, loss, mask_rate, mask_span and late_read.
+        Reads all of the architecture, loss, mask_rate, mask_span and late_read.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         c = config
-        self.embedding = BoldEmbedding(c.networks, c.width, c.dropout, c.max_seconds, c.time_resolution)
+        self.embedding = BoldEmbedding(c)
         self.cls_token = nn.Parameter(torch.randn(c.networks))
         self.sep_token = nn.Parameter(torch.randn(c.networks))
-        self.transformer = Transformer(
-            "bert",
-            width=c.width,
-            layers=c.layers,
-            heads=c.heads,
-            feedforward=c.feedforward,
-            dropout=c.dropout,
-            max_positions=c.max_positions,
-            recompute=c.recompute,
-        )
+        self.transformer = Transformer("bert", c)
         self.is_next = IsNextHead(c.width, c.dropout)
         self.unembedding = nn.Linear(c.width, c.networks)
 
@@ -129,17 +119,20 @@ class BertFramework(nn.Module):
         Each window is a sequence of its own, also in a batch of pairs.
         """
         seating = seats(batch.lengths, 1, self.config.late_read)
-        source = np.arange(batch.tokens)
-        hidden = self.encode(batch, seating, batch.bold, source, ())
-        if pooling == "cls":
-            return pool(hidden, seating.lengths, "first")
-        points = upload(hidden.device, points=seating.time_points)["points"]
-        return pool(hidden.index_select(0, points), batch.lengths, pooling)
+        wanted = offsets(seating.lengths)[:-1] if pooling == "cls" else seating.time_points
+        hidden = self.encode(batch, seating, batch.bold, np.arange(batch.tokens), wanted=wanted)
+        return hidden if pooling == "cls" else pool(hidden, batch.lengths, pooling)
 
     def encode(
-        self, batch: PackedBatch, seating: Seats, bold: Tensor, source: Ints, extra: tuple[Tensor, ...]
+        self,
+        batch: PackedBatch,
+        seating: Seats,
+        bold: Tensor,
+        source: Ints,
+        extra: tuple[Tensor, ...] = (),
+        wanted: Ints | None = None,
     ) -> Tensor:
-        """Return the hidden states of all seats, [seats, width].
+        """Return the hidden states of all seats [seats, width], or of those that are wanted.
 
         Parameters
         ----------
@@ -154,44 +147,55 @@ class BertFramework(nn.Module):
             `extra[i]`.
         extra
             Further special tokens, [networks] each.
+        wanted
+            Host int64 [n], seats whose hidden states are returned, [n, width].
         """
         total = int(seating.lengths.sum())
         content = np.empty(total, np.int64)
         content[seating.time_points] = source
         content[seating.cls] = bold.shape[0] + len(extra)
         content[seating.sep] = bold.shape[0] + len(extra) + 1
+        dummy = self.embedding.dummy
         sent = upload(
             bold.device,
             content=content,
             points=seating.time_points,
-            time=np.full(total, self.embedding.dummy),
+            time=np.full(total, dummy, dummy.dtype),
             positions=positions(seating.lengths),
             types=seating.types,
             cu=offsets(seating.lengths).astype(np.int32),
+            **({} if wanted is None else {"wanted": wanted}),
         )
         special = torch.stack((*extra, self.cls_token, self.sep_token))
         embedded = self.embedding(bold, special).index_select(0, sent["content"])
-        time = sent["time"].index_copy(0, sent["points"], self.embedding.time_index(batch.times))
+        time = sent["time"].index_copy(0, sent["points"], self.embedding.clock(batch.times))
         layout = Layout(
             cu_seqlens=sent["cu"],
             max_seqlen=int(seating.lengths.max()),
             positions=sent["positions"],
             token_types=sent["types"],
         )
-        return self.transformer(self.embedding.finish(embedded, time), layout)
+        return self.transformer(self.embedding.finish(embedded, time), layout, rows=sent.get("wanted"))
 
     def seating(self, batch: PackedBatch) -> Seats:
         """Return the seats of a training batch: pairs where it has `is_next`, else single windows."""
         return seats(batch.lengths, 1 if batch.is_next is None else 2, self.config.late_read)
 
-    def output(
-        self, batch: PackedBatch, seating: Seats, hidden: Tensor, reconstruction: Tensor
-    ) -> StepOutput:
-        """Return the step's loss: reconstruction, plus the is-next loss where the batch has pairs."""
+    def output(self, batch: PackedBatch, first: Tensor, reconstruction: Tensor) -> StepOutput:
+        """Return the step's loss: reconstruction, plus the is-next loss where the batch has pairs.
+
+        Parameters
+        ----------
+        batch
+            The batch.
+        first
+            [sequences, width], hidden states of the first seats.
+        reconstruction
+            Scalar.
+        """
         metrics = {"reconstruction": reconstruction.detach()}
         if batch.is_next is None:
             return StepOutput(loss=reconstruction, metrics=metrics)
-        first = pool(hidden, seating.lengths, "first")
         # The published labels say 1 where the second half does NOT follow.
         labels = 1.0 - batch.is_next if self.config.late_read else batch.is_next
         is_next, accuracy = self.is_next.loss(first, labels)

@@ -40,27 +40,17 @@ class CSM(nn.Module):
     Parameters
     ----------
     config
-        Reads networks, width, layers, heads, feedforward, dropout, max_positions, max_seconds,
-        time_resolution, loss and masking.
+        Reads all of the architecture, loss and masking.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         c = config
-        self.embedding = BoldEmbedding(c.networks, c.width, c.dropout, c.max_seconds, c.time_resolution)
+        self.embedding = BoldEmbedding(c)
         self.mask_token = nn.Parameter(torch.randn(c.networks))
         self.cls_token = nn.Parameter(torch.randn(c.networks))
-        self.transformer = Transformer(
-            "gpt",
-            width=c.width,
-            layers=c.layers,
-            heads=c.heads,
-            feedforward=c.feedforward,
-            dropout=c.dropout,
-            max_positions=c.max_positions,
-            recompute=c.recompute,
-        )
+        self.transformer = Transformer("gpt", c)
         self.unembedding = nn.Linear(c.width, c.networks)
 
     def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
@@ -125,7 +115,7 @@ class CSM(nn.Module):
         weights = (1.0 / (lengths - 1)).astype(np.float32)[window_of(lengths)[rows]]
         sent = upload(batch.bold.device, positions=place, rows=rows, weights=weights)
         layout = Layout(cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, positions=sent["positions"])
-        time = self.embedding.time_index(batch.times)
+        time = self.embedding.clock(batch.times)
         if self.config.masking == "next":
             x = self.embedding.finish(self.embedding(batch.bold), time)
             hidden = self.transformer(x, layout).roll(1, 0)
@@ -158,15 +148,14 @@ class CSM(nn.Module):
             rows=rows,
         )
         embedded = self.embedding(batch.bold.index_select(0, sent["visible"]), self.mask_token[None])
-        time = self.embedding.time_index(batch.times).index_select(0, sent["source"])
+        time = self.embedding.clock(batch.times).index_select(0, sent["source"])
         x = self.embedding.finish(embedded.index_select(0, sent["content"]), time)
         layout = Layout(cu_seqlens=sent["cu"], max_seqlen=int(cut.max()), positions=sent["positions"])
-        hidden = self.transformer(x, layout).index_select(0, sent["last"])
-        return hidden, sent["rows"], None
+        return self.transformer(x, layout, rows=sent["last"]), sent["rows"], None
 
     def _time_points(self, batch: PackedBatch, lengths: np.ndarray, content: np.ndarray | None) -> Tensor:
         """Return hidden states of the causal stream; `content` places the CLS token, row `tokens`."""
-        time = self.embedding.time_index(batch.times)
+        time = self.embedding.clock(batch.times)
         if content is None:
             place = upload(batch.bold.device, positions=positions(lengths))["positions"]
             layout = Layout(cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, positions=place)
@@ -177,7 +166,9 @@ class CSM(nn.Module):
             cu=offsets(lengths).astype(np.int32),
             content=content,
         )
-        time = torch.cat((time, time.new_full((1,), self.embedding.dummy))).index_select(0, sent["content"])
+        time = torch.cat((time, time.new_full((1,), self.embedding.dummy.item()))).index_select(
+            0, sent["content"]
+        )
         embedded = self.embedding(batch.bold, self.cls_token[None]).index_select(0, sent["content"])
         layout = Layout(cu_seqlens=sent["cu"], max_seqlen=batch.max_seqlen + 1, positions=sent["positions"])
         return self.transformer(self.embedding.finish(embedded, time), layout)

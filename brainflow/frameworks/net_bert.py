@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from brainflow.config import ModelConfig
 from brainflow.frameworks.base import StepOutput, at_least_float
-from brainflow.frameworks.bert import BertFramework, Seats
+from brainflow.frameworks.bert import BertFramework
 from brainflow.kernels import MaskSpec, linear_masked_loss, mask_tokens
 from brainflow.models.embedding import cast_input
 from brainflow.models.packing import offsets, upload
@@ -32,7 +32,7 @@ class NetBERT(BertFramework):
 
     def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
         """Return loss and metrics; (`seed`, `batch.step`) fix the masks."""
-        hidden, seating, read, cu_seqlens = self._predicting(batch, seed)
+        first, read, cu_seqlens = self._predicting(batch, seed)
         loss = linear_masked_loss(
             read,
             self.unembedding.weight,
@@ -42,7 +42,7 @@ class NetBERT(BertFramework):
             loss=self.config.loss,
             cu_seqlens=cu_seqlens,
         )
-        return self.output(batch, seating, hidden, loss)
+        return self.output(batch, first, loss)
 
     def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
         """Return predicted values and their rows of `batch.bold`.
@@ -50,7 +50,7 @@ class NetBERT(BertFramework):
         The values are float32 [tokens, networks], NaN where a network was not masked: those were given, not
         predicted. The rows are all tokens.
         """
-        _, _, read, cu_seqlens = self._predicting(batch, seed)
+        _, read, cu_seqlens = self._predicting(batch, seed)
         masked = self._mask(batch, seed).dense(cu_seqlens, self.config.networks)
         values = at_least_float(self.unembedding(read)).masked_fill(~masked, torch.nan)
         return values, torch.arange(batch.tokens, device=values.device)
@@ -61,17 +61,20 @@ class NetBERT(BertFramework):
             return MaskSpec.tubes(c.mask_rate, c.mask_span, seed=seed, offset=batch.step)
         return MaskSpec.networks(c.mask_rate, seed=seed, offset=batch.step)
 
-    def _predicting(self, batch: PackedBatch, seed: int) -> tuple[Tensor, Seats, Tensor, Tensor]:
-        """Return all hidden states, their seats, those of the time points, the offsets of the sequences."""
+    def _predicting(self, batch: PackedBatch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the hidden states of the first seats, those that predict, the offsets of the sequences."""
         seating = self.seating(batch)
         halves = len(batch.lengths) // len(seating.lengths)
         bounds = offsets(batch.lengths)[::halves].astype(np.int32)
-        sent = upload(batch.bold.device, read=seating.read, cu=bounds)
+        sent = upload(batch.bold.device, cu=bounds)
         bold = mask_tokens(
             cast_input(batch.bold, self.mask_token),
             self._mask(batch, seed),
             self.mask_token,
             cu_seqlens=sent["cu"],
         )
-        hidden = self.encode(batch, seating, bold, np.arange(batch.tokens), ())
-        return hidden, seating, hidden.index_select(0, sent["read"]), sent["cu"]
+        first = offsets(seating.lengths)[:-1]
+        wanted = np.concatenate((first, seating.read))
+        hidden = self.encode(batch, seating, bold, np.arange(batch.tokens), wanted=wanted)
+        cls, read = hidden.split((len(first), batch.tokens))
+        return cls, read, sent["cu"]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from brainflow.config import ModelConfig
 from brainflow.frameworks.base import StepOutput, at_least_float, drawn_rows
-from brainflow.frameworks.bert import BertFramework, Seats
+from brainflow.frameworks.bert import BertFramework
 from brainflow.kernels import MaskSpec, linear_masked_loss
-from brainflow.models.packing import upload
+from brainflow.models.packing import offsets, upload
 
 if TYPE_CHECKING:
     from brainflow.data.batch import PackedBatch
@@ -32,7 +32,7 @@ class SeqBERT(BertFramework):
 
     def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
         """Return loss and metrics; (`seed`, `batch.step`) fix the masks."""
-        hidden, seating, chosen, rows = self._predicting(batch, seed)
+        first, chosen, rows = self._predicting(batch, seed)
         loss = linear_masked_loss(
             chosen,
             self.unembedding.weight,
@@ -41,15 +41,15 @@ class SeqBERT(BertFramework):
             MaskSpec.all_valid(),
             loss=self.config.loss,
         )
-        return self.output(batch, seating, hidden, loss)
+        return self.output(batch, first, loss)
 
     def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
         """Return predicted values, float32 [masked rows, networks], and their rows of `batch.bold`."""
-        _, _, chosen, rows = self._predicting(batch, seed)
+        _, chosen, rows = self._predicting(batch, seed)
         return at_least_float(self.unembedding(chosen)), rows
 
-    def _predicting(self, batch: PackedBatch, seed: int) -> tuple[Tensor, Seats, Tensor, Tensor]:
-        """Return all hidden states, their seats, those that predict, and the rows that they predict."""
+    def _predicting(self, batch: PackedBatch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the hidden states of the first seats, those that predict, and the rows that they predict."""
         c, seating = self.config, self.seating(batch)
         if c.mask_span > 1:
             mask = MaskSpec.spans(c.mask_rate, c.mask_span, seed=seed, offset=batch.step)
@@ -60,7 +60,15 @@ class SeqBERT(BertFramework):
         seen[rows] = False
         visible = np.flatnonzero(seen)
         source = np.where(seen, np.cumsum(seen) - 1, len(visible))
-        sent = upload(batch.bold.device, visible=visible, rows=rows, read=seating.read[rows])
-        bold = batch.bold.index_select(0, sent["visible"])
-        hidden = self.encode(batch, seating, bold, source, (self.mask_token,))
-        return hidden, seating, hidden.index_select(0, sent["read"]), sent["rows"]
+        sent = upload(batch.bold.device, visible=visible, rows=rows)
+        first = offsets(seating.lengths)[:-1]
+        hidden = self.encode(
+            batch,
+            seating,
+            batch.bold.index_select(0, sent["visible"]),
+            source,
+            (self.mask_token,),
+            wanted=np.concatenate((first, seating.read[rows])),
+        )
+        cls, chosen = hidden.split((len(first), len(rows)))
+        return cls, chosen, sent["rows"]

@@ -1,7 +1,8 @@
 """One transformer for all frameworks: GPT-2's block (pre-LN, causal) and BERT's (post-LN, both directions).
 
 Letters: T tokens (all windows laid end to end, no padding), W windows, H heads, D head width, width = H·D.
-Sources: Radford et al. 2019 (GPT-2), Devlin et al. 2018 (BERT).
+Sources: Radford et al. 2019 (GPT-2), Devlin et al. 2018 (BERT). Options: rotary positions (Su et al. 2021,
+arXiv 2104.09864), RMSNorm (Zhang & Sennrich 2019, 1910.07467), SwiGLU (Shazeer 2020, 2002.05202).
 
 A causal transformer may run two streams at once (see :mod:`brainflow.frameworks.csm`): `x` then holds T
 time points and, below them, T queries that stand for the same time points. Query i of a window sees the
@@ -18,10 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from brainflow.config import ModelConfig
 from brainflow.kernels import attention, shifted_attention
 
 Style = Literal["gpt", "bert"]
 Streams = Literal["one", "two", "second"]
+EPS = {"gpt": 1e-5, "bert": 1e-12}
+ROTARY_BASE = 10_000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,26 +53,37 @@ class Layout:
 class Attention(nn.Module):
     """Multi-head self-attention within each window."""
 
-    def __init__(self, width: int, heads: int, dropout: float, causal: bool) -> None:
+    def __init__(self, style: Style, c: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.dropout, self.causal = heads, dropout, causal
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.heads, self.dropout, self.causal = c.heads, c.dropout, style == "gpt"
+        self.qkv = nn.Linear(c.width, 3 * c.width)
+        self.out = nn.Linear(c.width, c.width)
 
-    def forward(self, x: Tensor, layout: Layout, streams: Streams = "one") -> Tensor:
-        """Return attention of `x` [T, width] over itself, same shape; with two streams see :class:`Block`."""
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        streams: Streams = "one",
+        rotation: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Return attention of `x` [T, width] over itself; streams and rows as in :class:`Block`."""
         p = self.dropout if self.training else 0.0
         cu, longest = layout.cu_seqlens, layout.max_seqlen
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        if rotation is not None:
+            qkv = torch.cat((_rotate(qkv[:, :2], rotation), qkv[:, 2:]), 1)
         if streams == "one":
             q, k, v = qkv.unbind(1)
-            return self.out(_attend(q, k, v, cu, longest, self.causal, p).flatten(1))
-        points, queries = qkv.unflatten(0, (2, -1)).unbind(0)
-        q, k, v = points.unbind(1)
-        q2, k2, v2 = queries.unbind(1)
-        mixed = shifted_attention(q2, k, v, k2, v2, cu, longest, dropout_p=p)
-        if streams == "two":
-            mixed = torch.cat((_attend(q, k, v, cu, longest, True, p), mixed))
+            mixed = _attend(q, k, v, cu, longest, self.causal, p)
+        else:
+            points, queries = qkv.unflatten(0, (2, -1)).unbind(0)
+            q, k, v = points.unbind(1)
+            q2, k2, v2 = queries.unbind(1)
+            mixed = shifted_attention(q2, k, v, k2, v2, cu, longest, dropout_p=p)
+            if streams == "two":
+                mixed = torch.cat((_attend(q, k, v, cu, longest, True, p), mixed))
+        mixed = mixed if rows is None else mixed.index_select(0, rows)
         return self.out(mixed.flatten(1))
 
 
@@ -76,35 +91,58 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, causal: b
     return cast(Tensor, attention(q, k, v, cu, longest, causal=causal, dropout_p=p))
 
 
-class FeedForward(nn.Module):
-    """Linear, GELU, Linear. GPT-2 takes GELU's tanh form, BERT the exact one."""
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn the pairs (i, i + D/2) of `x` [T, …, H, D] by angles whose cosines and sines are given."""
+    cos, sin = rotation[:, None, None].unbind(-2)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
-    def __init__(self, width: int, hidden: int, approximate: Literal["tanh", "none"]) -> None:
+
+class FeedForward(nn.Module):
+    """Linear, GELU, Linear; or SwiGLU with as many weights."""
+
+    def __init__(self, style: Style, c: ModelConfig) -> None:
         super().__init__()
-        self.approximate: Literal["tanh", "none"] = approximate
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.gated = c.activation == "swiglu"
+        tanh = c.activation == "gelu-tanh" or (c.activation == "published" and style == "gpt")
+        self.approximate: Literal["tanh", "none"] = "tanh" if tanh else "none"
+        hidden = c.feedforward * c.width
+        if self.gated:
+            hidden = -(-2 * hidden // 3 // 8) * 8
+        self.up = nn.Linear(c.width, 2 * hidden if self.gated else hidden)
+        self.down = nn.Linear(hidden, c.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the transformed tokens, [T, width]."""
+        if self.gated:
+            gate, value = self.up(x).chunk(2, -1)
+            return self.down(F.silu(gate) * value)
         return self.down(F.gelu(self.up(x), approximate=self.approximate))
 
 
+def _norm(style: Style, c: ModelConfig) -> nn.Module:
+    return nn.RMSNorm(c.width, eps=1e-6) if c.norm == "rms" else nn.LayerNorm(c.width, eps=EPS[style])
+
+
 class Block(nn.Module):
-    """Attention and feed-forward with residuals; LayerNorm before each (`pre`) or after each sum (`post`)."""
+    """Attention and feed-forward with residuals; a norm before each (GPT-2) or after each sum (BERT)."""
 
-    def __init__(self, style: Style, width: int, heads: int, feedforward: int, dropout: float) -> None:
+    def __init__(self, style: Style, c: ModelConfig) -> None:
         super().__init__()
-        gpt = style == "gpt"
-        self.pre = gpt
-        eps = 1e-5 if gpt else 1e-12
-        self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attention = Attention(width, heads, dropout, causal=gpt)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.feedforward = FeedForward(width, feedforward * width, "tanh" if gpt else "none")
-        self.dropout = nn.Dropout(dropout)
+        self.pre = style == "gpt"
+        self.norm1, self.norm2 = _norm(style, c), _norm(style, c)
+        self.attention = Attention(style, c)
+        self.feedforward = FeedForward(style, c)
+        self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, layout: Layout, streams: Streams = "one") -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        streams: Streams = "one",
+        rotation: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """Return the block's output.
 
         Parameters
@@ -116,53 +154,43 @@ class Block(nn.Module):
         streams
             "one", "two", or "second": two come in, only the queries go on, [T, width] (nothing reads the time
             points after the last block).
+        rotation
+            [T (or 2T), 2, D / 2], cosines and sines of rotary positions.
+        rows
+            int64 [n], the tokens that go on (nothing reads the others after the last block); None: all.
         """
         if self.pre:
-            mixed = self.attention(self.norm1(x), layout, streams)
-            x = x[-len(mixed) :] + self.dropout(mixed)
+            mixed = self.attention(self.norm1(x), layout, streams, rotation, rows)
+            x = x[-layout.positions.shape[0] :] if streams == "second" else x
+            x = (x if rows is None else x.index_select(0, rows)) + self.dropout(mixed)
             return x + self.dropout(self.feedforward(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.attention(x, layout)))
+        mixed = self.attention(x, layout, streams, rotation, rows)
+        x = self.norm1((x if rows is None else x.index_select(0, rows)) + self.dropout(mixed))
         return self.norm2(x + self.dropout(self.feedforward(x)))
 
 
 class Transformer(nn.Module):
-    """Blocks with learned positions; LayerNorm after the last block (GPT-2) or after the input sum (BERT).
+    """Blocks with positions; a norm after the last block (GPT-2) or after the input sum (BERT).
 
     Parameters
     ----------
     style
         "gpt": pre-LN, causal, tanh-GELU. "bert": post-LN, both directions, token types, exact GELU.
-    width, layers, heads
-        Hidden width, blocks, attention heads.
-    feedforward
-        Feed-forward width as a multiple of `width`.
-    dropout
-        Probability after input sum, attention weights, attention, feed-forward.
-    max_positions
-        Rows of the position table.
-    recompute
-        Activation checkpointing: keep only the blocks' inputs, compute the rest again in the backward pass.
+    config
+        Reads width, layers, heads, feedforward, dropout, max_positions, positions, norm, activation and
+        recompute.
     """
 
-    def __init__(
-        self,
-        style: Style,
-        *,
-        width: int,
-        layers: int,
-        heads: int,
-        feedforward: int = 4,
-        dropout: float = 0.1,
-        max_positions: int = 512,
-        recompute: bool = False,
-    ) -> None:
+    def __init__(self, style: Style, config: ModelConfig) -> None:
         super().__init__()
-        self.style, self.recompute = style, recompute
-        self.positions = nn.Embedding(max_positions, width)
-        self.token_types = nn.Embedding(2, width) if style == "bert" else None
-        self.norm = nn.LayerNorm(width, eps=1e-12 if style == "bert" else 1e-5)
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(style, width, heads, feedforward, dropout) for _ in range(layers))
+        c = config
+        self.style, self.config, self.recompute = style, c, c.recompute
+        learned = c.positions == "learned"
+        self.positions = nn.Embedding(c.max_positions, c.width) if learned else None
+        self.token_types = nn.Embedding(2, c.width) if style == "bert" else None
+        self.norm = _norm(style, c)
+        self.dropout = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(Block(style, c) for _ in range(c.layers))
         self._initialise()
 
     def _initialise(self) -> None:
@@ -174,7 +202,9 @@ class Transformer(nn.Module):
                 back = self.style == "gpt" and name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * len(self.blocks)) ** 0.5 if back else 0.02)
 
-    def forward(self, x: Tensor, layout: Layout, *, two_streams: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, layout: Layout, *, two_streams: bool = False, rows: Tensor | None = None
+    ) -> Tensor:
         """Return the hidden states of the last block.
 
         Parameters
@@ -185,34 +215,48 @@ class Transformer(nn.Module):
             Windows and positions of the T tokens. Windows must not be longer than the position table.
         two_streams
             x[1] holds queries that stand for the time points x[0]; only for style "gpt".
+        rows
+            int64 [n], the tokens whose hidden states are wanted: the last block's output projection and
+            feed-forward compute no others. None: all.
 
         Returns
         -------
         Tensor
-            [T, width]; with `two_streams` of the queries alone.
+            [T, width], or [n, width] with `rows`; with `two_streams` of the queries alone.
         """
         self._check(layout, two_streams)
-        place = F.embedding(layout.positions, self.positions.weight)
-        if self.token_types is not None and layout.token_types is not None:
-            place = place + F.embedding(layout.token_types, self.token_types.weight)
-        elif self.token_types is not None:
-            place = place + self.token_types.weight[0]
-        x = x + place
-        if self.style == "bert":
-            x = self.norm(x)
-        x = self.dropout(x).flatten(0, -2)
-        streams: list[Streams] = ["two" if two_streams else "one"] * len(self.blocks)
-        if two_streams:
-            streams[-1] = "second"
-        for block, which in zip(self.blocks, streams, strict=True):
+        x = self.dropout(self._placed(x, layout)).flatten(0, -2)
+        rotation = self._rotation(layout, 2 if two_streams else 1) if self.positions is None else None
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            streams: Streams = "one" if not two_streams else "second" if i == last else "two"
+            inputs = (x, layout, streams, rotation, rows if i == last else None)
             if self.recompute and self.training:
-                x = checkpoint(block, x, layout, which, use_reentrant=False)
+                x = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(x, layout, which)
+                x = block(*inputs)
         return self.norm(x) if self.style == "gpt" else x
 
+    def _placed(self, x: Tensor, layout: Layout) -> Tensor:
+        """Add learned positions and token types."""
+        if self.positions is not None:
+            x = x + F.embedding(layout.positions, self.positions.weight)
+        if self.token_types is not None and layout.token_types is not None:
+            x = x + F.embedding(layout.token_types, self.token_types.weight)
+        elif self.token_types is not None:
+            x = x + self.token_types.weight[0]
+        return self.norm(x) if self.style == "bert" else x
+
+    def _rotation(self, layout: Layout, streams: int) -> Tensor:
+        """Return cosines and sines of the angles position · base^(-2i / D), [streams · T, 2, D / 2]."""
+        half = self.config.width // self.config.heads // 2
+        exponent = torch.arange(half, device=layout.positions.device) / half
+        angle = layout.positions[:, None] * ROTARY_BASE**-exponent
+        rotation = torch.stack((angle.cos(), angle.sin()), 1).to(next(self.parameters()).dtype)
+        return rotation.repeat(streams, 1, 1)
+
     def _check(self, layout: Layout, two_streams: bool) -> None:
-        if layout.max_seqlen > self.positions.num_embeddings:
+        if self.positions is not None and layout.max_seqlen > self.positions.num_embeddings:
             raise ValueError(
                 f"max_seqlen: got a window of {layout.max_seqlen} tokens (special tokens included), but the "
                 f"model has {self.positions.num_embeddings} positions; raise model.max_positions or shorten "

@@ -2,21 +2,26 @@ import numpy as np
 import pytest
 import torch
 
+from brainflow.config import ModelConfig
 from brainflow.models.embedding import BoldEmbedding
 from brainflow.models.heads import DecodingHead
 from brainflow.models.packing import upload
 
 
+def make(**changes):
+    return BoldEmbedding(ModelConfig(networks=4, width=8, heads=2, dropout=0.0, **changes))
+
+
 def test_time_index_rounds_to_the_resolution_and_ends_before_the_dummy():
-    embedding = BoldEmbedding(4, 8, 0.0, max_seconds=300.0, time_resolution=0.2)
+    embedding = make(max_seconds=300.0)
     assert embedding.time.weight.shape == (1501, 8)
     assert embedding.dummy == 1500
     seconds = torch.tensor([0.0, 0.72, 1.44, 299.8, 1000.0])
-    assert embedding.time_index(seconds).tolist() == [0, 4, 7, 1499, 1499]
+    assert embedding.clock(seconds).tolist() == [0, 4, 7, 1499, 1499]
 
 
 def test_half_precision_input_is_cast_and_special_tokens_share_the_projection():
-    embedding = BoldEmbedding(4, 8, 0.0, max_seconds=10.0, time_resolution=0.2)
+    embedding = make()
     bold = torch.randn(3, 4).half()
     special = torch.randn(2, 4)
     both = embedding(bold, special)

@@ -34,11 +34,11 @@ def reference(style, layers):
 
 
 def same_weights(style, layers, model):
-    ours = Transformer(style, width=WIDTH, layers=layers, heads=HEADS, dropout=0.1, max_positions=PLACES)
     config = ModelConfig(
         framework="csm" if style == "gpt" else "seq-bert", networks=4, width=WIDTH, layers=layers,
         heads=HEADS, max_positions=PLACES,
     )  # fmt: skip
+    ours = Transformer(style, config)
     theirs = {f"decoder.transformer.{k}": v for k, v in model.state_dict().items()}
     own, state = ours.state_dict(), {}
     for rule in rules(config):
@@ -101,7 +101,7 @@ def test_recompute_changes_neither_output_nor_gradient():
 
 
 def test_long_windows_and_wrong_streams_are_named():
-    ours = Transformer("bert", width=8, layers=1, heads=2, max_positions=4)
+    ours = Transformer("bert", ModelConfig(width=8, layers=1, heads=2, max_positions=4))
     layout = Layout(
         cu_seqlens=torch.tensor([0, 5], dtype=torch.int32), max_seqlen=5, positions=torch.arange(5)
     )
