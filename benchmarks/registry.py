@@ -21,7 +21,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "ceilings": ("ceilings",),
     "loader": ("loader",),
     "kernels": ("kernels",),
-    "frameworks": ("frameworks", "throughput", "loop", "time_to_loss"),
+    "frameworks": ("frameworks", "data_wait", "throughput", "loop", "time_to_loss"),
     "scaling": ("scaling",),
 }
 
