@@ -1,6 +1,6 @@
 """All shards of a raw array side by side in the address space, so that row r of the store is row r in memory.
 
-Rows of many windows are then gathered by one call (`numpy.take`), which beats a loop over windows.
+A library that gathers rows of one array (DALI) then reads a store without knowing of shards.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class FlatRows:
@@ -61,6 +62,10 @@ class FlatRows:
         """Map the first `size` bytes of a shard's file in its place."""
         flags = mmap.MAP_SHARED | _MAP_FIXED
         _map(self._address + shard * self._shard_bytes, size, mmap.PROT_READ, flags, descriptor)
+
+    def read_at_random(self, shard: int, size: int) -> None:
+        """Tell the kernel to read no more of a shard than is asked for."""
+        _libc.madvise(self._address + shard * self._shard_bytes, size, mmap.MADV_RANDOM)
 
 
 def _map(address: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:

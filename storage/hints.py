@@ -66,7 +66,7 @@ class ReadHints:
         for shard, offset, length in windows:
             mapped = self._shards.map(shard)
             if shard not in self._random:  # no read-ahead beyond what is asked for
-                mapped.madvise(mmap.MADV_RANDOM)
+                self._shards.read_at_random(shard)
                 self._random.add(shard)
             mapped.madvise(mmap.MADV_WILLNEED, offset, length)
 

@@ -40,11 +40,10 @@ class MappedShards:
         self._maps: dict[int, mmap.mmap] = {}
         self._indexes: dict[int, np.ndarray] = {}
         self._flat: FlatRows | None = None
-        self._counting = np.arange(0)
         if FlatRows.fits(grid) and len(shards):
             try:
                 self._flat = FlatRows(grid, int(shards[-1]) + 1)
-            except OSError:  # a limit on the address space: `copy` goes window by window
+            except OSError:  # a limit on the address space
                 self._flat = None
         self._check_sizes()
 
@@ -53,16 +52,15 @@ class MappedShards:
 
         The shards that the windows lie in must have been asked for with `rows` before.
         """
-        if self._flat is None:
-            np.concatenate(self.windows(starts, lengths), out=out)
-            return
-        total = len(out)
-        counting = self._counting
-        if len(counting) < total:
-            counting = self._counting = np.arange(total)
-        rows = (starts - lengths.cumsum() + lengths).repeat(lengths)
-        rows += counting[:total]
-        self._flat.rows.take(rows, 0, out=out, mode="clip")  # without `mode`, take would fill a copy of `out`
+        np.concatenate(self.windows(starts, lengths), out=out)
+
+    @property
+    def flat(self) -> np.ndarray | None:
+        """All rows of the array, read-only [rows, *row_shape], or None where they cannot lie side by side.
+
+        Touch no row of a shard that has not been asked for with `rows` before: that kills the process.
+        """
+        return None if self._flat is None else self._flat.rows
 
     def windows(self, starts: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
         """Views of the rows of each window, which lies in one shard; read-only [length, *row_shape].
@@ -122,6 +120,12 @@ class MappedShards:
             raise StoreError(f"{self._where}/{path}: its index names chunks that are not there; {_REMEDY}")
         self._maps[shard], self._indexes[shard] = mapped, index
         return mapped
+
+    def read_at_random(self, shard: int) -> None:
+        """Tell the kernel to read no more of a shard's file than is asked for."""
+        self.map(shard).madvise(mmap.MADV_RANDOM)
+        if self._flat is not None:
+            self._flat.read_at_random(shard, self._chunks[shard] * self.grid.chunk_bytes)
 
     def is_ours(self, shard: int) -> bool:
         """Whether this process owns a shard's file or may write it."""

@@ -30,6 +30,10 @@ class RemoteChunks:
     grid : layout of the array
     present : {shard: number of its chunks}
     sums : uint32 [chunks], their CRC-32C
+
+    Attributes
+    ----------
+    waits : int, calls of `fetch` that had to wait for chunks
     """
 
     def __init__(self, files: RemoteFiles, grid: Grid, present: dict[int, int], sums: np.ndarray) -> None:
@@ -40,6 +44,7 @@ class RemoteChunks:
         self._ahead: tuple[Pending, Pending] = ({}, {})  # of the last two calls of `advise`
         self._ahead_of_stored: Pending = {}
         self._indexes: dict[int, np.ndarray] = {}
+        self.waits = 0
 
     def fetch(self, chunks: list[int]) -> dict[int, np.ndarray]:
         """Stored bytes of some chunks, uint8 [bytes] each.
@@ -54,6 +59,7 @@ class RemoteChunks:
         StoreError : if the server does not answer
         """
         pending = self._submit(chunks, {**self._ahead[0], **self._ahead[1]})
+        self.waits += not all(job.done() for job in pending.values())
         return {chunk: pending[chunk].result()[chunk] for chunk in chunks}
 
     def damaged(self, chunks: list[int]) -> set[int]:

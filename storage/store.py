@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import numpy as np
 import zarr
 
+from .buffers import aligned_empty
 from .decoding import DecodedRows, chunks_of
 from .errors import DamagedChunk, StoreError
 from .hints import ReadHints
@@ -50,6 +51,7 @@ class BoldStore:
         files.announce(list(self.manifest.files))
         self.networks = self.layout.networks
         self.dtype = self.layout.bold_grid.dtype
+        self._window_dtype = self.dtype if self.dtype.kind == "f" else np.dtype("<f4")
         self.generation = self.manifest.generation
         self.attributes: dict[str, Any] = self.layout.to_dict()
         self.runs = RunTable(self.columns("runs"))
@@ -108,7 +110,8 @@ class BoldStore:
         ----------
         starts : int [windows], absolute first rows (`runs.start[i]` + onset)
         lengths : int [windows], time points
-        out : buffer to reuse, [at least sum(lengths), networks] of the result's element type
+        out : buffer to reuse, [at least sum(lengths), networks] of the result's element type; take one from
+            `buffer`
 
         Returns
         -------
@@ -139,32 +142,28 @@ class BoldStore:
             touched = runs[first & (self.runs.end[runs] > error.chunk * rows_of)]
             raise self._damage(int(touched[0]), error.chunk) from error
 
-    def views(
-        self, starts: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray
-    ) -> list[np.ndarray]:
-        """Windows of runs where they lie on disk, without a copy; only from a local raw store of floats.
+    @property
+    def rows(self) -> np.ndarray | None:
+        """All rows of `bold` where they lie on disk, without a copy: read-only [rows, networks].
 
-        Parameters
-        ----------
-        starts, lengths : as in `windows`, and checked as there
+        Touch only rows of windows that `check` has let pass; others may kill the process. None if the store
+        is remote, compressed or of integers: use `windows`.
+        """
+        reader = self._reader
+        return reader.flat if isinstance(reader, MappedShards) and self.dtype.kind == "f" else None
 
-        Returns
-        -------
-        list : read-only [length, networks] of the stored type, one a window; valid while the store is
+    def check(self, starts: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
+        """Map what windows need and compare it with its checksums, as `windows` does, without reading them.
 
         Raises
         ------
-        ValueError : if a window is empty or leaves its run, naming it; if the store is remote,
-            compressed or holds integers: use `windows`
-        StoreError : if a chunk that a window needs is damaged, naming the run
+        ValueError, StoreError : as `windows`
         """
-        if not isinstance(self._reader, MappedShards) or self.dtype.kind != "f":
-            raise ValueError(
-                f"{self.path}: is remote, compressed or of integers, so that its windows cannot be viewed in "
-                "place; use windows()"
-            )
-        starts, lengths, _ = self._locate(starts, lengths)
-        return self._reader.windows(starts, lengths)
+        self._locate(starts, lengths)
+
+    def buffer(self, rows: int) -> np.ndarray:
+        """A buffer for `windows(out=…)`, [rows, networks], aligned so that copies into it are fast."""
+        return aligned_empty(rows, self.networks, self._window_dtype)
 
     def advise(self, starts: np.ndarray, lengths: np.ndarray) -> None:
         """Announce windows that are read soon, such as those of the next batch; returns at once.
@@ -175,10 +174,15 @@ class BoldStore:
         """
         starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
         if self._hints is not None and len(starts):
-            self._hints.advise(starts, lengths)
+            self._hints.advise(*self._with_whole_new_runs(starts, lengths))
         elif isinstance(self._bold, RemoteChunks):
             starts, lengths, _ = self._locate(starts, lengths)
             self._bold.advise(chunks_of(self.layout.bold_grid.spans(starts, lengths)))
+
+    @property
+    def waits(self) -> int:
+        """How often `windows` had to wait for chunks from a server."""
+        return self._bold.waits if isinstance(self._bold, RemoteChunks) else 0
 
     def run(self, run: int) -> np.ndarray:
         """One whole run, [time, networks]; element type as in `windows`."""
@@ -255,9 +259,9 @@ class BoldStore:
         return starts, lengths, runs
 
     def _buffer(self, out: np.ndarray | None, rows: int) -> np.ndarray:
-        dtype = self.dtype if self.dtype.kind == "f" else np.dtype("<f4")
         if out is None:
-            return np.empty((rows, self.networks), dtype)
+            return self.buffer(rows)
+        dtype = self._window_dtype
         if out.dtype != dtype or out.ndim != 2 or out.shape[1] != self.networks or len(out) < rows:
             raise ValueError(
                 f"out: got {out.dtype} of shape {list(out.shape)}, expected {dtype} of shape "
@@ -268,6 +272,8 @@ class BoldStore:
     def _check_runs(self, runs: np.ndarray) -> None:
         """Map the shards of some local runs and compare all their chunks with their checksums."""
         grid, checksums = self.layout.bold_grid, self.checksums["bold"]
+        if self._hints is not None and self._check:
+            self._hints.advise(*self._with_whole_new_runs(self.runs.start[runs], self.runs.length[runs]))
         for run in runs[self._known_end[runs + 1] < 0].tolist():
             start, end = int(self.runs.start[run]), int(self.runs.end[run])
             if isinstance(self._reader, MappedShards):
@@ -277,6 +283,16 @@ class BoldStore:
                     if crc32c(self._bold.stored(chunk)) != checksums[chunk]:
                         raise self._damage(run, chunk)
             self._known_end[run + 1] = end
+
+    def _with_whole_new_runs(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Some windows, those of runs whose checksums are still to be looked at as all chunks of the run."""
+        before = self.runs.start.searchsorted(starts, "right")
+        new = self._known_end.take(before) < 0
+        if not (self._check and new.any()):
+            return starts, lengths
+        runs, rows = np.unique(before[new] - 1), self.layout.bold_grid.chunk_rows
+        begin, end = self.runs.start[runs] // rows * rows, -(-self.runs.end[runs] // rows) * rows
+        return np.concatenate([starts[~new], begin]), np.concatenate([lengths[~new], end - begin])
 
     def _damage(self, run: int, chunk: int) -> StoreError:
         grid = self.layout.bold_grid

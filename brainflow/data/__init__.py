@@ -23,6 +23,7 @@ def make_loader(
     device: str | torch.device = "cpu",
     start_step: int = 0,
     dtype: torch.dtype | None = None,
+    on_corrupt: Literal["error", "skip"] = "error",
 ) -> Loader:
     """Return an iterator of packed batches; all kinds give identical ones.
 
@@ -42,11 +43,16 @@ def make_loader(
         First batch; a loader that starts at step k continues one that stopped there.
     dtype
         torch.float32, or None for the store's own (float32 for a store of integers).
+    on_corrupt
+        "error": a damaged chunk raises, naming the run. "skip": the windows on it are left out of their
+        batches and counted in `loader.report()["skipped_windows"]`.
 
     Raises
     ------
     ValueError
         If an argument is out of range.
+    StoreError
+        While batches are taken: if a chunk that one needs is damaged.
     ImportError
         If `kind` is "dali" and DALI is not installed.
     """
@@ -60,7 +66,9 @@ def make_loader(
     kinds: dict[str, type[Loader]] = {"dali": DaliLoader, "host": HostLoader, "resident": ResidentLoader}
     if kind not in kinds:
         raise ValueError(f"kind: got {kind!r}, expected 'auto', 'dali', 'host' or 'resident'")
-    return kinds[kind](store, sampler, device=device, start_step=start_step, dtype=dtype)
+    return kinds[kind](
+        store, sampler, device=device, start_step=start_step, dtype=dtype, on_corrupt=on_corrupt
+    )
 
 
 def _fits(store: WindowStore, device: str | torch.device) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from brainflow.data.batch import PackedBatch
 from brainflow.data.loader import Loader, WindowStore, batch_dtype
 from brainflow.data.packing import packed_fields
 from brainflow.data.windows import Sampler, Windows
+from brainflow.storage.buffers import aligned_empty
 
 
 class HostLoader(Loader):
@@ -39,12 +40,15 @@ class HostLoader(Loader):
         device: str | torch.device = "cpu",
         start_step: int = 0,
         dtype: torch.dtype | None = None,
+        on_corrupt: Literal["error", "skip"] = "error",
         buffers: int = 3,
     ) -> None:
-        super().__init__(store, sampler, device=device, start_step=start_step, dtype=dtype)
+        super().__init__(
+            store, sampler, device=device, start_step=start_step, dtype=dtype, on_corrupt=on_corrupt
+        )
         if buffers < 1:
             raise ValueError(f"buffers: got {buffers}, expected at least 1")
-        self._gatherer = Gatherer(store, sampler, buffers=buffers, pinned=self.device.type == "cuda")
+        self._gatherer = Gatherer(store, self.sampler, buffers=buffers, pinned=self.device.type == "cuda")
         # On a GPU a buffer may only be written again when the copy out of it is over.
         self._copied: list[torch.cuda.Event | None] = [None] * buffers
 
@@ -56,6 +60,7 @@ class HostLoader(Loader):
         windows, bold = self._gatherer.gather(step)
         fields = {name: torch.from_numpy(array) for name, array in packed_fields(windows).items()}
         gathered = time.perf_counter()
+        self._skipped += windows.skipped
         batch = PackedBatch(
             bold=bold,
             max_seqlen=int(windows.lengths.max()),
@@ -93,8 +98,9 @@ class Gatherer:
     def __init__(self, store: WindowStore, sampler: Sampler, *, buffers: int, pinned: bool) -> None:
         self.store, self.sampler = store, sampler
         self._advise: Any = getattr(store, "advise", None)
-        self._views: Any = getattr(store, "views", None)
+        self._check: Any = getattr(store, "check", None)
         self._advised = -1
+        self._next: tuple[int, Windows] | None = None
         self.buffers = [
             _buffer(sampler.max_tokens, store.networks, batch_dtype(store), pinned) for _ in range(buffers)
         ]
@@ -107,36 +113,39 @@ class Gatherer:
 
     def gather(self, step: int) -> tuple[Windows, torch.Tensor]:
         """Return the windows of `step` and their BOLD, a view of buffer `step % buffers`."""
-        windows = self.sampler.batch(step)
+        windows = self._windows(step)
         place = step % len(self.buffers)
         tokens = int(windows.lengths.sum(dtype=np.int64))
-        self._hint(step)
         self.store.windows(windows.starts, windows.lengths, out=self._arrays[place][:tokens])
         return windows, self.buffers[place][:tokens]
 
-    def view(self, step: int) -> tuple[Windows, list[np.ndarray]]:
-        """Return the windows of `step` and their BOLD where it lies in the mapped store."""
-        windows = self.sampler.batch(step)
-        self._hint(step)
-        return windows, self._views(windows.starts, windows.lengths)
+    def check(self, step: int) -> Windows:
+        """Return the windows of `step` when the store has checked them; their BOLD is read by another."""
+        windows = self._windows(step)
+        self._check(windows.starts, windows.lengths)
+        return windows
 
     def seek(self) -> None:
         """Forget which batches have been announced to the store."""
-        self._advised = -1
+        self._advised, self._next = -1, None
 
-    def _hint(self, step: int) -> None:
-        """Announce the next batch, and this one if that was not done: reading and use overlap."""
-        if self._advise is None:
-            return
-        for ahead in (step, step + 1):
-            if ahead > self._advised and (self.sampler.steps is None or ahead < self.sampler.steps):
-                windows = self.sampler.batch(ahead)
+    def _windows(self, step: int) -> Windows:
+        """Return the windows of a step; announce the next one's, and its own if that was not done."""
+        known, self._next = self._next, None
+        windows = known[1] if known is not None and known[0] == step else self.sampler.batch(step)
+        if self._advise is not None:
+            if self._advised < step:
                 self._advise(windows.starts, windows.lengths)
+                self._advised = step
+            ahead = step + 1
+            if self._advised < ahead and (self.sampler.steps is None or ahead < self.sampler.steps):
+                self._next = ahead, self.sampler.batch(ahead)
+                self._advise(self._next[1].starts, self._next[1].lengths)
                 self._advised = ahead
+        return windows
 
 
 def _buffer(rows: int, columns: int, dtype: torch.dtype, pinned: bool) -> torch.Tensor:
     if pinned:
         return torch.empty(rows, columns, dtype=dtype, pin_memory=True)
-    # NumPy asks for huge pages, torch does not: writing costs less.
-    return torch.from_numpy(np.empty((rows, columns), torch.empty(0, dtype=dtype).numpy().dtype))
+    return torch.from_numpy(aligned_empty(rows, columns, torch.empty(0, dtype=dtype).numpy().dtype))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from brainflow.data.batch import PackedBatch
+from brainflow.data.intact import IntactSampler
 from brainflow.data.windows import RunColumns, Sampler
 
 
@@ -26,6 +28,9 @@ class WindowStore(Protocol):
     @property
     def runs(self) -> RunColumns: ...  # noqa: D102
     def windows(self, starts: Any, lengths: Any, out: Any = None) -> NDArray[Any]: ...  # noqa: D102
+
+
+_SETTLE = 8  # batches: asking what was read costs 10 µs
 
 
 def batch_dtype(store: WindowStore) -> torch.dtype:
@@ -50,6 +55,9 @@ class Loader(ABC):
     dtype
         Element type of `bold`: torch.float32, or None for the store's own. (Widening is exact, so all loaders
         agree.)
+    on_corrupt
+        What to do about a damaged chunk: "error" raises, naming the run; "skip" leaves the windows (pairs) on
+        it out of their batches and counts them in `report()["skipped_windows"]`.
 
     Attributes
     ----------
@@ -67,19 +75,25 @@ class Loader(ABC):
         device: str | torch.device = "cpu",
         start_step: int = 0,
         dtype: torch.dtype | None = None,
+        on_corrupt: Literal["error", "skip"] = "error",
     ) -> None:
+        if on_corrupt not in ("error", "skip"):
+            raise ValueError(f"on_corrupt: got {on_corrupt!r}, expected 'error' or 'skip'")
         if start_step < 0:
             raise ValueError(f"start_step: got {start_step}, expected 0 or more")
         if dtype not in (None, torch.float32):
             raise ValueError(f"dtype: got {dtype}, expected None (the store's own) or torch.float32")
-        self.store, self.sampler = store, sampler
+        self.store = store
+        self.sampler = IntactSampler(sampler, store) if on_corrupt == "skip" else sampler
         self.device = torch.device(device)
         self.stored_dtype = batch_dtype(store)
         self.dtype = dtype or self.stored_dtype
         self.step = start_step
         self.wait_s = 0.0
-        self._gather_s = self._transfer_s = self._consumer_s = 0.0
-        self._batches = 0
+        self._disk_s = self._gather_s = self._transfer_s = self._consumer_s = 0.0
+        self._batches = self._skipped = self._read = 0
+        self._settled_s = 0.0
+        self._settle()
         self._left: float | None = None
 
     @abstractmethod
@@ -115,9 +129,20 @@ class Loader(ABC):
         batch = self._take(self.step)
         self.step += 1
         self._batches += 1
+        if self._batches % _SETTLE == 0:
+            self._settle()
         self._left = time.perf_counter()
         self.wait_s += self._left - began
         return batch
+
+    def _settle(self) -> None:
+        """Count the gathering since the last call as `disk` if anything was read from a disk or a server."""
+        read = resource.getrusage(resource.RUSAGE_SELF).ru_inblock + getattr(self.store, "waits", 0)
+        if read != self._read:
+            self._read = read
+            self._disk_s += self._gather_s - self._settled_s
+            self._gather_s = self._settled_s
+        self._settled_s = self._gather_s
 
     def __enter__(self) -> Loader:
         return self
@@ -159,13 +184,21 @@ class Loader(ABC):
     def report(self) -> dict[str, Any]:
         """Return where time went so far, in seconds, and which stage limits.
 
-        `gather` (sampler, disk or page cache, copy) and `transfer` are parts of the loader's work; `wait` is
-        what the consumer spent waiting for batches and `consumer` what it spent between them.
+        `gather` (sampler and copy) is what the loader took for batches that were in memory, `disk` for those
+        during which this process had to read from a disk or a server; `transfer` is handing them over. `wait`
+        is what the consumer spent waiting for batches and `consumer` what it spent between them.
         """
-        stages = {"gather": self._gather_s, "transfer": self._transfer_s, "consumer": self._consumer_s}
+        self._settle()
+        stages = {
+            "disk": self._disk_s,
+            "gather": self._gather_s,
+            "transfer": self._transfer_s,
+            "consumer": self._consumer_s,
+        }
         limit = max(stages, key=lambda name: stages[name]) if self._batches else "nothing yet"
         return {
             "batches": self._batches,
+            "skipped_windows": self._skipped,
             "wait_s": self.wait_s,
             **{f"{name}_s": seconds for name, seconds in stages.items()},
             "limited_by": limit,

@@ -1,20 +1,23 @@
-"""The DALI loader: an NVIDIA DALI pipeline around the store's reader, with or without a GPU.
+"""The DALI loader: an NVIDIA DALI pipeline around the mapped store, with or without a GPU.
 
-The pipeline's source is called in batch mode with the number of the iteration, three batches ahead.
+The pipeline's source is called in batch mode with the number of the iteration, an iteration ahead. A batch is
+a sample; an iteration has a few of them.
 
-On a CPU it hands DALI views of the mapped store, a sample a window, without copying; laying the outputs end
-to end is then the batch's one copy, and DALI makes it in its own thread into buffers that it reuses. Outputs
-leave by DLPack as one tensor [tokens, networks].
+The mapped store is one constant input, and what the source gives is which of its rows a batch has, in their
+order. DALI's `sequence_rearrange` gathers them, in threads of its own and into memory that it reuses (for a
+GPU: pinned memory, from which DALI transfers them): the one copy on the host. Outputs leave by DLPack.
 
-On a GPU, and from a store that cannot be viewed in place (compressed, integers), the source reads the whole
-packed batch into one of a ring of (on a GPU: pinned) buffers, which DALI takes as a single sample.
+From a store that cannot be mapped as a whole (remote, compressed, integers) the source reads the packed batch
+into one of a ring of (on a GPU: pinned) buffers, which DALI takes as a single sample.
 """
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections import deque
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,21 +25,33 @@ import torch
 from brainflow.data.batch import PackedBatch
 from brainflow.data.host import Gatherer
 from brainflow.data.loader import Loader, WindowStore
-from brainflow.data.packing import packed_fields
+from brainflow.data.packing import packed_fields, packed_rows
 from brainflow.data.windows import Sampler, Windows
 
-_PREFETCH = 3
-_IN_FLIGHT = _PREFETCH + 2
-"""Buffers of the ring: DALI may read a buffer until `_PREFETCH` further batches have been taken."""
+_BLOCK = 2
+"""Batches an iteration, a thread each: they share what an iteration costs DALI and us, about 200 µs."""
+_PREFETCH = 2
+"""Iterations in DALI's queue: the one in use and the next. More do not fit the processor's cache."""
+_IN_FLIGHT = _BLOCK * (_PREFETCH + 2)
+"""Buffers of the ring: DALI may read a buffer until `_PREFETCH` further iterations have been taken."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch that DALI is working on."""
+
+    step: int
+    windows: Windows
+    fields: dict[str, np.ndarray]
 
 
 class DaliLoader(Loader):
     """Batches by way of a DALI pipeline; `device="cpu"` needs neither GPU nor driver.
 
-    Batches are equal, bit for bit, to those of :class:`~brainflow.data.host.HostLoader`. Three batches are
-    read ahead, so an error of the store (a corrupt chunk) surfaces up to three batches early. On the CPU a
-    batch's `bold` lies in a buffer of DALI's and stays valid until the next batch is taken: clone what must
-    live longer. On a GPU it stays valid for ever.
+    Batches are equal, bit for bit, to those of :class:`~brainflow.data.host.HostLoader`. They are read ahead,
+    so an error of the store (a corrupt chunk) surfaces a few batches early. On the CPU a batch's `bold` lies
+    in a buffer of DALI's and stays valid until the next batch is taken: clone what must live longer. On a GPU
+    it stays valid for ever.
 
     Parameters
     ----------
@@ -59,33 +74,48 @@ class DaliLoader(Loader):
         device: str | torch.device = "cpu",
         start_step: int = 0,
         dtype: torch.dtype | None = None,
+        on_corrupt: Literal["error", "skip"] = "error",
     ) -> None:
-        super().__init__(store, sampler, device=device, start_step=start_step, dtype=dtype)
+        super().__init__(
+            store, sampler, device=device, start_step=start_step, dtype=dtype, on_corrupt=on_corrupt
+        )
         _dali()
         self._gpu = self.device.type == "cuda"
-        self._views = not self._gpu and _viewable(store)
-        buffers = 0 if self._views else _IN_FLIGHT
-        self._gatherer = Gatherer(store, sampler, buffers=buffers, pinned=self._gpu)
-        self._pending: deque[tuple[int, Windows, dict[str, np.ndarray]]] = deque()
+        self._rows = _mapped_rows(store)
+        buffers = _IN_FLIGHT if self._rows is None else 0
+        self._gatherer = Gatherer(store, self.sampler, buffers=buffers, pinned=self._gpu)
+        # What DALI reads without a copy has to live until it has been read: the inputs stand here until then.
+        self._scheduled: deque[tuple[list[Prepared], Any]] = deque()
+        self._ready: deque[PackedBatch] = deque()
         self._first = start_step
         self._pipeline: Any = None
         # Which small arrays the sampler gives does not change from batch to batch.
-        self._fields = list(packed_fields(sampler.batch(start_step if sampler.steps is None else 0)))
+        first = self.sampler.batch(start_step if self.sampler.steps is None else 0)
+        self._fields = list(packed_fields(first))
 
     def _source(self, iteration: int) -> Any:
-        step = self._first + iteration
-        if self.sampler.steps is not None and step >= self.sampler.steps:
+        """Return the inputs of `_BLOCK` batches (fewer at the end)."""
+        first = self._first + iteration * _BLOCK
+        last = first + _BLOCK if self.sampler.steps is None else min(first + _BLOCK, self.sampler.steps)
+        if first >= last:
             raise StopIteration
         began = time.perf_counter()
-        if self._views:
-            windows, samples = self._gatherer.view(step)
-        else:
-            windows, bold = self._gatherer.gather(step)
-            samples = [bold.numpy()]
-        fields = packed_fields(windows)
-        self._pending.append((step, windows, fields))
+        prepared: list[Prepared] = []
+        large: list[np.ndarray] = []
+        for step in range(first, last):
+            if self._rows is None:
+                windows, bold = self._gatherer.gather(step)
+                large.append(bold.numpy())
+            else:
+                windows = self._gatherer.check(step)
+                large.append(packed_rows(windows))
+            prepared.append(Prepared(step, windows, packed_fields(windows)))
+        inputs: list[Any] = [large] if self._rows is None else [self._rows[len(prepared)], large]
+        if self._gpu:
+            inputs += [[one.fields[name] for one in prepared] for name in self._fields]
+        self._scheduled.append((prepared, inputs))
         self._gather_s += time.perf_counter() - began
-        return (samples, *([array] for array in fields.values())) if self._gpu else (samples,)
+        return tuple(inputs)
 
     def _build(self, first: int) -> Any:
         """Return a pipeline whose first output is batch `first`."""
@@ -97,8 +127,8 @@ class DaliLoader(Loader):
         # On the CPU the dynamic executor takes fresh memory for every output, whose page faults cost more
         # than the copy; on a GPU memory comes from a pool.
         @pipeline_def(
-            batch_size=self.sampler.windows_per_batch if self._views else 1,
-            num_threads=2,
+            batch_size=_BLOCK,
+            num_threads=_BLOCK,
             device_id=index,
             prefetch_queue_depth=_PREFETCH,
             exec_dynamic=gpu,
@@ -108,12 +138,15 @@ class DaliLoader(Loader):
             outputs = list(
                 fn.external_source(
                     source=self._source,
-                    num_outputs=1 + (len(self._fields) if gpu else 0),
+                    num_outputs=(1 if self._rows is None else 2) + (len(self._fields) if gpu else 0),
                     batch=True,
                     batch_info=False,
                     no_copy=True,
                 )
             )
+            if self._rows is not None:
+                whole, rows, *outputs = outputs
+                outputs.insert(0, fn.sequence_rearrange(whole, new_order=rows))
             if gpu:
                 outputs = [output.gpu() for output in outputs]
             if self.dtype != self.stored_dtype:
@@ -121,33 +154,50 @@ class DaliLoader(Loader):
             return tuple(outputs)
 
         self._first = first
-        self._pending.clear()
+        self._scheduled.clear()
+        self._ready.clear()
         self._gatherer.seek()
         return packed()
 
     def _take(self, step: int) -> PackedBatch:
+        if not self._ready:
+            self._run(step)
+        batch = self._ready.popleft()
+        assert batch.step == step, (batch.step, step)
+        return batch
+
+    def _run(self, step: int) -> None:
+        """Take an iteration's batches from DALI; those before are overwritten."""
         if self._pipeline is None:
             self._pipeline = self._build(step)
+        began, sourced = time.perf_counter(), self._gather_s
         outputs = self._pipeline.run()
-        began = time.perf_counter()
-        number, windows, arrays = self._pending.popleft()
-        assert number == step, (number, step)
-        if self._gpu:
-            bold, *small = [torch.from_dlpack(output.as_tensor())[0] for output in outputs]
-            fields = dict(zip(self._fields, small, strict=True))
-        else:
-            tokens = int(windows.lengths.sum(dtype=np.int64))
-            bold = torch.from_dlpack(outputs[0].as_reshaped_tensor([tokens, self.store.networks]))
-            fields = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        self._transfer_s += time.perf_counter() - began
-        return PackedBatch(
-            bold=bold,
-            max_seqlen=int(windows.lengths.max()),
-            lengths=windows.lengths,
-            runs=windows.runs,
-            step=step,
-            **fields,
-        )
+        waited = time.perf_counter()
+        prepared, _ = self._scheduled.popleft()
+        tokens = [one.fields["cu_seqlens"][-1] for one in prepared]
+        bold = _joined(outputs[0], [sum(tokens), self.store.networks]).split(tokens)
+        small = [
+            _split(output, prepared, name) for output, name in zip(outputs[1:], self._fields, strict=False)
+        ]
+        for i, one in enumerate(prepared):
+            fields = {name: torch.from_numpy(array) for name, array in one.fields.items()}
+            if self._gpu:
+                fields = {name: pieces[i] for name, pieces in zip(self._fields, small, strict=True)}
+            self._ready.append(
+                PackedBatch(
+                    bold=bold[i],
+                    max_seqlen=int(one.windows.lengths.max()),
+                    lengths=one.windows.lengths,
+                    runs=one.windows.runs,
+                    step=one.step,
+                    **fields,
+                )
+            )
+            self._skipped += one.windows.skipped
+        # What `run` took beyond the source is waiting for DALI: for its gather or, on a GPU, its transfer.
+        behind = waited - began - (self._gather_s - sourced)
+        self._gather_s += 0.0 if self._gpu else behind
+        self._transfer_s += time.perf_counter() - waited + (behind if self._gpu else 0.0)
 
     def _seek(self, step: int) -> None:
         self._pipeline = None
@@ -158,24 +208,36 @@ class DaliLoader(Loader):
     def _memory(self) -> int:
         return (
             self._gatherer.nbytes
-            + (_PREFETCH + 1) * self.sampler.max_tokens * self.store.networks * self.dtype.itemsize
+            + _BLOCK * (_PREFETCH + 1) * self.sampler.max_tokens * self.store.networks * self.dtype.itemsize
         )
 
     def close(self) -> None:
         """Drop the pipeline (its threads end) and the buffers."""
         self._pipeline = None
-        self._pending.clear()
+        self._scheduled.clear()
+        self._ready.clear()
         self._gatherer.buffers.clear()
 
 
-def _viewable(store: Any) -> bool:
-    """Whether the store's windows can be viewed in place."""
-    nothing = np.zeros(0, np.int64)
-    try:
-        store.views(nothing, nothing)
-    except (AttributeError, ValueError):  # a store of another kind; a compressed one or one of integers
-        return False
-    return True
+def _joined(output: Any, shape: list[int]) -> torch.Tensor:
+    """An output of DALI, its samples laid end to end."""
+    return torch.from_dlpack(output.as_reshaped_tensor(shape))
+
+
+def _split(output: Any, prepared: list[Prepared], name: str) -> tuple[torch.Tensor, ...]:
+    """A small field of each batch of an iteration, from an output of DALI."""
+    sizes = [len(one.fields[name]) for one in prepared]
+    return _joined(output, [sum(sizes)]).split(sizes)
+
+
+def _mapped_rows(store: Any) -> dict[int, Any] | None:
+    """The whole mapped store as an input of n samples, each all of it; None if it cannot be mapped."""
+    rows = getattr(store, "rows", None)
+    if rows is None or len(rows) > np.iinfo(np.int32).max:
+        return None
+    tensors: Any = importlib.import_module("nvidia.dali.tensors")
+    sample = tensors.TensorCPU(rows)
+    return {n: tensors.TensorListCPU([sample] * n, contiguous=False) for n in range(1, _BLOCK + 1)}
 
 
 def _dali() -> tuple[Any, Any, Any]:

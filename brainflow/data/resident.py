@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 import numpy as np
 import torch
 
 from brainflow.data.batch import PackedBatch
+from brainflow.data.intact import IntactSampler
 from brainflow.data.loader import Loader, WindowStore
 from brainflow.data.packing import packed_fields
 from brainflow.data.windows import Sampler
 from brainflow.kernels.gather_windows import gather_windows
+from brainflow.storage import StoreError
 
 _LOAD_ROWS = 65_536
 
@@ -45,20 +48,32 @@ class ResidentLoader(Loader):
         device: str | torch.device = "cpu",
         start_step: int = 0,
         dtype: torch.dtype | None = None,
+        on_corrupt: Literal["error", "skip"] = "error",
     ) -> None:
-        super().__init__(store, sampler, device=device, start_step=start_step, dtype=dtype)
+        super().__init__(
+            store, sampler, device=device, start_step=start_step, dtype=dtype, on_corrupt=on_corrupt
+        )
         row = store.networks * self.stored_dtype.itemsize
         rows = resident_bytes(store, self.stored_dtype.itemsize) // row
         self._bold = torch.zeros(rows, store.networks, dtype=self.stored_dtype, device=self.device)
         began = time.perf_counter()
         starts = np.asarray(store.runs.start, dtype=np.int64)
         lengths = np.asarray(store.runs.length, dtype=np.int64)
-        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-            for first in range(start, start + length, _LOAD_ROWS):
-                count = min(_LOAD_ROWS, start + length - first)
-                piece = store.windows(np.array([first]), np.array([count], dtype=np.int32))
-                self._bold[first : first + count].copy_(torch.from_numpy(piece))
+        for run, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+            try:
+                self._load(start, length)
+            except StoreError:
+                if not isinstance(self.sampler, IntactSampler):
+                    raise
+                self.sampler.damaged_runs.add(run)
         self.load_s = time.perf_counter() - began
+
+    def _load(self, start: int, length: int) -> None:
+        """Copy a run to the device."""
+        for first in range(start, start + length, _LOAD_ROWS):
+            count = min(_LOAD_ROWS, start + length - first)
+            piece = self.store.windows(np.array([first]), np.array([count], dtype=np.int32))
+            self._bold[first : first + count].copy_(torch.from_numpy(piece))
 
     def _take(self, step: int) -> PackedBatch:
         began = time.perf_counter()
@@ -68,6 +83,7 @@ class ResidentLoader(Loader):
         bold = gather_windows(self._bold, windows.starts, windows.lengths, out_dtype=self.dtype)
         moved = time.perf_counter()
         fields = {name: value.to(self.device) for name, value in fields.items()}
+        self._skipped += windows.skipped
         self._gather_s += moved - began
         self._transfer_s += time.perf_counter() - moved
         return PackedBatch(

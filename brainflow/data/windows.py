@@ -27,6 +27,8 @@ class Windows:
         int64 [windows] or None.
     is_next
         float32 [windows // 2] or None: windows 2i and 2i + 1 are a pair; 1 where the second truly follows.
+    skipped
+        Windows that were left out because they are damaged, see :mod:`brainflow.data.intact`.
     """
 
     starts: NDArray[np.int64]
@@ -35,6 +37,7 @@ class Windows:
     t_r: NDArray[np.float64]
     labels: NDArray[np.int64] | None = None
     is_next: NDArray[np.float32] | None = None
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -211,6 +211,102 @@ def test_a_flipped_byte_is_reported_with_its_run(tmp_path, kind):
         list(itertools.islice(make_loader(store, sampler, kind=kind), 20))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_of_damaged_runs_are_left_out_and_counted(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    with StoreWriter.create(tmp_path / "s", networks=8, chunk_rows=16, shard_rows=512) as writer:
+        for i in range(6):
+            segments = [Segment(onset=o, length=10, labels={"y": i}) for o in (0, 10)]
+            writer.append(
+                rng.standard_normal((64, 8)), t_r=1.0, dataset="d", subject=str(i), segments=segments
+            )
+    clean = BoldStore.open(tmp_path / "s")
+    clean.check(clean.runs.start, clean.runs.length)
+    reference = clean.windows(clean.runs.start, clean.runs.length).copy()
+    shard = tmp_path / "s" / "bold" / "c" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    data[2 * 64 * 16 + 40] ^= 1  # run 2
+    shard.write_bytes(data)
+    store = BoldStore.open(tmp_path / "s")
+    ids = np.arange(len(store.segments))
+    for sampler in (
+        WindowSampler(store.runs, batch=16, seed=1),
+        WindowSampler(store.runs, batch=16, seed=1, pairs=True),
+        SegmentSampler(store, segments=ids, labels=ids, batch=5, shuffle=False),
+    ):
+        with make_loader(store, sampler, kind=kind, on_corrupt="skip") as loader:
+            skipped = 0
+            for batch in itertools.islice(loader, 3):
+                windows = sampler.batch(batch.step)
+                bad = windows.runs == 2
+                if windows.is_next is not None:
+                    bad = bad.reshape(-1, 2).any(axis=1).repeat(2)
+                    assert np.array_equal(batch.is_next, windows.is_next[~bad[::2]])
+                if windows.labels is not None:
+                    assert np.array_equal(batch.labels, windows.labels[~bad])
+                skipped += bad.sum()
+                assert np.array_equal(batch.runs, windows.runs[~bad])
+                rows = [
+                    reference[s : s + n]
+                    for s, n in zip(windows.starts[~bad], windows.lengths[~bad], strict=True)
+                ]
+                assert np.array_equal(batch.bold, np.concatenate(rows))
+            assert loader.report()["skipped_windows"] >= skipped > 0
+            if kind != "dali":  # which has looked ahead
+                assert loader.report()["skipped_windows"] == skipped
+    only = WindowSampler(store.runs, runs=[2], batch=4)
+    with pytest.raises(StoreError, match="batch 0: all of its 4 windows are damaged"):
+        next(make_loader(store, only, kind=kind, on_corrupt="skip"))
+    with pytest.raises(ValueError, match="on_corrupt: got 'ignore'"):
+        make_loader(store, only, kind=kind, on_corrupt="ignore")
+
+
+@pytest.mark.parametrize("kind", ["host", "dali"])
+def test_worlds_and_changes_between_them_give_the_bytes_of_one_process(store, kind):
+    def taken(rank, world, begin, end):
+        sampler = WindowSampler(store.runs, batch=8, seed=3, rank=rank, world=world)
+        with make_loader(store, sampler, kind=kind, start_step=begin) as loader:
+            return [batch.bold.numpy().tobytes() for batch in itertools.islice(loader, end - begin)]
+
+    def steps(begin, end, world):
+        ranks = [taken(rank, world, begin, end) for rank in range(world)]
+        return [b"".join(shares) for shares in zip(*ranks, strict=True)]
+
+    alone = steps(0, 9, 1)
+    assert steps(0, 9, 2) == alone
+    assert steps(0, 9, 4) == alone
+    assert steps(0, 3, 4) + steps(3, 4, 1) + steps(4, 7, 2) + steps(7, 9, 4) == alone
+
+
+def test_the_report_tells_disk_from_memory(store):
+    waiting = Failing(store, at=10**9)
+    waiting.waits = 0
+    with make_loader(waiting, samplers(store)["windows"], kind="host") as loader:
+        list(itertools.islice(loader, 16))
+        assert loader.report()["gather_s"] > 0
+        before = loader.report()["disk_s"]
+        for _ in range(3):
+            next(loader)
+            waiting.waits += 1
+        report = loader.report()
+        assert report["disk_s"] > before
+        loader._disk_s = 1e6
+        assert loader.report()["limited_by"] == "disk"
+
+
+def test_a_store_that_cannot_be_mapped_as_a_whole_is_read_all_the_same(tmp_path):
+    rng = np.random.default_rng(0)
+    with StoreWriter.create(tmp_path / "s", networks=7, chunk_rows=3, shard_rows=63) as writer:
+        for i in range(4):
+            writer.append(rng.standard_normal((60, 7)), t_r=1.0, dataset="d", subject=str(i))
+    store = BoldStore.open(tmp_path / "s")
+    assert store.rows is None
+    for seq_max in (3, 50):  # the first with a batch of two tokens
+        sampler = WindowSampler(store.runs, batch=1 if seq_max == 3 else 8, seq_min=2, seq_max=seq_max)
+        pair = zip(*(make_loader(store, sampler, kind=kind) for kind in ("host", "dali")), strict=True)
+        assert all(equal(host, dali) for host, dali in itertools.islice(pair, 9))
+
+
 class Advised(Failing):
     def __init__(self, store):
         super().__init__(store, at=10**9)

@@ -322,15 +322,39 @@ def test_a_store_unmaps_its_files_when_it_is_dropped(tmp_path):
     assert place not in Path("/proc/self/maps").read_text()
 
 
-def test_views_lie_on_the_disk_and_equal_windows(tmp_path, shared_store):
-    starts = shared_store.runs.start + 1
-    views = shared_store.views(starts, [3, 19, 6, 4])
-    assert np.array_equal(np.concatenate(views), shared_store.windows(starts, [3, 19, 6, 4]))
+def test_rows_lie_on_the_disk_and_equal_windows(tmp_path):
+    store = write(tmp_path / "s", noise(20, 12, 30, networks=64), networks=64)
+    starts, lengths = store.runs.start + 1, np.array([19, 4, 29])
+    store.check(starts, lengths)
+    views = [store.rows[start:][:length] for start, length in zip(starts, lengths, strict=True)]
+    assert np.array_equal(np.concatenate(views), store.windows(starts, lengths))
     assert not any(view.flags.writeable or view.flags.owndata for view in views)
-    assert shared_store.views([], []) == []
     with pytest.raises(ValueError, match="window 1 "):
-        shared_store.views(starts[:2], [3, 20])
-    for options in ({"dtype": "int8"}, {"compression": "zstd"}):
-        other = write(tmp_path / "s", noise(9), overwrite=True, **options)
-        with pytest.raises(ValueError, match=r"use windows\(\)"):
-            other.views([0], [3])
+        store.check(starts[:2], [3, 20])
+    for options in ({"dtype": "int8"}, {"compression": "zstd"}, {"shard_rows": 33, "chunk_rows": 3}):
+        assert write(tmp_path / "s", noise(9), overwrite=True, **options).rows is None
+    damaged = tmp_path / "s" / "bold" / "c" / "0" / "0"
+    damaged.write_bytes(b"\1" + damaged.read_bytes()[1:])
+    with pytest.raises(StoreError, match="sub-00"):
+        BoldStore.open(tmp_path / "s").check([0], [3])
+
+
+def test_buffers_begin_on_a_page(shared_store):
+    buffer = shared_store.buffer(7)
+    assert buffer.ctypes.data % 4096 == 0
+    assert (buffer.shape, buffer.dtype) == ((7, 3), shared_store.dtype)
+    assert shared_store.windows([0], [7], out=buffer).ctypes.data == buffer.ctypes.data
+    assert shared_store.buffer(0).shape == (0, 3)
+
+
+def test_runs_that_are_still_to_be_checked_are_announced_as_a_whole(tmp_path, monkeypatch):
+    """Their checksums read all of their chunks, however short the window is."""
+    store = write(tmp_path / "s", noise(10, 20, 7, networks=64), networks=64)
+    seen = []
+    monkeypatch.setattr(store._hints, "advise", lambda *windows: seen.append([w.tolist() for w in windows]))
+    starts = store.runs.start[[1, 2, 1]] + [5, 1, 7]
+    store.advise(starts, [2, 3, 4])
+    assert seen == [[[8, 32], [24, 8]]]  # whole chunks of 4 rows around rows 10 to 29 and 32 to 38
+    store.check(starts[:1], [2])
+    store.advise(starts, [2, 3, 4])
+    assert seen[-1] == [[starts[0], starts[2], 32], [2, 4, 8]]
