@@ -86,9 +86,7 @@ def test_what_a_step_is_counted_to_do(tiny, framework, tokens_of, rows_of):
     assert step.tokens == tokens
     block = 12 * width * width  # q, k, v, out: 4; feed-forward: 2 · 4
     least = 6 * (block * tokens + networks * width * (n + rows_of(n, windows)))
-    small = (
-        6 * n * (2 * width * width + 512)
-    )  # heads; a row of Net-BERT's mask token for each position
+    small = 6 * n * (2 * width * width + 512)  # heads; a row of Net-BERT's mask token for each position
     assert least <= step.flops <= least + small
 
 
