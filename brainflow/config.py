@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 FrameworkName = Literal["csm", "seq-bert", "net-bert", "autoencoder"]
+FREEZABLE = ("embedder", "decoder", "decoder-without-heads", "unembedder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class ModelConfig:
     """Seconds since onset: a table with a row each `time_resolution` (as published), or a learned projection
     of sines and cosines, which knows every TR and length."""
     coordinates: bool = False
-    """Add to each network's input weights a learned function of its coordinates, which the store must give."""
+    """Add to each network's input weights a learned function of its coordinates, taken from the store."""
     late_read: bool = False
     """Only for the BERT weights released in 2022: CLS after the sequence, values read one position late."""
     chained_states: bool = False
@@ -127,6 +128,12 @@ class DataConfig:
 class TrainConfig:
     """Optimisation, logging, checkpoints."""
 
+    init: str = ""
+    """Begin from these weights: the folder of a brainflow model, or the folder or hub name of a GPT-2 (csm)
+    or BERT (seq-bert, net-bert) language model with safetensors, e.g. gpt2, google-bert/bert-base-uncased."""
+    freeze: str = ""
+    """Parts that are not trained, e.g. embedder,decoder: of embedder, decoder, decoder-without-heads (all but
+    the poolers and is-next) and unembedder."""
     steps: int = 300_000
     """Optimizer steps."""
     lr: float = 1e-4
@@ -177,6 +184,9 @@ class TrainConfig:
     """Also send the metrics there (extra `tracking`); metrics.jsonl is written in any case."""
 
     def __post_init__(self) -> None:
+        for part in filter(None, (word.strip() for word in self.freeze.split(","))):
+            if part not in FREEZABLE:
+                raise ValueError(f"train.freeze: got {part!r}, expected some of {', '.join(FREEZABLE)}")
         for name in ("steps", "log_every", "validate_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: got {getattr(self, name)}, expected at least 1")

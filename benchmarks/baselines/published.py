@@ -4,9 +4,9 @@ Hugging Face's GPT-2 and BERT on batches padded to 50 time points; int64 masks o
 `masked_select` on input and prediction after projecting every position; positions drawn and special tokens
 inserted sample by sample, with lengths that are counted entry by entry in the mask; LSTMs over the padding,
 and a decoder that runs one step at a time, also under teacher forcing. For a batch of 64 that is 3,734
-operators and 129 host reads for CSM's masking, 6,356 and 192 for SEP and CLS (the recipe itself was counted at
-3,922 and 193, 5,516 and 768). Today's attention (SDPA) and a fused AdamW are on its side. Needs the package
-`transformers`.
+operators and 129 host reads for CSM's masking, 6,356 and 192 for SEP and CLS (the recipe itself was counted
+at 3,922 and 193, 5,516 and 768). Today's attention (SDPA) and a fused AdamW are on its side. Needs the
+package `transformers`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ Examples
 --------
   brainflow pretrain store --framework csm --out run
   brainflow pretrain store --out run --model.width 256 --model.heads 4 --train.steps 2000
+  brainflow pretrain store --out run --preset small --framework seq-bert
+  brainflow pretrain store --out run --init released --freeze embedder,decoder
   brainflow pretrain --config run.toml --train.lr 5e-4
   torchrun --nproc-per-node 8 -m brainflow pretrain store --out run
 
@@ -34,6 +36,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from brainflow.config import DataConfig, FrameworkName, ModelConfig, PretrainConfig, TrainConfig, check_names
+from brainflow.recipes import PresetName, preset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,13 @@ class Args:
     """TOML file with the settings below; the command line wins over it."""
     framework: Annotated[FrameworkName | None, tyro.conf.arg(metavar="NAME")] = None
     """Learning framework; short for --model.framework."""
+    preset: Annotated[PresetName | None, tyro.conf.arg(metavar="NAME")] = None
+    """Sizes and the settings that go with them: tiny, small, published (the runs of 2022, framework by
+    framework), base, large, 1b. TOML file and command line win over it."""
+    init: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Weights to begin from; short for --train.init."""
+    freeze: Annotated[str | None, tyro.conf.arg(metavar="PART,…")] = None
+    """Parts that are not trained; short for --train.freeze."""
     resume: bool = True
     """Continue from the newest checkpoint in RUN. With --no-resume, delete what an earlier run left there."""
     json: bool = False
@@ -60,20 +70,32 @@ class Args:
 
 
 def arguments(given: list[str]) -> list[str]:
-    """Put the settings of the TOML file named by `--config` before the command line, whose later values win.
+    """Put the settings of `--preset` and of the TOML file `--config` before the command line: the later win.
 
     Raises
     ------
     ValueError
-        If the file is not TOML or names a setting that does not exist.
+        If the file is not TOML or names a setting that does not exist, or there is no such preset.
     FileNotFoundError
         If there is no such file.
     """
-    path = _config_path(given)
-    if path is None:
-        return given
+    path = _option(given, "--config")
+    settings = _read_toml(Path(path)) if path else {}
+    options = _flags(settings)
+    name = _option(given, "--preset")
+    if name:
+        framework = (
+            _option(given, "--framework")
+            or _option(given, "--model.framework")
+            or settings.get("model", {}).get("framework", "csm")
+        )
+        options = [*_flags(preset(name, framework)), *options]
+    return [*options, *given]
+
+
+def _flags(settings: dict[str, Any]) -> list[str]:
     options: list[str] = []
-    for key, value in _read_toml(path).items():
+    for key, value in settings.items():
         if key == "store":  # positional: see `pretrain_config`
             continue
         for name, item in value.items() if isinstance(value, dict) else [("", value)]:
@@ -81,7 +103,7 @@ def arguments(given: list[str]) -> list[str]:
             options += (
                 [f"--{'' if item else 'no-'}{flag}"] if isinstance(item, bool) else [f"--{flag}", str(item)]
             )
-    return [*options, *given]
+    return options
 
 
 def pretrain_config(args: Args) -> PretrainConfig:
@@ -98,8 +120,10 @@ def pretrain_config(args: Args) -> PretrainConfig:
     model = (
         args.model if args.framework is None else dataclasses.replace(args.model, framework=args.framework)
     )
+    short = {key: value for key in ("init", "freeze") if (value := getattr(args, key)) is not None}
+    train = dataclasses.replace(args.train, **short)
     return PretrainConfig(
-        store=store, out=args.out, model=model, data=args.data, train=args.train, device=args.device
+        store=store, out=args.out, model=model, data=args.data, train=train, device=args.device
     )
 
 
@@ -139,12 +163,13 @@ def run(args: Args) -> int:
     return 0
 
 
-def _config_path(given: list[str]) -> Path | None:
+def _option(given: list[str], name: str) -> str | None:
+    """Return what the command line gives for an option, before it is parsed."""
     for i, word in enumerate(given):
-        if word == "--config" and i + 1 < len(given):
-            return Path(given[i + 1])
-        if word.startswith("--config="):
-            return Path(word.removeprefix("--config="))
+        if word == name and i + 1 < len(given):
+            return given[i + 1]
+        if word.startswith(f"{name}="):
+            return word.removeprefix(f"{name}=")
     return None
 
 

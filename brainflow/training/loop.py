@@ -42,6 +42,7 @@ from .setup import (
     derive_seed,
     device_of,
     fit_to_store,
+    give_coordinates,
     largest_batch,
     rank_parts,
     split_of,
@@ -145,7 +146,9 @@ class _Run:
         self.attempt = ranks.agree(secrets.randbits(62), device)
         self.sampler = self._sampler("train", train.seed)
         self.parts = rank_parts(train.micro_batches, ranks)
-        self.one_step = TrainingStep(config, ranks, device, self._part_sampler())
+        self.one_step = TrainingStep(config, ranks, device, self._part_sampler(), fresh=start_from is None)
+        if config.model.coordinates:
+            give_coordinates(self.one_step.module, store)
         self.step, self.best, self.stale = 0, math.inf, 0
         if start_from is not None:
             self.one_step.restore(start_from)

@@ -47,6 +47,23 @@ def fit_to_store(config: PretrainConfig, store: BoldStore) -> PretrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, networks=store.networks))
 
 
+def give_coordinates(module: Any, store: BoldStore) -> None:
+    """Tell a framework where the store's networks are.
+
+    Raises
+    ------
+    ValueError
+        If the store does not know.
+    """
+    coordinates = store.attributes.get("network_coordinates")
+    if coordinates is None:
+        raise ValueError(
+            "model.coordinates: got True, but the store has no network coordinates; ingest it with them, or "
+            "leave the setting out"
+        )
+    module.embedding.set_coordinates(coordinates)
+
+
 def cut_into_parts(config: PretrainConfig, folder: Path, world: int, *, resume: Resume) -> PretrainConfig:
     """Return the configuration with `train.micro_batches`: as asked for, as the run began, or one a rank.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from brainflow.config import PretrainConfig
 from brainflow.data.batch import PackedBatch
 from brainflow.frameworks import build
+from brainflow.models.initial import freeze, load_initial
 from brainflow.models.transformer import Transformer
 
 from . import checkpoint, parallel
@@ -66,6 +67,8 @@ class TrainingStep:
         The run, `train.micro_batches` settled.
     sampler
         The parts of this rank; apart from the loader's, which a thread may be reading.
+    fresh
+        Whether the run begins here: then `train.init` is read.
 
     Attributes
     ----------
@@ -77,7 +80,13 @@ class TrainingStep:
     """
 
     def __init__(
-        self, config: PretrainConfig, ranks: parallel.Ranks, device: torch.device, sampler: PartSampler
+        self,
+        config: PretrainConfig,
+        ranks: parallel.Ranks,
+        device: torch.device,
+        sampler: PartSampler,
+        *,
+        fresh: bool = True,
     ) -> None:
         self.config, self.ranks, self.device, self.sampler = config, ranks, device, sampler
         train = config.train
@@ -85,7 +94,13 @@ class TrainingStep:
         torch.manual_seed(derive_seed(train.seed, "weights"))
         if train.precision == "tf32":
             torch.set_float32_matmul_precision("high")
-        self.module: nn.Module = build(config.model).to(device)
+        self.module: nn.Module = build(config.model)
+        if train.init and fresh:
+            load_initial(self.module, train.init)
+        freeze(self.module, train.freeze)
+        if not any(p.requires_grad for p in self.module.parameters()):
+            raise ValueError(f"train.freeze: got {train.freeze}, which leaves nothing to train")
+        self.module.to(device)
         self.weights = matrix_weights(self.module)
         self.trs = self.tokens = 0
         self._count_tokens()

@@ -1,0 +1,148 @@
+"""Where training begins and what it leaves alone: initial weights, and frozen parts.
+
+Weights are read from safetensors files only: nothing is unpickled, and no code of a model repository is run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from brainflow.config import FREEZABLE, ModelConfig
+from brainflow.models.legacy_names import rules
+from brainflow.models.pretrained import CONFIG, WEIGHTS, load_tensors
+
+PARTS = {
+    "embedder": ("embedding.", "mask_token", "cls_token", "sep_token"),
+    "decoder": ("transformer.", "is_next.", "encoder.", "decoder."),
+    "decoder-without-heads": ("transformer.", "encoder.lstms", "encoder.norms", "decoder."),
+    "unembedder": ("unembedding.",),
+}
+"""Published part → beginnings of our parameters' names; heads are the poolers and is-next."""
+STYLES = {"gpt2": ("csm",), "bert": ("seq-bert", "net-bert")}
+
+
+def freeze(module: nn.Module, parts: str) -> None:
+    """Keep the parameters of parts, named as "embedder,decoder", from being trained.
+
+    Raises
+    ------
+    ValueError
+        If there is no such part.
+
+    Examples
+    --------
+    >>> from brainflow.frameworks import build
+    >>> model = build(ModelConfig(networks=8, width=16, layers=1, heads=2))
+    >>> freeze(model, "embedder,decoder")
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['unembedding.weight', 'unembedding.bias']
+    """
+    for part in filter(None, (word.strip() for word in parts.split(","))):
+        if part not in PARTS:
+            raise ValueError(f"freeze: got {part!r}, expected some of {', '.join(FREEZABLE)}")
+        for name, parameter in module.named_parameters():
+            if name.startswith(PARTS[part]):
+                parameter.requires_grad_(False)
+
+
+def load_initial(module: Any, source: str) -> None:
+    """Put weights into a framework module, in place.
+
+    Parameters
+    ----------
+    module
+        From `brainflow.frameworks.build`.
+    source
+        A folder with `config.json` and `model.safetensors`, or the name of such a repository on the hub: a
+        brainflow model, or a GPT-2 (for CSM) or BERT (for the BERTs) language model, whose blocks and
+        positions are taken and whose vocabulary is left.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder, or no safetensors file in it.
+    ValueError
+        If the weights do not fit the module; the message says which settings do.
+    """
+    folder = _fetch(source)
+    path = folder / CONFIG
+    if not path.is_file() or not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"init: no {CONFIG} and {WEIGHTS} in {folder}; other files, such as pytorch_model.bin, are not "
+            "read (save the model with safetensors, or `brainflow import-checkpoint` the weights of 2022)"
+        )
+    config = json.loads(path.read_text(encoding="utf-8"))
+    tensors = load_file(folder / WEIGHTS)
+    if isinstance(config.get("model"), dict):
+        load_tensors(module, tensors, str(folder / WEIGHTS))
+    else:
+        _load_language(module, config, tensors, source)
+
+
+def _fetch(source: str) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise FileNotFoundError(f"init: {source}: no such folder")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError(
+            f"init: {source} is no folder here, and the hub needs: pip install 'brainflow-fmri[hub]'"
+        ) from None
+    return Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS]))
+
+
+def _load_language(module: Any, config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> None:
+    c: ModelConfig = module.config
+    kind = config.get("model_type")
+    if c.framework not in STYLES.get(str(kind), ()):
+        raise ValueError(
+            f"init: {source} is a {kind!r} model, but model.framework={c.framework}; expected gpt2 for csm, "
+            "bert for seq-bert and net-bert"
+        )
+    _check_sizes(c, config, source)
+    own, found = module.state_dict(), {_plain(name): value for name, value in tensors.items()}
+    for rule in rules(c):
+        if not rule.ours.startswith(("transformer.", "is_next.pooler.")):
+            continue
+        parts = [found.get(name.removeprefix("decoder.transformer.")) for name in rule.theirs]
+        if any(part is None for part in parts):
+            if rule.ours.startswith("is_next."):  # a model that was saved without its pooler
+                continue
+            raise ValueError(f"init: {source} has nothing for {rule.ours} ({', '.join(rule.theirs)})")
+        values: list[Tensor] = [part.float() for part in parts]  # type: ignore[union-attr]
+        if rule.ours == "transformer.positions.weight":
+            values = [values[0][: c.max_positions]]
+        own[rule.ours] = rule.to_ours(values, own[rule.ours].shape)
+    module.load_state_dict(own)
+
+
+def _check_sizes(c: ModelConfig, config: dict[str, Any], source: str) -> None:
+    names = {
+        "layers": ("n_layer", "num_hidden_layers"),
+        "width": ("n_embd", "hidden_size"),
+        "heads": ("n_head", "num_attention_heads"),
+    }
+    theirs = {ours: next(config[n] for n in both if n in config) for ours, both in names.items()}
+    places = next(config[n] for n in ("n_positions", "max_position_embeddings") if n in config)
+    wrong = [f"--model.{k} {v}" for k, v in theirs.items() if getattr(c, k) != v]
+    if c.max_positions > places:
+        wrong.append(f"--model.max-positions {places}")
+    for name, published in (("positions", "learned"), ("norm", "layer"), ("activation", "published")):
+        if getattr(c, name) != published:
+            wrong.append(f"--model.{name} {published}")
+    if wrong:
+        raise ValueError(f"init: the weights of {source} need {' '.join(wrong)}")
+
+
+def _plain(name: str) -> str:
+    """Return a tensor's name without the task model's prefix, and with today's names in LayerNorms."""
+    for prefix in ("transformer.", "bert."):
+        name = name.removeprefix(prefix)
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
