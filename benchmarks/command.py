@@ -32,9 +32,9 @@ from .registry import SUITES, measure
 class Args:
     """Arguments of `brainflow bench`."""
 
-    suite: Annotated[Literal["loader", "kernels", "frameworks", "scaling", "all"], tyro.conf.Positional] = (
-        "all"
-    )
+    suite: Annotated[
+        Literal["loader", "kernels", "frameworks", "scaling", "prepare", "all"], tyro.conf.Positional
+    ] = "all"
     """Suite to run."""
     quick: bool = False
     """Small inputs and few repeats: minutes instead of tens of minutes."""

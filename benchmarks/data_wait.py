@@ -21,21 +21,24 @@ from .timing import Row, Timing
 from .training_step import train_step
 
 FRAMEWORKS = ("csm", "seq-bert", "net-bert", "autoencoder")
-NETWORKS, BATCH, RUNS, TIME_POINTS = 1024, 64, 32, 600
+NETWORKS, RUNS, TIME_POINTS = 1024, 16, 600
 
 
 def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
-    """Return a name → what measures each framework's wait, sizes as in the suite `frameworks`."""
-    return {f"data_wait/{name}": partial(_wait, name, 5 if quick else 25, device) for name in FRAMEWORKS}
+    """Return a name → what measures each framework's wait, the model's sizes as in `frameworks`."""
+    return {
+        f"data_wait/{name}": partial(_wait, name, *((16, 4) if quick else (64, 25)), device)
+        for name in FRAMEWORKS
+    }
 
 
-def _wait(framework: str, steps: int, device: str) -> list[Row]:
+def _wait(framework: str, windows: int, steps: int, device: str) -> list[Row]:
     torch.manual_seed(0)
     config = ModelConfig(framework=framework, networks=NETWORKS, width=256, layers=4, heads=4)  # type: ignore[arg-type]
     step = train_step(build(config).to(device))
     with tempfile.TemporaryDirectory(prefix="brainflow-bench-") as folder:
         store = _random_store(Path(folder, "store"))
-        sampler = WindowSampler(store.runs, batch=BATCH, pairs="bert" in framework)
+        sampler = WindowSampler(store.runs, batch=windows, pairs="bert" in framework)
         loader = make_loader(store, sampler, device=device)
         waits: list[float] = []
         began = 0.0

@@ -23,6 +23,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "kernels": ("kernels",),
     "frameworks": ("frameworks", "data_wait", "throughput", "loop", "time_to_loss"),
     "scaling": ("scaling",),
+    "prepare": ("prepare",),
 }
 
 

@@ -18,7 +18,7 @@ from .ranks import rank_times
 from .timing import Row, Timing, interleave, speed_rows
 from .training_step import csm, random_batch, train_step
 
-WINDOWS, NETWORKS, TOKENS = 8, 1024, 800
+WINDOWS, NETWORKS, TOKENS = 8, 1024, 400
 
 
 def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:

@@ -22,6 +22,7 @@ from brainflow.frameworks import build
 from brainflow.kernels import attention
 from brainflow.kernels.varlen_attention.backends import BACKENDS
 from brainflow.models.transformer import Transformer
+from brainflow.recipes import preset
 from brainflow.training.flops import matrix_weights, peak_flops
 
 from .ceilings import matmul_rate
@@ -38,9 +39,8 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16", "fp16")}
 WINDOWS = {"cpu": 16, "cuda": 192}
 PRESETS = {
-    "tiny": {"width": 128, "layers": 2, "heads": 2},
-    "small": {"width": 256, "layers": 4, "heads": 4},
-    "base": {"width": 768, "layers": 4, "heads": 12},
+    "cpu": ("tiny", "small", "published"),
+    "cuda": ("tiny", "small", "published", "base", "large", "1b"),
 }
 
 
@@ -58,29 +58,32 @@ class Step:
 
 def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
     """Return framework/preset → what measures it; on a CPU only presets that end in minutes."""
-    on_cpu = ("tiny",) if quick else ("tiny", "small", "base")
-    presets = on_cpu if device == "cpu" else tuple(PRESETS)
-    return {
-        f"{framework}/{preset}": partial(_measure, framework, preset, quick, device)
-        for preset in presets
-        for framework in FRAMEWORKS
-    }
+    found: dict[str, Callable[[], list[Row]]] = {}
+    for name in PRESETS[device][:1] if quick else PRESETS[device]:
+        for framework in FRAMEWORKS:
+            try:
+                model = preset(name, framework)["model"]
+            except ValueError:  # the framework has none of that size
+                continue
+            config = ModelConfig(**model | {"framework": framework, "networks": NETWORKS, "dropout": 0.0})
+            found[f"{framework}/{name}"] = partial(_measure, f"{framework}/{name}", config, quick, device)
+    return found
 
 
-def _measure(framework: str, preset: str, quick: bool, device: str) -> list[Row]:
+def _measure(name: str, config: ModelConfig, quick: bool, device: str) -> list[Row]:
     steps = {
-        f"{precision}/{backend}": _step(framework, preset, precision, backend, device)
+        f"{precision}/{backend}": _step(config, precision, backend, device)
         for precision in PRECISIONS[device]
-        for backend in _backends(framework, precision, device)
+        for backend in _backends(config, precision, device)
     }
     calls = {way: step.run for way, step in steps.items()}
     times = interleave(calls, repeats=3 if quick else 9, device=device, seconds=0.0 if quick else 5.0)
     first, found = next(iter(steps)), []
     for way, step in steps.items():
-        case, precision = f"{framework}/{preset}/{way}", way.partition("/")[0]
+        case, precision = f"{name}/{way}", way.partition("/")[0]
         found += _speed(case, times[way], step, precision, device)
         others = () if way == first else (first,)
-        work = {name: other.tokens for name, other in steps.items()}
+        work = {other: step.tokens for other, step in steps.items()}
         found += speed_rows(
             "frameworks", case, times, ours=way, baselines=others, metric="tokens_per_s", unit="tokens/s",
             work=work,
@@ -120,11 +123,10 @@ def _resources(case: str, step: Step, device: str) -> list[Row]:
     return found
 
 
-def _step(framework: str, preset: str, precision: str, backend: str, device: str) -> Step:
+def _step(config: ModelConfig, precision: str, backend: str, device: str) -> Step:
     torch.manual_seed(0)
-    config = ModelConfig(framework=framework, networks=NETWORKS, dropout=0.0, **PRESETS[preset])  # type: ignore[arg-type]
     module = build(config).to(device)
-    batch = random_batch(WINDOWS[device], NETWORKS, pairs="bert" in framework, device=device)
+    batch = random_batch(WINDOWS[device], config.networks, pairs="bert" in config.framework, device=device)
     half = DTYPES[precision] if precision in ("bf16", "fp16") else None
     step = train_step(
         module, lambda: torch.autocast(device, dtype=half or torch.bfloat16, enabled=half is not None)
@@ -135,11 +137,10 @@ def _step(framework: str, preset: str, precision: str, backend: str, device: str
             step(batch)
 
     tokens, time_points = _tokens(module, batch, run), batch.tokens
-    masked = round(config.mask_rate * time_points)
-    targets = {"csm": time_points - batch.windows, "autoencoder": time_points}.get(framework, masked)
-    projected = time_points if framework == "net-bert" else targets
+    targets = _targets(config, batch)
+    projected = time_points if config.framework == "net-bert" else targets
     # The output weights, networks × width, multiply only what is predicted.
-    unused = 6.0 * NETWORKS * config.width * (time_points - projected)
+    unused = 6.0 * config.networks * config.width * (time_points - projected)
     return Step(
         run=run,
         sequences=WINDOWS[device],
@@ -148,6 +149,15 @@ def _step(framework: str, preset: str, precision: str, backend: str, device: str
         tokens=tokens,
         flops=matrix_weights(module).flops(tokens, time_points) - unused,
     )
+
+
+def _targets(config: ModelConfig, batch: PackedBatch) -> int:
+    """Return the predicted time points of a batch (Net-BERT's: predicted values over networks)."""
+    if config.framework == "autoencoder":
+        return batch.tokens
+    if config.framework == "csm":
+        return batch.windows if config.masking == "single" else batch.tokens - batch.windows
+    return round(config.mask_rate * batch.tokens)
 
 
 def _tokens(module: nn.Module, batch: PackedBatch, run: Callable[[], None]) -> int:
@@ -164,11 +174,11 @@ def _tokens(module: nn.Module, batch: PackedBatch, run: Callable[[], None]) -> i
     return sum(seen) if hooks else batch.tokens  # LSTMs read a token a time point
 
 
-def _backends(framework: str, precision: str, device: str) -> list[str]:
+def _backends(config: ModelConfig, precision: str, device: str) -> list[str]:
     """Return the attention backends that run here in a precision, or "lstm"."""
-    if framework == "autoencoder":
+    if config.framework == "autoencoder":
         return ["lstm"]
-    q = torch.randn(8, 2, 64, device=device, dtype=DTYPES[precision])
+    q = torch.randn(8, config.heads, config.width // config.heads, device=device, dtype=DTYPES[precision])
     bounds = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
     found = []
     for name in BACKENDS:

@@ -63,11 +63,14 @@ def test_powers_of_two():
     assert [scaling._powers_of_two(n) for n in (1, 2, 3, 8)] == [[1], [1, 2], [1, 2], [1, 2, 4, 8]]
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setattr(throughput, "NETWORKS", 16)
+def _tiny(framework="csm", **changes):
+    sizes = {"networks": 16, "width": 8, "layers": 1, "heads": 1}
+    return ModelConfig(framework=framework, dropout=0.0, **sizes, **changes)
+
+
+@pytest.fixture(autouse=True)
+def three_windows(monkeypatch):
     monkeypatch.setitem(throughput.WINDOWS, "cpu", 3)
-    monkeypatch.setitem(throughput.PRESETS, "tiny", {"width": 8, "layers": 1, "heads": 1})
 
 
 @pytest.mark.parametrize(
@@ -78,8 +81,8 @@ def tiny(monkeypatch):
         ("net-bert", lambda n, w: n + 3 * w, lambda n, w: n),
     ],
 )
-def test_what_a_step_is_counted_to_do(tiny, framework, tokens_of, rows_of):
-    step = throughput._step(framework, "tiny", "fp32", "fallback", "cpu")
+def test_what_a_step_is_counted_to_do(framework, tokens_of, rows_of):
+    step = throughput._step(_tiny(framework), "fp32", "fallback", "cpu")
     n, windows, width, networks = step.time_points, 3, 8, 16
     tokens = tokens_of(n, windows)
     assert step.sequences == windows
@@ -90,8 +93,18 @@ def test_what_a_step_is_counted_to_do(tiny, framework, tokens_of, rows_of):
     assert least <= step.flops <= least + small
 
 
-def test_rows_of_every_way(tiny):
-    rows = throughput._measure("csm", "tiny", quick=True, device="cpu")
+def test_targets_of_the_published_csm():
+    assert throughput._step(_tiny(masking="single"), "fp32", "fallback", "cpu").targets == 3
+
+
+def test_a_gpu_is_measured_at_every_preset():
+    found = set(throughput.measurements(quick=False, device="cuda"))
+    assert {f"csm/{name}" for name in ("tiny", "small", "published", "base", "large", "1b")} < found
+    assert "autoencoder/1b" not in found
+
+
+def test_rows_of_every_way():
+    rows = throughput._measure("csm/tiny", _tiny(), quick=True, device="cpu")
     cases = {f"csm/tiny/{precision}/fallback" for precision in ("fp32", "bf16")}
     assert {row.case for row in rows} == cases
     metrics = [row.metric for row in rows if row.case == "csm/tiny/fp32/fallback"]
@@ -104,9 +117,9 @@ def test_rows_of_every_way(tiny):
 
 
 def test_waiting_is_a_share_of_the_time(monkeypatch):
-    for name, size in (("NETWORKS", 16), ("BATCH", 4), ("RUNS", 2), ("TIME_POINTS", 80)):
+    for name, size in (("NETWORKS", 16), ("RUNS", 2), ("TIME_POINTS", 80)):
         monkeypatch.setattr(data_wait, name, size)
-    (row,) = data_wait._wait("seq-bert", 2, "cpu")
+    (row,) = data_wait._wait("seq-bert", 4, 2, "cpu")
     assert (row.case, row.metric, row.unit) == ("seq-bert", "data_wait", "%")
     assert 0 <= row.value < 100
 

@@ -1,8 +1,13 @@
 import math
+import re
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 
+from brainflow.benchmarks import timing
 from brainflow.benchmarks.timing import Row, Timing, interleave, speed_rows
 
 
@@ -65,3 +70,13 @@ def test_a_row_carries_its_environment():
         *("suite", "case", "metric", "value", "unit", "baseline", "ratio"),
         *("floor_share", "p20", "p50", "p80", "env"),
     }
+
+
+def test_the_example_of_the_page_measures():
+    page = Path(timing.__file__).with_name("README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = {**vars(timing), "Callable": Callable, "torch": torch}
+    exec(example, names)
+    (row,) = names["_double"](0.01, "cpu")
+    assert (row.case, row.baseline) == ("double", "naive")
+    assert list(names["measurements"](True, "cpu")) == ["double"]
