@@ -20,15 +20,24 @@ import numpy as np
 from brainflow.data import make_loader
 from brainflow.data.sampler import WindowSampler
 from brainflow.storage import BoldStore, StoreWriter
+from brainflow.storage.buffers import aligned_empty
 from brainflow.storage.segments import RunTable, encode_strings
 
-from . import million
+from . import encodings, million
 from .baselines import loaders as baselines
 from .timing import Row, Timing, interleave, speed_rows
 
 BATCH, SEQ_MIN, SEQ_MAX = 64, 10, 50
-_SLOW = {"webdataset": 1, "zarr": 1, "zarrs": 1, "tensorstore": 4, "litdata": 2}
-"""Batches a call of the slow ways; the others read 32."""
+_FAST = 128
+_SLOW = {
+    "webdataset": 1, "zarr": 1, "zarrs": 1, "tensorstore": 4, "litdata": 2, "streaming": 1, "dali_numpy": 16,
+}  # fmt: skip
+"""Batches a call of the slow ways. The others read `_FAST`: far more than a loader has ready beforehand."""
+
+_HOW = {
+    "litdata": " (it asks for torchvision, which must belong to your torch: pip install --no-deps litdata)",
+    "streaming": " (mosaicml-streaming asks for numpy < 2.2: pip install --no-deps, with torchvision)",
+}
 
 
 def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
@@ -43,6 +52,7 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
     """
     return {
         "store": lambda: _store_rows(quick, device),
+        "encodings": lambda: encodings.run_rows(seconds=1.0 if quick else 6.0),
         "runs_1e6_over_1e3": lambda: _many_runs(repeats=5 if quick else 15),
         "open_1e6_runs": lambda: million.run_rows(runs=1_000_000, repeats=2 if quick else 5),
     }
@@ -90,7 +100,9 @@ def _warm(path: Path, npy: Path, urls: list[str], device: str, *, repeats: int) 
         store.run(i)
     batches = _batches(store, 256)
     following = baselines.turns(batches)
-    out = np.empty((BATCH * SEQ_MAX, store.networks), store.dtype)
+    out = store.buffer(BATCH * SEQ_MAX)
+    some = [store.run(i) for i in range(min(64, len(store.runs)))]
+    window = {"batch": BATCH, "seq_min": SEQ_MIN, "seq_max": SEQ_MAX}
     ways: dict[str, Callable[[], object]] = {
         "memmap": baselines.memmap(npy, batches, store.networks),
         "reader": lambda: store.windows(*following(), out=out),
@@ -102,27 +114,22 @@ def _warm(path: Path, npy: Path, urls: list[str], device: str, *, repeats: int) 
             ways[kind] = loader.__next__
     ways["zarr"] = baselines.zarr_python(path, batches)
     optional = {
-        "webdataset": lambda: baselines.webdataset(urls, BATCH, SEQ_MIN, SEQ_MAX),
+        "webdataset": lambda: baselines.webdataset(urls, **window),
         "zarrs": lambda: baselines.zarr_python(path, batches, pipeline="zarrs.ZarrsCodecPipeline"),
         "tensorstore": lambda: baselines.tensorstore(path, batches),
-        "litdata": lambda: baselines.litdata(
-            npy.with_name("litdata"),
-            [store.run(i) for i in range(min(64, len(store.runs)))],
-            BATCH,
-            SEQ_MIN,
-            SEQ_MAX,
-        ),
+        "litdata": lambda: baselines.litdata(npy.with_name("litdata"), some, **window),
+        "streaming": lambda: baselines.streaming(npy.with_name("streaming"), some, **window),
+        "nvidia.dali": lambda: baselines.dali_numpy(npy.with_name("runs"), some, **window),
     }
-    for name, build in optional.items():
-        if baselines.installed(name):
-            ways[name] = build()
+    for module, build in optional.items():
+        if baselines.installed(module):
+            ways[{"nvidia.dali": "dali_numpy"}.get(module, module)] = build()
         else:
-            print(f"loader: {name} is not installed, left out", file=sys.stderr)
-    print("loader: MosaicML Streaming is left out, its wheel needs numpy < 2.2", file=sys.stderr)
+            print(f"loader: {module} is not installed, left out{_HOW.get(module, '')}", file=sys.stderr)
     source = np.ones((int(np.mean([n.sum() for _, n in batches])), store.networks), store.dtype)
     ways["memcpy"] = lambda: np.copyto(out[: len(source)], source)
-    times = interleave({n: _repeat(way, _SLOW.get(n, 32)) for n, way in ways.items()}, repeats=repeats)
-    times = {name: timing.per(_SLOW.get(name, 32)) for name, timing in times.items()}
+    times = interleave({n: _repeat(way, _SLOW.get(n, _FAST)) for n, way in ways.items()}, repeats=repeats)
+    times = {name: timing.per(_SLOW.get(name, _FAST)) for name, timing in times.items()}
     ways_of_ours = [name for name in ("reader", "host", "dali") if name in times]
     others = [name for name in times if name not in (*ways_of_ours, "memcpy")]
     found = []
@@ -155,7 +162,7 @@ def _drop(folder: Path) -> None:
 def _cold(path: Path, npy: Path, *, repeats: int) -> list[Row]:
     """One batch at a time from files whose pages were dropped just before; maps are made anew each time."""
     batches = _batches(BoldStore.open(path), 2 * repeats)
-    out = np.empty((BATCH * SEQ_MAX, 1024), np.float16)
+    out = aligned_empty(BATCH * SEQ_MAX, 1024, np.dtype(np.float16))
     seconds: dict[str, list[float]] = {"memmap": [], "reader": []}
     gc.collect()  # pages that anything still maps are not dropped
     for starts, lengths in batches:

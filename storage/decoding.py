@@ -1,9 +1,16 @@
-"""Rows of chunks that cannot be mapped, compressed or remote: each is fetched and decoded once a batch."""
+"""Rows of chunks that cannot be mapped, compressed or remote: each is fetched and decoded once a batch.
+
+Zarr's own codec pipeline, and `zarrs` in its place, decode the same chunks; both were slower by far than
+handing the chunks of a whole batch to the codec ourselves (`docs/format.md`), so no pipeline is asked.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numcodecs import Zstd
@@ -26,13 +33,14 @@ class DecodedRows:
         self._grid = grid
         self._fetch = fetch
         self._decode = Zstd().decode
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
         self.row = lru_cache(_KEPT_ROWS)(self._row)
 
     def windows(self, starts: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
         """Rows of each window, [length, *row_shape]."""
         chunk_rows, spans = self._grid.chunk_rows, self._grid.spans(starts, lengths)
         stored = self._fetch(chunks_of(spans))
-        decoded = {chunk: self._chunk(data) for chunk, data in stored.items()}
+        decoded = dict(zip(stored, self._decoded(list(stored.values())), strict=True))
         for span, start, length in zip(spans, starts.tolist(), lengths.tolist(), strict=True):
             rows = [decoded[chunk] for chunk in span]
             joined = rows[0] if len(rows) == 1 else np.concatenate(rows)
@@ -45,11 +53,15 @@ class DecodedRows:
     def _row(self, row: int) -> np.ndarray:
         return next(self.windows(np.array([row]), np.array([1])))[0].copy()
 
-    def _chunk(self, stored: np.ndarray) -> np.ndarray:
-        """One chunk, [chunk_rows, *row_shape]."""
+    def _decoded(self, stored: list[np.ndarray]) -> list[np.ndarray]:
+        """Chunks, [chunk_rows, *row_shape] each, decoded side by side: the codec lets go of Python's lock."""
         grid = self._grid
-        data = stored if grid.compression is None else self._decode(stored)
-        return np.frombuffer(data, grid.dtype).reshape(grid.chunk_rows, *grid.row_shape)
+        data: list[Any] = stored
+        if grid.compression is not None:
+            if self._pool is None or self._pool[0] != os.getpid():  # threads do not survive a fork
+                self._pool = os.getpid(), ThreadPoolExecutor(os.cpu_count(), "brainflow-decode")
+            data = list(self._pool[1].map(self._decode, stored))
+        return [np.frombuffer(one, grid.dtype).reshape(grid.chunk_rows, *grid.row_shape) for one in data]
 
 
 def chunks_of(spans: list[range]) -> list[int]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
+
+from .intervals import Intervals
 
 Label = str | int | float
 
@@ -49,6 +52,10 @@ class RunTable:
         self.t_r = columns["t_r"]
         self.slot = columns["slot"]
         self.end = self.start + self.length
+
+    @cached_property
+    def _intervals(self) -> Intervals:
+        return Intervals(self.start)
 
     def __len__(self) -> int:
         return len(self.start)
@@ -111,9 +118,13 @@ class RunTable:
         ------
         ValueError : if a window is empty or does not lie inside one run, naming the first such window
         """
-        runs = self.start.searchsorted(starts, "right") - 1
+        runs = self.begun(starts) - 1
         self.check(starts, lengths, runs)
         return runs
+
+    def begun(self, rows: np.ndarray) -> np.ndarray:
+        """How many runs begin at or before each row, int64 [rows]."""
+        return self._intervals.begun(rows)
 
     def check(self, starts: np.ndarray, lengths: np.ndarray, runs: np.ndarray) -> None:
         """Refuse windows that are empty or leave their run.

@@ -250,7 +250,7 @@ class BoldStore:
                 f"{list(lengths.shape)}"
             )
         stops = starts + lengths
-        before = self.runs.start.searchsorted(starts, "right")  # runs that begin at or before each window
+        before = self.runs.begun(starts)  # runs that begin at or before each window
         good = (starts < stops) & (stops <= self._known_end.take(before))
         runs = before - 1
         if np.count_nonzero(good) != len(good):  # the fastest way to ask
@@ -286,7 +286,7 @@ class BoldStore:
 
     def _with_whole_new_runs(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Some windows, those of runs whose checksums are still to be looked at as all chunks of the run."""
-        before = self.runs.start.searchsorted(starts, "right")
+        before = self.runs.begun(starts)
         new = self._known_end.take(before) < 0
         if not (self._check and new.any()):
             return starts, lengths

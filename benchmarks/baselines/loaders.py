@@ -116,18 +116,65 @@ def litdata(folder: Path, runs: Sequence[NDArray[Any]], batch: int, seq_min: int
         cache._add_item(i, {"bold": bold})
     cache.done()
     cache.merge()
-    dataset = StreamingDataset(str(folder))
+    return _crops(StreamingDataset(str(folder)), batch, seq_min, seq_max)
+
+
+def streaming(folder: Path, runs: Sequence[NDArray[Any]], batch: int, seq_min: int, seq_max: int) -> Read:
+    """MosaicML Streaming, one run a sample: read it from its shard, crop a window, pack the batch."""
+    from streaming import LocalDataset, MDSWriter
+
+    with MDSWriter(out=str(folder), columns={"bold": f"ndarray:{runs[0].dtype.name}"}) as writer:
+        for bold in runs:
+            writer.write({"bold": bold})
+    return _crops(LocalDataset(str(folder)), batch, seq_min, seq_max)
+
+
+def _crops(dataset: Any, batch: int, seq_min: int, seq_max: int) -> Read:
+    """Random samples of a dataset of whole runs, a window of each."""
     rng = np.random.default_rng(0)
 
     def read() -> object:
         windows = []
-        for i, length in zip(
-            rng.integers(0, len(runs), batch), rng.integers(seq_min, seq_max, batch), strict=True
-        ):
-            bold = dataset[int(i)]["bold"]
+        samples, lengths = rng.integers(0, len(dataset), batch), rng.integers(seq_min, seq_max, batch)
+        for i, length in zip(samples.tolist(), lengths.tolist(), strict=True):
+            bold = dataset[i]["bold"]
             onset = int(rng.integers(0, len(bold) - length))
             windows.append(bold[onset : onset + length])
         return np.concatenate(windows)
+
+    return read
+
+
+def dali_numpy(folder: Path, runs: Sequence[NDArray[Any]], batch: int, seq_min: int, seq_max: int) -> Read:
+    """DALI's own reader: one .npy a run, in its own random order, a random region of each, into torch."""
+    from nvidia.dali import fn, pipeline_def
+
+    folder.mkdir()
+    for i, bold in enumerate(runs):
+        np.save(folder / f"{i:04d}.npy", bold)
+    longest = min(len(bold) for bold in runs) - seq_max
+    rng = np.random.default_rng(0)
+
+    def region(_: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        return rng.integers(0, longest, (batch, 1), np.int32), rng.integers(
+            seq_min, seq_max, (batch, 1), np.int32
+        )
+
+    @pipeline_def(batch_size=batch, num_threads=2, device_id=None, prefetch_queue_depth=2, exec_dynamic=False)
+    def windows() -> Any:
+        start, length = fn.external_source(source=region, num_outputs=2, batch=True, batch_info=False)
+        return fn.readers.numpy(
+            file_root=str(folder), file_filter="*.npy", random_shuffle=True, initial_fill=len(runs),
+            roi_start=start, roi_shape=length, roi_axes=[0], cache_header_information=True,
+        )  # fmt: skip
+
+    pipeline = windows()
+    networks = runs[0].shape[1]
+
+    def read() -> object:
+        output = pipeline.run()[0]
+        tokens = sum(shape[0] for shape in output.shape())
+        return torch.from_dlpack(output.as_reshaped_tensor([tokens, networks]))
 
     return read
 

@@ -24,6 +24,7 @@ from brainflow.data.counter import key, permute, uniform
 from brainflow.data.segments import SegmentSampler
 from brainflow.data.splits import Split, split_runs
 from brainflow.data.windows import RunColumns, Windows, rank_share
+from brainflow.storage.intervals import Intervals
 
 __all__ = ["SegmentSampler", "Split", "WindowSampler", "Windows", "split_runs"]
 
@@ -35,13 +36,20 @@ _GAP_MIN, _GAP_MAX = 1, 4
 
 @dataclass(frozen=True)
 class _Columns:
-    """The runs that are sampled, in the sampler's order, and their slots laid end to end."""
+    """The runs that are sampled, in the sampler's order, and their slots laid end to end.
 
-    run: NDArray[np.int64]
-    start: NDArray[np.int64]
-    length: NDArray[np.int64]
-    t_r: NDArray[np.float64]
-    first_slot: NDArray[np.int64]  # [runs + 1]
+    `rows` is int64 [runs, 5]: run, start, length, first slot and the bits of t_r (float64). What is asked of
+    a run stands in one cache line: a window of a million runs costs hardly more than one of a thousand.
+    """
+
+    rows: NDArray[np.int64]
+    slot_runs: Intervals
+    total: int  # slots
+    mean: int  # mean length of a window
+
+    def slots(self, length: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Slots of runs of some lengths."""
+        return np.maximum(length // self.mean, 1)
 
 
 class WindowSampler:
@@ -121,7 +129,7 @@ class WindowSampler:
         self._columns, groups = _select(store_runs, runs, shortest, (seq_min + seq_max - 1) // 2, weights)
         self._group_slot, self._group_draws = groups
         self._weighted = weights is not None
-        if pairs and len(self._columns.run) < 2:
+        if pairs and len(self._columns.rows) < 2:
             raise ValueError(
                 "pairs: got 1 run, expected at least 2 (the second half may come from another run)"
             )
@@ -156,46 +164,56 @@ class WindowSampler:
         if known != number:
             block = self._draw(number)
             self._block = (number, block)
-        n = len(self._share)
+        n = len(self._share) * (2 if self.pairs else 1)
         part = slice(column * n, (column + 1) * n)
-        return self._windows({name: values[part] for name, values in block.items()})
+        is_next = block.get("is_next")
+        return Windows(
+            starts=block["start"][part],
+            lengths=block["length"][part].astype(np.int32),
+            runs=block["run"][part].astype(np.int32),
+            t_r=block["t_r"][part].view(np.float64),
+            is_next=None if is_next is None else is_next[part.start // 2 : part.stop // 2].astype(np.float32),
+        )
 
     def _draw(self, number: int) -> dict[str, NDArray[np.int64]]:
         """Draw the windows of `_steps_per_block` steps at once: NumPy costs the same for 64 as for 1,024."""
-        c = self._columns
         steps = number * self._steps_per_block + np.arange(self._steps_per_block, dtype=np.int64)
         index = (steps[:, None] * self.global_batch + self._share).ravel()
         slot = self._slots(index)
-        row = np.searchsorted(c.first_slot, slot, side="right") - 1
+        run = self._runs_of(slot)
         drawn = uniform(key(self.seed, _LENGTH), index)
         length = self.seq_min + (drawn * (self.seq_max - self.seq_min)).astype(np.int64)
-        length = np.minimum(length, c.length[row])
-        onset = self._onsets(slot, row, length, uniform(key(self.seed, _ONSET), index))
+        length = np.minimum(length, run["length"])
+        onset = self._onsets(slot, run, length, uniform(key(self.seed, _ONSET), index))
         if not self.pairs:
-            return {"row": row, "onset": onset, "length": length}
+            return _window(run, onset, length)
         gap = _GAP_MIN + (uniform(key(self.seed, _GAP), index) * (_GAP_MAX - _GAP_MIN + 1)).astype(np.int64)
         first = (length - gap + 1) // 2
         second = length - gap - first
         is_next = (uniform(key(self.seed, _NEXT), index) < 0.5).astype(np.int64)
         # Uniform over the slots of all other runs: skip the own run's.
-        own, after = c.first_slot[row], c.first_slot[row + 1]
-        other = (uniform(key(self.seed, _OTHER), index) * (c.first_slot[-1] - (after - own))).astype(np.int64)
-        other += np.where(other >= own, after - own, 0)
-        other_row = np.searchsorted(c.first_slot, other, side="right") - 1
-        other_length = np.minimum(second, c.length[other_row])
+        c, own, slots = self._columns, run["first_slot"], self._columns.slots(run["length"])
+        other = (uniform(key(self.seed, _OTHER), index) * (c.total - slots)).astype(np.int64)
+        other += np.where(other >= own, slots, 0)
+        other_run = self._runs_of(other)
+        other_length = np.minimum(second, other_run["length"])
         other_onset = self._onsets(
-            other, other_row, other_length, uniform(key(self.seed, _OTHER_ONSET), index)
+            other, other_run, other_length, uniform(key(self.seed, _OTHER_ONSET), index)
         )
-        true = is_next == 1
+        true = _window(run, onset + first + gap, second)
+        other_window = _window(other_run, other_onset, other_length)
+        seconds = {name: np.where(is_next == 1, true[name], other_window[name]) for name in true}
+        firsts = _window(run, onset, first)
         return {
-            "row": row,
-            "onset": onset,
-            "length": first,
-            "second_row": np.where(true, row, other_row),
-            "second_onset": np.where(true, onset + first + gap, other_onset),
-            "second_length": np.where(true, second, other_length),
+            **{name: np.stack([firsts[name], seconds[name]], axis=1).ravel() for name in firsts},
             "is_next": is_next,
         }
+
+    def _runs_of(self, slot: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """Return the columns of the runs that slots belong to."""
+        c = self._columns
+        rows = c.rows[c.slot_runs.begun(slot) - 1]
+        return dict(zip(("run", "start", "length", "first_slot", "t_r"), rows.T, strict=True))
 
     def _slots(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the slot that each number of the endless sequence draws."""
@@ -213,34 +231,23 @@ class WindowSampler:
     def _onsets(
         self,
         slot: NDArray[np.int64],
-        row: NDArray[np.int64],
+        run: dict[str, NDArray[np.int64]],
         length: NDArray[np.int64],
         drawn: NDArray[np.float64],
     ) -> NDArray[np.int64]:
-        c = self._columns
-        first = c.first_slot[row]
-        share = (slot - first + drawn) / (c.first_slot[row + 1] - first)
+        share = (slot - run["first_slot"] + drawn) / self._columns.slots(run["length"])
         if self.onset == "any":
-            choices = c.length[row] - length + 1
+            choices = run["length"] - length + 1
             return np.minimum((share * choices).astype(np.int64), choices - 1)
-        choices = np.maximum((c.length[row] - 1) // length, 1)
+        choices = np.maximum((run["length"] - 1) // length, 1)
         return np.minimum((share * choices).astype(np.int64), choices - 1) * length
 
-    def _windows(self, drawn: dict[str, NDArray[np.int64]]) -> Windows:
-        c = self._columns
-        row, onset, length, is_next = drawn["row"], drawn["onset"], drawn["length"], None
-        if self.pairs:
-            row = np.stack([row, drawn["second_row"]], axis=1).ravel()
-            onset = np.stack([onset, drawn["second_onset"]], axis=1).ravel()
-            length = np.stack([length, drawn["second_length"]], axis=1).ravel()
-            is_next = drawn["is_next"].astype(np.float32)
-        return Windows(
-            starts=c.start[row] + onset,
-            lengths=length.astype(np.int32),
-            runs=c.run[row].astype(np.int32),
-            t_r=c.t_r[row],
-            is_next=is_next,
-        )
+
+def _window(
+    run: dict[str, NDArray[np.int64]], onset: NDArray[np.int64], length: NDArray[np.int64]
+) -> dict[str, NDArray[np.int64]]:
+    """Return what is drawn of a window."""
+    return {"start": run["start"] + onset, "length": length, "run": run["run"], "t_r": run["t_r"]}
 
 
 def _select(
@@ -283,11 +290,13 @@ def _select(
     first_slot = np.concatenate([[0], np.cumsum(np.maximum(length // mean, 1))])
     group_slot = first_slot[bounds]
     draws = np.maximum(np.rint(factors * np.diff(group_slot)).astype(np.int64), 1)
-    columns = _Columns(
-        run=ids,
-        start=np.asarray(table.start)[ids].astype(np.int64),
-        length=length,
-        t_r=np.asarray(table.t_r)[ids].astype(np.float64),
-        first_slot=first_slot,
+    rows = np.empty((ids.size, 5), np.int64)
+    rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = (
+        ids,
+        np.asarray(table.start)[ids],
+        length,
+        first_slot[:-1],
     )
+    rows[:, 4] = np.asarray(table.t_r)[ids].astype(np.float64).view(np.int64)
+    columns = _Columns(rows=rows, slot_runs=Intervals(first_slot[:-1]), total=int(first_slot[-1]), mean=mean)
     return columns, (group_slot, np.concatenate([[0], np.cumsum(draws)]))

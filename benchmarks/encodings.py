@@ -1,0 +1,139 @@
+"""What element types and codecs save and cost, on real BOLD: the table of `docs/format.md`.
+
+The BOLD is that of the demo (Haxby et al. 2001: 530 voxels, 12 runs of 121 TRs), z-scored per run and voxel.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brainflow.data.sampler import WindowSampler
+from brainflow.storage import BoldStore, StoreWriter
+from brainflow.storage.ingest.nifti import bold_from_nifti
+from brainflow.storage.layout import CHUNK_ROWS
+
+from .baselines import loaders as baselines
+from .timing import Row, interleave
+
+BATCH, SEQ_MIN, SEQ_MAX = 64, 10, 50
+DTYPES = ("float16", "float32", "int16", "int8")
+
+
+def run_rows(*, seconds: float) -> list[Row]:
+    """Bytes, error and speed of each element type, raw and as zstd; bytes and speed of other codecs."""
+    folder = Path(str(importlib.resources.files("brainflow"))) / "demo_data" / "haxby2001"
+    try:
+        bold, _ = bold_from_nifti(folder / "bold.nii.gz", folder / "mask.nii.gz")
+    except (ImportError, FileNotFoundError) as error:
+        print(f"loader: encodings are left out ({error})", file=sys.stderr)
+        return []
+    runs = [_z_scored(run) for run in np.split(bold.astype(np.float64), 12)]
+    return _stores(runs, seconds) + _codecs(runs, seconds)
+
+
+def _z_scored(run: np.ndarray) -> np.ndarray:
+    std = run.std(axis=0)
+    return np.asarray((run - run.mean(axis=0)) / np.where(std > 0, std, 1))
+
+
+def _stores(runs: list[np.ndarray], seconds: float) -> list[Row]:
+    found, ways = [], {}
+    with tempfile.TemporaryDirectory(prefix="brainflow-bench-") as folder:
+        for dtype in DTYPES:
+            for compression in (None, "zstd"):
+                name = f"{dtype}/{compression or 'raw'}"
+                path = Path(folder) / name.replace("/", "-")
+                store = _write(path, runs, dtype, compression)
+                ways[name] = _reader(store)
+                size = sum(file.stat().st_size for file in path.rglob("c/*/0"))
+                found.append(_row(name, "bytes", size, "bytes"))
+                if compression is None:
+                    error = np.concatenate([store.run(i) - run for i, run in enumerate(runs)]).astype(float)
+                    power = np.concatenate(runs).astype(float)
+                    ratio = 10 * np.log10((power**2).mean() / (error**2).mean())
+                    found.append(
+                        _row(name, "largest_error", float(np.abs(error).max()), "standard deviations")
+                    )
+                    found.append(_row(name, "signal_to_error", float(ratio), "dB"))
+        zarr_path = str(Path(folder) / "float16-zstd")
+        store = BoldStore.open(zarr_path)
+        batches = _batches(store)
+        ways["zarr"] = baselines.zarr_python(Path(zarr_path), batches)
+        if baselines.installed("zarrs"):
+            ways["zarrs"] = baselines.zarr_python(
+                Path(zarr_path), batches, pipeline="zarrs.ZarrsCodecPipeline"
+            )
+        times = interleave(ways, repeats=5, seconds=seconds)
+    for name in (f"{dtype}/{how}" for dtype in DTYPES for how in ("raw", "zstd")):
+        baselines_ = ["float16/raw"] + (["zarr", "zarrs"] if name == "float16/zstd" else [])
+        for baseline in baselines_:
+            if baseline in times and baseline != name:
+                ratio = times[name].times_faster_than(times[baseline])
+                found.append(
+                    _row(name, "windows_per_s", BATCH / times[name].p50, "windows/s", baseline, ratio)
+                )
+    found.append(_row("float16/raw", "windows_per_s", BATCH / times["float16/raw"].p50, "windows/s"))
+    return found
+
+
+def _codecs(runs: list[np.ndarray], seconds: float) -> list[Row]:
+    """One chunk of float16 through the codecs that Zarr v3 readers know: bytes, and time to decode it."""
+    from numcodecs import LZ4, Blosc, GZip, Zstd
+
+    chunk = np.concatenate(runs).astype(np.float16)[:CHUNK_ROWS]
+    codecs: dict[str, Any] = {
+        "lz4": LZ4(),
+        "gzip-6": GZip(6),
+        "zstd-1": Zstd(1),
+        "zstd-3": Zstd(3),
+        "zstd-19": Zstd(19),
+        "blosc-lz4-shuffle": Blosc("lz4", 5, Blosc.SHUFFLE),
+        "blosc-zstd-shuffle": Blosc("zstd", 5, Blosc.SHUFFLE),
+        "blosc-zstd-bitshuffle": Blosc("zstd", 5, Blosc.BITSHUFFLE),
+    }
+    out = np.empty_like(chunk)
+    encoded = {name: codec.encode(chunk) for name, codec in codecs.items()}
+    ways: dict[str, Callable[[], object]] = {"copy": lambda: np.copyto(out, chunk)}
+    ways |= {name: lambda n=name: codecs[n].decode(encoded[n]) for name in codecs}  # type: ignore[misc]
+    times = interleave(ways, repeats=5, seconds=seconds)
+    found = []
+    for name in codecs:
+        found.append(_row(f"codec/{name}", "bytes", len(encoded[name]) / chunk.nbytes, "of raw"))
+        ratio = times[name].times_faster_than(times["copy"])
+        rate = chunk.nbytes / 1e6 / times[name].p50
+        found.append(_row(f"codec/{name}", "decoding", rate, "MB/s", "copy", ratio))
+    return found
+
+
+def _write(path: Path, runs: list[np.ndarray], dtype: str, compression: str | None) -> BoldStore:
+    networks = runs[0].shape[1]
+    with StoreWriter.create(path, networks=networks, dtype=dtype, compression=compression) as writer:
+        for i, run in enumerate(runs):
+            writer.append(run, t_r=2.5, dataset="haxby2001", subject="1", run=str(i))
+    return BoldStore.open(path)
+
+
+def _batches(store: BoldStore) -> list[baselines.Batch]:
+    sampler = WindowSampler(store.runs, batch=BATCH, seq_min=SEQ_MIN, seq_max=SEQ_MAX)
+    return [(w.starts, w.lengths) for w in map(sampler.batch, range(32))]
+
+
+def _reader(store: BoldStore) -> Callable[[], object]:
+    out = store.buffer(BATCH * SEQ_MAX)
+    following = baselines.turns(_batches(store))
+    return lambda: store.windows(*following(), out=out)
+
+
+def _row(
+    case: str, metric: str, value: float, unit: str, baseline: str = "", ratio: float | None = None
+) -> Row:
+    return Row(
+        suite="loader", case=case, metric=metric, value=value, unit=unit, baseline=baseline, ratio=ratio
+    )
