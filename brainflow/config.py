@@ -103,6 +103,12 @@ class DataConfig:
     """Windows are shorter than this many time points (exclusive, as published)."""
     loader: Literal["auto", "dali", "host", "resident"] = "auto"
     """`auto` takes DALI where it is installed, else the plain loader. All give identical batches."""
+    onset: Literal["any", "grid"] = "any"
+    """Windows begin at any time point, or (`grid`, as published) at multiples of their length."""
+    on_corrupt: Literal["error", "skip"] = "error"
+    """A damaged chunk of the store stops the training, or (`skip`) its windows are left out and counted."""
+    split: str = ""
+    """Split file (of `ingest tar --split`) with the parts train and validation; else the runs are split."""
     validation_fraction: float = 0.05
     """Share of the runs of each dataset held out for validation (at least 2 runs, as published)."""
     validation_batches: int = 10
@@ -235,7 +241,7 @@ class PretrainConfig:
         model, data, train = self.model, self.data, self.train
         pairs = model.framework in ("seq-bert", "net-bert")
         special = 3 if pairs else 0  # CLS and two SEP
-        if data.seq_max - 1 + special > model.max_positions:
+        if model.positions == "learned" and data.seq_max - 1 + special > model.max_positions:
             raise ValueError(
                 f"data.seq_max: got {data.seq_max}, but model.max_positions is {model.max_positions}"
                 + (f" and {model.framework} adds 3 special tokens" if pairs else "")

@@ -19,8 +19,10 @@ import torch
 
 from brainflow.config import PretrainConfig
 from brainflow.data import make_loader
+from brainflow.data.intact import IntactSampler
 from brainflow.data.loader import batch_dtype
 from brainflow.data.sampler import WindowSampler
+from brainflow.data.windows import Sampler
 from brainflow.frameworks import build
 from brainflow.models.pretrained import save_pretrained
 from brainflow.storage import BoldStore
@@ -160,8 +162,8 @@ class _Run:
         self.track = make_tracker(config) if ranks.first else None
         self.validate = Validator(
             store,
-            self._sampler("validation", derive_seed(train.seed, "validation")),
-            self.sampler,
+            self._readable(self._sampler("validation", derive_seed(train.seed, "validation"))),
+            self._readable(self.sampler),
             batches=config.data.validation_batches,
             device=device,
             ranks=ranks,
@@ -179,7 +181,12 @@ class _Run:
             rank=share,
             world=shares,
             pairs=self.config.model.framework in PAIRED,
+            onset=data.onset,
         )
+
+    def _readable(self, sampler: WindowSampler) -> Sampler:
+        """The sampler without damaged windows, if they are to be skipped; a loader sees to that itself."""
+        return IntactSampler(sampler, self.store) if self.config.data.on_corrupt == "skip" else sampler
 
     def _part_sampler(self) -> PartSampler:
         seed, shares = self.config.train.seed, self.config.train.micro_batches
@@ -195,7 +202,9 @@ class _Run:
             kind=self.config.data.loader,
             device=str(self.device),
             start_step=self.step * len(self.parts),
+            on_corrupt=self.config.data.on_corrupt,
         )
+        _log.info("loader: %s", loader.describe())
         progress = TrainingProgress(config.steps, done=self.step, quiet=quiet)
         first = self.step
         with closing_loader(loader) as batches, progress, collecting_rarely():
@@ -232,6 +241,13 @@ class _Run:
                 if stopping and self.step < config.steps:
                     self._preempted(stop)
             self.writer.wait()
+        report = loader.report()
+        _log.info("loader: %s", report)
+        if report["skipped_windows"]:
+            _log.warning(
+                "%d windows on damaged chunks were left out; `brainflow verify` lists the damage",
+                report["skipped_windows"],
+            )
         self._release(self.folder)
 
     def _stopping(self, stop: StopRequest, numbers: StepNumbers) -> bool:

@@ -27,12 +27,15 @@ def facts(config: PretrainConfig, store: BoldStore, split: Split, step: int) -> 
     runs = store.runs
     train = split.part("train", runs)
     datasets = np.asarray(runs.dataset)[train].tolist()
+    read = train  # damaged runs were left out of training
+    if config.data.on_corrupt == "skip":
+        read = train[store.intact(runs.start[train], runs.length[train])]
     data = {
         "store_snapshot": store.snapshot,
         **{name: store.attributes.get(name) for name in _MATCH},
         "t_r": sorted(set(np.asarray(runs.t_r)[train].tolist())),
         "datasets": dict(sorted(Counter(datasets).items())),
         "training_subjects": sorted({split.subjects[key] for key in split.parts["train"]}),
-        "fingerprint": fingerprint(store, train),
+        "fingerprint": fingerprint(store, read),
     }
     return {"pretrain": to_dict(config), "step": step, "data": data}

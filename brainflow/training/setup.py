@@ -33,7 +33,7 @@ def fit_to_store(config: PretrainConfig, store: BoldStore) -> PretrainConfig:
         If another number was asked for, or a window may last longer than the TR embedding covers.
     """
     longest = (config.data.seq_max - 2) * float(np.max(store.runs.t_r))
-    if longest > config.model.max_seconds:
+    if config.model.time_encoding == "table" and longest > config.model.max_seconds:
         raise ValueError(
             f"data.seq_max: windows of up to {config.data.seq_max - 1} time points last {longest:g} s at the "
             f"store's longest TR, but model.max_seconds is {config.model.max_seconds:g}; shorten the windows "
@@ -165,12 +165,15 @@ def split_of(config: PretrainConfig, store: BoldStore, path: Path) -> Split:
     """Read the run's split, or make and save it."""
     if path.exists():
         return Split.load(path, snapshot=store.snapshot)
-    split = split_runs(
-        store.runs,
-        sizes={"validation": config.data.validation_fraction},
-        seed=config.train.seed,
-        snapshot=store.snapshot,
-    )
+    if config.data.split:
+        split = Split.load(config.data.split, snapshot=store.snapshot)
+    else:
+        split = split_runs(
+            store.runs,
+            sizes={"validation": config.data.validation_fraction},
+            seed=config.train.seed,
+            snapshot=store.snapshot,
+        )
     split.save(path)
     return split
 
