@@ -123,7 +123,7 @@ def run(args: Args) -> int:
     from brainflow.decoding.attribution import HeldOut
     from brainflow.decoding.curve import curve_dict, learning_curve, write_curve
     from brainflow.decoding.persist import check_decoder_classes, save_for_task
-    from brainflow.decoding.result import baselines, write_results
+    from brainflow.decoding.result import baselines, within_subject, write_results
     from brainflow.decoding.task import load_task
     from brainflow.sharing import fetch
 
@@ -185,6 +185,8 @@ def run(args: Args) -> int:
     Console().print(scores_table([result, *others], title=title))
     print(f"classes: {', '.join(task.classes)}")
     print(f"intervals: 95 %, bootstrap over {len(set(task.groups[task.tested]))} {task.group_kind}s")
+    if within_subject(task):
+        print("decoding within subjects: other runs of the tested subjects train")
     saw = result.details.get("pretraining_saw")
     if saw:
         count = len(set(task.subjects[task.tested]))

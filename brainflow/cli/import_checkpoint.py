@@ -56,5 +56,7 @@ def run(args: Args) -> int:
         print("decoding head: head.safetensors")
     if c.late_read:
         print("late_read is on: these weights were trained with the loss read one position late")
+    if c.chained_states:
+        print("chained_states is on: the LSTMs of these weights hand their states from layer to layer")
     print(args.out)
     return 0

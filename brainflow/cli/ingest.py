@@ -3,6 +3,7 @@
 Examples
 --------
   brainflow ingest tar runs/*.tar store --parcellation DiFuMo-1024
+  brainflow ingest tar hcp/*.tar store --split split.json --validation-subjects 5 --test-subjects 10
   brainflow ingest arrays runs.toml --store store
 """
 
@@ -17,6 +18,7 @@ from typing import Annotated, Literal
 import tyro
 
 from brainflow.cli.progress import progress_bar
+from brainflow.data.splits import split_runs
 from brainflow.storage import BoldStore
 from brainflow.storage.ingest.arrays import ingest_arrays
 from brainflow.storage.ingest.report import IngestReport
@@ -44,6 +46,14 @@ class Tar:
     """Compress a new store; it is then read through Zarr, which is slower by far."""
     overwrite: bool = False
     """Replace the store."""
+    split: str | None = None
+    """Also split the store by subject, as the released system does, and write the split to this file."""
+    validation_subjects: int = 0
+    """Subjects of each dataset for validation, with --split."""
+    test_subjects: int = 0
+    """Subjects of each dataset for the test, with --split."""
+    split_seed: int = 0
+    """Seed of the draw of subjects."""
     json: bool = False
     """Print one JSON object."""
 
@@ -78,8 +88,14 @@ def run(args: Tar | Arrays) -> int:
         *sources, store = args.paths if args.store is None else (*args.paths, args.store)
         if not sources:
             raise ValueError("ingest tar: expected one or more tars and then the store: SRC [SRC ...] STORE")
+        sizes = _split_sizes(args)
         with progress_bar("tars", quiet=args.json) as progress:
             report = _tar(args, sources, store, progress)
+        if args.split is not None and report.runs:
+            opened = BoldStore.open(store)
+            split_runs(
+                opened.runs, sizes=sizes, by="subject", seed=args.split_seed, snapshot=opened.snapshot
+            ).save(args.split)
     _show(report, store, args.json)
     return 0 if report.ok else 1
 
@@ -95,6 +111,21 @@ def _tar(args: Tar, sources: list[str], store: str, progress: Callable[[int, int
         normalisation=args.normalisation,
         compression=args.compression,
     )
+
+
+def _split_sizes(args: Tar) -> dict[str, int]:
+    """Subjects of each part of the split; checked before anything is read."""
+    asked = {"validation": args.validation_subjects, "test": args.test_subjects}
+    if args.split is None and any(asked.values()):
+        raise ValueError(
+            "--split: got none, but subjects for its parts; name the file to write, --split FILE"
+        )
+    if args.split is not None and (min(asked.values()) < 0 or not any(asked.values())):
+        raise ValueError(
+            f"--validation-subjects, --test-subjects: got {asked['validation']}, {asked['test']}, expected "
+            "numbers of subjects, at least one of them above 0"
+        )
+    return {part: count for part, count in asked.items() if count}
 
 
 def _show(report: IngestReport, store: str, as_json: bool) -> None:

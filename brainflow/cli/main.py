@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "info": ("brainflow.cli.info", "say what a store holds"),
     "verify": ("brainflow.cli.verify", "read all of a store and name every damaged chunk and run"),
     "pretrain": ("brainflow.cli.pretrain", "train a model on a store with one of the learning frameworks"),
+    "sweep": ("brainflow.cli.sweep", "search over settings: many runs, any number of machines, one study"),
     "adapt": ("brainflow.cli.adapt", "adapt a pretrained model to decode mental states"),
     "report": ("brainflow.cli.report", "make one HTML page of a run or a decoding"),
     "doctor": ("brainflow.cli.doctor", "say how far a store is from what a model saw, and what to do"),

@@ -11,6 +11,7 @@ Examples
   brainflow pretrain store --out run --init released --freeze embedder,decoder
   brainflow pretrain --config run.toml --train.lr 5e-4
   torchrun --nproc-per-node 8 -m brainflow pretrain store --out run
+  brainflow pretrain store --out run --submit --slurm.nodes 4 --slurm.gpus 8 --slurm.tasks 8
 
 where run.toml holds, for example
 
@@ -27,6 +28,7 @@ where run.toml holds, for example
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import json
 import sys
 import tomllib
@@ -35,13 +37,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from brainflow.cli.slurm import SlurmConfig, requeue, submit
 from brainflow.config import DataConfig, FrameworkName, ModelConfig, PretrainConfig, TrainConfig, check_names
 from brainflow.recipes import PresetName, preset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
-    """Arguments of `brainflow pretrain`."""
+class Settings:
+    """What one run and a sweep of runs are told alike."""
 
     store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")] = ""
     """Store to train on (needed here or as `store` in the TOML file)."""
@@ -58,15 +61,24 @@ class Args:
     """Weights to begin from; short for --train.init."""
     freeze: Annotated[str | None, tyro.conf.arg(metavar="PART,…")] = None
     """Parts that are not trained; short for --train.freeze."""
-    resume: bool = True
-    """Continue from the newest checkpoint in RUN. With --no-resume, delete what an earlier run left there."""
-    json: bool = False
-    """Print a summary as one JSON object on stdout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(Settings):
+    """Arguments of `brainflow pretrain`."""
+
+    resume: bool = True
+    """Continue from the newest checkpoint in RUN. With --no-resume, delete what an earlier run left there."""
+    json: bool = False
+    """Print a summary as one JSON object on stdout."""
+    submit: bool = False
+    """Hand the run in as a job of the cluster that `slurm` describes (extra `slurm`), and return."""
+    slurm: SlurmConfig = dataclasses.field(default_factory=SlurmConfig)
 
 
 def arguments(given: list[str]) -> list[str]:
@@ -99,14 +111,11 @@ def _flags(settings: dict[str, Any]) -> list[str]:
         if key == "store":  # positional: see `pretrain_config`
             continue
         for name, item in value.items() if isinstance(value, dict) else [("", value)]:
-            flag = f"{key}.{name}" if name else key
-            options += (
-                [f"--{'' if item else 'no-'}{flag}"] if isinstance(item, bool) else [f"--{flag}", str(item)]
-            )
+            options += _flag(f"{key}.{name}" if name else key, item)
     return options
 
 
-def pretrain_config(args: Args) -> PretrainConfig:
+def pretrain_config(args: Settings) -> PretrainConfig:
     """Return the whole configuration of the run that the arguments ask for.
 
     Raises
@@ -130,6 +139,10 @@ def pretrain_config(args: Args) -> PretrainConfig:
 def run(args: Args) -> int:
     """Train, print where the result is, and return the exit code."""
     config = pretrain_config(args)
+    if args.submit:
+        return _submit(args, config)
+    if sys.__stderr__ is not None:  # a store that is cut short while it is mapped ends us with SIGBUS
+        faulthandler.enable(sys.__stderr__)
 
     # torch costs seconds that --help and a wrong command line need not pay
     from brainflow.training.interrupt import Preempted
@@ -143,6 +156,8 @@ def run(args: Args) -> int:
     except Preempted as stopped:
         if first:
             print(f"brainflow pretrain: {stopped}", file=sys.stderr)
+            if requeue(stopped.signal):
+                print("brainflow pretrain: the job is back in SLURM's queue", file=sys.stderr)
         if args.json and first:
             print(json.dumps({"run": args.out, "stopped_by": stopped.signal, "step": stopped.step}))
         return stopped.exit_code
@@ -152,6 +167,7 @@ def run(args: Args) -> int:
     summary: dict[str, Any] = {"run": str(folder)}
     for kind in ("loss", "val_loss"):
         summary.update(next((line for line in reversed(lines) if kind in line), {}))
+    summary.pop("val_network_correlation", None)  # one number a network: in metrics.jsonl
     if args.json:
         print(json.dumps(summary))
     else:
@@ -161,6 +177,31 @@ def run(args: Args) -> int:
             f"the last value {summary['val_last_l1']:.4f})"
         )
     return 0
+
+
+def _submit(args: Args, config: PretrainConfig) -> int:
+    """Hand the run in with its whole configuration, as it would be run here."""
+    folder = Path(args.out) / "slurm"
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [config.store, "--out", args.out, "--device", args.device]
+    words += [] if args.resume else ["--no-resume"]
+    for section in ("model", "data", "train"):
+        for name, value in dataclasses.asdict(getattr(config, section)).items():
+            words += _flag(f"{section}.{name}", value)
+    job = submit(words, folder, args.slurm)
+    said = {"job": job.job_id, "output": str(folder)}
+    print(json.dumps(said) if args.json else f"job {said['job']}; its output goes to {said['output']}")
+    if args.slurm.cluster == "local":
+        return max(job.results())
+    return 0
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    """Return the words that set a setting."""
+    if not isinstance(value, bool):
+        return [f"--{name}", str(value)]
+    section, _, field = name.rpartition(".")
+    return [f"--{section + '.' if section else ''}{'' if value else 'no-'}{field}"]
 
 
 def _option(given: list[str], name: str) -> str | None:

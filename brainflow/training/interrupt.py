@@ -1,4 +1,4 @@
-"""Stopping a run from outside: SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C ask for a last checkpoint."""
+"""Stopping a run from outside: SIGTERM, SIGUSR1, SIGUSR2 (SLURM's warnings), Ctrl-C ask for a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 MARKER = "PREEMPTED"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Preempted(Exception):
@@ -19,7 +19,7 @@ class Preempted(Exception):
     Attributes
     ----------
     exit_code
-        128 + signal number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1.
+        128 + signal number, as shells have it: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1, 140 SIGUSR2.
     """
 
     def __init__(self, number: int, step: int, folder: Path) -> None:

@@ -34,13 +34,17 @@ FREE = (
 Resume = Literal["auto", "never"]
 
 
+class Busy(ValueError):
+    """Another process is training in the run directory."""
+
+
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold the run directory, made if absent, for this process alone.
 
     Raises
     ------
-    ValueError
+    Busy
         If another process is training in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +52,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise Busy(
                 f"out: another process is training in {folder}; stop it or choose another --out"
             ) from None
         yield

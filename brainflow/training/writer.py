@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from typing import Any
 
 from .checkpoint import save
 
-GRACE = 10.0  # seconds that a failing run waits for the files of other ranks
+PATIENCE = 900.0  # seconds that rank 0 waits for the files of other ranks
+GRACE = 10.0  # the same in a run that is failing
 
 
 class Writer:
@@ -17,11 +19,12 @@ class Writer:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._until: float | None = None
+        self._until = math.inf
 
     def save(self, *args: Any, **options: Any) -> None:
         """Do :func:`checkpoint.save` in the background; nobody may change the tensors until it is done."""
         self.wait()
+        self._until = time.monotonic() + PATIENCE
         self._thread = threading.Thread(target=self._run, args=(args, options), name="checkpoint")
         self._thread.start()
 
@@ -42,13 +45,13 @@ class Writer:
 
     def close(self) -> None:
         """Finish a checkpoint that was begun, whatever went wrong; other ranks get a moment to do theirs."""
-        self._until = time.monotonic() + GRACE
+        self._until = min(self._until, time.monotonic() + GRACE)
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def _patient(self) -> bool:
-        return self._until is None or time.monotonic() < self._until
+        return time.monotonic() < self._until
 
     def _run(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         try:

@@ -17,7 +17,7 @@ from brainflow.training.metrics import read_metrics
 
 ARGUMENTS = shlex.split(
     "--device cpu --model.width 16 --model.layers 1 --model.heads 2 --data.batch-size 8 --data.seq-min 6 "
-    "--data.seq-max 16 --data.loader host --data.validation-batches 2 --train.lr 1e-2"
+    "--data.seq-max 16 --data.loader host --data.validation-batches 2 --train.lr 1e-2 --train.no-plot"
 )
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -33,21 +33,28 @@ def store(tmp_path_factory):
     return str(path)
 
 
-def test_killed_at_random_moments_and_resumed_bit_for_bit(store, tmp_path):
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_thirty_random_moments_and_resumed_bit_for_bit(store, tmp_path, ranks):
     script = Path(__file__).with_name("soak_pretrain.py")
     steps = shlex.split(
         "--train.steps 24 --train.log-every 1 --train.checkpoint-every 2 --train.validate-every 12"
     )
     done = subprocess.run(
-        [sys.executable, script, store, tmp_path, "--kills", "5", "--seed", "3", "--", *ARGUMENTS, *steps],
+        [
+            *(sys.executable, script, store, tmp_path, "--kills", "30", "--seed", "3"),
+            *("--ranks", str(ranks), "--", *ARGUMENTS, *steps),
+        ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=590,
         env=ENV,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["kills"] == 5
+    assert result["kills"] == 30
+    assert result["while writing a checkpoint"] >= 5
     assert result["lines_compared"] >= 26
 
 

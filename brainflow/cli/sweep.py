@@ -1,0 +1,90 @@
+"""Search over settings: many pretraining runs, on any number of machines that share one study.
+
+The space is a TOML file of choices and ranges, or `published`: the layers × width grid of 2022. All settings
+of `brainflow pretrain` may be given; they hold for every run. The same command on other machines (a common
+file system, or --storage with a database) works on the same study; started again it takes up what was killed.
+
+Examples
+--------
+  brainflow sweep store --out sweep --space space.toml --trials 50 --train.steps 20000
+  brainflow sweep store --out sweep --space published --framework seq-bert --train.steps 200000
+  sbatch --array 0-9 --gpus 1 --wrap "brainflow sweep store --out sweep --space published"
+
+where space.toml holds, for example
+
+  [model]
+  layers = [2, 4, 6]
+  [train]
+  lr = {low = 1e-5, high = 1e-3, log = true}
+  [[together]]
+  model = {width = 192, heads = 3}
+  [[together]]
+  model = {width = 384, heads = 6}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from brainflow.cli import pretrain
+
+arguments = pretrain.arguments
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(pretrain.Settings):
+    """Arguments of `brainflow sweep`."""
+
+    out: Annotated[str, tyro.conf.arg(metavar="SWEEP")]
+    """Directory of the sweep: the study, and a run directory for each trial."""
+    space: Annotated[str, tyro.conf.arg(metavar="TOML")]
+    """File that says what varies, or `published`."""
+    trials: int = 0
+    """Runs in all, over all machines. 0: each combination once, where the space has choices only."""
+    metric: str = "val_loss"
+    """Validation metric whose smallest value counts, e.g. val_l1."""
+    storage: Annotated[str, tyro.conf.arg(metavar="URL")] = ""
+    """Optuna's database, e.g. sqlite:///study.db or postgresql://…; without, a journal in SWEEP."""
+    json: bool = False
+    """Print the result as one JSON object on stdout."""
+
+
+def run(args: Args) -> int:
+    """Run trials, print the best and return the exit code."""
+    from brainflow.training.interrupt import Preempted
+    from brainflow.training.loop import pretrain as train
+    from brainflow.training.sweep import read_space, sweep
+
+    base = pretrain.pretrain_config(args)
+    try:
+        study = sweep(
+            base,
+            read_space(args.space),
+            Path(args.out),
+            trials=args.trials,
+            metric=args.metric,
+            storage=args.storage,
+            train=train,
+            said=lambda text: print(text, file=sys.stderr),
+        )
+    except Preempted as stopped:
+        print(f"brainflow sweep: {stopped}", file=sys.stderr)
+        return stopped.exit_code
+    done = [trial for trial in study.get_trials(deepcopy=False) if trial.value is not None]
+    if not done:
+        raise ValueError("no trial has succeeded; the lines above say why")
+    top = min(done, key=lambda trial: trial.value)
+    folder = Path(args.out) / f"trial-{top.number:04d}"
+    if args.json:
+        trials = [{"trial": t.number, "value": t.value, "settings": t.params} for t in done]
+        best = {"trial": top.number, "value": top.value, "settings": top.params, "run": str(folder)}
+        print(json.dumps({"metric": args.metric, "best": best, "trials": trials}))
+    else:
+        print(f"{folder}: the best of {len(done)} runs, {args.metric} {top.value:.5f}")
+    return 0

@@ -1,0 +1,288 @@
+"""Search over settings: many runs of `pretrain`, by any number of machines that share one Optuna study.
+
+A space says which settings vary: a list of choices, or a range.
+
+    [model]
+    layers = [2, 4, 6]
+    [train]
+    lr = {low = 1e-5, high = 1e-3, log = true}
+    [[together]]                      # each of these tables is one choice
+    model = {width = 192, heads = 3}
+    [[together]]
+    model = {width = 384, heads = 6}
+
+Where all of it are choices, each combination is run once; else Optuna's sampler (TPE) proposes. The study
+lives in SWEEP/study.log, a journal that machines with a common file system append to, or in a database. A run
+that was killed is taken up again, by whichever machine comes first, and continues from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tomllib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from brainflow.config import SECTIONS, PretrainConfig, check_names, from_dict
+
+from .metrics import read_metrics
+from .run_dir import Busy, flatten
+
+Space = dict[str, Any]
+TOGETHER, STUDY, RECORD = "together", "study.log", "sweep.json"
+# Depth × width of the models of 2022, a head for each 64 values, 200,000 steps (arXiv 2206.11417, figure 3).
+PUBLISHED: Space = {
+    "model": {"layers": [4, 8, 12]},
+    TOGETHER: [{"model": {"width": width, "heads": width // 64}} for width in (192, 384, 768)],
+}
+
+
+def read_space(name: str) -> Space:
+    """Return the space of that name ("published") or in that TOML file, checked.
+
+    Raises
+    ------
+    ValueError
+        If it names a setting that does not exist, or a choice that is none.
+    FileNotFoundError
+        If there is no such file.
+    """
+    if name == "published":
+        return PUBLISHED
+    try:
+        space = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+        _check(space)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return space
+
+
+def _check(space: Space) -> None:
+    sets = space.get(TOGETHER, [])
+    if not isinstance(sets, list) or not all(isinstance(x, dict) for x in sets):
+        raise ValueError(f"{TOGETHER}: got {sets!r}, expected tables, as in [[{TOGETHER}]]")
+    for settings in sets:
+        check_names(PretrainConfig, settings)
+    for section, settings in space.items():
+        if section == TOGETHER:
+            continue
+        if section not in SECTIONS or not isinstance(settings, dict):
+            raise ValueError(f"{section}: is no section, expected {', '.join([*SECTIONS, TOGETHER])}")
+        for name, values in settings.items():
+            check_names(PretrainConfig, {section: {name: 0}})
+            wrong = f"{section}.{name}: got {values!r}, expected choices [a, b, …] or {{low = a, high = b}}"
+            if isinstance(values, dict):
+                if not {"low", "high"} <= values.keys() <= {"low", "high", "log", "step"}:
+                    raise ValueError(wrong + " with log = true or step = c")
+            elif not isinstance(values, list) or not values:
+                raise ValueError(wrong)
+    if not space:
+        raise ValueError("space: is empty, expected at least one setting that varies")
+
+
+def grid(space: Space) -> list[dict[str, Any]]:
+    """Return all combinations of a space of choices; none if there is a range in it."""
+    if _ranges(space):
+        return []
+    dimensions = _dimensions(space)
+    return [dict(zip(dimensions, way, strict=True)) for way in itertools.product(*dimensions.values())]
+
+
+def sweep(
+    base: PretrainConfig,
+    space: Space,
+    folder: Path,
+    *,
+    trials: int,
+    metric: str = "val_loss",
+    storage: str = "",
+    train: Callable[[PretrainConfig], object],
+    said: Callable[[str], object] = lambda text: None,
+) -> Any:
+    """Run trials until the study has `trials` of them, and return the study.
+
+    Parameters
+    ----------
+    base
+        Settings that do not vary; each run goes to `folder`/trial-NNNN.
+    trials
+        Runs of the study in all, over all machines; 0: each combination of a grid once.
+    metric
+        Key of a validation line that is made small (its best value counts).
+    storage
+        URL of Optuna's database; empty: a journal in `folder`.
+    train
+        Runs one configuration.
+    said
+        Is told of each trial that ends.
+
+    Raises
+    ------
+    ValueError
+        If the folder belongs to another sweep, or a space with ranges comes without `trials`.
+    ImportError
+        If Optuna is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError("sweep needs Optuna: pip install 'brainflow-fmri[sweep]'") from error
+    trials = trials or len(grid(space))
+    if not trials:
+        raise ValueError("trials: got 0, but the space has a range; say how many runs you want")
+    _record(folder, base, space, metric)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name="sweep",
+        storage=storage or _journal(folder / STUDY),
+        load_if_exists=True,
+        direction="minimize",
+    )
+    for trial, params in _trials(study, space, trials):
+        config = _configure(base, space, params, folder / f"trial-{trial.number:04d}")
+        try:
+            if isinstance(config, ValueError):
+                raise config
+            train(config)
+            value = best(Path(config.out), metric)
+        except Busy:
+            continue  # another machine took it up
+        except ValueError as error:  # an impossible combination, or a loss that is not finite any more
+            _tell(study, trial.number, state=optuna.trial.TrialState.FAIL)
+            said(f"trial {trial.number}: {_words(space, params)}: failed: {error}")
+            continue
+        _tell(study, trial.number, value)
+        said(f"trial {trial.number}: {_words(space, params)}: {metric} {value:.5f}")
+    return study
+
+
+def best(run: Path, metric: str) -> float:
+    """Return the smallest value of a validation metric in a run.
+
+    Raises
+    ------
+    ValueError
+        If the run has no such metric.
+    """
+    lines = [line for line in read_metrics(run) if "val_loss" in line]
+    values = [line[metric] for line in lines if isinstance(line.get(metric), float)]
+    if not values:
+        known = [k for k, v in (lines[-1] if lines else {}).items() if isinstance(v, float)]
+        raise ValueError(f"metric: got {metric!r}, expected one of {', '.join(known)}")
+    return min(values)
+
+
+def _trials(study: Any, space: Space, count: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield first what killed processes left, then new trials until the study has `count`."""
+    from optuna.exceptions import ExperimentalWarning
+    from optuna.samplers import PartialFixedSampler
+    from optuna.trial import TrialState
+
+    ways, sampler = grid(space), study.sampler
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if trial.params:  # without, it was killed before it knew what to run
+            yield trial, dict(trial.params)
+    while len(study.get_trials(deepcopy=False)) < count:
+        trial = study.ask()
+        if trial.number >= count:  # another machine was faster
+            study.tell(trial, state=TrialState.FAIL)
+            return
+        if ways:  # the study gives each number once, so each combination comes once
+            with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
+                study.sampler = PartialFixedSampler(ways[trial.number % len(ways)], sampler)
+        params = {name: _suggest(trial, name, values) for name, values in _dimensions(space).items()}
+        yield trial, params
+
+
+def _tell(study: Any, number: int, *value: float, **state: Any) -> None:
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    with suppress(UpdateFinishedTrialError):  # another machine took it up and said the same
+        study.tell(number, *value, **state)
+
+
+def _dimensions(space: Space) -> dict[str, Any]:
+    """Return parameter of the study → its choices or its range."""
+    dimensions: dict[str, Any] = dict(_ranges(space))
+    dimensions |= {n: v for n, v in flatten(_without(space)).items() if isinstance(v, list)}
+    if space.get(TOGETHER):
+        dimensions[TOGETHER] = list(range(len(space[TOGETHER])))
+    return dimensions
+
+
+def _ranges(space: Space) -> dict[str, dict[str, Any]]:
+    return {
+        f"{section}.{name}": values
+        for section, settings in _without(space).items()
+        for name, values in settings.items()
+        if isinstance(values, dict)
+    }
+
+
+def _without(space: Space) -> Space:
+    return {section: settings for section, settings in space.items() if section != TOGETHER}
+
+
+def _suggest(trial: Any, name: str, values: Any) -> Any:
+    if isinstance(values, list):
+        return trial.suggest_categorical(name, values)
+    low, high = values["low"], values["high"]
+    kind = trial.suggest_int if isinstance(low, int) and isinstance(high, int) else trial.suggest_float
+    more = {key: values[key] for key in ("log", "step") if key in values}
+    return kind(name, low, high, **more)
+
+
+def _configure(base: PretrainConfig, space: Space, params: dict[str, Any], out: Path) -> Any:
+    """Return the configuration of a trial, or the ValueError that says why there is none."""
+    values = asdict(replace(base, out=str(out)))
+    for name, value in params.items():
+        if name == TOGETHER:
+            for section, settings in space[TOGETHER][value].items():
+                values[section] |= settings
+        else:
+            section, _, key = name.partition(".")
+            values[section][key] = value
+    try:
+        return from_dict(PretrainConfig, values)
+    except ValueError as error:
+        return error
+
+
+def _words(space: Space, params: dict[str, Any]) -> str:
+    shown = {name: value for name, value in params.items() if name != TOGETHER}
+    if TOGETHER in params:
+        shown |= flatten(space[TOGETHER][params[TOGETHER]])
+    return ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in shown.items()
+    )
+
+
+def _journal(path: Path) -> Any:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _record(folder: Path, base: PretrainConfig, space: Space, metric: str) -> None:
+    """Write down what the sweep is, or compare with what is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = {"base": asdict(replace(base, out="", store="")), "space": space, "metric": metric}
+    path = folder / RECORD
+    if not path.exists():
+        partial = path.with_name(f"{RECORD}.{id(mine):x}.partial")
+        partial.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    ours, found = flatten(json.loads(json.dumps(mine))), flatten(theirs)
+    changed = sorted(k for k in ours.keys() | found.keys() if ours.get(k) != found.get(k))
+    if changed:
+        raise ValueError(
+            f"out: {folder} holds another sweep (different: {', '.join(changed)}); choose another --out"
+        )
