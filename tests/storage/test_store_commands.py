@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from brainflow.cli.main import main
+from brainflow.data.splits import Split
 from brainflow.storage import BoldStore
 
 
@@ -44,6 +45,22 @@ def test_from_tars_to_a_verified_store(tars, tmp_path, capsys):
     assert "already" in report["failures"][tars[0]]
     assert main(["ingest", "tar", tars[0], "--store", store, "--overwrite"]) == 0
     assert len(BoldStore.open(store).runs) == 1
+
+
+def test_a_split_by_subject_is_made_with_the_store(tars, tmp_path, capsys):
+    store, file = str(tmp_path / "s"), tmp_path / "split.json"
+    assert main(["ingest", "tar", *tars, store, "--split", str(file), "--test-subjects", "1"]) == 0
+    opened = BoldStore.open(store)
+    split = Split.load(file, snapshot=opened.snapshot)
+    assert split.by == "subject"
+    parts = {name: opened.runs.subject[split.part(name, opened.runs)].tolist() for name in split.parts}
+    assert sorted(parts["train"] + parts["test"]) == ["1", "2"]
+    for wrong in (["--test-subjects", "1"], ["--split", str(file)]):
+        assert main(["ingest", "tar", *tars, str(tmp_path / "t"), *wrong]) == 1
+        assert not (tmp_path / "t").exists()
+    many = ["--split", str(file), "--test-subjects", "2", "--overwrite"]
+    assert main(["ingest", "tar", *tars, store, *many]) == 1
+    assert "leaves none for training" in capsys.readouterr().err
 
 
 def test_verify_names_damage_and_exits_with_1(tars, tmp_path, capsys):
