@@ -29,7 +29,7 @@ class Autoencoder(nn.Module):
     Parameters
     ----------
     config
-        Reads networks, width, layers, dropout, max_seconds, time_resolution, loss and teacher_forcing.
+        Reads networks, width, layers, dropout, encoding of time, loss, teacher_forcing and chained_states.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -37,8 +37,8 @@ class Autoencoder(nn.Module):
         self.config = config
         c = config
         self.embedding = BoldEmbedding(c)
-        self.encoder = Encoder(c.width, c.layers, c.dropout)
-        self.decoder = Decoder(c.width, c.layers, c.dropout)
+        self.encoder = Encoder(c.width, c.layers, c.dropout, c.chained_states)
+        self.decoder = Decoder(c.width, c.layers, c.dropout, c.chained_states)
         self.unembedding = nn.Linear(c.width, c.networks)
 
     def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
@@ -63,7 +63,7 @@ class Autoencoder(nn.Module):
     def features(self, batch: PackedBatch, pooling: Pooling = "cls") -> Tensor:
         """Return one vector a window, [windows, width]: "cls" is the pooled vector that the decoder gets."""
         embedded, steps, sent = self._embedded(batch)
-        states, pooled = self.encoder(embedded, steps)
+        states, pooled, _ = self.encoder(embedded, steps)
         if pooling == "cls":
             return pooled.index_select(0, sent["ranks"])
         return pool(states.index_select(0, sent["back"]), batch.lengths, pooling)
@@ -83,8 +83,10 @@ class Autoencoder(nn.Module):
     def _decoded(self, batch: PackedBatch, forced: bool) -> Tensor:
         """Return decoded hidden states in packed order, [tokens, width]."""
         embedded, steps, sent = self._embedded(batch)
-        _, pooled = self.encoder(embedded, steps)
-        if forced:
+        _, pooled, ended = self.encoder(embedded, steps)
+        if self.config.chained_states:  # teacher forcing of 2022 gives a step the very value that it predicts
+            decoded = self.decoder.run_free(pooled, steps, ended, given=embedded if forced else None)
+        elif forced:
             nothing = torch.zeros_like(pooled)
             before = torch.cat((embedded, nothing)).index_select(0, sent["before"])
             decoded = self.decoder(pooled, before, steps)

@@ -91,6 +91,9 @@ class Steps:
     batch_sizes: Ints
 
 
+States = tuple[Tensor, Tensor]
+
+
 def run_lstm(lstm: nn.LSTM, x: Tensor, steps: Steps, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Run one LSTM layer over all steps, by cuDNN on CUDA and by :class:`LSTMPass` on the CPU.
 
@@ -114,9 +117,8 @@ def run_lstm(lstm: nn.LSTM, x: Tensor, steps: Steps, start: Tensor | None = None
     first = x.new_zeros(len(steps.last), lstm.hidden_size) if start is None else start
     if x.is_cuda:
         state = first.expand(directions, -1, -1).contiguous()
-        packed = PackedSequence(x, torch.from_numpy(steps.batch_sizes))
-        out, (final, _) = lstm(packed, (state, torch.zeros_like(state)))
-        return out.data.unflatten(1, (directions, -1)), final.transpose(0, 1)
+        out, (final, _) = run_packed(lstm, x, steps, (state, torch.zeros_like(state)))
+        return out, final.transpose(0, 1)
     sizes = tuple(steps.batch_sizes.tolist())
     runs, finals = [], []
     for name, previous, end in (("", steps.before, steps.last), ("_reverse", steps.after, None))[:directions]:
@@ -128,6 +130,18 @@ def run_lstm(lstm: nn.LSTM, x: Tensor, steps: Steps, start: Tensor | None = None
     return torch.stack(runs, 1), torch.stack(finals, 1)
 
 
+def run_packed(lstm: nn.LSTM, x: Tensor, steps: Steps, state: States) -> tuple[Tensor, States]:
+    """Run PyTorch's own packed LSTM from hidden and cell states [directions, windows, width] by rank.
+
+    Returns
+    -------
+    tuple
+        Hidden states [tokens, directions, width], and the states that it ended with.
+    """
+    out, ended = lstm(PackedSequence(x, torch.from_numpy(steps.batch_sizes)), state)
+    return out.data.unflatten(1, (state[0].shape[0], -1)), ended
+
+
 class Encoder(nn.Module):
     """Bidirectional LSTMs, directions averaged, residual + LayerNorm between layers, and a pooler.
 
@@ -137,17 +151,20 @@ class Encoder(nn.Module):
         Hidden width, LSTM layers.
     dropout
         Probability after each LayerNorm and before the pooler.
+    chained
+        Whether a layer starts from the states that the one below it ended with, not from zeros.
     """
 
-    def __init__(self, width: int, layers: int, dropout: float) -> None:
+    def __init__(self, width: int, layers: int, dropout: float, chained: bool = False) -> None:
         super().__init__()
+        self.chained = chained
         self.lstms = nn.ModuleList(nn.LSTM(width, width, bidirectional=True) for _ in range(layers))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers - 1))
         self.pooler = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
-        """Return time-major states [tokens, width] and pooled vectors [windows, width] by rank.
+    def forward(self, x: Tensor, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
+        """Return time-major states [tokens, width], pooled vectors and final states [windows, width] by rank.
 
         Parameters
         ----------
@@ -156,12 +173,18 @@ class Encoder(nn.Module):
         steps
             The order.
         """
+        state = (x.new_zeros(2, len(steps.last), x.shape[1]),) * 2
         for layer, lstm in enumerate(self.lstms):
-            out, final = run_lstm(cast(nn.LSTM, lstm), x, steps)
+            if self.chained:
+                out, state = run_packed(cast(nn.LSTM, lstm), x, steps, state)
+                final = state[0].transpose(0, 1)
+            else:
+                out, final = run_lstm(cast(nn.LSTM, lstm), x, steps)
             out = out.mean(1)
             last = layer == len(self.lstms) - 1
             x = out if last else self.dropout(self.norms[layer](x + out))
-        return x, torch.tanh(self.pooler(self.dropout(final.mean(1))))
+        ended = final.mean(1)
+        return x, torch.tanh(self.pooler(self.dropout(ended))), ended
 
 
 class Decoder(nn.Module):
@@ -169,10 +192,14 @@ class Decoder(nn.Module):
 
     That value is the true one, embedded, under teacher forcing, and else the decoder's own output before; a
     row of zeros stands before the first. Every layer starts with the pooled vector as its hidden state.
+
+    `chained`, the decoder of 2022: at every step a layer goes on from the states of the layer below it and
+    the first from those of the last; it starts from the encoder's final states and reads the pooled vector.
     """
 
-    def __init__(self, width: int, layers: int, dropout: float) -> None:
+    def __init__(self, width: int, layers: int, dropout: float, chained: bool = False) -> None:
         super().__init__()
+        self.chained = chained
         self.lstms = nn.ModuleList(nn.LSTM(width, width) for _ in range(layers))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers - 1))
         self.output = nn.Linear(width, width)
@@ -197,22 +224,37 @@ class Decoder(nn.Module):
             x = out if last else self.dropout(self.norms[layer](x + out))
         return self.output(self.dropout(x))
 
-    def run_free(self, pooled: Tensor, steps: Steps) -> Tensor:
-        """Return outputs as :meth:`forward` does, each step reading the output of the step before."""
-        hidden = [pooled] * len(self.lstms)
+    def run_free(
+        self, pooled: Tensor, steps: Steps, ended: Tensor | None = None, given: Tensor | None = None
+    ) -> Tensor:
+        """Return outputs as :meth:`forward` does, each step reading the output of the step before.
+
+        Parameters
+        ----------
+        pooled, steps
+            As there.
+        ended
+            [windows, width] by rank, the encoder's final states; for `chained` only.
+        given
+            [tokens, width], time-major: what each step reads instead of the output before.
+        """
+        slots = [0] * len(self.lstms) if self.chained else list(range(len(self.lstms)))
+        hidden = [pooled if ended is None else ended] * len(self.lstms)
         cells = [torch.zeros_like(pooled)] * len(self.lstms)
         gathered: list[list[Tensor]] = [[] for _ in self.lstms]
         weights = [
             _gathered(cast(nn.LSTM, lstm), left) for lstm, left in zip(self.lstms, gathered, strict=True)
         ]
-        fed, outputs = torch.zeros_like(pooled), []
-        for running in steps.batch_sizes.tolist():
-            x = fed[:running]
-            for i, (weight, bias) in enumerate(weights):
-                state = hidden[i][:running], cells[i][:running]
-                hidden[i], cells[i] = LSTMStep.apply(x, *state, weight, bias, gathered[i])
+        fed, outputs = pooled if self.chained else torch.zeros_like(pooled), []
+        inputs = None if given is None else given.split(steps.batch_sizes.tolist())
+        for step, running in enumerate(steps.batch_sizes.tolist()):
+            x = fed[:running] if inputs is None else inputs[step]
+            for i, (slot, (weight, bias)) in enumerate(zip(slots, weights, strict=True)):
+                state = hidden[slot][:running], cells[slot][:running]
+                h, cells[slot] = LSTMStep.apply(x, *state, weight, bias, gathered[i])
+                hidden[slot] = h
                 last = i == len(weights) - 1
-                x = hidden[i] if last else self.dropout(self.norms[i](x + hidden[i]))
+                x = h if last else self.dropout(self.norms[i](x + h))
             fed = self.output(self.dropout(x))
             outputs.append(fed)
         return torch.cat(outputs)

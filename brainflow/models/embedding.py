@@ -113,8 +113,8 @@ class SecondsTable(nn.Embedding):
 class SecondsWaves(nn.Module):
     """A learned projection of sines and cosines of the seconds, whatever the TR.
 
-    Periods rise geometrically from 2 · `resolution` to 4 · `longest` seconds. Special tokens have a vector of
-    their own.
+    Periods rise geometrically from 2 · `resolution` to 4 · `longest` seconds. Special tokens have a vector
+    of their own.
     """
 
     def __init__(self, width: int, longest: float, resolution: float) -> None:

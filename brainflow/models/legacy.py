@@ -2,8 +2,9 @@
 
 The file is read with PyTorch's weights-only loader, which runs no code from it. A published tensor is used
 (it becomes one of ours), carried (we have no use for it; it is kept beside the model so that exporting writes
-it again) or ignored (constant buffers of old library versions). Published BERT weights depend on a defect of
-their training (the loss read one position late, the pooler at position 0): their config gets `late_read`.
+it again) or ignored (constant buffers of old library versions). Where published weights depend on how they
+were trained, their config says so: `late_read` and GPT-2's GELU for the BERTs (the loss read one position
+late, the pooler at position 0), `chained_states` for the autoencoder. With a decoding head, it is a decoder.
 """
 
 from __future__ import annotations
@@ -85,14 +86,18 @@ def import_checkpoint(
     used = {name for rule in found for name in rule.theirs if rule.ours not in missing}
     head = "decoder.decoding_head.0.weight" in state
     if head:
-        used |= {name for rule in head_rules() for name in rule.theirs if name in state}
+        used |= {name for rule in head_rules(config) for name in rule.theirs if name in state}
     ignored = sorted(name for name in state if BUFFERS.search(name) and name not in used)
     carried = sorted(state.keys() - used - set(ignored))
     module.load_state_dict({**module.state_dict(), **tensors})
     dtype = str(next(iter(state[name] for name in sorted(used))).dtype).removeprefix("torch.")
-    extra = {"legacy": {"dtype": dtype, "missing": missing, "names": sorted(used)}}
+    extra: dict[str, Any] = {"legacy": {"dtype": dtype, "missing": missing, "names": sorted(used)}}
+    if head:  # what brainflow.decoding.persist reads
+        classes = list(range(len(state["decoder.decoding_head.0.weight"])))
+        mode = "linear" if config.framework == "autoencoder" else "finetune"
+        extra["decoder"] = {"mode": mode, "pooling": "cls", "classes": classes, "examples": 0}
     folder = save_pretrained(module, out, extra)
-    _write(folder / HEAD, _head(state) if head else {})
+    _write(folder / HEAD, _head(config, state) if head else {})
     _write(folder / CARRIED, {name: state[name].contiguous() for name in carried})
     return Report(
         config=config, used=sorted(used), carried=carried, ignored=ignored, missing=missing, head=head
@@ -117,7 +122,7 @@ def export_checkpoint(directory: str | os.PathLike[str], path: str | os.PathLike
             state.update(zip(rule.theirs, rule.to_theirs(own[rule.ours].to(dtype)), strict=True))
     if (folder / HEAD).is_file():
         head = load_file(folder / HEAD)
-        for rule in head_rules():
+        for rule in head_rules(config):
             if rule.ours in head:
                 state[rule.theirs[0]] = head[rule.ours]
     if (folder / CARRIED).is_file():
@@ -170,7 +175,7 @@ def infer_config(state: dict[str, Tensor], heads: int | None = None) -> ModelCon
     common["heads"] = heads or max(1, width // 64)
     layers = _count(state, r"decoder\.encoder\.lstms\.(\d+)\.")
     if layers:
-        return ModelConfig(framework="autoencoder", layers=layers, dropout=0.2, **common)
+        return ModelConfig(framework="autoencoder", layers=layers, dropout=0.2, chained_states=True, **common)
     layers = _count(state, r"decoder\.transformer\.h\.(\d+)\.")
     if layers:
         up = state["decoder.transformer.h.0.mlp.c_fc.weight"].shape[1]
@@ -181,7 +186,8 @@ def infer_config(state: dict[str, Tensor], heads: int | None = None) -> ModelCon
     if layers:
         up = state["decoder.transformer.encoder.layer.0.intermediate.dense.weight"].shape[0]
         places = state["decoder.transformer.embeddings.position_embeddings.weight"].shape[0]
-        common |= {"layers": layers, "feedforward": up // width, "max_positions": places, "late_read": True}
+        common |= {"layers": layers, "feedforward": up // width, "max_positions": places}
+        common |= {"late_read": True, "activation": "gelu-tanh"}
         mask = state.get("embedder.msk_embed")
         by_network = mask is not None and mask.dim() == 3 and mask.shape[1] > 1 and mask.shape[2] == 1
         return ModelConfig(framework="net-bert" if by_network else "seq-bert", **common)
@@ -209,8 +215,8 @@ def _convert(
     return tensors, missing
 
 
-def _head(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {r.ours: state[r.theirs[0]].contiguous() for r in head_rules() if r.theirs[0] in state}
+def _head(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {r.ours: state[r.theirs[0]].contiguous() for r in head_rules(config) if r.theirs[0] in state}
 
 
 def _placeholders(config: ModelConfig) -> dict[str, Tensor]:

@@ -76,8 +76,10 @@ def rules(config: ModelConfig, present: Callable[[str], bool] = lambda name: Fal
     return [*found, *_bert(config)]
 
 
-def head_rules() -> list[Rule]:
-    """Return the rules of the decoding head."""
+def head_rules(config: ModelConfig) -> list[Rule]:
+    """Return the rules of the decoding head; the autoencoder's is one layer on the pooled vector."""
+    if config.framework == "autoencoder":
+        return [Rule(part, (f"decoder.decoding_head.0.{part}",)) for part in ("weight", "bias")]
     return [*_pair("pooler", "decoder.pooler_layer.0"), *_pair("output", "decoder.decoding_head.0")]
 
 

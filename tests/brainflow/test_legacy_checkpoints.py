@@ -10,9 +10,9 @@ from torch import nn
 import brainflow
 from brainflow.cli.main import main
 from brainflow.data.batch import PackedBatch
+from brainflow.decoding.persist import load_decoder
 from brainflow.frameworks import FRAMEWORKS
-from brainflow.models.heads import DecodingHead
-from brainflow.models.legacy import HEAD, export_checkpoint, import_checkpoint, read_state
+from brainflow.models.legacy import export_checkpoint, import_checkpoint, read_state
 
 transformers = pytest.importorskip("transformers")
 
@@ -22,7 +22,7 @@ N, W, LAYERS, HEADS, PLACES, CLASSES = 6, 16, 2, 4, 20, 3
 class Published(nn.Module):
     """A model of 2022: attribute paths spell the published names."""
 
-    def __init__(self, framework, decoding=False):
+    def __init__(self, framework, decoding=False, pooler=True):
         super().__init__()
         self.framework = framework
         self.embedder, self.decoder, self.unembedder = nn.Module(), nn.Module(), nn.Module()
@@ -58,11 +58,14 @@ class Published(nn.Module):
                 transformers.BertConfig(
                     vocab_size=1, hidden_size=W, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
                     intermediate_size=4 * W, max_position_embeddings=PLACES, pad_token_id=0,
-                )
+                    hidden_act="gelu_new",
+                ),
+                add_pooling_layer=pooler,
             )  # fmt: skip
             d.is_next_head = nn.Sequential(nn.Linear(W, 1))
-        if decoding:
+        if not pooler or (decoding and framework != "autoencoder"):
             d.pooler_layer = nn.Sequential(nn.Linear(W, W), nn.Tanh(), nn.Dropout())
+        if decoding:
             d.decoding_head = nn.Sequential(nn.Linear(W, CLASSES))
         self.eval()
 
@@ -71,9 +74,9 @@ class Published(nn.Module):
         return self.embedder.embed_model.model(bold) + self.embedder.wt_re(index)
 
 
-def published(framework, *, buffers=False, decoding=False, dtype=torch.float32):
+def published(framework, *, buffers=False, decoding=False, pooler=True, dtype=torch.float32):
     torch.manual_seed(0)
-    model = Published(framework, decoding)
+    model = Published(framework, decoding, pooler)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     model = model.to(dtype)
@@ -113,14 +116,17 @@ def imported(tmp_path, state, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_round_trip_is_byte_equal(tmp_path, framework, dtype):
-    _, state = published(framework, buffers=True, decoding=framework != "autoencoder", dtype=dtype)
+@pytest.mark.parametrize("buffers", [True, False])
+def test_round_trip_is_byte_equal(tmp_path, framework, buffers, dtype):
+    _, state = published(framework, buffers=buffers, decoding=buffers, dtype=dtype)
     report, module = imported(tmp_path, state)
     assert report.config.framework == framework
     assert report.missing == []
     assert set(report.used) | set(report.carried) | set(report.ignored) == set(state)
     assert all("bias" in name or "position_ids" in name for name in report.ignored)
     assert module.config.late_read == ("bert" in framework)
+    assert module.config.chained_states == (framework == "autoencoder")
+    assert report.head == buffers
     names = export_checkpoint(tmp_path / "model", tmp_path / "again.bin")
     again = read_state(tmp_path / "again.bin")
     assert set(names) == set(state) - set(report.ignored)
@@ -149,30 +155,59 @@ def test_csm_forward_equals_the_published_model(tmp_path):
 
 
 def test_csm_decoding_equals_the_published_head(tmp_path):
-    from safetensors.torch import load_file
-
     model, state = published("csm", decoding=True)
-    report, module = imported(tmp_path, state)
-    head = DecodingHead(W, CLASSES).eval()
-    head.load_state_dict(load_file(tmp_path / "model" / HEAD))
+    report, _ = imported(tmp_path, state)
+    decoder, config = load_decoder(tmp_path / "model")
+    assert config["decoder"]["classes"] == [0, 1, 2]
     batch = make_batch([5])
     bold = torch.cat([batch.bold[None], model.embedder.cls_embed], 1)
     clock = torch.cat([batch.times, torch.tensor([-1.0])])[None]
     hidden = model.decoder.transformer(inputs_embeds=model.embedded(bold, clock)).last_hidden_state
     expected = model.decoder.decoding_head(model.decoder.pooler_layer(hidden[:, -1]))
     assert report.head
-    torch.testing.assert_close(head(module.features(batch, "cls")), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(decoder(batch), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_bert_forward_equals_the_published_model(tmp_path):
-    model, state = published("seq-bert")
+@pytest.mark.parametrize("framework", ["seq-bert", "net-bert"])
+def test_bert_decoding_equals_the_published_head(tmp_path, framework):
+    model, state = published(framework, decoding=True, pooler=False)
+    imported(tmp_path, state)
+    decoder, _ = load_decoder(tmp_path / "model")
+    batch = make_batch([5])
+    bold = torch.cat([batch.bold, model.embedder.sep_embed, model.embedder.cls_embed[0]])[None]
+    clock = torch.cat([batch.times, torch.tensor([-1.0, -1.0])])[None]
+    hidden = model.decoder.transformer(inputs_embeds=model.embedded(bold, clock)).last_hidden_state
+    expected = model.decoder.decoding_head(model.decoder.pooler_layer(hidden[:, 0]))
+    torch.testing.assert_close(decoder(batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_autoencoder_decoding_equals_the_published_head(tmp_path):
+    model, state = published("autoencoder", decoding=True)
+    imported(tmp_path, state)
+    decoder, _ = load_decoder(tmp_path / "model")
+    batch = make_batch([6])
+    pooled, _ = encoded(model, model.embedded(batch.bold[None], batch.times[None]))
+    expected = model.decoder.decoding_head(pooled)
+    torch.testing.assert_close(decoder(batch), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+@pytest.mark.parametrize("framework", ["seq-bert", "net-bert"])
+def test_bert_forward_equals_the_published_model(tmp_path, framework, pooler):
+    model, state = published(framework, pooler=pooler)
     report, module = imported(tmp_path, state)
     batch = make_batch([5, 4], pairs=True)
-    seed = next(s for s in range(50) if 1 < len(module.reconstruct(batch, seed=s)[1]) < 5)
-    values, rows = module.reconstruct(batch, seed=seed)
-    assert 0 < len(rows) < 9
-    masked = batch.bold.clone()
-    masked[rows] = model.embedder.msk_embed[0]
+    if framework == "seq-bert":
+        seed = next(s for s in range(50) if 1 < len(module.reconstruct(batch, seed=s)[1]) < 5)
+        values, rows = module.reconstruct(batch, seed=seed)
+        masked = batch.bold.clone()
+        masked[rows] = model.embedder.msk_embed[0]
+    else:
+        seed = 1
+        values, rows = module.reconstruct(batch, seed=seed)
+        token = model.embedder.msk_embed[0, :9].expand(9, N)
+        masked = torch.where(values.isnan(), batch.bold, token)
+        assert 0 < values.isnan().sum() < values.numel()
     sep, cls = model.embedder.sep_embed, model.embedder.cls_embed[0]
     never = torch.tensor([-1.0])
     inputs = torch.cat([masked[:5], sep, masked[5:], sep, cls])[None]
@@ -183,36 +218,48 @@ def test_bert_forward_equals_the_published_model(tmp_path):
     )
     late = torch.where(rows < 5, rows + 1, rows + 2)
     expected = model.unembedder.model(out.last_hidden_state[0, late])
-    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
-    logit = model.decoder.is_next_head(out.pooler_output).squeeze(-1)
+    torch.testing.assert_close(
+        values, expected.masked_fill(values.isnan(), torch.nan), rtol=1e-5, atol=1e-5, equal_nan=True
+    )
+    first = out.last_hidden_state[:, 0]
+    pooled = out.pooler_output if pooler else model.decoder.pooler_layer(first)
+    logit = model.decoder.is_next_head(pooled).squeeze(-1)
     # Published labels: 1 says that the second half does not follow.
     loss = nn.functional.binary_cross_entropy_with_logits(logit, torch.zeros(1))
     torch.testing.assert_close(module(batch, seed=seed).metrics["is_next"], loss.detach())
     assert report.config.late_read
 
 
-def test_autoencoder_forward_equals_the_published_model(tmp_path):
+def encoded(model, x):
+    """The encoder of 2022: an LSTM begins with the states that the one below it ended with."""
+    d, state = model.decoder, (torch.zeros(2, 1, W), torch.zeros(2, 1, W))
+    for i, lstm in enumerate(d.encoder.lstms):
+        out, state = lstm(x, state)
+        out = out.view(1, x.shape[1], 2, W).mean(2)
+        x = d.encoder.layer_norms[i](x + out) if i < LAYERS - 1 else out
+    ended = state[0].mean(0)
+    return d.encoder.pooler_layer(ended), ended
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_autoencoder_forward_equals_the_published_model(tmp_path, forced):
     model, state = published("autoencoder")
     _, module = imported(tmp_path, state)
-    batch = make_batch([6])
-    d = model.decoder
-    x = model.embedded(batch.bold[None], batch.times[None])
-    for i, lstm in enumerate(d.encoder.lstms):
-        out, (final, _) = lstm(x)
-        out = out.view(1, 6, 2, W).mean(2)
-        x = d.encoder.layer_norms[i](x + out) if i < LAYERS - 1 else out
-    pooled = d.encoder.pooler_layer(final.mean(0))
-    states, fed, outputs = [(pooled[None], torch.zeros(1, 1, W))] * LAYERS, torch.zeros(1, 1, W), []
-    for _ in range(6):
-        y = fed
-        for i, lstm in enumerate(d.decoder.lstms):
-            out, states[i] = lstm(y, states[i])
-            y = d.decoder.layer_norms[i](y + out) if i < LAYERS - 1 else out
-        fed = d.decoder.linear_output_layer(y)
-        outputs.append(model.unembedder.model(fed[0, 0]))
-    torch.testing.assert_close(
-        module.reconstruct(batch, seed=0)[0], torch.stack(outputs), rtol=1e-5, atol=1e-5
-    )
+    batch = make_batch([6, 4, 6])
+    expected = []
+    for bold, times in zip(batch.bold.split([6, 4, 6]), batch.times.split([6, 4, 6]), strict=True):
+        d, x = model.decoder, model.embedded(bold[None], times[None])
+        pooled, ended = encoded(model, x)
+        state, fed = (ended[None], torch.zeros(1, 1, W)), pooled[None]
+        for t in range(len(bold)):
+            y = x[:, t : t + 1] if forced else fed
+            for i, lstm in enumerate(d.decoder.lstms):
+                out, state = lstm(y, state)
+                y = d.decoder.layer_norms[i](y + out) if i < LAYERS - 1 else out
+            fed = d.decoder.linear_output_layer(y)
+            expected.append(model.unembedder.model(fed[0, 0]))
+    values = module.unembedding(module._decoded(batch, forced))
+    torch.testing.assert_close(values, torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_old_names_of_ours_get_zeros_where_hugging_face_asks_for_more(tmp_path):
