@@ -32,7 +32,7 @@ def test_a_damaged_chunk_stops_the_training_or_its_windows_are_skipped(store, tm
 
 def test_a_given_split_is_used_and_kept(store, tmp_path):
     opened = BoldStore.open(store)
-    split = split_runs(opened.runs, sizes={"validation": 2}, by="subject", seed=7, snapshot=opened.snapshot)
+    split = split_runs(opened.runs, sizes={"validation": 4}, by="subject", seed=7, snapshot=opened.snapshot)
     split.save(tmp_path / "given.json")
     options = [
         "--data.split",
