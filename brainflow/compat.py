@@ -87,18 +87,18 @@ def differences(trained: dict[str, Any], ours: dict[str, Any], t_rs: list[float]
         theirs, mine = trained.get(name), ours.get(name)
         if theirs and mine and theirs != mine:
             seen, other = _shown(theirs, mine), _shown(mine, theirs)
-            found.append(f"{what}: the model saw {seen}, the store has {other}")
+            found.append(f"{what}: the model saw {seen}, the data have {other}")
     scaled, here = _scaling(trained.get("preprocessing")), _scaling(ours.get("preprocessing"))
     if scaled and here and scaled != here:
-        found.append(f"normalisation: the model saw {scaled}, the store has {here}")
+        found.append(f"normalisation: the model saw {scaled}, the data have {here}")
     t_r = trained.get("t_r") or []
     if t_r and t_rs:
         low, high = min(t_r) * (1 - TR_TOLERANCE), max(t_r) * (1 + TR_TOLERANCE)
         outside = [value for value in t_rs if not low <= value <= high]
         if outside:
+            span = f"{min(t_r):g}" + (f" to {max(t_r):g}" if max(t_r) > min(t_r) else "")
             found.append(
-                f"TR: the model saw {min(t_r):g} to {max(t_r):g} s, the store has "
-                f"{', '.join(f'{value:g}' for value in outside)} s"
+                f"TR: the model saw {span} s, the data have {', '.join(f'{value:g}' for value in outside)} s"
             )
     return found
 

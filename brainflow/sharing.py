@@ -31,7 +31,8 @@ def fetch(name: str | os.PathLike[str], *, revision: str | None = None) -> Path:
     """
     if (Path(name) / CONFIG).is_file():
         return Path(name)
-    if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/")):
+    owner = isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if owner and not Path(name).parent.is_dir():  # a mistyped path is not looked for on the hub
         return Path(_hub().snapshot_download(name, revision=revision, allow_patterns=list(SHARED)))
     raise FileNotFoundError(
         f"{name}: no {CONFIG} there; expected a model's folder or a repository of the hub as owner/name"

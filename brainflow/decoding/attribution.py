@@ -179,6 +179,7 @@ class HeldOut:
     """
 
     def __init__(self, task: DecodingTask, method: Method) -> None:
+        _captum()  # missing is better known before hours of fitting
         bold, lengths = task.read()
         self._task, self._method = task, method
         self._windows = np.split(np.asarray(bold, dtype=np.float32), np.cumsum(lengths)[:-1])

@@ -85,6 +85,8 @@ class _OnWindows(BaseEstimator):
 
     def _windows(self, X: Any, events: Any, *, fit: bool) -> tuple[list[NDArray], Any]:
         """Return windows `[time, networks]` and their labels, None where there are none."""
+        if _is_table(events):  # of one run
+            X, events = [X], [events]
         X = self._runs(X, fit=fit)
         if _are_tables(events):
             windows, labels, _ = cut_events(X, events, t_r=self.t_r, hrf_shift=self.hrf_shift)
@@ -213,7 +215,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         X
             Windows or runs, see the module's first lines.
         y
-            One label a window, or a table of events for each run.
+            One label a window, or a table of events for each run (for a single run, its table).
         """
         windows, labels = self._windows(X, y, fit=True)
         if labels is None:
@@ -361,7 +363,9 @@ class BoldEncoder(TransformerMixin, _OnWindows):
 
     def fit(self, X: Any, y: Any = None) -> Self:
         """Load the model; nothing is fitted to X but the masker."""
-        windows, _ = self._windows(X, y if _are_tables(y) else None, fit=True)
+        if self.pooling == "tokens":
+            raise ValueError("pooling: got 'tokens', expected one vector a window: mean, last, first or cls")
+        windows, _ = self._windows(X, y if _is_table(y) or _are_tables(y) else None, fit=True)
         self.module_ = self._module(windows)
         self._n_features_out = self.module_.config.width
         return self
@@ -378,4 +382,8 @@ def _are_tables(y: Any) -> bool:
     """Whether y holds tables of events instead of labels."""
     if not isinstance(y, (list, tuple, Sequence)) or isinstance(y, str) or not len(y):
         return False
-    return all(hasattr(table, "keys") and "onset" in table for table in y)
+    return all(_is_table(table) for table in y)
+
+
+def _is_table(y: Any) -> bool:
+    return hasattr(y, "keys") and "onset" in y

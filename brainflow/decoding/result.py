@@ -148,6 +148,7 @@ def write_results(
         "folds": [fold.name for fold in task.folds],
         "store_snapshot": task.store.snapshot,
         "data": _data(task),
+        "within_subject": within_subject(task),
         "decoder": result.to_dict(),
         "baselines": [entry.to_dict() for entry in others],
         **(extra or {}),
@@ -198,6 +199,11 @@ def write_results(
         for row in rows
     ]
     _write_csv(folder / "predictions.csv", ["run", "subject", "fold", "seed", "label", "prediction"], windows)
+
+
+def within_subject(task: DecodingTask) -> bool:
+    """Whether some fold tests a subject of whom it trains on other runs."""
+    return any(len(np.intersect1d(task.subjects[f.train], task.subjects[f.test])) for f in task.folds)
 
 
 def _data(task: DecodingTask) -> dict[str, Any]:

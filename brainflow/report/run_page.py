@@ -203,6 +203,8 @@ def _decoding(folder: Path, summary: dict[str, Any]) -> list[Section]:
         )
     saw = ours.get("pretraining_saw") or []
     notes = [f"p: labels permuted within {kind}s. Chance: always naming the most frequent class."]
+    if summary.get("within_subject"):
+        notes.append("Decoding within subjects: other runs of the tested subjects train.")
     if saw:
         notes.append(
             f"Pretraining read the BOLD, not the labels, of {len(saw)} of the {len(ours['per_subject'])} "

@@ -170,7 +170,7 @@ def test_checkpoint_of_other_networks_is_refused_naming_both(task, tmp_path):
 
 def test_checkpoint_of_another_parcellation_is_refused_naming_both(task, tmp_path):
     other = save_model(tmp_path / "m", data={"parcellation": "dozen"})
-    with pytest.raises(ValueError, match=r"'dozen', the store has 'twelve'"):
+    with pytest.raises(ValueError, match=r"'dozen', the data have 'twelve'"):
         adapt(task, other, SHORT)
 
 

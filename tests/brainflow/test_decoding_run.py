@@ -1,5 +1,6 @@
 """From a labelled store by commands to scores, a learning curve, a saved decoder, maps, a page, a card."""
 
+import inspect
 import json
 import re
 import shutil
@@ -247,7 +248,7 @@ def test_report_of_logs_alone(tmp_path):
 def test_differences_are_named_and_can_be_allowed(store, model, tmp_path):
     assert compat.check_fits(model, store) == []
     slow = write_store(tmp_path / "s", t_r=3.0)
-    with pytest.raises(ValueError, match=r"TR: the model saw 2 to 2 s, the store has 3 s.*--allow-mismatch"):
+    with pytest.raises(ValueError, match=r"TR: the model saw 2 s, the data have 3 s.*--allow-mismatch"):
         compat.check_fits(model, slow)
     assert len(compat.check_fits(model, slow, allow=True)) == 1
     names = {"network_names": ["a", "b", "c"], "preprocessing": {"standardize": "z-score", "filter": "x"}}
@@ -288,17 +289,27 @@ def test_doctor_knows_the_library_of_the_same_name(monkeypatch, capsys):
 def test_card_and_upload(decoding, monkeypatch, tmp_path):
     sent = []
 
+    real = pytest.importorskip("huggingface_hub")
+    signatures = {
+        name: inspect.signature(getattr(real.HfApi, name)) for name in ("create_repo", "upload_folder")
+    }
+    asked = inspect.signature(real.snapshot_download)
+
     class HfApi:
         def create_repo(self, name, **options):
+            signatures["create_repo"].bind(self, name, **options)  # the real one takes these arguments
             sent.append((name, options))
 
         def upload_folder(self, **options):
+            signatures["upload_folder"].bind(self, **options)
             sent.append(options)
 
     folder = shutil.copytree(decoding / "decoder", tmp_path / "d")
     (folder / "optimizer.pt").write_bytes(b"private")
 
     def download(name, **options):
+        asked.bind(name, **options)
+        assert not {"*.py", "*.bin", "*.pt"} & set(options["allow_patterns"])
         return str(folder)
 
     stub = types.SimpleNamespace(HfApi=HfApi, snapshot_download=download)
@@ -315,4 +326,7 @@ def test_card_and_upload(decoding, monkeypatch, tmp_path):
     assert sharing.from_pretrained("me/decoder").config.networks == NETWORKS
     with pytest.raises(FileNotFoundError, match="owner/name"):
         sharing.from_pretrained("nowhere")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="d/mistyped: no config"):
+        sharing.from_pretrained("d/mistyped")  # beside a folder that is there: not a repository
     assert main(["share", str(folder), "me/decoder", "--dry-run"]) == 0

@@ -128,7 +128,7 @@ def test_data_unlike_the_training_data_are_refused(tmp_path):
     module = build(ModelConfig(networks=NETWORKS, width=16, layers=1, heads=2))
     folder = save_pretrained(module, tmp_path / "m", {"data": {**data, "network_names": list("abcdefghij")}})
     x, names = windows = make_data()
-    with pytest.raises(ValueError, match=r"TR: the model saw 2 to 2 s, the store has 3 s"):
+    with pytest.raises(ValueError, match=r"TR: the model saw 2 s, the data have 3 s"):
         brainflow.MentalStateDecoder(folder, t_r=3.0).fit(x, names)
     with pytest.raises(
         ValueError, match=r"normalisation: the model saw networks with a mean square of about 1"
@@ -168,3 +168,14 @@ def test_order_of_a_maskers_labels_is_checked(tmp_path):
 def test_checkpoint_of_other_networks_is_refused(checkpoint):
     with pytest.raises(ValueError, match="got 4 networks, but the checkpoint"):
         brainflow.MentalStateDecoder(checkpoint).fit(np.zeros((4, 5, 4)), [0, 1, 0, 1])
+
+
+def test_a_single_run_comes_with_its_table(checkpoint):
+    pandas = pytest.importorskip("pandas")
+    run = np.random.default_rng(0).normal(size=(30, NETWORKS)).astype(np.float32)
+    table = pandas.DataFrame({"onset": [0.0, 16.0], "duration": [8.0, 8.0], "trial_type": ["a", "b"]})
+    decoder = brainflow.MentalStateDecoder(checkpoint).fit(run, table)
+    assert decoder.predict(run, table).shape == (2,)
+    assert brainflow.BoldEncoder(checkpoint).fit(run, table).transform(run, table).shape == (2, 16)
+    with pytest.raises(ValueError, match="got 'tokens'"):
+        brainflow.BoldEncoder(checkpoint, pooling="tokens").fit(run, table)
