@@ -50,11 +50,12 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table; the first column holds names. Rows listed in `strong` stand out."""
+    """A table; the first column holds names, `prose` are columns of text. Rows in `strong` stand out."""
 
     header: list[str]
     rows: list[list[str]]
     strong: tuple[int, ...] = ()
+    prose: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

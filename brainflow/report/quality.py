@@ -74,7 +74,8 @@ def _left_out(out: Sequence[Mapping[str, Any]]) -> Section:
     text = ["Excluded by a rule, or failed because a file is missing, damaged or contradicts another."]
     if not rows:
         return Section(title="Left out", text=["No run was left out."])
-    return Section(title="Left out", text=text, table=Table(header=["run", "status", "reason"], rows=rows))
+    table = Table(header=["run", "status", "reason"], rows=rows, prose=(1, 2))
+    return Section(title="Left out", text=text, table=table)
 
 
 def _tasks(done: Sequence[Mapping[str, Any]]) -> Section:
@@ -173,7 +174,7 @@ def _runs(done: Sequence[Mapping[str, Any]]) -> Section:
         for record in done
     ]
     header = ["run", "TR (s)", "volumes", "mean FD (mm)", "max FD (mm)", "censored", "tSNR", "notes"]
-    return Section(title="Runs", table=Table(header=header, rows=rows))
+    return Section(title="Runs", table=Table(header=header, rows=rows, prose=(7,)))
 
 
 def _recipe(done: Sequence[Mapping[str, Any]]) -> list[str]:

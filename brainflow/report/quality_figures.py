@@ -15,7 +15,8 @@ with requires_report("the quality report"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-DOTS_PER_INCH = 100
+DOTS_PER_INCH = 200
+"""The page shows two pixels of a picture as one."""
 LIMIT = 2.0
 """Standard deviations at which a carpet plot saturates."""
 

@@ -41,6 +41,7 @@ th, td { text-align: right; padding: 7px 8px; border-bottom: 1px solid var(--lin
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 thead th { color: var(--muted); font-weight: 500; font-size: 0.85rem; border-bottom: 1px solid #c9ced8; }
 tbody th { font-weight: 400; }
+.prose { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 16ch; }
 tr.strong td, tr.strong th { font-weight: 650; color: var(--accent); }
 figure { margin: 20px 0 0; }
 iframe { display: block; width: 100%; border: 0; }
@@ -74,11 +75,14 @@ footer { color: var(--muted); font-size: 0.85rem; padding: 8px 4px; }
 {% endfor %}
 {% if section.table %}
 <div class="scroll"><table>
-<thead><tr>{% for cell in section.table.header %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
+<thead><tr>{% for cell in section.table.header %}<th scope="col"\
+{% if loop.index0 in section.table.prose %} class="prose"{% endif %}>{{ cell }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in section.table.rows %}
 <tr{% if loop.index0 in section.table.strong %} class="strong"{% endif %}>{% for cell in row %}\
-{% if loop.first %}<th scope="row">{{ cell }}</th>{% else %}<td>{{ cell }}</td>{% endif %}{% endfor %}</tr>
+{% if loop.first %}<th scope="row">{{ cell }}</th>\
+{% elif loop.index0 in section.table.prose %}<td class="prose">{{ cell }}</td>\
+{% else %}<td>{{ cell }}</td>{% endif %}{% endfor %}</tr>
 {% endfor %}
 </tbody>
 </table></div>

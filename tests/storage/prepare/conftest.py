@@ -198,3 +198,8 @@ def command(module, *words):
 @pytest.fixture
 def run_verb():
     return command
+
+
+@pytest.fixture
+def confounds_table():
+    return write_confounds

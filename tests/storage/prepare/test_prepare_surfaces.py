@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import nibabel
 import numpy as np
+import pandas
 import pytest
 from nibabel.cifti2 import BrainModelAxis, LabelAxis, SeriesAxis
 from nilearn import signal
@@ -30,7 +31,7 @@ def series(haxby):
 
 
 def prepare(root, kind, atlas, **clean):
-    settings = Settings(clean=CleanSettings(confounds="none", smoothing_fwhm=None, **clean))
+    settings = Settings(clean=CleanSettings(**{"confounds": "none", "smoothing_fwhm": None} | clean))
     spec = find_atlas(str(atlas))
     work = root / "work"
     runs = find_runs(root, Query(kind=kind))
@@ -191,6 +192,29 @@ def test_gifti_equals_nilearns_surface_masker(tmp_path, series):
         SurfaceImage(mesh, labels), detrend=True, standardize="zscore_sample", high_pass=0.008, t_r=2.5
     )
     np.testing.assert_allclose(part.bold, masker.fit_transform(image), atol=1e-4)  # nilearn works in float32
+
+
+@pytest.mark.parametrize("kind", ["cifti", "gifti"])
+def test_confounds_of_fmriprep_are_regressed_out_of_surfaces(tmp_path, series, kind, confounds_table):
+    if kind == "cifti":
+        write_cifti(tmp_path, series)
+        atlas = write_dlabel(tmp_path)
+        parcels = [series[:, a:b] for a, b in ((0, 100), (100, 200), (200, 250), (500, 530))]
+    else:
+        write_gifti(tmp_path, series)
+        atlas = write_gifti_labels(tmp_path, "L", np.arange(265) // 200, ["L1"])
+        write_gifti_labels(tmp_path, "R", np.arange(265) // 200, ["R1"])
+        parcels = [series[:, 200:265], series[:, 465:530]]
+    table = tmp_path / "sub-01" / "func" / "sub-01_task-objects_desc-confounds_timeseries.tsv"
+    confounds_table(table, 121, 0)
+    record, part = prepare(tmp_path, kind, atlas, confounds="published")
+    columns = [f"{move}_{axis}" for move in ("trans", "rot") for axis in "xyz"]
+    columns += ["csf", "white_matter", "global_signal"]
+    assert sorted(record["confounds"]) == sorted(columns)
+    means = np.column_stack([parcel.mean(axis=1, dtype=np.float64) for parcel in parcels])
+    values = pandas.read_csv(table, sep="\t")[columns].to_numpy()
+    expected = signal.clean(means, standardize="zscore_sample", high_pass=0.008, t_r=2.5, confounds=values)
+    np.testing.assert_allclose(part.bold, expected, atol=1e-5)
 
 
 def test_volumes_and_surfaces_are_not_mixed(tmp_path, series):
