@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 MOST_ROUNDS = 500
+MOST_CALLS = 200
 
 
 class WrongResultError(Exception):
@@ -145,26 +146,32 @@ def interleave(
     warmup: int = 1,
     device: str = "cpu",
     seconds: float = 0.0,
+    sample: float = 0.1,
 ) -> dict[str, Timing]:
-    """Time several functions against each other, one call of each in turn.
+    """Time several functions against each other, each in its turn.
+
+    Where one function is faster than another its turn is several calls, so that all turns last about as long:
+    work beside it, which takes the processor for some milliseconds at a time, then slows all of them alike.
 
     Parameters
     ----------
     functions
         Name → callable without arguments. What a callable returns is dropped.
     repeats
-        Timed rounds at least; every round calls each function once, alternating the order.
+        Timed rounds at least; in every round each function has a turn, in alternating order.
     warmup
         Rounds that are run first and not counted.
     device
         "cpu" reads the wall clock; "cuda" uses device events around each call.
     seconds
         Go on with more rounds until so much time was spent: for calls of a few milliseconds.
+    sample
+        Seconds that a turn lasts, or the slowest function's call if that takes less; 0 for one call a turn.
 
     Returns
     -------
     dict
-        Name → :class:`Timing` (seconds per call).
+        Name → :class:`Timing`: seconds per call, the mean over the calls of a turn.
 
     Examples
     --------
@@ -179,6 +186,14 @@ def interleave(
     for _ in range(warmup):
         for name in names:
             functions[name]()
+    turns = {name: _turn(function, 1) for name, function in functions.items()}
+    if sample and len(names) > 1:
+        once = {name: clock(turn) for name, turn in turns.items()}
+        length = min(sample, max(once.values()))
+        calls = {name: min(MOST_CALLS, max(1, round(length / once[name]))) for name in names}
+        turns = {name: _turn(function, calls[name]) for name, function in functions.items()}
+    else:
+        calls = dict.fromkeys(names, 1)
     samples: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.collect()
@@ -187,12 +202,20 @@ def interleave(
         round_, end = 0, time.perf_counter() + seconds
         while round_ < repeats or (round_ < MOST_ROUNDS and time.perf_counter() < end):
             for name in names if round_ % 2 == 0 else reversed(names):
-                samples[name].append(clock(functions[name]))
+                samples[name].append(clock(turns[name]) / calls[name])
             round_ += 1
     finally:
         if collecting:
             gc.enable()
     return {name: Timing(seconds=tuple(values)) for name, values in samples.items()}
+
+
+def _turn(function: Callable[[], object], calls: int) -> Callable[[], None]:
+    def turn() -> None:
+        for _ in range(calls):
+            function()
+
+    return turn
 
 
 def _wall_seconds(function: Callable[[], object]) -> float:

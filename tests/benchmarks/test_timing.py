@@ -13,8 +13,29 @@ from brainflow.benchmarks.timing import Row, Timing, interleave, speed_rows
 
 def test_functions_take_turns():
     calls: list[str] = []
-    interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=4, warmup=1)
+    both = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    interleave(both, repeats=4, warmup=1, sample=0)
     assert calls == ["a", "b"] + ["a", "b", "b", "a"] * 2
+
+
+def test_turns_of_a_fast_function_are_several_calls(monkeypatch):
+    """On a clock on which `slow` takes 40 ms and `fast` 10: four calls a turn."""
+    now, calls = [0.0], []
+
+    def takes(name, seconds):
+        def call():
+            now[0] += seconds
+            calls.append(name)
+
+        return call
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    both = {"slow": takes("slow", 0.04), "fast": takes("fast", 0.01)}
+    found = interleave(both, repeats=2, warmup=0)
+    assert calls == ["slow", "fast", "slow", *["fast"] * 8, "slow"]
+    assert found["slow"].p50 == pytest.approx(0.04)
+    assert found["fast"].p50 == pytest.approx(0.01)
+    assert found["fast"].times_faster_than(found["slow"]) == pytest.approx(4)
 
 
 def test_more_rounds_until_the_time_is_spent():
