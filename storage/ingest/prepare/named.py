@@ -48,18 +48,17 @@ def find_named(family: Family, size: int, template: str) -> tuple[Path, str, Map
     if size not in SIZES[family]:
         sizes = ", ".join(map(str, SIZES[family]))
         raise ValueError(f"atlas {family}-{size}: has no such size, expected one of {sizes}")
-    if template:
-        path = _from_templateflow(family, size, template)
-        if path is not None:
-            return path, template, None
-    if template not in ("", NILEARN_TEMPLATE):
+    if template in ("", NILEARN_TEMPLATE):
+        return _from_nilearn(family, size)
+    path = _from_templateflow(family, size, template)
+    if path is None:
         raise ValueError(
             f"atlas {family}-{size}: nilearn has it in {NILEARN_TEMPLATE}, the images are in {template}, and "
             f"it is not in TemplateFlow's folder ({templateflow_home()}): `pip install templateflow` fetches "
             "it, TEMPLATEFLOW_HOME names another folder, --allow-space-mismatch takes nilearn's, as the "
             "published models did; for surfaces, give a file by path"
         )
-    return _from_nilearn(family, size)
+    return path, template, None
 
 
 def templateflow_home() -> Path:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from nilearn import datasets, plotting
 from nilearn.image import resample_img
+from sklearn.utils import Bunch
 
 from brainflow.storage.ingest.prepare import find_atlas, named
 from brainflow.storage.ingest.prepare.coordinates import coordinates
@@ -124,3 +125,15 @@ def test_coordinates_are_nilearns(tmp_path, flip):
     nibabel.save(nibabel.Nifti1Image(maps, affine), path)
     expected = plotting.find_probabilistic_atlas_cut_coords(str(path))
     np.testing.assert_allclose(coordinates(find_atlas(str(path))), expected, atol=1e-6)
+
+
+def test_nilearns_copy_serves_images_in_its_template(templateflow, tmp_path, monkeypatch):
+    path = tmp_path / "schaefer.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.arange(8, dtype=np.int16).reshape(2, 2, 2) % 2, np.eye(4)), path)
+    found = {"maps": str(path), "labels": [b"Background", b"7Networks_LH_Vis_1"]}
+    bunch = Bunch(**found, template="MNI152NLin6Asym")
+    monkeypatch.setattr(datasets, "fetch_atlas_schaefer_2018", lambda **_: bunch)
+    for template in ("MNI152NLin6Asym", ""):
+        spec = find_atlas("schaefer-100", template)
+        assert (spec.label, spec.space) == ("Schaefer100", "MNI152NLin6Asym")
+        assert networks_of(spec) == ["7Networks_LH_Vis_1"]
