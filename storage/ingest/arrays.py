@@ -264,7 +264,7 @@ def _need(module: str, path: Path) -> Any:
     except ImportError as error:
         package = module.split(".")[0]
         raise ImportError(
-            f"{path}: reading {path.suffix} files needs {package}: pip install {package}"
+            f"{path}: reading {path.suffix} files needs {package}: pip install 'brainflow-fmri[arrays]'"
         ) from error
 
 

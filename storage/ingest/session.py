@@ -52,18 +52,22 @@ class IngestSession:
         runs : keyword arguments of `StoreWriter.append` for each run; ValueError, TypeError and OSError
             raised by iterating count as the source's failure
         """
+        made: StoreWriter | None = None
         try:
             collected = list(runs)
             if not collected:
                 raise ValueError(f"{source}: holds no run")
             if self._writer is None:
                 networks = int(collected[0]["bold"].shape[1])
-                self._writer = StoreWriter.create(
+                self._writer = made = StoreWriter.create(
                     self._path, networks=networks, overwrite=self._overwrite, **self._create
                 )
             prepared = [self._writer.prepare(**run) for run in collected]
         except (ValueError, TypeError, OSError) as error:
             self.report.failures[source] = " ".join(str(error).split())
+            if made is not None:  # a bad source neither makes (or replaces) a store nor says how wide it is
+                made.__exit__(type(error), error, None)
+                self._writer = None
             return
         for run in prepared:
             self._writer.write(run)

@@ -1,5 +1,7 @@
 """Array files and images become runs; what is missing or unreadable is said by file and key."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -99,15 +101,51 @@ def test_a_wrong_toml_file_is_an_error(tmp_path, text, reason):
         ingest_arrays(tmp_path / "c.toml", tmp_path / "s")
 
 
-def test_other_kinds_of_files(tmp_path):
+def test_hdf5_and_matlab_7_3(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "one.h5", "w") as file:
+        file["bold"] = BOLD
+    with h5py.File(tmp_path / "two.hdf5", "w") as file:
+        file["group/bold"] = BOLD
+        file["other"] = BOLD + 1
+    assert np.array_equal(load_array(tmp_path / "one.h5"), BOLD)
+    assert np.array_equal(load_array(tmp_path / "two.hdf5", "group/bold"), BOLD)
+    with pytest.raises(StoreError, match="'none' is not among group, other"):
+        load_array(tmp_path / "two.hdf5", "none")
+    # MATLAB 7.3: HDF5 behind a block of 512 bytes, axes reversed.
+    with h5py.File(tmp_path / "new.mat", "w", userblock_size=512) as file:
+        file["bold"] = BOLD.T
+    with open(tmp_path / "new.mat", "r+b") as file:
+        file.write(b"MATLAB 7.3 MAT-file".ljust(124) + bytes([0, 2]) + b"IM")
+    assert np.array_equal(load_array(tmp_path / "new.mat", "bold"), BOLD)
+    (tmp_path / "broken.h5").write_bytes(b"\x89HDF\r\n\x1a\nnothing")
+    with pytest.raises(StoreError, match=r"broken\.h5: cannot be read"):
+        load_array(tmp_path / "broken.h5")
+
+
+def test_parquet_has_a_column_a_network(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({f"network {i}": BOLD[:, i] for i in range(3)})
+    parquet.write_table(table, tmp_path / "sub-1.parquet")
+    assert np.array_equal(load_array(tmp_path / "sub-1.parquet"), BOLD)
+    (tmp_path / "c.toml").write_text("[[files]]\nglob = '*.parquet'\ndataset = 'd'\nt_r = 1.0\n")
+    assert ingest_arrays(tmp_path / "c.toml", tmp_path / "s").ok
+    assert np.array_equal(BoldStore.open(tmp_path / "s").run(0), BOLD.astype(np.float16))
+    parquet.write_table(pyarrow.table({"a": ["x"], "b": ["y"]}), tmp_path / "sub-1.parquet")
+    report = ingest_arrays(tmp_path / "c.toml", tmp_path / "t")
+    assert "real numbers" in next(iter(report.failures.values()))
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize(("suffix", "package"), [(".h5", "h5py"), (".parquet", "pyarrow")])
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, suffix, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.parquet", None)
+    with pytest.raises(ImportError, match=f"needs {package}: pip install"):
+        load_array(tmp_path / f"x{suffix}")
     with pytest.raises(StoreError, match="unknown kind"):
         load_array(tmp_path / "x.doc")
-    for suffix, module in ((".h5", "h5py"), (".parquet", "pyarrow")):
-        try:
-            __import__(module)
-        except ImportError:
-            with pytest.raises(ImportError, match=f"needs {module}"):
-                load_array(tmp_path / f"x{suffix}")
 
 
 def test_nifti(tmp_path):
