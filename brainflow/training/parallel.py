@@ -103,7 +103,13 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=FIRST_TIMEOUT)
+    store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=FIRST_TIMEOUT))
+    # torchrun keeps its store over a restart, and with it the addresses of the processes before.
+    attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-of-{ranks.world}"
+    store = dist.PrefixStore(attempt, store)
+    dist.init_process_group(
+        backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=FIRST_TIMEOUT
+    )
     try:
         yield
     finally:
