@@ -26,6 +26,7 @@ import tyro
 
 from brainflow.cli.prepare_cluster import submitted, write_slurm
 from brainflow.cli.prepare_output import Progress, counts, print_left_out, print_plan
+from brainflow.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from brainflow.storage.ingest.prepare import AtlasSpec, Query, Settings
@@ -135,7 +136,7 @@ def run(args: Args) -> int:
     records: list[dict[str, Any]] = []
     if "participant" in args.analysis_level:
         records = _participant(args, atlases)
-    if "group" in args.analysis_level and not args.dry_run:
+    if "group" in args.analysis_level and not (args.dry_run and "participant" in args.analysis_level):
         records = _group(args, atlases)
     return int(print_left_out(records))
 
@@ -177,6 +178,9 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
         sessions=_labels(args.session_id, "ses"),
     )
     records = sorted([*records, *_unprepared(args, records)], key=lambda record: record["key"])
+    if args.dry_run:
+        print(f"{len(records)} runs: {counts(records)}; nothing was gathered")
+        return records
     gather.write_description(args.output_dir)
     gather.write_table(records, args.output_dir / "runs.tsv")
     if not any(record["status"] == "done" for record in records):
@@ -186,7 +190,8 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     stores = {}
     for atlas in specs:
         path = gather.store_path(args.output_dir, dataset, atlas.label)
-        count = gather.gather(records, atlas, path, work=_work(args), dtype=args.dtype)
+        with progress_bar(f"gather {atlas.label}") as progress:
+            count = gather.gather(records, atlas, path, work=_work(args), dtype=args.dtype, progress=progress)
         stores[atlas.label] = BoldStore.open(path)
         print(f"{path}: {count} runs, {stores[atlas.label].networks} networks, atlas {atlas.label}")
         if stores[atlas.label].attributes["network_coordinates"] is None:

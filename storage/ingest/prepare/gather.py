@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,19 @@ def store_path(output: Path, dataset: str, atlas: str) -> Path:
 
 
 def gather(
-    records: Sequence[dict[str, Any]], atlas: AtlasSpec, path: Path, *, work: Path, dtype: str = "float16"
+    records: Sequence[dict[str, Any]],
+    atlas: AtlasSpec,
+    path: Path,
+    *,
+    work: Path,
+    dtype: str = "float16",
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Write the store of one atlas in one step, replacing an older one; returns the number of runs.
+
+    Parameters
+    ----------
+    progress : called with (runs written, runs in all)
 
     Raises
     ------
@@ -114,8 +124,9 @@ def gather(
         provenance={"atlas_sha256": atlas.digest, "made_by": "brainflow prepare"},
         overwrite=path.exists(),
     ) as writer:
-        for record in done:
+        for count, record in enumerate(done, 1):
             writer.append(**read_part(part_path(parts_of(work, atlas.label), record["key"])))
+            progress(count, len(done))
     return len(done)
 
 

@@ -142,6 +142,10 @@ def test_runs_whose_job_vanished_are_reported_at_the_group_level(dataset, tmp_pa
     assert len((out / "runs.tsv").read_text().splitlines()) == 7
     options = ("--no-report", "--participant-label", "sub-01")
     assert command(prepare, dataset.root, out, "group", *options) == 0
+    before = content(out)
+    assert command(prepare, dataset.root, out, "group", "--dry-run") == 1
+    assert "6 runs: 3 prepared, 3 failed; nothing was gathered" in capsys.readouterr().out
+    assert content(out) == before
 
 
 def test_if_nothing_can_be_prepared_the_reasons_are_still_printed(tree, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The values that go into the store are nilearn's."""
 
 import json
+import tracemalloc
 from types import SimpleNamespace
 
 import nibabel
@@ -138,6 +139,21 @@ def test_dummies_across_several_blocks(tree, monkeypatch):
     )
     masker = NiftiLabelsMasker(str(atlas), **CLEANING)
     np.testing.assert_allclose(part.bold, masked(masker, path, None, 10), atol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_length_of_a_run(tree, monkeypatch):
+    monkeypatch.setattr(volumes, "BLOCK_BYTES", 40 * 20 * 8 * 16)
+    specs = [find_atlas(str(path)) for path in (tree.atlas(), tree.maps())]
+    peaks = []
+    for length in (60, 60, 1_200):  # the first one imports and fits the atlases
+        path = tree.run("01", "objects", volumes=length)
+        image = volumes.open_volume(path)
+        tracemalloc.start()
+        volumes.extract(image, specs, 3.0, 0)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    series = 1_200 * (12 + 5) * 8 * 3  # parts, their concatenation, float64
+    assert peaks[2] < 1.3 * peaks[1] + series
 
 
 def test_an_atlas_on_another_grid_is_resampled_as_nilearn_does(tree):
