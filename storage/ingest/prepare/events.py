@@ -34,6 +34,35 @@ HCP_STATES = {
     "REST": ("rest",),
 }
 """States of each HCP task, in the order that numbers them; together 20."""
+MDTB_TASKS = (
+    "CPRO",
+    "GoNoGo",
+    "ToM",
+    "actionObservation",
+    "affective",
+    "arithmetic",
+    "checkerBoard",
+    "emotionProcess",
+    "emotional",
+    "intervalTiming",
+    "landscapeMovie",
+    "mentalRotation",
+    "motorImagery",
+    "motorSequence",
+    "nBack",
+    "nBackPic",
+    "natureMovie",
+    "prediction",
+    "respAlt",
+    "rest",
+    "romanceMovie",
+    "spatialMap",
+    "spatialNavigation",
+    "stroop",
+    "verbGeneration",
+    "visualSearch",
+)
+"""The 26 tasks of ds002105, in the order in which the published labels number them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +131,12 @@ def segments_of(
     if settings.preset == "mdtb":
         events = merge_blocks([replace(event, label=_mdtb_task(event.label)) for event in events])
         events = [event for event in events if "instruct" not in event.label]
+        unknown = {event.label for event in events} - set(MDTB_TASKS)
+        if unknown:
+            raise Unusable(
+                f"{files[0].name}: {', '.join(sorted(unknown))} are none of the MDTB's 26 tasks; other data "
+                "are cut into blocks by --events-column and --merge-events"
+            )
     elif settings.merge:
         events = merge_blocks(events)
     return _to_segments(events, settings, task, t_r, volumes, dropped)
@@ -227,6 +262,8 @@ def _to_segments(
             labels: dict[str, Any] = {"mental_state": event.label}
             if settings.preset == "hcp":
                 labels |= _hcp_numbers(task, event.label)
+            elif settings.preset == "mdtb":
+                labels["task_label"] = MDTB_TASKS.index(event.label)
             segments.append(Segment(onset=start, length=stop - start, labels=labels))
     return segments
 

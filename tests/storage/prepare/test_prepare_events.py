@@ -35,7 +35,7 @@ MDTB_B = [
     "CPRO",
     "ToM2",
     "actionObservation2",
-    "animatedMovie",
+    "emotionProcess",
     "landscapeMovie",
     "natureMovie",
     "mentalRotation",
@@ -121,16 +121,21 @@ def mdtb_events(path, tasks):
 
 
 def test_the_twenty_six_tasks_of_the_mdtb(tmp_path):
-    labels, path = set(), tmp_path / "events.tsv"
+    numbers, path = {}, tmp_path / "events.tsv"
     for tasks in (MDTB_A, MDTB_B):
         end = mdtb_events(path, tasks)
         segments = segments_of([path], EventSettings(preset="mdtb"), task="a", t_r=1.0, volumes=end + 3)
         assert len(segments) == 17  # also the last block, and those whose name ends in 2
         assert [(segment.onset, segment.length) for segment in segments[:2]] == [(8, 30), (43, 30)]
         assert segments[-1].length == 29  # until the end of its last trial
-        labels |= {segment.labels["mental_state"] for segment in segments}
-    assert len(labels) == 26
-    assert not any(label.endswith("2") or "instruct" in label for label in labels)
+        numbers |= {segment.labels["mental_state"]: segment.labels["task_label"] for segment in segments}
+    assert not any(label.endswith("2") or "instruct" in label for label in numbers)
+    # the published task_label_mapping.json numbers the sorted names
+    assert numbers == {name: number for number, name in enumerate(sorted(numbers))}
+    assert len(numbers) == 26
+    mdtb_events(path, ["juggling"])
+    with pytest.raises(ValueError, match="juggling are none of the MDTB's 26 tasks"):
+        segments_of([path], EventSettings(preset="mdtb"), task="a", t_r=1.0, volumes=50)
 
 
 def test_any_column_shift_and_merging(tmp_path):
