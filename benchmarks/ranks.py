@@ -67,7 +67,7 @@ def _rank(rank: int, folder: Path, amounts: tuple[int, ...], repeats: int, devic
         else:
             steps[f"ranks/{amount}"] = dist.barrier
     # The clock of the host: a turn ends when all ranks have, which events of one device cannot tell.
-    times = interleave(steps, repeats=repeats, warmup=2, sample=0.0)
+    times = interleave(steps, repeats=repeats, warmup=2, lockstep=True)
     if rank == 0:
         tokens = {f"ranks/{amount}": amount * batch.tokens for amount in amounts}
         text = json.dumps([{name: timing.seconds for name, timing in times.items()}, tokens])

@@ -14,7 +14,7 @@ from brainflow.benchmarks.timing import Row, Timing, interleave, speed_rows
 def test_functions_take_turns():
     calls: list[str] = []
     both = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    interleave(both, repeats=4, warmup=1, sample=0)
+    interleave(both, repeats=4, warmup=1, lockstep=True)
     assert calls == ["a", "b"] + ["a", "b", "b", "a"] * 2
 
 
@@ -42,6 +42,20 @@ def test_more_rounds_until_the_time_is_spent():
     timing = interleave({"sleep": lambda: time.sleep(0.001)}, repeats=2, seconds=0.05)["sleep"]
     assert len(timing.seconds) > 5
     assert 0.001 <= timing.p20 <= timing.p50 <= timing.p80
+
+
+def test_a_ratio_that_has_not_settled_gets_more_rounds():
+    steady = [0.010, 0.030, 0.010, 0.009, 0.010, 0.020, 0.011]
+    assert timing.settled({"a": steady, "b": [2 * value for value in steady]}), "both slow down together"
+    assert timing.settled({"a": steady})
+    assert not timing.settled({"a": steady, "b": [0.02, 0.01, 0.04, 0.02, 0.03, 0.01, 0.05]})
+
+
+@pytest.mark.parametrize(("repeats", "rounds"), [(3, 3), (7, 21)])
+def test_only_with_enough_repeats_and_never_without_end(monkeypatch, repeats, rounds):
+    monkeypatch.setattr(timing, "settled", lambda samples: False)
+    found = interleave({"a": lambda: None, "b": lambda: None}, repeats=repeats)
+    assert len(found["a"].seconds) == len(found["b"].seconds) == rounds
 
 
 def test_no_repeats_are_refused():
