@@ -52,7 +52,7 @@ def _stores(runs: list[np.ndarray], seconds: float) -> list[Row]:
                 path = Path(folder) / name.replace("/", "-")
                 store = _write(path, runs, dtype, compression)
                 ways[name] = _reader(store)
-                size = sum(file.stat().st_size for file in path.rglob("c/*/0"))
+                size = sum(file.stat().st_size for file in (path / "bold").glob("c/*/0"))
                 found.append(_row(name, "bytes", size, "bytes"))
                 if compression is None:
                     error = np.concatenate([store.run(i) - run for i, run in enumerate(runs)]).astype(float)
