@@ -250,10 +250,11 @@ class Transformer(nn.Module):
     def _rotation(self, layout: Layout, streams: int) -> Tensor:
         """Return cosines and sines of the angles position · base^(-2i / D), [streams · T, 2, D / 2]."""
         half = self.config.width // self.config.heads // 2
-        exponent = torch.arange(half, device=layout.positions.device) / half
+        dtype = next(self.parameters()).dtype
+        exact = torch.promote_types(dtype, torch.float32)  # half precision cannot tell late positions apart
+        exponent = torch.arange(half, dtype=exact, device=layout.positions.device) / half
         angle = layout.positions[:, None] * ROTARY_BASE**-exponent
-        rotation = torch.stack((angle.cos(), angle.sin()), 1).to(next(self.parameters()).dtype)
-        return rotation.repeat(streams, 1, 1)
+        return torch.stack((angle.cos(), angle.sin()), 1).to(dtype).repeat(streams, 1, 1)
 
     def _check(self, layout: Layout, two_streams: bool) -> None:
         if self.positions is not None and layout.max_seqlen > self.positions.num_embeddings:
