@@ -1,17 +1,20 @@
-"""Draw the loss curves of one or more runs into one picture.
+"""Draw the loss curves of one or more runs into one picture, or one HTML page with a table of scores.
 
 Solid lines are training losses, dots validation losses. Dashed lines show what predicting the training
-set's mean scores on the same masked values (L1), where a run was validated.
+set's mean scores on the same masked values (L1), where a run was validated. The page (--out NAME.html) holds
+everything itself; it also shows each run's newest reconstruction of masked BOLD.
 
 Examples
 --------
   brainflow plot run --out loss.png
   brainflow plot runs/csm runs/seq-bert --out compare.svg --log
+  brainflow plot runs/* --out runs.html
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +22,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SCORES = {
+    "val_loss": "validation loss",
+    "val_l1": "L1",
+    "val_mse": "MSE",
+    "val_explained_variance": "explained variance",
+    "val_correlation": "correlation",
+    "val_mean_l1": "L1 of the mean",
+    "val_last_l1": "L1 of the last value",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,57 +42,97 @@ class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run directories of `brainflow pretrain`."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("loss.png")
-    """Picture to write; its ending gives the format (png, svg, pdf)."""
+    """File to write; its ending gives the format (png, svg, pdf, html)."""
     log: bool = False
     """Logarithmic loss axis."""
 
 
 def run(args: Args) -> int:
-    """Write the picture and return the exit code."""
+    """Write the picture or the page and return the exit code."""
     if not args.runs:
         raise ValueError("runs: got none, expected the directory of at least one run")
     try:
         import matplotlib
+
+        matplotlib.use("Agg")
     except ImportError:
         raise ImportError("plot needs matplotlib: pip install 'brainflow-fmri[report]'") from None
     from brainflow.training.metrics import read_metrics
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for i, folder in enumerate(args.runs):
-        _draw(axes, read_metrics(folder), folder.resolve().name, f"C{i}")
-    axes.set(xlabel="optimizer steps", ylabel="loss")
-    if args.log:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(args.out, dpi=150)
-    pyplot.close(figure)
+    lines = {folder: read_metrics(folder) for folder in args.runs}
+    for folder, found in lines.items():
+        if not found:
+            raise ValueError(f"runs: {folder} has no metrics yet")
+    figure = _curves({folder.resolve().name: found for folder, found in lines.items()}, log=args.log)
+    if args.out.suffix == ".html":
+        args.out.write_text(_page(lines, figure), encoding="utf-8")
+    else:
+        figure.savefig(args.out, dpi=150)
     print(args.out)
     return 0
 
 
-def _draw(axes: Axes, lines: list[dict[str, Any]], name: str, color: str) -> None:
-    training = [line for line in lines if "loss" in line]
-    validation = [line for line in lines if "val_loss" in line]
-    if not lines:
-        raise ValueError(f"runs: {name} has no metrics yet")
-    axes.plot(
-        [x["step"] for x in training], [_number(x["loss"]) for x in training], color=color, lw=1, label=name
+def _curves(runs: dict[str, list[dict[str, Any]]], *, log: bool) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, lines) in enumerate(runs.items()):
+        training = [line for line in lines if "loss" in line]
+        validation = [line for line in lines if "val_loss" in line]
+        steps, losses = [x["step"] for x in training], [_number(x["loss"]) for x in training]
+        axes.plot(steps, losses, color=f"C{i}", lw=1, label=name)
+        if validation:
+            steps, losses = [x["step"] for x in validation], [_number(x["val_loss"]) for x in validation]
+            axes.plot(steps, losses, "o-", color=f"C{i}", label=f"{name}, validation")
+            mean = _number(validation[-1]["val_mean_l1"])
+            axes.axhline(mean, color=f"C{i}", ls="--", lw=1, label=f"{name}, predicting the mean")
+    axes.set(xlabel="optimizer steps", ylabel="loss")
+    if log:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def _page(runs: dict[Path, list[dict[str, Any]]], figure: Figure) -> str:
+    from brainflow.report.page import Page, Picture, Section, Table, render
+    from brainflow.training.run_dir import RECONSTRUCTIONS
+
+    png = io.BytesIO()
+    figure.savefig(png, dpi=110, format="png")
+    curves = Picture(
+        name="loss", png=png.getvalue(), alt="Loss curves of all runs", caption="Loss over steps"
     )
-    steps = [x["step"] for x in validation]
-    if validation:
-        axes.plot(
-            steps,
-            [_number(x["val_loss"]) for x in validation],
-            "o-",
-            color=color,
-            label=f"{name}, validation",
+    rows, pictures = [], []
+    for folder, lines in runs.items():
+        last: dict[str, Any] = next((line for line in reversed(lines) if "val_loss" in line), {})
+        scores = [_number(last.get(key)) for key in SCORES]
+        shown = ["" if math.isnan(score) else f"{score:.4f}" for score in scores]
+        rows.append([folder.resolve().name, str(lines[-1]["step"]), *shown])
+        if drawn := sorted((folder / RECONSTRUCTIONS).glob("*.png")):
+            name = folder.resolve().name
+            pictures.append(
+                Picture(
+                    name=f"reconstruction-{name}",
+                    png=drawn[-1].read_bytes(),
+                    alt=f"Masked BOLD and its reconstruction by {name}",
+                    caption=f"{name}: a held-out window",
+                )
+            )
+    table = Table(header=["run", "steps", *SCORES.values()], rows=rows)
+    sections = [Section(title="Losses", table=table, pictures=[curves])]
+    if pictures:
+        sections.append(Section(title="Reconstructions", pictures=pictures))
+    return render(
+        Page(
+            title="brainflow: pretraining runs",
+            lead="Losses, scores on held-out runs, and reconstructions of masked BOLD.",
+            facts=[(str(len(runs)), "runs")],
+            sections=sections,
+            footer=["Made by brainflow plot; the page holds everything itself and fetches nothing."],
         )
-        mean = _number(validation[-1]["val_mean_l1"])
-        axes.axhline(mean, color=color, ls="--", lw=1, label=f"{name}, predicting the mean")
+    )
 
 
 def _number(value: float | None) -> float:

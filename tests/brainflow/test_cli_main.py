@@ -1,12 +1,16 @@
 """The command: verbs, help without torch, errors, exit codes, completion."""
 
+import dataclasses
+import inspect
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from brainflow.cli.main import VERBS, main
+from brainflow.config import SECTIONS
 
 LAZY = """
 import sys
@@ -49,20 +53,19 @@ def test_help_of_a_verb_needs_no_torch(verb):
     assert f"usage: brainflow {verb}" in text
 
 
-def test_every_field_of_pretrain_is_documented(capsys):
-    assert main(["pretrain", "--help"]) == 0
-    text = capsys.readouterr().out
-    for flag in (
-        "--model.width",
-        "--data.seq-max",
-        "--train.lr",
-        "--out",
-        "--config",
-        "--no-resume",
-        "--json",
-    ):
-        assert flag in text
-    assert "Peak learning rate" in text
+@pytest.mark.parametrize("verb", ["pretrain", "sweep"])
+def test_every_setting_is_in_the_help_with_an_explanation(capsys, verb):
+    assert main([verb, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    text = " ".join(lines)
+    for section, fields in SECTIONS.items():
+        for field in dataclasses.fields(fields):
+            flag = f"--{section}.{field.name.replace('_', '-')}"
+            assert f"{flag} " in text or f"{flag}," in text, flag
+            # The docstring under the field in the source, which tyro shows.
+            source = inspect.getsource(fields)
+            assert re.search(rf'\n    {field.name}: [^\n]*\n    """\S', source), f"{flag} is not explained"
+    assert "Peak learning rate of AdamW" in text
 
 
 def test_no_argument_shows_help(capsys):

@@ -119,6 +119,35 @@ def test_plot_overlays_runs(folder, capsys):
     assert capsys.readouterr().out == f"{picture}\n"
 
 
+def test_plot_makes_a_page_that_holds_everything(folder, capsys):
+    page = folder / "runs.html"
+    assert main(["plot", str(folder / "run"), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 2  # curves, and a reconstruction of each run
+    assert "L1 of the last value" in text
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert "https://" not in text
+
+
+def test_a_reconstruction_is_drawn_at_each_validation(folder):
+    drawn = list((folder / "run" / "reconstructions").iterdir())
+    assert [path.name for path in drawn] == ["step-00000004.png"]
+    assert drawn[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_toml_file_may_switch_settings_on_and_off(folder, tmp_path):
+    text = (folder / "run.toml").read_text().replace("log_every = 2", "log_every = 2\nplot = false")
+    text = text.replace("layers = 1", "layers = 1\nrecompute = true").replace(
+        str(folder / "run"), str(tmp_path)
+    )
+    (tmp_path / "run.toml").write_text(text)
+    assert main(["pretrain", "--config", str(tmp_path / "run.toml")]) == 0
+    config = json.loads((tmp_path / "train_config.json").read_text())
+    assert config["model"]["recompute"] is True
+    assert config["train"]["plot"] is False
+    assert not (tmp_path / "reconstructions").exists()
+
+
 def test_plot_of_a_folder_that_is_no_run(tmp_path, capsys):
     assert main(["plot", str(tmp_path)]) == 1
     assert "brainflow pretrain" in capsys.readouterr().err

@@ -28,6 +28,16 @@ def test_defaults_are_the_published_training():
     assert (data.seq_min, data.seq_max) == (10, 50)
 
 
+def run(framework="csm", *, data=None, train=None, **model):
+    return PretrainConfig(
+        store="s",
+        out="r",
+        model=ModelConfig(framework=framework, **model),
+        data=data or DataConfig(),
+        train=train or TrainConfig(),
+    )
+
+
 @pytest.mark.parametrize(
     ("build", "name"),
     [
@@ -41,7 +51,17 @@ def test_defaults_are_the_published_training():
         (lambda: TrainConfig(clip=0.0), "train.clip"),
         (lambda: TrainConfig(beta2=1.0), "train.beta2"),
         (lambda: TrainConfig(weight_decay=-1.0), "train.weight_decay"),
-        (lambda: PretrainConfig(store="s", out="r", data=DataConfig(seq_max=600)), "data.seq_max"),
+        (lambda: TrainConfig(permanent_every=150, checkpoint_every=100), "train.permanent_every"),
+        (lambda: TrainConfig(schedule="wsd", warmup=0.95), "train.warmup"),
+        (lambda: TrainConfig(ema=1.0), "train.ema"),
+        (lambda: TrainConfig(patience=-1), "train.patience"),
+        (lambda: run(data=DataConfig(seq_max=600)), "data.seq_max"),
+        (lambda: run("seq-bert", data=DataConfig(seq_max=511)), "data.seq_max: .* 3 special tokens"),
+        (lambda: run("net-bert", data=DataConfig(seq_min=5)), "data.seq_min: .* 6 .*net-bert"),
+        (lambda: run(train=TrainConfig(micro_batches=5)), "train.micro_batches"),
+        (lambda: run("autoencoder", train=TrainConfig(compile=True)), "train.compile"),
+        (lambda: run("autoencoder", recompute=True), "model.recompute"),
+        (lambda: run("seq-bert", masking="single"), "model.masking"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(build, name):

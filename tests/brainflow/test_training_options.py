@@ -3,18 +3,24 @@
 import itertools
 import json
 import sqlite3
+import sys
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import brainflow
+from brainflow.benchmarks.training_step import random_batch
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
+from brainflow.frameworks import build
 from brainflow.storage import StoreWriter
 from brainflow.training import checkpoint
+from brainflow.training.flops import matrix_weights
 from brainflow.training.loop import pretrain
 from brainflow.training.metrics import read_metrics
 from brainflow.training.optimizer import LossScale, MovingAverage, learning_rate
+from brainflow.training.step import TrainingStep
 from brainflow.training.trackers import make_tracker
 
 
@@ -29,12 +35,12 @@ def store(tmp_path_factory):
     return str(path)
 
 
-def tiny(store, out, **train):
+def tiny(store, out, *, model=None, **train):
     return PretrainConfig(
         store=store,
         out=str(out),
         device="cpu",
-        model=ModelConfig(width=16, layers=1, heads=2),
+        model=ModelConfig(**{"width": 16, "layers": 1, "heads": 2, **(model or {})}),
         data=DataConfig(batch_size=4, seq_min=6, seq_max=12, loader="host", validation_batches=1),
         train=TrainConfig(
             **{
@@ -140,3 +146,78 @@ def test_mlflow_gets_the_numbers_in_one_run_a_directory(store, tmp_path, monkeyp
         rows = database.execute("SELECT key, value, step, run_uuid FROM metrics ORDER BY step").fetchall()
     assert [row[:3] for row in rows] == [("loss", 0.5, 1), ("loss", 0.5, 2)]
     assert rows[0][3] == rows[1][3]
+
+
+def test_a_picture_of_the_reconstruction_comes_with_each_validation(store, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    run = pretrain(tiny(store, tmp_path / "run", plot=True), quiet=True)
+    drawn = sorted(path.name for path in (run / "reconstructions").iterdir())
+    assert drawn == ["step-00000002.png", "step-00000004.png", "step-00000006.png"]
+
+
+def test_without_matplotlib_a_run_goes_on_without_pictures(store, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run = pretrain(tiny(store, tmp_path / "run", plot=True), quiet=True)
+    assert not (run / "reconstructions").exists()
+
+
+@pytest.mark.parametrize("framework", ["csm", "seq-bert", "autoencoder"])
+def test_rates_count_what_the_store_gives_and_what_the_model_runs(store, tmp_path, monkeypatch, framework):
+    seen = []
+    real = TrainingStep.__call__
+
+    def one_step(self, *args, **more):
+        before = self.trs, self.tokens
+        result = real(self, *args, **more)
+        windows = self.sampler.batch(args[1])
+        trs = int(windows.lengths.sum())
+        special = {"csm": trs, "seq-bert": len(windows.lengths) // 2 * 3, "autoencoder": 0}[framework]
+        seen.append((self.trs - before[0], self.tokens - before[1]) == (trs, trs + special))
+        return result
+
+    monkeypatch.setattr(TrainingStep, "__call__", one_step)
+    run = pretrain(tiny(store, tmp_path / "run", model={"framework": framework}, steps=3), quiet=True)
+    assert seen == [True] * 3
+    line = next(line for line in read_metrics(run) if "loss" in line)
+    assert line["tokens_per_s"] >= line["trs_per_s"] > 0
+    assert 0 < line["mfu"] < 2  # of a machine that other work shares, the peak is measured, too
+
+
+def test_the_flops_of_a_step_are_those_that_torch_counts():
+    config = ModelConfig(networks=24, width=32, layers=2, heads=2, dropout=0.0, masking="next")
+    module, batch = build(config), random_batch(6, 24)
+    with FlopCounterMode(display=False) as counter:
+        module(batch, seed=0).loss.backward()
+    attention = {"bmm", "baddbmm", "_scaled_dot_product"}
+    by_operator = counter.get_flop_counts()["Global"]
+    counted = sum(n for op, n in by_operator.items() if not any(part in str(op) for part in attention))
+    # torch counts neither a gradient of the input, which nobody needs, nor rows that are not predicted.
+    assert matrix_weights(module).flops(batch.tokens, batch.tokens) == pytest.approx(counted, rel=0.25)
+
+
+def test_compiled_blocks_train_to_the_same_losses(store, tmp_path, monkeypatch):
+    # Traced and differentiated ahead of time as on a GPU, but run by torch: compiling C++ takes a minute.
+    real, compiled = torch.nn.Module.compile, []
+
+    def by_torch(self, **options):
+        compiled.append(options)
+        real(self, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", by_torch)
+    runs = [
+        pretrain(tiny(store, tmp_path / str(on), model={"dropout": 0.0}, steps=3, compile=on), quiet=True)
+        for on in (False, True)
+    ]
+    one, other = ([line["loss"] for line in read_metrics(run) if "loss" in line] for run in runs)
+    assert one == pytest.approx(other, rel=1e-5)
+    assert compiled == [{"dynamic": True}]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_recomputing_activations_changes_no_number(store, tmp_path, precision):
+    runs = [
+        pretrain(tiny(store, tmp_path / str(on), model={"recompute": on}, precision=precision), quiet=True)
+        for on in (False, True)
+    ]
+    one, other = ([line["loss"] for line in read_metrics(run) if "loss" in line] for run in runs)
+    assert one == other

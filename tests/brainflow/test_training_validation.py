@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from brainflow.training.validation import Validator
+from brainflow.training.parallel import Ranks
+from brainflow.training.validation import Validator, _Share
 
 
 @dataclass
@@ -123,3 +124,40 @@ def test_values_that_were_given_do_not_count(validator):
     everything, _ = made(Guess(lambda batch, rows: batch.bold[rows - 1]))
     assert scores["val_l1"] == scores["val_last_l1"]
     assert scores["val_last_l1"] != everything["val_last_l1"]
+
+
+def test_each_dataset_and_each_network_is_scored_apart(validator):
+    made, bold, lengths = validator
+
+    def guess(batch, rows):
+        # Right in network 0, the opposite in network 1, always the same in network 2.
+        target = batch.bold[rows]
+        return torch.stack([target[:, 0], -target[:, 1], torch.full_like(target[:, 2], 0.5)], dim=1)
+
+    scores, example = made(Guess(guess))
+    assert scores["val_network_correlation"] == [pytest.approx(1.0), pytest.approx(-1.0), None]
+    assert scores["val_correlation"] == pytest.approx(0.0)
+    assert scores["val_by_dataset"].keys() == {"a", "b"}
+    # Of each batch the first window is from dataset a, the second from b; its first time point is no target.
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    for name, windows in (("a", (0, 2)), ("b", (1, 3))):
+        rows = np.concatenate([np.arange(bounds[i] + 1, bounds[i + 1]) for i in windows])
+        target = bold.numpy()[rows]
+        error = np.stack([0 * target[:, 0], 2 * target[:, 1], target[:, 2] - 0.5])
+        found = scores["val_by_dataset"][name]
+        assert found["l1"] == pytest.approx(np.abs(error).mean(), rel=1e-6)
+        assert found["mse"] == pytest.approx((error**2).mean(), rel=1e-6)
+        variance = ((target - made.mean.numpy()) ** 2).mean()
+        assert found["explained_variance"] == pytest.approx(1 - (error**2).mean() / variance, rel=1e-5)
+    assert example.bold.shape == example.prediction.shape == (7, 3)  # the longest window of the first batch
+    assert np.isnan(example.prediction[0]).all()
+    assert np.isfinite(example.prediction[1:]).all()
+
+
+@pytest.mark.parametrize(("batches", "world"), [(2, 1), (5, 2), (3, 4), (1, 3)])
+def test_the_ranks_share_all_batches_and_each_counts_once(batches, world):
+    rounds = -(-batches // world)
+    shares = [_Share(None, batches, Ranks(rank=rank, world=world)) for rank in range(world)]
+    counted = [s.number(step) for s in shares for step in range(rounds) if s.counts(step)]
+    assert sorted(counted) == list(range(batches))
+    assert all(0 <= s.number(step) < batches for s in shares for step in range(rounds))
