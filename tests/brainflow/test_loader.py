@@ -144,6 +144,21 @@ def test_auto_takes_dali_on_the_cpu(store):
     assert make_loader(store, samplers(store)["windows"]).kind == "dali"
 
 
+def test_auto_keeps_a_store_in_gpu_memory_if_there_is_room(store, monkeypatch):
+    """No GPU here: what is free there is made up, and the loaders are stood in for."""
+    rows = int((store.runs.start + store.runs.length).max())
+    needed = rows * 20 * (2 if store.dtype == np.float16 else 4)
+    made = []
+    for module, name in (("resident", "ResidentLoader"), ("pipeline", "DaliLoader")):
+        monkeypatch.setattr(f"brainflow.data.{module}.{name}", lambda *_, name=name, **__: made.append(name))
+    for free in (2 * needed, 2 * needed - 2):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * free))
+        make_loader(store, samplers(store)["windows"], device="cuda")
+    make_loader(store, samplers(store)["windows"], device="cuda", kind="resident")
+    make_loader(store, samplers(store)["windows"], device="cpu")
+    assert made == ["ResidentLoader", "DaliLoader", "ResidentLoader", "DaliLoader"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
