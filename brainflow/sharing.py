@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,12 @@ from brainflow.models.pretrained import CONFIG, WEIGHTS, load_pretrained, read_c
 
 __all__ = ["from_pretrained", "model_card", "push_to_hub", "save_pretrained", "write_card"]
 
-CARD = "README.md"
+CARD, METRICS = "README.md", "metrics.jsonl"
+VALIDATION = {
+    "L1 error of masked values in held-out runs": "val_l1",
+    "the same of each network's mean": "val_mean_l1",
+    "the same of the last value": "val_last_l1",
+}
 SHARED = (CONFIG, WEIGHTS, "head.safetensors", CARD)
 
 
@@ -72,14 +78,25 @@ def push_to_hub(
 
 
 def write_card(folder: str | os.PathLike[str]) -> Path:
-    """Write the model card of a saved model from its `config.json`; return its path."""
-    path = Path(folder) / CARD
-    path.write_text(model_card(read_config(folder)), encoding="utf-8")
+    """Write the card of a saved model from its `config.json` and its last validation; return its path."""
+    path, logs = Path(folder) / CARD, Path(folder) / METRICS
+    lines = logs.read_text(encoding="utf-8").splitlines() if logs.is_file() else []
+    validations = [line for line in map(json.loads, filter(str.strip, lines)) if "val_loss" in line]
+    card = model_card(read_config(folder), validation=validations[-1] if validations else None)
+    path.write_text(card, encoding="utf-8")
     return path
 
 
-def model_card(config: dict[str, Any]) -> str:
-    """Return the card of a model; what was not recorded is said to be unknown."""
+def model_card(config: dict[str, Any], *, validation: dict[str, Any] | None = None) -> str:
+    """Return the card of a model; what was not recorded is said to be unknown.
+
+    Parameters
+    ----------
+    config
+        Its `config.json`.
+    validation
+        Last validation line of its `metrics.jsonl`.
+    """
     model, data = config["model"], config.get("data") or {}
     decoding, decoder = config.get("decoding"), config.get("decoder")
     lines = [
@@ -115,6 +132,10 @@ def model_card(config: dict[str, Any]) -> str:
     if people:
         shown = ", ".join(people[:20]) + (f" and {len(people) - 20} more" if len(people) > 20 else "")
         lines.append(f"- subjects ({len(people)}), not to be used for evaluation: {shown}")
+    if validation:
+        known = {name: validation[key] for name, key in VALIDATION.items() if validation.get(key) is not None}
+        lines += ["", f"## Validation after {validation['step']} steps", ""]
+        lines += [f"- {name}: {value:.3f}" for name, value in known.items()]
     if decoder:
         lines += ["", "## Classes", "", ", ".join(str(name) for name in decoder["classes"])]
     if decoding:

@@ -183,7 +183,7 @@ def run(args: Args) -> int:
         f"{args.target}: {len(task.classes)} classes, {len(task.tested)} tested windows, {task_config.split}"
     )
     Console().print(scores_table([result, *others], title=title))
-    print(f"classes: {', '.join(task.classes)}")
+    print(f"chance {result.scores.chance:.3f}; classes: {', '.join(task.classes)}")
     print(f"intervals: 95 %, bootstrap over {len(set(task.groups[task.tested]))} {task.group_kind}s")
     if within_subject(task):
         print("decoding within subjects: other runs of the tested subjects train")
@@ -226,14 +226,13 @@ def scores_table(results: list[Result], *, title: str) -> Table:
     """Return a table with one decoder a row."""
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("decoder")
-    for name in ("accuracy [95 %]", "chance", "p", "balanced", "macro F1", "ECE"):
-        table.add_column(name, justify="right")
+    for name in ("accuracy [95 %]", "p", "balanced", "macro F1", "ECE"):
+        table.add_column(name.replace("[", r"\["), justify="right", no_wrap=True)
     for result in results:
         s = result.scores
         table.add_row(
             result.name,
             str(s.accuracy).replace("[", r"\["),
-            f"{s.chance:.3f}",
             f"{s.permutation_p:.3f}",
             f"{s.balanced_accuracy.value:.3f}",
             f"{s.macro_f1.value:.3f}",

@@ -115,7 +115,9 @@ def interactive(image: Any, *, title: str = "") -> str:
         view = plotting.view_img(
             image, bg_img=False, threshold=None, resampling_interpolation="nearest", title=title or None
         )
-    return re.sub(r"<link[^>]*icon[^>]*>", "", view.get_standalone())  # the only thing that it would fetch
+    page = re.sub(r"<link[^>]*icon[^>]*>", "", view.get_standalone())  # the only thing that it would fetch
+    # it reads its canvases back, of which Chromium complains unless they are made for that
+    return page.replace('getContext("2d")', 'getContext("2d", {willReadFrequently: true})')
 
 
 def brain_section(

@@ -30,6 +30,7 @@ from brainflow.report.reconstruction import reconstruct
 from brainflow.report.run_page import run_page
 from brainflow.storage import BoldStore, Segment, StoreWriter
 from brainflow.training.loop import pretrain
+from brainflow.training.metrics import read_metrics
 
 NETWORKS, CLASSES, SUBJECTS = 8, ("cat", "face", "house"), 6
 
@@ -205,6 +206,10 @@ def test_report_of_a_pretraining_run_maps_the_reconstruction_error(store, tmp_pa
         assert found["error"].shape == (NETWORKS,)
         image = nibabel.load(run / "report" / "reconstruction_00_reconstruction-error-L1-.nii.gz")
         np.testing.assert_allclose(image.get_fdata().ravel(), found["error"], atol=1e-5)
+    card = sharing.write_card(run).read_text()
+    last = read_metrics(run)[-1]
+    for words in ("## Validation after 2 steps", f"held-out runs: {last['val_l1']:.3f}", "- toy: 10 runs"):
+        assert words in card
     config_path = run / "config.json"
     config_path.write_text(config_path.read_text().replace(str(store.path), str(tmp_path / "gone")))
     assert "nothing was predicted" in render(run_page(run))
