@@ -109,6 +109,29 @@ class StoreAttributes:
         except KeyError as error:
             raise StoreError(f"{where}: attribute {error} is missing; restore this file") from error
 
+    def check_same(self, options: Mapping[str, Any], where: str) -> None:
+        """Refuse to add to a store what was asked to be stored in another way.
+
+        Parameters
+        ----------
+        options : arguments of `StoreWriter.create`; defaults are not compared, nor is `provenance`
+        where : the store
+
+        Raises
+        ------
+        StoreError : naming the option that differs
+        """
+        for name, value in options.items():
+            asked = value.tolist() if isinstance(value, np.ndarray) else value
+            if name == "provenance" or asked in (None, "", {}, []) or (name, asked) == ("dtype", "float16"):
+                continue
+            held = getattr(self, name)
+            if to_json(asked) != to_json(held):
+                raise StoreError(
+                    f"{name}: got {asked!r}, but the store {where} has {held!r}; leave it out, or write the "
+                    "store anew with overwrite=True (--overwrite)"
+                )
+
     @property
     def statistics(self) -> list[str]:
         """Names of what `statistics` holds for each run and network."""

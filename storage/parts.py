@@ -123,7 +123,7 @@ def gather(
     Parameters
     ----------
     parts : directory that `write_part` filled
-    store : runs are added if it exists
+    store : runs are added if it exists, unless `overwrite=True` is among `create`
     progress : called with (parts done, parts in all)
     create : keyword arguments of `StoreWriter.create` for a new store, without `networks`
 
@@ -141,7 +141,7 @@ def gather(
     if not files:
         raise StoreError(f"{parts}: holds no parts (*{SUFFIX}); write them with write_part")
     committed: dict[str, int] = {}
-    if Path(store).exists():
+    if Path(store).exists() and not create.get("overwrite"):
         opened = BoldStore.open(store)
         committed = {key: i for i, key in enumerate(opened.runs.key.tolist())}
         writer = StoreWriter.append_to(store)

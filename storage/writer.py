@@ -273,9 +273,9 @@ class StoreWriter:
         return self._runs.add(start=start, length=len(prepared.values), slot=slot, **prepared.row)
 
     @property
-    def networks(self) -> int:
-        """Networks of every run of the store."""
-        return self._attributes.networks
+    def attributes(self) -> StoreAttributes:
+        """Layout and metadata of the store."""
+        return self._attributes
 
     def commit(self) -> None:
         """Make all runs appended so far visible, atomically; nothing to do if there are none."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from ..errors import StoreError
 from ..writer import StoreWriter
 from .report import IngestReport
 
@@ -21,7 +22,8 @@ class IngestSession:
     Parameters
     ----------
     path : the store; runs are added if it exists, unless `overwrite`
-    create : keyword arguments of `StoreWriter.create`, without `networks`
+    create : keyword arguments of `StoreWriter.create`, without `networks`; of a store that exists they must be
+        its own, defaults apart
     overwrite : replace the store at `path`
     """
 
@@ -35,6 +37,11 @@ class IngestSession:
     def __enter__(self) -> Self:
         if self._path.exists() and not self._overwrite:
             self._writer = StoreWriter.append_to(self._path)
+            try:
+                self._writer.attributes.check_same(self._create, str(self._path))
+            except StoreError as error:
+                self._writer.__exit__(type(error), error, None)
+                raise
         return self
 
     def __exit__(

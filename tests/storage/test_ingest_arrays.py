@@ -57,6 +57,13 @@ def test_files_of_several_kinds_become_runs(tmp_path):
     again = ingest_arrays(tmp_path / "runs.toml", tmp_path / "s")
     assert len(again.failures) == 5
     assert all("already" in reason for reason in again.failures.values())
+    text = (tmp_path / "runs.toml").read_text()
+    for other, name in (('"int8"', "dtype"), ('"float32"\ncompression = "zstd"', "compression")):
+        (tmp_path / "runs.toml").write_text(text.replace('"float32"', other))
+        with pytest.raises(StoreError, match=f"{name}: got .* but the store"):
+            ingest_arrays(tmp_path / "runs.toml", tmp_path / "s")
+    assert ingest_arrays(tmp_path / "runs.toml", tmp_path / "s", overwrite=True).ok
+    assert BoldStore.open(tmp_path / "s").attributes["compression"] == "zstd"
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,9 @@ def test_parts_are_idempotent_and_gathered_in_order_of_their_keys(tmp_path):
     store = BoldStore.open(path)
     assert store.runs.subject.tolist() == ["x", "1", "2"]
     assert store.runs.censor(2) is not None
+    assert gather(tmp_path / "p", path, overwrite=True, dtype="int8") == 3
+    assert BoldStore.open(path).dtype == np.int8
+    assert BoldStore.open(path).generation == 0
     write_part(tmp_path / "q", bold_of(3), subject="1", **common)
     with pytest.raises(StoreError, match="another run under the key ds-d_sub-1"):
         gather(tmp_path / "q", path)
