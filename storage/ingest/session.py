@@ -22,8 +22,8 @@ class IngestSession:
     Parameters
     ----------
     path : the store; runs are added if it exists, unless `overwrite`
-    create : keyword arguments of `StoreWriter.create`, without `networks`; of a store that exists they must be
-        its own, defaults apart
+    create : keyword arguments of `StoreWriter.create`, without `networks`; a store that exists must have
+        been made with those that are not defaults
     overwrite : replace the store at `path`
     """
 
