@@ -37,7 +37,7 @@ class Args:
 
     store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
     """Store with labelled segments; or the TOML file of `brainflow ingest arrays`, whose runs are then
-    written to OUT/store first."""
+    written to OUT/store-from-arrays first."""
     from_: Annotated[str, tyro.conf.arg(name="from", metavar="CKPT")]
     """Pretrained model: the directory of a `brainflow pretrain` run, or `owner/name` on the hub."""
     target: Annotated[str, tyro.conf.arg(metavar="COLUMN")]
@@ -204,10 +204,11 @@ def _open(args: Args, out: Path) -> Any:
 
     if not args.store.endswith(".toml"):
         return BoldStore.open(args.store)
-    report = ingest_arrays(args.store, out / "store", overwrite=True)
+    path = out / "store-from-arrays"
+    report = ingest_arrays(args.store, path, overwrite=True)
     if not report.ok:
         raise ValueError(f"store: {'; '.join(report.failures.values())}")
-    return BoldStore.open(str(out / "store"))
+    return BoldStore.open(str(path))
 
 
 def _modes(args: Args, checkpoint: Path) -> list[str]:

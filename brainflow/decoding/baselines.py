@@ -140,7 +140,7 @@ class NetworkDecoder:
     """
 
     def fit(self, X: NDArray, y: NDArray[np.int64]) -> NetworkDecoder:
-        """Fit to `[windows, networks]`."""
+        """Fit to `[windows, networks]`, at least 2 windows a class."""
         from nilearn.decoding import Decoder
         from nilearn.image import new_img_like
 
@@ -148,10 +148,10 @@ class NetworkDecoder:
         self._scale = np.where(scale > 0, scale, 1.0)
         shape = (X.shape[1], 1, 1)
         mask = new_img_like(self._image(X[:1]), np.ones(shape, dtype=np.uint8))
-        folds = int(min(3, np.bincount(y)[np.unique(y)].min()))
+        folds = int(min(3, np.unique(y, return_counts=True)[1].min()))
         self._decoder = Decoder(
             mask=mask,
-            cv=max(2, folds),
+            cv=folds,
             screening_percentile=100,
             standardize=None,
             scoring="accuracy",

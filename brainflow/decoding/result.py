@@ -95,9 +95,12 @@ def baseline(task: DecodingTask, name: BaselineName) -> Result:
 def baselines(task: DecodingTask) -> list[Result]:
     """Fit every decoder without a pretrained model that these windows allow."""
     bold, lengths = task.read()
-    # correlations of fewer than 3 time points are ±1
-    names = [name for name in BASELINES if name != "connectome" or lengths.min() >= 3]
-    return [_baseline(task, name, bold, lengths) for name in names]
+    left_out = set()
+    if lengths.min() < 3:
+        left_out.add("connectome")  # correlations of fewer than 3 time points are ±1
+    if min(np.unique(task.labels[f.train], return_counts=True)[1].min() for f in task.folds) < 2:
+        left_out.add("nilearn")  # it chooses its regularisation by cross-validation in the training windows
+    return [_baseline(task, name, bold, lengths) for name in BASELINES if name not in left_out]
 
 
 def _baseline(task: DecodingTask, name: BaselineName, bold: NDArray, lengths: NDArray[np.int32]) -> Result:

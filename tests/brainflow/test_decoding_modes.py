@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.heads import class_weights, fit_probe
 from brainflow.decoding.lora import add_lora, has_blocks, merge_lora
 from brainflow.decoding.result import baselines
+from brainflow.decoding.splits import Fold
 from brainflow.decoding.task import TaskConfig, load_task
 from brainflow.decoding.windows import ArrayWindows
 from brainflow.frameworks import build
@@ -255,6 +257,14 @@ def test_probabilities_of_baselines_agree_with_what_they_name(tmp_path):
         np.testing.assert_allclose(chances.sum(axis=1), 1, atol=1e-5)
         assert (chances.argmax(axis=1) == results[name].predictions).all()
         assert 0 <= results[name].calibration.error <= 1
+
+
+def test_baselines_that_too_few_windows_do_not_allow_are_left_out(tmp_path):
+    task = load_task(write_store(tmp_path / "s", [("a", 0), ("b", 1), ("c", 2)]), TaskConfig(target="state"))
+    first = np.unique(task.labels, return_index=True)[1]  # one window a class
+    folds = [Fold(name=f.name, train=np.setdiff1d(first, f.test), test=f.test) for f in task.folds[1:]]
+    names = [result.name for result in baselines(replace(task, folds=folds))]
+    assert names == ["logistic", "ridge", "connectome", "mlp", "linear-over-time"]
 
 
 def test_validation_windows_choose_and_their_course_is_kept(tmp_path, model):
