@@ -28,12 +28,11 @@ from brainflow.data.loader import Loader, WindowStore
 from brainflow.data.packing import packed_fields, packed_rows
 from brainflow.data.windows import Sampler, Windows
 
-_BLOCK = 2
-"""Batches an iteration, a thread each: they share what an iteration costs DALI and us, about 200 µs."""
+_BLOCK, _BLOCK_BYTES = 4, 2**25
+"""Batches an iteration, as far as they fit the processor's cache, with a thread each: they share what an
+iteration costs DALI and us, about 200 µs."""
 _PREFETCH = 2
-"""Iterations in DALI's queue: the one in use and the next. More do not fit the processor's cache."""
-_IN_FLIGHT = _BLOCK * (_PREFETCH + 2)
-"""Buffers of the ring: DALI may read a buffer until `_PREFETCH` further iterations have been taken."""
+"""Iterations in DALI's queue: the one in use and the next."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,11 @@ class DaliLoader(Loader):
         )
         _dali()
         self._gpu = self.device.type == "cuda"
-        self._rows = _mapped_rows(store)
-        buffers = _IN_FLIGHT if self._rows is None else 0
+        size = self.sampler.max_tokens * store.networks * self.dtype.itemsize
+        self._block = max(1, min(_BLOCK, _BLOCK_BYTES // size))
+        self._rows = _mapped_rows(store, self._block)
+        # DALI may read a buffer of the ring until `_PREFETCH` further iterations have been taken.
+        buffers = self._block * (_PREFETCH + 2) if self._rows is None else 0
         self._gatherer = Gatherer(store, self.sampler, buffers=buffers, pinned=self._gpu)
         # What DALI reads without a copy has to live until it has been read: the inputs stand here until then.
         self._scheduled: deque[tuple[list[Prepared], Any]] = deque()
@@ -94,9 +96,11 @@ class DaliLoader(Loader):
         self._fields = list(packed_fields(first))
 
     def _source(self, iteration: int) -> Any:
-        """Return the inputs of `_BLOCK` batches (fewer at the end)."""
-        first = self._first + iteration * _BLOCK
-        last = first + _BLOCK if self.sampler.steps is None else min(first + _BLOCK, self.sampler.steps)
+        """Return the inputs of an iteration's batches (fewer at the end)."""
+        first = self._first + iteration * self._block
+        last = first + self._block
+        if self.sampler.steps is not None:
+            last = min(last, self.sampler.steps)
         if first >= last:
             raise StopIteration
         began = time.perf_counter()
@@ -127,8 +131,8 @@ class DaliLoader(Loader):
         # On the CPU the dynamic executor takes fresh memory for every output, whose page faults cost more
         # than the copy; on a GPU memory comes from a pool.
         @pipeline_def(
-            batch_size=_BLOCK,
-            num_threads=_BLOCK,
+            batch_size=self._block,
+            num_threads=self._block,
             device_id=index,
             prefetch_queue_depth=_PREFETCH,
             exec_dynamic=gpu,
@@ -206,10 +210,8 @@ class DaliLoader(Loader):
         return "page cache of this machine"
 
     def _memory(self) -> int:
-        return (
-            self._gatherer.nbytes
-            + _BLOCK * (_PREFETCH + 1) * self.sampler.max_tokens * self.store.networks * self.dtype.itemsize
-        )
+        batch = self.sampler.max_tokens * self.store.networks * self.dtype.itemsize
+        return self._gatherer.nbytes + self._block * (_PREFETCH + 1) * batch
 
     def close(self) -> None:
         """Drop the pipeline (its threads end) and the buffers."""
@@ -230,14 +232,14 @@ def _split(output: Any, prepared: list[Prepared], name: str) -> tuple[torch.Tens
     return _joined(output, [sum(sizes)]).split(sizes)
 
 
-def _mapped_rows(store: Any) -> dict[int, Any] | None:
-    """The whole mapped store as an input of n samples, each all of it; None if it cannot be mapped."""
+def _mapped_rows(store: Any, most: int) -> dict[int, Any] | None:
+    """The mapped store as an input of n ≤ `most` samples, each all of it; None if it cannot be mapped."""
     rows = getattr(store, "rows", None)
     if rows is None or len(rows) > np.iinfo(np.int32).max:
         return None
     tensors: Any = importlib.import_module("nvidia.dali.tensors")
     sample = tensors.TensorCPU(rows)
-    return {n: tensors.TensorListCPU([sample] * n, contiguous=False) for n in range(1, _BLOCK + 1)}
+    return {n: tensors.TensorListCPU([sample] * n, contiguous=False) for n in range(1, most + 1)}
 
 
 def _dali() -> tuple[Any, Any, Any]:

@@ -140,6 +140,13 @@ def test_describe_and_report(store, kind):
         assert report["limited_by"] in ("gather", "transfer", "consumer")
 
 
+def test_large_batches_are_an_iteration_each(store):
+    sampler = WindowSampler(store.runs, batch=20_000)
+    dali, host = (make_loader(store, sampler, kind=kind) for kind in ("dali", "host"))
+    assert (dali._block, make_loader(store, samplers(store)["windows"], kind="dali")._block) == (1, 4)
+    assert all(equal(a, b) for a, b in itertools.islice(zip(dali, host, strict=True), 2))
+
+
 def test_auto_takes_dali_on_the_cpu(store):
     assert make_loader(store, samplers(store)["windows"]).kind == "dali"
 
