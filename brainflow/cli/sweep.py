@@ -59,9 +59,15 @@ def run(args: Args) -> int:
     """Run trials, print the best and return the exit code."""
     from brainflow.training.interrupt import Preempted
     from brainflow.training.loop import pretrain as train
+    from brainflow.training.parallel import from_environment
     from brainflow.training.sweep import read_space, sweep
 
     base = pretrain.pretrain_config(args)
+    if from_environment().world > 1:
+        raise ValueError(
+            "sweep: was started as several ranks of one job, expected a process of its own for each trial at "
+            "a time; start it without torchrun, as often as you like"
+        )
     try:
         study = sweep(
             base,

@@ -17,10 +17,18 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 
+def _in_float32(forward: Any) -> Any:
+    """Run a forward pass in float32 under autocast: cells add up over the steps."""
+    for device in ("cpu", "cuda"):
+        forward = torch.amp.custom_fwd(forward, device_type=device, cast_inputs=torch.float32)
+    return forward
+
+
 class LSTMPass(Function):
     """One direction of one LSTM layer over all steps."""
 
     @staticmethod
+    @_in_float32
     def forward(
         ctx: Any,
         x: Tensor,
@@ -104,6 +112,7 @@ class LSTMStep(Function):
     """One step of one layer, for decoding that feeds itself; see :class:`Gathered`."""
 
     @staticmethod
+    @_in_float32
     def forward(
         ctx: Any, x: Tensor, h: Tensor, c: Tensor, weight: Tensor, bias: Tensor, gathered: list[Any]
     ) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import logging
 import math
 import secrets
 import signal
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -101,27 +101,23 @@ def pretrain(config: PretrainConfig, *, resume: Resume = "auto", quiet: bool = F
     config = fit_to_store(config, store)
     folder = Path(config.out)
     config = cut_into_parts(config, folder, ranks.world, resume=resume)
-    with parallel.process_group(ranks, device), exclusive(folder) if ranks.first else nullcontext():
-        start_from = begin_together(ranks, device, folder, config, snapshot=store.snapshot, resume=resume)
-        with StopRequest() as stop:
-            writer = Writer()
-            try:
-                _Run(config, store, folder, start_from, ranks, device, writer).train(
-                    stop, quiet=quiet or not ranks.first
-                )
-            except RuntimeError as error:
-                if not parallel.lost_rank(error):
-                    raise
-                writer.close()
-                last = checkpoint.latest(folder / CHECKPOINTS)
-                raise ConnectionError(
-                    f"rank {ranks.rank}: another rank died or does not answer; "
-                    + (f"the last checkpoint, {last.name}, is intact, " if last else "no checkpoint yet, ")
-                    + "the same command continues; what happened stands in the other rank's output "
-                    + f"({str(error).splitlines()[0]})"
-                ) from error
-            finally:
-                writer.close()
+    writer = Writer()
+    try:
+        with parallel.process_group(ranks, device), exclusive(folder) if ranks.first else nullcontext():
+            start_from = begin_together(ranks, device, folder, config, snapshot=store.snapshot, resume=resume)
+            with StopRequest() as stop, closing(writer):
+                run = _Run(config, store, folder, start_from, ranks, device, writer)
+                run.train(stop, quiet=quiet or not ranks.first)
+    except RuntimeError as error:
+        if not parallel.lost_rank(error):
+            raise
+        last = checkpoint.latest(folder / CHECKPOINTS)
+        raise ConnectionError(
+            f"rank {ranks.rank}: another rank died or does not answer; "
+            + (f"the last checkpoint, {last.name}, is intact, " if last else "no checkpoint yet, ")
+            + "the same command continues; what happened stands in the other rank's output "
+            + f"({str(error).splitlines()[0]})"
+        ) from error
     return folder
 
 

@@ -73,7 +73,7 @@ def from_environment(environ: Any = os.environ) -> Ranks:
     Raises
     ------
     ValueError
-        If the variables contradict each other, or SLURM's step lacks MASTER_ADDR.
+        If the variables contradict each other, or MASTER_ADDR or MASTER_PORT is missing.
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -88,11 +88,11 @@ def from_environment(environ: Any = os.environ) -> Ranks:
     local_world = int(environ.get(names[3], "1").split("(")[0].split(",")[0])
     if not 0 <= rank < world:
         raise ValueError(f"{names[0]}: got {rank} of {world} processes; start them with torchrun or srun")
-    if world > 1 and "MASTER_ADDR" not in environ:
-        raise ValueError(
-            "MASTER_ADDR: is not set, expected the first node's name; export MASTER_ADDR and MASTER_PORT in "
-            "the sbatch script, or start with torchrun"
-        )
+    for name, what in (("MASTER_ADDR", "the first node's name"), ("MASTER_PORT", "a free port there")):
+        if world > 1 and name not in environ:
+            raise ValueError(
+                f"{name}: is not set, expected {what}; export it in the sbatch script, or start with torchrun"
+            )
     return Ranks(rank=rank, world=world, local=local, local_world=local_world)
 
 

@@ -92,8 +92,7 @@ class TrainingStep:
         train = config.train
         self.parts = rank_parts(train.micro_batches, ranks)
         torch.manual_seed(derive_seed(train.seed, "weights"))
-        if train.precision == "tf32":
-            torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high" if train.precision == "tf32" else "highest")
         self.module: nn.Module = build(config.model)
         if train.init and fresh:
             load_initial(self.module, train.init)

@@ -18,6 +18,7 @@ import torch.distributed.fsdp
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from brainflow.frameworks import build
 from brainflow.storage import StoreWriter
+from brainflow.training import checkpoint
 from brainflow.training import step as step_module
 from brainflow.training.loop import pretrain
 from brainflow.training.metrics import TIMING, read_metrics
@@ -41,13 +42,13 @@ def store(tmp_path_factory):
     return str(path)
 
 
-def tiny(store, out, framework="csm", *, model=None, **train):
+def tiny(store, out, framework="csm", *, model=None, batch=8, **train):
     return PretrainConfig(
         store=store,
         out=str(out),
         device="cpu",
         model=ModelConfig(framework=framework, width=16, layers=2, heads=2, **(model or {})),
-        data=DataConfig(batch_size=8, seq_min=6, seq_max=16, loader="host", validation_batches=1),
+        data=DataConfig(batch_size=batch, seq_min=6, seq_max=16, loader="host", validation_batches=1),
         train=TrainConfig(
             **{
                 "steps": 4,
@@ -69,7 +70,11 @@ def free_port():
         return s.getsockname()[1]
 
 
-def on_ranks(world, work, errors):
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+
+
+def on_ranks(world, work, errors, names=TORCHRUN):
     """Fork `world` ranks that each call `work()`; fail with the traceback of any that fails."""
     port = str(free_port())
     children = []
@@ -78,14 +83,9 @@ def on_ranks(world, work, errors):
         if child == 0:
             code = 1
             try:
-                os.environ.update(
-                    RANK=str(rank),
-                    WORLD_SIZE=str(world),
-                    LOCAL_RANK=str(rank),
-                    LOCAL_WORLD_SIZE="2",
-                    MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=port,
-                )
+                values = (str(rank), str(world), str(rank), "2")
+                os.environ.update(zip(names, values, strict=True))
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
                 torch.set_num_threads(1)
                 work()
                 code = 0
@@ -203,13 +203,22 @@ def test_the_parts_of_a_batch_give_the_gradient_of_its_mean_over_all_predicted_v
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (2, "fsdp")), ((2, "ddp"), (2, "fsdp"))]
+    ("first", "then"),
+    [
+        ((2, "fsdp"), (1, "ddp")),
+        ((1, "ddp"), (2, "fsdp")),
+        ((2, "ddp"), (2, "fsdp")),
+        ((3, "fsdp"), (2, "ddp")),
+        ((2, "fsdp"), (3, "fsdp")),
+    ],
 )
 def test_a_checkpoint_changes_hands(store, tmp_path, first, then):
-    one = pretrain(tiny(store, tmp_path / "one", "net-bert", micro_batches=2, steps=6), quiet=True)
+    one = pretrain(tiny(store, tmp_path / "one", "net-bert", micro_batches=6, steps=6, batch=12), quiet=True)
 
     def begin(world, parallel):
-        config = tiny(store, tmp_path / "run", "net-bert", micro_batches=2, steps=6, parallel=parallel)
+        config = tiny(
+            store, tmp_path / "run", "net-bert", micro_batches=6, steps=6, batch=12, parallel=parallel
+        )
 
         def crash(self, batches, step, lr, real=TrainingStep.__call__, **more):
             if step == 4:
@@ -228,6 +237,12 @@ def test_a_checkpoint_changes_hands(store, tmp_path, first, then):
     assert (tmp_path / "run" / "checkpoints" / "step-00000004" / "COMPLETE").exists()
     begin(*then)
     assert_close(curve(tmp_path / "run"), curve(one))
+
+
+def test_ranks_that_slurm_started_train(store, tmp_path):
+    on_ranks(2, lambda: pretrain(tiny(store, tmp_path / "run", steps=2), quiet=True), tmp_path, SLURM)
+    state = checkpoint.read_state(checkpoint.latest(tmp_path / "run" / "checkpoints"))
+    assert (state["step"], state["world"]) == (2, 2)
 
 
 def test_two_ranks_killed_between_steps_continue_bit_for_bit(store, tmp_path):
@@ -291,6 +306,7 @@ def test_torchrun_and_slurm_say_who_is_who():
         "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "4",
         "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
     }
     assert from_environment(torchrun) == Ranks(rank=5, world=8, local=1, local_world=4)
     slurm = {
@@ -299,9 +315,11 @@ def test_torchrun_and_slurm_say_who_is_who():
         "SLURM_LOCALID": "1",
         "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
     }
-    with pytest.raises(ValueError, match="MASTER_ADDR"):
-        from_environment(slurm)
-    assert from_environment({**slurm, "MASTER_ADDR": "a"}) == Ranks(rank=5, world=8, local=1, local_world=4)
+    for missing, there in (("MASTER_ADDR", "MASTER_PORT"), ("MASTER_PORT", "MASTER_ADDR")):
+        with pytest.raises(ValueError, match=missing):
+            from_environment({**slurm, there: "1"})
+    given = {**slurm, "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert from_environment(given) == Ranks(rank=5, world=8, local=1, local_world=4)
 
 
 def test_a_thousand_ranks_can_be_laid_out(store):

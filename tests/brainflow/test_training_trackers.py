@@ -6,7 +6,14 @@ import pytest
 from brainflow.config import PretrainConfig, TrainConfig
 from brainflow.training.trackers import make_tracker
 
-LINE = {"step": 10, "loss": 0.5, "val_text": "x", "nan": float("nan")}
+LINE = {
+    "step": 10,
+    "loss": 0.5,
+    "val_text": "x",
+    "nan": float("nan"),
+    "list": [1.0],
+    "by": {"a": {"l1": 2.0}},
+}
 
 
 def config(tmp_path, tracker):
@@ -25,7 +32,7 @@ def test_tensorboard_reads_the_numbers_back(tmp_path):
     make_tracker(config(tmp_path, "tensorboard"))(LINE)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert events.Tags()["scalars"] == ["loss"]
+    assert sorted(events.Tags()["scalars"]) == ["by.a.l1", "loss"]
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 0.5)]
 
 
@@ -39,7 +46,7 @@ def test_wandb_gets_finite_numbers_and_one_id_a_directory(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     for _ in range(2):
         make_tracker(config(tmp_path, "wandb"))(LINE)
-    assert logged == [(10, {"loss": 0.5})] * 2
+    assert logged == [(10, {"loss": 0.5, "by.a.l1": 2.0})] * 2
     assert started[0] == started[1]
 
 

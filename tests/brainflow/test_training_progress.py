@@ -1,0 +1,89 @@
+"""What a person sees: a bar in a terminal, plain lines elsewhere."""
+
+import io
+import sys
+
+import pytest
+
+from brainflow.training import progress
+from brainflow.training.progress import TrainingProgress
+
+TRAINING = {
+    "step": 10,
+    "loss": 0.75,
+    "lr": 1e-3,
+    "trs_per_s": 1234.4,
+    "tokens_per_s": 2468.8,
+    "steps_per_s": 0.5,
+    "data_wait": 0.012,
+    "mfu": 0.41,
+    "gpu_memory_gib": 61.25,
+    "skipped": 3,
+}
+VALIDATION = {
+    "step": 10,
+    "val_loss": 0.8,
+    "val_l1": 0.7,
+    "val_mean_l1": 0.9,
+    "val_last_l1": 0.85,
+    "val_explained_variance": 0.25,
+    "val_correlation": 0.5,
+}
+SHOWN = ("loss 0.7500", "lr 1.00e-03", "1,234 TRs/s", "2,469 tokens/s", "data-wait 1.2 %", "MFU 41 %")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(progress, "PLAIN_EVERY", 0.0)
+
+
+def test_plain_lines_hold_everything_and_no_control_codes(monkeypatch, quick):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    with TrainingProgress(100) as shown:
+        shown.show(TRAINING)
+        shown.show(VALIDATION)
+    first, second = out.getvalue().splitlines()
+    assert first.startswith("step 10/100")
+    assert all(text in first for text in (*SHOWN, "GPU 61.2 GiB", "skipped 3", "ETA 0:03:00"))
+    assert "predicting the mean 0.9000, the last value 0.8500" in second
+    assert "explained variance 0.250, correlation 0.500" in second
+    assert "\x1b" not in out.getvalue()
+
+
+def test_plain_lines_are_few(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    with TrainingProgress(100) as shown:
+        for step in range(50):
+            shown.show({**TRAINING, "step": step})
+    assert len(out.getvalue().splitlines()) == 1
+
+
+def test_a_terminal_gets_a_bar_with_the_time_left(monkeypatch):
+    out = Terminal()
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setenv("TERM", "xterm")
+    with TrainingProgress(100, done=5) as shown:
+        shown.show(TRAINING)
+        shown.show(VALIDATION)
+    text = out.getvalue()
+    assert "\x1b" in text
+    assert all(part in text for part in SHOWN)
+    assert "10/100" in text
+    assert "validation loss 0.8000" in text
+
+
+def test_quiet_is_quiet(monkeypatch):
+    out = Terminal()
+    monkeypatch.setattr(sys, "stderr", out)
+    with TrainingProgress(100, quiet=True) as shown:
+        shown.show(TRAINING)
+        shown.show(VALIDATION)
+    assert out.getvalue() == ""
