@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from . import gate, history
-from .registry import SUITES, measure
+from .registry import ALL, SUITES, measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Args:
     suite: Annotated[
         Literal["loader", "kernels", "frameworks", "scaling", "prepare", "all"], tyro.conf.Positional
     ] = "all"
-    """Suite to run."""
+    """Suite to run; `all` are the first four."""
     quick: bool = False
     """Small inputs and few repeats: minutes instead of tens of minutes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -140,7 +140,7 @@ def _plan(args: Args) -> dict[str, tuple[str, ...]]:
     if args.time_to_loss:
         return {"frameworks": ("time_to_loss",)}
     if args.suite == "all":
-        return SUITES
+        return {suite: SUITES[suite] for suite in ALL}
     chosen: dict[str, tuple[str, ...]] = {args.suite: SUITES[args.suite]}
     return chosen if args.only else {"ceilings": SUITES["ceilings"], **chosen}
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,12 @@ SUITES: dict[str, tuple[str, ...]] = {
     "scaling": ("scaling",),
     "prepare": ("prepare",),
 }
+ALL = ("ceilings", "loader", "kernels", "frameworks", "scaling")
+"""Suites of `all`: what is run for every training. A dataset is prepared once."""
 
 
 def measure(
-    modules: tuple[str, ...], quick: bool, device: str, only: str | None, failures: list[str]
+    modules: Sequence[str], quick: bool, device: str, only: str | None, failures: list[str]
 ) -> Iterator[list[Row]]:
     """Run the measurements of some modules and yield the rows of each.
 
@@ -45,20 +48,34 @@ def measure(
     failures
         Gets a line for each measurement that raised.
     """
+    from rich.console import Console
+    from rich.progress import Progress
+
     from .timing import WrongResultError  # imports torch: not before the command line is known to be right
 
-    for module in modules:
-        for name, function in load(module, quick, device).items():
-            if only is not None and not fnmatch(name, only):
-                continue
-            print(f"{module}: {name} …", file=sys.stderr, flush=True)
+    chosen = [
+        (f"{module}: {name}", function)
+        for module in modules
+        for name, function in load(module, quick, device).items()
+        if only is None or fnmatch(name, only)
+    ]
+    console = Console(stderr=True)
+    # Drawn between measurements alone: a thread that draws would take time from what is measured.
+    with Progress(console=console, auto_refresh=False, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for name, function in chosen:
+            progress.update(task, description=name, refresh=True)
+            began = time.perf_counter()
             try:
                 yield function()
             except WrongResultError as error:
-                failures.append(f"{module} {name}: wrong result, so no speed: {error}")
+                failures.append(f"{name}: wrong result, so no speed: {error}")
             except Exception as error:
                 traceback.print_exc()
-                failures.append(f"{module} {name}: failed, so no speed: {type(error).__name__}: {error}")
+                failures.append(f"{name}: failed, so no speed: {type(error).__name__}: {error}")
+            progress.update(task, advance=1, refresh=True)
+            if not console.is_terminal:
+                print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
 
 
 def load(module: str, quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:

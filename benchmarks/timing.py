@@ -187,16 +187,16 @@ def interleave(
         raise ValueError(f"repeats: got {repeats}, expected at least 1")
     clock = _cuda_seconds if device == "cuda" else _wall_seconds
     names = list(functions)
+    once = dict.fromkeys(names, 0.0)
     for _ in range(warmup):
-        for name in names:
-            functions[name]()
-    turns = {name: _turn(function, 1) for name, function in functions.items()}
+        once = {name: clock(function) for name, function in functions.items()}
     calls = dict.fromkeys(names, 1)
     if len(names) > 1 and not lockstep:
-        once = {name: clock(turn) for name, turn in turns.items()}
+        # A first call may be slow for once; one that takes longer than a turn need not be known better.
+        once = {name: took if took > TURN else clock(functions[name]) for name, took in once.items()}
         length = min(TURN, max(once.values()))
         calls = {name: min(MOST_CALLS, max(1, round(length / once[name]))) for name in names}
-        turns = {name: _turn(function, calls[name]) for name, function in functions.items()}
+    turns = {name: _turn(function, calls[name]) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.collect()

@@ -49,7 +49,7 @@ def test_a_wrong_result_prints_no_speed(suite, capsys, tmp_path):
     out = tmp_path / "rows.json"
     assert command.run(command.Args(suite="kernels", device="cpu", json=out)) == 1
     seen = capsys.readouterr()
-    assert "kernels mask: wrong result, so no speed" in seen.err
+    assert "kernels: mask: wrong result, so no speed" in seen.err
     assert [row["case"] for row in json.loads(out.read_text())] == ["other"]
     assert "mask" not in seen.out
 
