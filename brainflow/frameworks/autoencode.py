@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from brainflow.config import ModelConfig
-from brainflow.frameworks.base import Pooling, StepOutput, at_least_float, pool
-from brainflow.kernels import MaskSpec, linear_masked_loss
+from brainflow.frameworks.base import Pooling, StepOutput, at_least_float, pool, whole_loss
 from brainflow.models.autoencoder import Decoder, Encoder, Steps, time_major
 from brainflow.models.embedding import BoldEmbedding
 from brainflow.models.packing import upload
@@ -44,15 +43,7 @@ class Autoencoder(nn.Module):
     def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
         """Return the loss over all values of all windows; `seed` decides about teacher forcing."""
         forced = self.training and _uniform(seed, batch.step) < self.config.teacher_forcing
-        loss = linear_masked_loss(
-            self._decoded(batch, forced),
-            self.unembedding.weight,
-            self.unembedding.bias,
-            batch.bold,
-            MaskSpec.all_valid(),
-            loss=self.config.loss,
-            cu_seqlens=batch.cu_seqlens,
-        )
+        loss = whole_loss(self._decoded(batch, forced), self.unembedding, batch.bold, self.config.loss)
         return StepOutput(loss=loss, metrics={"reconstruction": loss.detach()})
 
     def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:

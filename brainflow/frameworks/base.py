@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from brainflow.config import ModelConfig
-from brainflow.kernels import MaskSpec
+from brainflow.kernels import MaskSpec, linear_masked_loss
 from brainflow.models.packing import offsets, upload, window_of
 
 if TYPE_CHECKING:
@@ -57,6 +57,19 @@ class Framework(Protocol):
 def drawn_rows(mask: MaskSpec, lengths: np.ndarray) -> np.ndarray:
     """Return the masked rows of packed windows, int64 [masked], drawn on the host."""
     return mask.rows(torch.from_numpy(offsets(lengths).astype(np.int32))).numpy()
+
+
+def whole_loss(hidden: Tensor, unembedding: nn.Linear, target: Tensor, loss: str) -> Tensor:
+    """Return the mean loss of the projection of all `hidden` [rows, width] against `target` [rows, networks].
+
+    The rows are named by the host, so that finding them costs no synchronisation.
+    """
+    count = len(hidden)
+    sent = upload(hidden.device, rows=np.arange(count), bounds=np.array([0, count], np.int32))
+    return linear_masked_loss(
+        hidden, unembedding.weight, unembedding.bias, target, None, loss=loss, cu_seqlens=sent["bounds"],
+        rows=sent["rows"],
+    )  # fmt: skip
 
 
 def at_least_float(x: Tensor) -> Tensor:

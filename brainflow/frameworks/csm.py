@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from brainflow.config import ModelConfig
-from brainflow.frameworks.base import Pooling, StepOutput, at_least_float, drawn_rows, pool
+from brainflow.frameworks.base import Pooling, StepOutput, at_least_float, drawn_rows, pool, whole_loss
 from brainflow.kernels import MaskSpec, linear_masked_loss
 from brainflow.models.embedding import BoldEmbedding
 from brainflow.models.packing import offsets, positions, upload, window_of
@@ -66,8 +66,7 @@ class CSM(nn.Module):
         hidden, rows, weights = self._predicting(batch, seed)
         weight, bias, kind = self.unembedding.weight, self.unembedding.bias, self.config.loss
         if weights is None:
-            target = batch.bold.index_select(0, rows)
-            loss = linear_masked_loss(hidden, weight, bias, target, MaskSpec.all_valid(), loss=kind)
+            loss = whole_loss(hidden, self.unembedding, batch.bold.index_select(0, rows), kind)
         else:
             loss = linear_masked_loss(
                 hidden, weight, bias, batch.bold, None, loss=kind, rows=rows, row_weights=weights

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from brainflow.config import ModelConfig
-from brainflow.frameworks.base import StepOutput, at_least_float, drawn_rows
+from brainflow.frameworks.base import StepOutput, at_least_float, drawn_rows, whole_loss
 from brainflow.frameworks.bert import BertFramework
-from brainflow.kernels import MaskSpec, linear_masked_loss
+from brainflow.kernels import MaskSpec
 from brainflow.models.packing import offsets, upload
 
 if TYPE_CHECKING:
@@ -33,14 +33,8 @@ class SeqBERT(BertFramework):
     def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
         """Return loss and metrics; (`seed`, `batch.step`) fix the masks."""
         first, chosen, rows = self._predicting(batch, seed)
-        loss = linear_masked_loss(
-            chosen,
-            self.unembedding.weight,
-            self.unembedding.bias,
-            batch.bold.index_select(0, rows),
-            MaskSpec.all_valid(),
-            loss=self.config.loss,
-        )
+        target = batch.bold.index_select(0, rows)
+        loss = whole_loss(chosen, self.unembedding, target, self.config.loss)
         return self.output(batch, first, loss)
 
     def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from brainflow.models.dropout import Dropout
 from brainflow.models.packing import Ints, offsets, positions, window_of
 from brainflow.models.recurrence import Gathered, LSTMPass, LSTMStep
 
@@ -161,7 +162,7 @@ class Encoder(nn.Module):
         self.lstms = nn.ModuleList(nn.LSTM(width, width, bidirectional=True) for _ in range(layers))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers - 1))
         self.pooler = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
         """Return time-major states [tokens, width], pooled vectors and final states [windows, width] by rank.
@@ -203,7 +204,7 @@ class Decoder(nn.Module):
         self.lstms = nn.ModuleList(nn.LSTM(width, width) for _ in range(layers))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers - 1))
         self.output = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, pooled: Tensor, before: Tensor, steps: Steps) -> Tensor:
         """Return outputs [tokens, width], time-major, under teacher forcing: one pass over all steps a layer.

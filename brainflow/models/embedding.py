@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainflow.config import ModelConfig
+from brainflow.models.dropout import Dropout
 
 WAVES = 32
 PLACE_WAVES = 8
@@ -33,7 +34,7 @@ class BoldEmbedding(nn.Module):
         c = config
         self.project = nn.Linear(c.networks, c.width)
         self.norm = nn.LayerNorm(c.width)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
         encoding = SecondsTable if c.time_encoding == "table" else SecondsWaves
         self.time = encoding(c.width, c.max_seconds, c.time_resolution)
         self.place: nn.Linear | None = None

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brainflow.models.dropout import Dropout
+
 
 class DecodingHead(nn.Module):
     """The published decoding head: Linear + tanh + dropout, then Linear to the classes.
@@ -30,7 +32,7 @@ class DecodingHead(nn.Module):
         if classes < 2:
             raise ValueError(f"classes: got {classes}, expected at least 2")
         self.pooler = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.output = nn.Linear(width, classes)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ class IsNextHead(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.pooler = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.output = nn.Linear(width, 1)
 
     def forward(self, first: Tensor) -> Tensor:

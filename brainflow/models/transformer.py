@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from brainflow.config import ModelConfig
 from brainflow.kernels import attention, shifted_attention
+from brainflow.models.dropout import Dropout
 
 Style = Literal["gpt", "bert"]
 Streams = Literal["one", "two", "second"]
@@ -133,7 +134,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = _norm(style, c), _norm(style, c)
         self.attention = Attention(style, c)
         self.feedforward = FeedForward(style, c)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
 
     def forward(
         self,
@@ -189,7 +190,7 @@ class Transformer(nn.Module):
         self.positions = nn.Embedding(c.max_positions, c.width) if learned else None
         self.token_types = nn.Embedding(2, c.width) if style == "bert" else None
         self.norm = _norm(style, c)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(style, c) for _ in range(c.layers))
         self._initialise()
 
