@@ -19,6 +19,7 @@ from brainflow.kernels.testing import error_ratio
 
 from . import kernels_attention
 from .ceilings import floor, roofline_rows
+from .kernels_bytes import bytes_rows, fused_linear_bytes, fused_loss_bytes, memory_rows
 from .timing import Row, Timing, WrongResultError, interleave, speed_rows
 
 WINDOWS, TIME, NETWORKS, WIDTH = 64, 50, 1024, 768
@@ -83,7 +84,12 @@ def _masked_loss(name: str, mask: MaskSpec, seconds: float, device: str) -> list
     share = float(dense.float().mean()) if mask.by_rows else 1.0  # columns share cache lines: all are read
     least = element * TOKENS * NETWORKS * (2 * share + 1)
     times = interleave({"ours": ours, "naive": naive}, device=device, seconds=seconds)
-    return _rows(f"masked_loss/{name}", times, device, least)
+    fused = fused_loss_bytes(share, TOKENS, NETWORKS, element)
+    return [
+        *_rows(f"masked_loss/{name}", times, device, least),
+        *bytes_rows(f"masked_loss/{name}", naive, "naive", fused, least),
+        *(memory_rows(f"masked_loss/{name}", ours, naive, pred.nbytes) if device == "cpu" else ()),
+    ]
 
 
 def _linear(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]:
@@ -111,7 +117,11 @@ def _linear(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]
     least = 4 * (masked * (2 * WIDTH + NETWORKS) + TOKENS * WIDTH + 3 * NETWORKS * WIDTH)
     flops = 6 * masked * WIDTH * NETWORKS
     times = interleave({"ours": ours, "project_all": project_all}, device=device, seconds=seconds)
-    return _rows(f"linear_masked_loss/{name}", times, device, least, flops)
+    fused = fused_linear_bytes(masked, TOKENS, WIDTH, NETWORKS)
+    return [
+        *_rows(f"linear_masked_loss/{name}", times, device, least, flops),
+        *bytes_rows(f"linear_masked_loss/{name}", project_all, "project_all", fused, least),
+    ]
 
 
 def _mask_tokens(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]:
@@ -132,7 +142,10 @@ def _mask_tokens(name: str, mask: MaskSpec, seconds: float, device: str) -> list
     _require_equal(f"mask_tokens/{name}", ours(mask), naive())
     least = 4 * TOKENS * NETWORKS * (2 + float(small.float().mean()))
     times = interleave({"ours": ours, "naive": naive}, device=device, seconds=seconds)
-    return _rows(f"mask_tokens/{name}", times, device, least)
+    return [
+        *_rows(f"mask_tokens/{name}", times, device, least),
+        *bytes_rows(f"mask_tokens/{name}", naive, "naive", least, least),
+    ]
 
 
 def _require_equal(

@@ -148,8 +148,8 @@ def problems(config: AotConfig, report: Report) -> list[str]:
             if narrow:
                 listed = ", ".join(f"{n} of {w} bits" for w, n in sorted(narrow.items()))
                 found.append(f"{name}: got {kind}s narrower than {WIDE} bits ({listed}), expected none")
-    for name in report.stores:
-        value = config.arguments.get(name)
+    for name in config.computed:
+        value = config.arguments[name]
         if isinstance(value, tuple) and value[1] == torch.bfloat16 and not report.rounds_bf16:
             found.append(f"{name}: got bfloat16 stores without cvt.rn.bf16, expected rounding to nearest")
     return found

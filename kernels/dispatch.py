@@ -106,6 +106,29 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class _Once(torch.autograd.Function):
+    """Passes a gradient on; raises where that is differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> None:
+        raise RuntimeError("loss: got a second derivative to compute, expected the first only")
+
+
+def once(value: torch.Tensor, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Return gradients that a forward pass computed along with `value`; differentiating them again raises.
+
+    They would count as constants under `create_graph=True`, which is silently wrong. `value` ties them to
+    the inputs, so that the engine comes by here.
+    """
+    if not torch.is_grad_enabled():
+        return grads
+    return tuple(None if grad is None else _Once.apply(grad, value) for grad in grads)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AotConfig:
     """One production configuration of one Triton kernel, for compilation without a GPU."""
@@ -121,3 +144,5 @@ class AotConfig:
     num_warps: int = 4
     wide: tuple[str, ...] = ()
     """Arguments of shape [tokens, networks]: every load and store of theirs must be 128-bit wide."""
+    computed: tuple[str, ...] = ()
+    """Arguments whose stores hold computed values: bfloat16 must be rounded to nearest (cvt.rn.bf16)."""

@@ -38,6 +38,8 @@ def layout_of(
     """
     check_tensor(name, x, ndim=(2, 3), dtypes=FLOATS)
     integers = (torch.int32, torch.int64)
+    if x.shape[:-1].numel() >= 2**31:
+        raise ValueError(f"{name}: got shape {list(x.shape)}, expected less than 2**31 time points")
     if x.ndim == 2:
         if lengths is not None:
             raise ValueError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
 
 from ..dispatch import FLOATS, HAS_TRITON, check_tensor, pick
@@ -17,7 +17,8 @@ if HAS_TRITON:
 
 STORES = (torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.int8)
 
-Integers = torch.Tensor | np.ndarray | Sequence[int]
+Integers = torch.Tensor | Sequence[int] | Any
+"""What `torch.as_tensor` takes, NumPy arrays too."""
 
 
 def gather_windows(
@@ -38,8 +39,8 @@ def gather_windows(
     store
         [time, networks], float32, float16, bfloat16, int16 or int8, in device memory or memory-mapped.
     starts
-        [windows], first time point of each window, as integers on the host (on CUDA their values are not
-        checked: time points outside of the store come out as NaN).
+        [windows], first time point of each window: integers on the host, a list, array or tensor (values in
+        CUDA tensors are not checked: time points outside of the store come out as NaN).
     lengths
         [windows], time points of each window, at least 1. On CUDA their sum has to be read back (a sync).
     scale
@@ -80,6 +81,8 @@ def gather_windows(
     if begin.shape != count.shape:
         raise ValueError(f"lengths: got shape {list(count.shape)}, expected starts' {list(begin.shape)}")
     tokens, longest = (int(count.sum()), int(count.max())) if count.numel() else (0, 0)
+    if tokens >= 2**31:
+        raise ValueError(f"lengths: got {tokens} time points in all, expected less than 2**31 a batch")
     if begin.device.type == "cpu" and count.device.type == "cpu":
         _check_range(begin, count, store.shape[0])
     cu_seqlens = torch.zeros(count.numel() + 1, dtype=torch.int32, device=count.device)

@@ -61,7 +61,11 @@ def gather_kernel(
     if KIND >= 0:
         masked = row_mask(windows, position, windows * 0 + length, threshold, seed, offset, KIND, SPAN)
     if KIND == COLUMN_KIND:
-        words = column_words(tile, windows, position, seed, offset, SPAN)
+        if SPAN == 0:  # one draw a column for all rows of the window
+            one = tl.zeros([1], tl.int32)
+            words = column_words(tile, one + window, one, seed, offset, SPAN)
+        else:
+            words = column_words(tile, windows, position, seed, offset, SPAN)
     for subtile in tl.static_range(4):
         column = tile * TILE + subtile * SUBTILE + tl.arange(0, SUBTILE)
         within = column < networks
@@ -191,6 +195,7 @@ def _aot_configs() -> list[AotConfig]:
                 },
                 num_warps=WARPS,
                 wide=("store", "out") if rows * store.itemsize >= 8 else ("out",),
+                computed=("out",),
             )
         )
     return configs

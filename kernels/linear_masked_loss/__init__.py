@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..blocks import host_bounds, rows_of
 from ..dispatch import FLOATS, HAS_TRITON, check_loss, check_tensor, pick
-from ..layout import Layout, check_mask, flat, layout_of
-from ..masks import ALL, COLUMNS, MaskSpec, masked_rows, windows
+from ..layout import check_mask, flat, layout_of
+from ..masks import ALL, COLUMNS, MaskSpec
 from . import cpu, naive
 
 if HAS_TRITON:
@@ -87,8 +86,6 @@ def linear_masked_loss(
             hidden, weight, bias, target, mask, rows, row_weights, loss, layout.bounds, layout.period
         )
         return value.to(dtype)
-    if rows is None and code[0] != COLUMNS:
-        rows = _find_rows(code, layout)
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         cast = torch.get_autocast_dtype(kind)
@@ -110,13 +107,6 @@ def linear_masked_loss(
         check_loss(loss),
         gradients,
     )[0]
-
-
-def _find_rows(code: list[int], layout: Layout) -> torch.Tensor:
-    bounds, period = layout
-    if torch.compiler.is_compiling() or bounds.device.type != "cpu":
-        return masked_rows(code, *windows(bounds, period))
-    return rows_of(tuple(code), host_bounds(bounds, None, period), period)
 
 
 def _check(

@@ -1,7 +1,8 @@
-"""linear_masked_loss on the GPU: cuBLAS projects a block of rows, one kernel compares and overwrites.
+"""linear_masked_loss on the GPU: cuBLAS projects a block of rows, one kernel compares.
 
-The kernel replaces a block's predictions by the derivative of their loss, in place, and writes partial
-sums; two more products give the gradients of rows, weight and bias. No host synchronisation.
+The kernel turns a block's predictions (float32, also for 16-bit inputs) into the derivative of their loss, in
+place where the types agree, and writes partial sums; two more products give the gradients of rows, weight
+and bias. No host synchronisation where rows are given.
 
 Legend: M projected rows (masked rows, or all rows under a column mask), N networks.
 """
@@ -15,7 +16,7 @@ from torch.library import custom_op, wrap_triton
 
 from .. import masks
 from ..dispatch import AotConfig, accumulator
-from ..masked_loss.triton import LANES, acc_type, launch_arguments, tile_rows
+from ..masked_loss.triton import LANES, acc_type, launch_arguments
 from ..masks_triton import (
     COLUMNS,
     SCALARS,
@@ -29,19 +30,24 @@ from ..masks_triton import (
     loss_value,
     row_mask,
 )
-from .cpu import backward, empty_gradients, setup_context
+from .cpu import backward, empty_gradients, fake, setup_context
 
 BLOCK_ROWS = 2048
 
 
+def tile_rows(dtype: torch.dtype) -> int:
+    """Return the rows of a tile: 4, but 2 for float32 operands, which take more registers."""
+    return 2 if dtype == torch.float32 else 4
+
+
 @triton.jit(do_not_specialize=[*SCALARS, "first", "count"])
 def compare(
-    pred, target, rows, row_weights, bounds, sums, weights, first, count, networks,
+    pred, bias, target, slope, rows, row_weights, bounds, sums, weights, first, count, networks,
     windows, steps, period, threshold, seed, offset,
     KIND: tl.constexpr, SPAN: tl.constexpr, PADDED: tl.constexpr, LOSS: tl.constexpr,
-    WEIGHTED: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
+    BIASED: tl.constexpr, WEIGHTED: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Overwrite one tile of a block's predictions by weight · derivative; write its partial sums.
+    """Write weight · derivative at one tile of a block's predictions to `slope`, and its partial sums.
 
     Row i of the block is row `rows[i]` of the target, or row first + i under a column mask.
     """
@@ -59,23 +65,27 @@ def compare(
     else:
         source = tl.load(rows + index, mask=inside, other=0)
         taken = inside & (weight > 0)
+    start = tl.program_id(0).to(tl.int64) * R * networks
     total = tl.zeros([R], ACC)
     amount = tl.zeros([R], ACC)
     for part in tl.static_range(4):
         column = tile * TILE + part * SUBTILE + tl.arange(0, SUBTILE)
         bound = (column < networks)[None, :]
         keep = taken[:, None] & bound
-        at = index[:, None].to(tl.int64) * networks + column[None, :]
+        at = tl.arange(0, R)[:, None] * networks + column[None, :]
         there = source[:, None].to(tl.int64) * networks + column[None, :]
-        p = tl.load(pred + at, mask=keep, other=0).to(ACC)
+        p = tl.load(pred + start + at, mask=keep, other=0).to(ACC)
         t = tl.load(target + there, mask=keep, other=0).to(ACC)
+        if BIASED:
+            p += tl.load(bias + column, mask=column < networks, other=0).to(ACC)[None, :]
         if KIND == COLUMNS:
             keep = keep & event(words[part], threshold)
         d = tl.where(keep, p - t, 0.0)
         w = tl.where(keep, weight[:, None], 0.0)
         total += tl.sum(w * loss_value(d, LOSS), 1)
         amount += tl.sum(w, 1)
-        tl.store(pred + at, (w * loss_slope(d, LOSS)).to(pred.dtype.element_ty), mask=inside[:, None] & bound)
+        s = (w * loss_slope(d, LOSS)).to(slope.dtype.element_ty)
+        tl.store(slope + start + at, s, mask=inside[:, None] & bound)
     program = tl.program_id(0) * tl.num_programs(1) + tile
     tl.store(sums + program, tl.sum(total, 0))
     tl.store(weights + program, tl.sum(amount, 0))
@@ -101,14 +111,17 @@ def forward_impl(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Project, compare and go back, block by block."""
     acc, networks = accumulator(hidden.dtype), weight.shape[0]
+    if rows is None and mask[0] != masks.COLUMNS:
+        rows = _find_rows(hidden, bounds, period, mask)
     count = hidden.shape[0] if rows is None else rows.shape[0]
-    grad_rows, grad_weight, grad_bias = empty_gradients(hidden, weight, bias, count, gradients)
+    grad_hidden = torch.zeros_like(hidden) if gradients else hidden.new_empty(0)
+    grad_weight, grad_bias = empty_gradients(weight, bias, gradients)
     value = hidden.new_zeros((), dtype=acc)
     inverse = torch.zeros_like(value)
     if count == 0:
-        return value, inverse, grad_rows, grad_weight, grad_bias
+        return value, inverse, grad_hidden, grad_weight, grad_bias
     kind = masks.COLUMNS if rows is None else masks.ALL
-    step, tile = block_rows(count, hidden.shape[0]), tile_rows(kind, hidden.dtype)
+    step, tile = block_rows(count, hidden.shape[0]), tile_rows(hidden.dtype)
     columns = triton.cdiv(networks, TILE.value)
     programs = [triton.cdiv(min(step, count - first), tile) * columns for first in range(0, count, step)]
     sums = hidden.new_empty(sum(programs), dtype=acc)
@@ -121,26 +134,38 @@ def forward_impl(
         block = slice(first, min(first + step, count))
         size = block.stop - block.start
         h = hidden[block] if rows is None else hidden.index_select(0, rows[block])
-        pred = torch.nn.functional.linear(h, weight, bias)
+        pred = _wide_product(h, weight.t(), acc)
+        slope = pred if hidden.dtype == acc else torch.empty_like(pred, dtype=hidden.dtype)
         wrap_triton(compare)[(triton.cdiv(size, tile), columns)](
-            pred, target, bounds if rows is None else rows[block],
+            pred, pred if bias is None else bias, target, slope, bounds if rows is None else rows[block],
             sums if row_weights is None else row_weights[block], bounds,
             sums[done:], weights[done:], first, size, networks, **scalars, **constants,
-            LOSS=loss, WEIGHTED=row_weights is not None, ACC=acc_type(hidden.dtype), R=tile, num_warps=4,
+            LOSS=loss, BIASED=bias is not None, WEIGHTED=row_weights is not None,
+            ACC=acc_type(hidden.dtype), R=tile, num_warps=4,
         )  # fmt: skip
         done += programs[number]
         if not gradients:
             continue
-        torch.mm(pred, weight, out=grad_rows[block])
-        grad_weight.add_(_wide_product(pred.t(), h, acc))
+        if rows is None:
+            torch.mm(slope, weight, out=grad_hidden[block])
+        else:
+            grad_hidden.index_add_(0, rows[block], torch.mm(slope, weight))
+        grad_weight.add_(_wide_product(slope.t(), h, acc))
         if bias is not None:
-            grad_bias.add_(pred.sum(0, dtype=acc))
+            grad_bias.add_(slope.sum(0, dtype=acc))
     wrap_triton(finish)[(1,)](sums, weights, value, inverse, done, LANES=LANES, num_warps=4)
-    return value, inverse, grad_rows, grad_weight, grad_bias
+    return value, inverse, grad_hidden, grad_weight, grad_bias
+
+
+def _find_rows(hidden: torch.Tensor, bounds: torch.Tensor, period: int, mask: list[int]) -> torch.Tensor:
+    """Return the masked rows; their number is read back from the device unless all packed rows are."""
+    if mask[0] == masks.ALL and period == 0:
+        return torch.arange(hidden.shape[0], device=hidden.device)
+    return masks.masked_rows(mask, *masks.windows(bounds, period))
 
 
 def _wide_product(a: torch.Tensor, b: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
-    """Return a @ b in the accumulator's dtype (sums of fp16 derivatives could overflow fp16)."""
+    """Return a @ b in the accumulator's dtype: predictions are not rounded, sums in fp16 do not overflow."""
     if a.dtype == acc:
         return a @ b
     if a.device.type == "cuda":
@@ -162,19 +187,14 @@ def linear_masked_loss(
     loss: int,
     gradients: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (mean loss, 1 / Σ weights, and the unscaled gradients of rows, weight and bias)."""
-    return forward_impl(
-        hidden, weight, bias, target, rows, row_weights, bounds, period, mask, loss, gradients
-    )
+    """Return (mean loss, 1 / Σ weights, and gradients of hidden, weight and bias that lack that factor)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return forward_impl(
+            hidden, weight, bias, target, rows, row_weights, bounds, period, mask, loss, gradients
+        )
 
 
-@linear_masked_loss.register_fake
-def _(hidden, weight, bias, target, rows, row_weights, bounds, period, mask, loss, gradients):
-    count = hidden.shape[0] if rows is None else rows.shape[0]
-    scalar = hidden.new_empty((), dtype=accumulator(hidden.dtype))
-    return (scalar, torch.empty_like(scalar), *empty_gradients(hidden, weight, bias, count, gradients))
-
-
+linear_masked_loss.register_fake(fake)
 linear_masked_loss.register_autograd(backward, setup_context=setup_context)
 
 
@@ -184,15 +204,17 @@ def _aot_configs() -> list[AotConfig]:
     for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         for kind, name in ((masks.ALL, "rows"), (masks.COLUMNS, "columns")):
             for code, loss in enumerate(("l1", "mse", "huber")):
-                tile = tile_rows(kind, dtype)
+                tile = tile_rows(dtype)
                 programs = ((count // tile,), torch.float32)
                 result.append(
                     AotConfig(
                         name=f"linear_masked_loss.compare.{name}.{loss}.{short}",
                         kernel=compare,
                         arguments={
-                            "pred": ((count, networks), dtype),
+                            "pred": ((count, networks), torch.float32),
+                            "bias": ((networks,), dtype),
                             "target": ((tokens, networks), dtype),
+                            "slope": ((count, networks), dtype),
                             "rows": ((count,), torch.int64),
                             "row_weights": ((count,), torch.float32),
                             "bounds": ((windows + 1,), torch.int32),
@@ -209,9 +231,10 @@ def _aot_configs() -> list[AotConfig]:
                             "offset": 12345,
                         },
                         constants={"KIND": kind, "SPAN": 0 if kind == masks.COLUMNS else 1, "PADDED": False,
-                                   "LOSS": code, "WEIGHTED": kind == masks.ALL, "ACC": tl.float32,
-                                   "R": tile},
-                        wide=("pred", "target"),
+                                   "LOSS": code, "BIASED": True, "WEIGHTED": kind == masks.ALL,
+                                   "ACC": tl.float32, "R": tile},
+                        wide=("pred", "target", "slope"),
+                        computed=("slope",),
                     )
                 )  # fmt: skip
     return result

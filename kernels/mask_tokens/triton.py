@@ -1,7 +1,7 @@
 """mask_tokens on the GPU: one kernel forward (one read of x, one write), one or two more backward.
 
-Tiles of 16 (8) rows × 256 networks. The gradient of the token is summed per group of tiles and then over
-groups, both in a fixed order, so it has the same bits at every run.
+Tiles of 16 rows (8 or 4 under a column mask) × 256 networks. The gradient of the token is summed per group
+of tiles and then over groups, both in a fixed order, so it has the same bits at every run.
 
 Legend: rows = tokens (packed) or W · T (padded), N networks.
 """
@@ -22,9 +22,11 @@ GROUPS = 256
 """Most groups of tiles: fixed, so that sums do not depend on the device."""
 
 
-def tile_rows(kind: int) -> int:
+def tile_rows(kind: int, dtype: torch.dtype) -> int:
     """Return the rows of a tile: 16, fewer where column draws take registers."""
-    return 8 if kind == masks.COLUMNS else 16
+    if kind != masks.COLUMNS:
+        return 16
+    return 8 if dtype.itemsize == 2 else 4
 
 
 @triton.jit
@@ -62,14 +64,15 @@ def replace(
     read = inside
     if KIND != COLUMNS:
         read = inside & (taken == 0)[:, None]
-    at = row[:, None].to(tl.int64) * networks + column[None, :]
-    value = tl.load(x + at, mask=read, other=0)
+    start = tl.program_id(0).to(tl.int64) * R * networks
+    at = tl.arange(0, R)[:, None] * networks + column[None, :]
+    value = tl.load(x + start + at, mask=read, other=0)
     if BY_POSITION:
         # A window longer than the token has positions shows as NaN: the host cannot know without a sync.
         t = tl.load(token + position, mask=taken & (position < positions), other=float("nan"))[:, None]
     else:
         t = tl.load(token + column, mask=column < networks, other=0)[None, :]
-    tl.store(out + at, tl.where(hit, t.to(value.dtype), value), mask=inside)
+    tl.store(out + start + at, tl.where(hit, t.to(value.dtype), value), mask=inside)
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -140,9 +143,10 @@ def forward_impl(
     if out.numel() == 0:
         return out
     scalars, constants = launch_arguments(bounds, period, mask)
-    wrap_triton(replace)[(triton.cdiv(rows, tile_rows(mask[0])), triton.cdiv(networks, SUBTILE.value))](
+    tile = tile_rows(mask[0], x.dtype)
+    wrap_triton(replace)[(triton.cdiv(rows, tile), triton.cdiv(networks, SUBTILE.value))](
         x, mask_token, bounds, out, rows, networks, mask_token.shape[0], **scalars, **constants,
-        BY_POSITION=mask_token.ndim == 2, R=tile_rows(mask[0]), num_warps=4,
+        BY_POSITION=mask_token.ndim == 2, R=tile, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -163,7 +167,7 @@ def backward_impl(
     shape = (positions, 1) if positions else (networks,)
     if grad.numel() == 0:
         return grad_x, grad.new_zeros(shape if need_token else 0, dtype=acc)
-    blocks, tiles = triton.cdiv(networks, SUBTILE.value), triton.cdiv(rows, tile_rows(mask[0]))
+    blocks, tiles = triton.cdiv(networks, SUBTILE.value), triton.cdiv(rows, tile_rows(mask[0], grad.dtype))
     per_group = 1 if positions or not need_token else triton.cdiv(tiles, GROUPS)
     groups = triton.cdiv(tiles, per_group)
     partial = grad.new_empty((blocks, rows) if positions else (groups, networks), dtype=acc)
@@ -171,7 +175,7 @@ def backward_impl(
     wrap_triton(gradients)[(groups, blocks)](
         grad, bounds, grad_x, partial, rows, networks, per_group, **scalars, **constants,
         BY_POSITION=positions > 0, NEED_X=need_x, NEED_TOKEN=need_token, ACC=acc_type(grad.dtype),
-        R=tile_rows(mask[0]),         num_warps=4,
+        R=tile_rows(mask[0], grad.dtype), num_warps=4,
     )  # fmt: skip
     if not need_token:
         return grad_x, grad.new_empty(0, dtype=acc)
@@ -249,10 +253,10 @@ def _aot_configs() -> list[AotConfig]:
         data = ((rows, networks), dtype)
         for kind, name in ((masks.ROWS, "rows"), (masks.COLUMNS, "columns"), (masks.POSITION, "position")):
             by_position = kind == masks.COLUMNS
-            token = ((positions, 1), dtype) if by_position else ((networks,), dtype)
+            token = ((positions, 1) if by_position else (networks,), torch.float32)  # a parameter
             partial = ((networks // 256, rows) if by_position else (200, networks), torch.float32)
             constants = {"KIND": kind, "SPAN": 0 if by_position else 1, "PADDED": False,
-                         "BY_POSITION": by_position, "R": tile_rows(kind)}  # fmt: skip
+                         "BY_POSITION": by_position, "R": tile_rows(kind, dtype)}  # fmt: skip
             result.append(
                 AotConfig(
                     name=f"mask_tokens.replace.{name}.{short}",
@@ -261,6 +265,7 @@ def _aot_configs() -> list[AotConfig]:
                                "networks": networks, "positions": token[0][0], **scalars},
                     constants=constants,
                     wide=("x", "out"),
+                    computed=("out",),
                 )
             )  # fmt: skip
             for need_x in (True, False):

@@ -23,7 +23,7 @@ from ..blocks import (
     rows_of,
     sum_and_slope,
 )
-from ..dispatch import accumulator
+from ..dispatch import accumulator, once
 from ..masks import COLUMNS, POSITION
 
 
@@ -142,11 +142,12 @@ def _columns(
         p, t = pred[first:end], target[first:end]
         if buffer.shape != p.shape:
             buffer = torch.empty(p.shape, dtype=acc)
-        d = torch.sub(p, t, out=buffer) if p.dtype == t.dtype == acc else buffer.copy_(p).sub_(t)
+        d = _difference(p, t, buffer)
         slope = grad[first:end] if direct else torch.empty_like(d)
         part = float(sum_and_slope(d, slope, loss, weights))
         if not math.isfinite(part):  # NaN or infinity times 0: clear what is not masked, then once more
-            part = float(sum_and_slope(keep(d, keep_bits(weights != 0, acc)), slope, loss, weights))
+            d = keep(_difference(p, t, buffer), keep_bits(weights != 0, acc))
+            part = float(sum_and_slope(d, slope, loss, weights))
         total += part
         if not known:
             count += int(weights.sum(dtype=torch.float64))
@@ -161,6 +162,11 @@ def _columns(
         if not known:
             grad.mul_(factor / max(1, count))
     return total / (1 if known else max(1, count))
+
+
+def _difference(p: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Write p − t to `out`, in its dtype."""
+    return torch.sub(p, t, out=out) if p.dtype == t.dtype == out.dtype else out.copy_(p).sub_(t)
 
 
 @masked_loss_backward.register_fake
@@ -179,7 +185,7 @@ def setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     pred, target, bounds, *ctx.rest, _ = inputs
     again = () if accumulator(pred.dtype) == pred.dtype else (pred, target, bounds)
-    ctx.save_for_backward(output[1], *again)
+    ctx.save_for_backward(*output, *again)
     ctx.mark_non_differentiable(output[1])
 
 
@@ -190,11 +196,11 @@ def backward(ctx, upstream, _):
     """
     if upstream is None:
         return (None,) * 7
-    grad, *again = ctx.saved_tensors
+    value, grad, *again = ctx.saved_tensors
     if type(upstream) is torch.Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0:
-        return grad, None, None, None, None, None, None
+        return (*once(value, grad), *(None,) * 6)
     scaled = masked_loss_backward(upstream, *again, *ctx.rest) if again else grad * upstream
-    return scaled, None, None, None, None, None, None
+    return (*once(value, scaled), *(None,) * 6)
 
 
 masked_loss.register_autograd(backward, setup_context=setup_context)

@@ -293,6 +293,7 @@ def _aot_configs() -> list[AotConfig]:
                                    "inverse": scalar, "grad": data, **scalars},
                         constants=constants,
                         wide=("pred", "target", "grad"),
+                        computed=("grad",),
                     )
                 )  # fmt: skip
     partials = ((800,), torch.float32)

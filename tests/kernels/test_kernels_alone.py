@@ -34,12 +34,7 @@ def test_the_example_of_the_readme_learns():
 
 
 def test_passes_where_the_rest_cannot_be_imported():
-    arguments = [
-        str(TESTS / "test_masks.py"),
-        str(TESTS / "test_kernels_alone.py"),
-        "-k",
-        "definition or readme",
-    ]
+    arguments = [str(TESTS), "-k", "definition or example_of_the_readme or fake_tensors"]  # collects all
     script = SCRIPT.format(blocked=BLOCKED, arguments=arguments)
     command = [sys.executable, "-c", script]
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # zarr installs a pytest plugin
@@ -48,20 +43,21 @@ def test_passes_where_the_rest_cannot_be_imported():
         command, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "2 passed" in result.stdout
+    passed = re.search(r"(\d+) passed, (\d+) deselected", result.stdout)
+    assert passed, result.stdout[-3000:]
+    assert int(passed[1]) >= 4
+    assert int(passed[2]) > 150
 
 
 def test_neither_package_nor_tests_import_anything_else():
     allowed = {
         "torch",
         "triton",
-        "numpy",
-        "pytest",
-        "hypothesis",
         "flash_attn",
-        "transformers",
     } | sys.stdlib_module_names
+    for_tests = allowed | {"numpy", "pytest", "hypothesis"}
     for path in [*PACKAGE.rglob("*.py"), *TESTS.rglob("*.py")]:
+        allowed_here = for_tests if TESTS in path.parents else allowed
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
             if isinstance(node, ast.Import):
@@ -70,7 +66,7 @@ def test_neither_package_nor_tests_import_anything_else():
                 names = [node.module]
             for name in names:
                 fine = (
-                    name.split(".")[0] in allowed
+                    name.split(".")[0] in allowed_here
                     or name.startswith("brainflow.kernels")
                     or name == "brainflow"
                 )
