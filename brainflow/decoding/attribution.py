@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,8 @@ class Attribution:
         float64 `[classes, networks]`, of the sums over time: one value a network, for maps.
     groups
         int64 `[classes]`: number of groups of each class.
+    network_names
+        Names of the networks; their numbers where these are not known.
     """
 
     classes: tuple[str, ...]
@@ -46,10 +48,12 @@ class Attribution:
     network_mean: NDArray[np.float64]
     network_error: NDArray[np.float64]
     groups: NDArray[np.int64]
+    network_names: tuple[str, ...]
 
     def save(self, path: Path) -> None:
         """Write all arrays as NPZ, under their names."""
-        arrays: dict[str, Any] = {**vars(self), "classes": np.array(self.classes)}
+        texts = {name: np.array(getattr(self, name)) for name in ("classes", "network_names")}
+        arrays: dict[str, Any] = {**vars(self), **texts}
         np.savez(path, **arrays)
 
 
@@ -122,6 +126,7 @@ def average(
     *,
     groups: NDArray,
     classes: tuple[str, ...],
+    network_names: Sequence[str] | None = None,
 ) -> Attribution:
     """Average attributions per class with their standard error over groups.
 
@@ -133,8 +138,8 @@ def average(
         Class of each window.
     groups
         Subject (or run) of each window: means of groups are what varies.
-    classes
-        Names of the classes.
+    classes, network_names
+        Names of the classes and, where known, of the networks.
     """
     time, networks = max(len(value) for value in values), values[0].shape[1]
     mean = np.full((len(classes), time, networks), np.nan)
@@ -161,6 +166,7 @@ def average(
         network_mean=network_mean,
         network_error=network_error,
         groups=count,
+        network_names=tuple(network_names or map(str, range(networks))),
     )
 
 
@@ -201,7 +207,13 @@ class HeldOut:
         """Return the averages over the windows that were explained."""
         rows, task = np.flatnonzero(self._times), self._task
         values = [self._sums[i] / np.float32(self._times[i]) for i in rows]
-        return average(values, task.labels[rows], groups=task.groups[rows], classes=task.classes)
+        return average(
+            values,
+            task.labels[rows],
+            groups=task.groups[rows],
+            classes=task.classes,
+            network_names=task.store.attributes.get("network_names"),
+        )
 
 
 def _mean_and_error(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64] | float]:

@@ -251,6 +251,7 @@ def _explained(folder: Path, masker: Any, kind: str) -> list[Section]:
         return []
     with np.load(folder / MAPS, allow_pickle=False) as saved:
         names, mean, error = saved["classes"].tolist(), saved["network_mean"], saved["network_error"]
+        networks = saved["network_names"].tolist()
         over_time = np.nansum(np.abs(saved["mean"]), axis=2)
     notes = [
         "How far a network's values raise the logit of a window's own class: sums over time, "
@@ -261,7 +262,7 @@ def _explained(folder: Path, masker: Any, kind: str) -> list[Section]:
     for name, values, errors in zip(names, mean, error, strict=True):
         if np.isfinite(values).all():
             best = np.argsort(-values)[:3]
-            rows.append([name, *(f"{i}: {values[i]:+.3f} ± {errors[i]:.3f}" for i in best)])
+            rows.append([name, *(f"{networks[i]}: {values[i]:+.3f} ± {errors[i]:.3f}" for i in best)])
     header = ["class", *("strongest", "second", "third")[: min(3, mean.shape[1])]]
     picture = Picture(
         name="attribution_time",

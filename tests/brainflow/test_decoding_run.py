@@ -39,7 +39,9 @@ def write_store(path, *, classes=CLASSES, t_r=2.0, scale=1.0, seed=0):
     """Six subjects with two runs of 6 labelled segments of 4 time points; every class has a pattern."""
     rng = np.random.default_rng(seed)
     patterns = 2.0 * rng.normal(size=(len(classes), NETWORKS))
-    with StoreWriter.create(str(path), networks=NETWORKS, parcellation="eight") as writer:
+    names = [f"area {i}" for i in range(NETWORKS)]
+    attributes = {"parcellation": "eight", "network_names": names}
+    with StoreWriter.create(str(path), networks=NETWORKS, **attributes) as writer:
         for run in range(2 * SUBJECTS):
             bold = rng.normal(size=(26, NETWORKS))
             order = rng.permutation(np.resize(np.arange(len(classes)), 6))
@@ -134,6 +136,7 @@ def test_command_writes_scores_curve_decoder_and_attributions(decoding):
     with np.load(decoding / "attributions.npz") as found:
         assert found["mean"].shape == (3, 4, NETWORKS)
         assert np.isfinite(found["error"]).all()
+        assert found["network_names"].tolist() == [f"area {i}" for i in range(NETWORKS)]
         assert found["groups"].tolist() == [2, 2, 2]  # the test subjects alone
         np.testing.assert_allclose(found["network_mean"], found["mean"].sum(axis=1), atol=1e-6)
 
@@ -181,6 +184,7 @@ def test_report_holds_every_figure(decoding, tmp_path, capsys):
         np.testing.assert_allclose(image.get_fdata().ravel(), found["network_mean"][0], atol=1e-5)
     html = (tmp_path / "r" / "index.html").read_text()
     assert "Learning curve" in html
+    assert "area 3" in html
     assert html.count("<iframe ") == 3
     assert not re.search(r"""(src|href)=["'&#;0-9quot]*(https?:)?//""", html)
     assert str(tmp_path / "r" / "index.html") in capsys.readouterr().out
