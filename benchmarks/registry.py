@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SUITES: dict[str, tuple[str, ...]] = {
     "ceilings": ("ceilings",),
     "loader": ("loader",),
-    "kernels": ("kernels",),
+    "kernels": ("kernels", "kernels_compile"),
     "frameworks": ("frameworks", "data_wait", "throughput", "loop", "time_to_loss"),
     "scaling": ("scaling",),
     "prepare": ("prepare",),
