@@ -108,12 +108,14 @@ class MappedShards:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
         try:
             mapped = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+            # Not by the map, where touching one page reads up to megabytes around it.
+            tail = os.pread(descriptor, grid.index_bytes, len(mapped) - grid.index_bytes)
             if self._flat is not None:
                 self._flat.add(shard, descriptor, self._chunks[shard] * grid.chunk_bytes)
         finally:
             os.close(descriptor)
         try:
-            index = grid.read_index(mapped[-grid.index_bytes :])[: self._chunks[shard]]
+            index = grid.read_index(tail)[: self._chunks[shard]]
         except ValueError as error:
             raise StoreError(f"{self._where}/{path}: {error}; {_REMEDY}") from error
         if (index.sum(axis=1) > len(mapped) - grid.index_bytes).any():
