@@ -78,6 +78,9 @@ class Args:
     pooling: Literal["cls", "last", "mean", "first"] | None = None
     """How one vector is made of a window (not with attentive, all); by default `cls` for finetune and lora,
     `mean` for linear, mlp and knn."""
+    freeze: Annotated[str, tyro.conf.arg(metavar="PART,…")] = ""
+    """`finetune`: pretrained parts that stay as they are: embedder, decoder, decoder-without-heads,
+    unembedder."""
     steps: int = 500
     """Optimizer steps a fold."""
     batch_size: int = 32
@@ -291,7 +294,8 @@ def _adapt_config(args: Args, mode: str) -> Any:
         )
     smoothing = 0.0 if args.mode == "all" and mode in PROBES else args.label_smoothing
     known: Any = mode
-    return AdaptConfig(mode=known, label_smoothing=smoothing, seed=args.seed, **chosen)
+    frozen = args.freeze if args.mode != "all" or mode == "finetune" else ""
+    return AdaptConfig(mode=known, label_smoothing=smoothing, freeze=frozen, seed=args.seed, **chosen)
 
 
 def _numbers(text: str | None) -> list[int]:

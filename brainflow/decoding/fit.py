@@ -14,6 +14,7 @@ from brainflow.decoding.finetune import Decoder, History, Pooling, finetune, fro
 from brainflow.decoding.heads import ProbeName, fit_probe, make_head
 from brainflow.decoding.lora import add_lora, merge_lora
 from brainflow.decoding.windows import WindowSource
+from brainflow.models.initial import freeze
 
 Mode = Literal["finetune", "lora", "attentive", "linear", "mlp", "knn"]
 PROBES = get_args(ProbeName)
@@ -42,6 +43,9 @@ class AdaptConfig:
     """How one vector is made of a window: `cls` appends the CLS token as published, `last`, `mean`, `first`
     take hidden states of the time points, `tokens` keeps them all for `attentive`, which takes nothing else.
     By default `cls` for `finetune` and `lora`, `mean` for `linear`, `mlp` and `knn`."""
+    freeze: str = ""
+    """`finetune` only: pretrained parts that stay as they are, e.g. embedder,decoder: of embedder, decoder,
+    decoder-without-heads and unembedder."""
     steps: int = 500
     """Optimizer steps a fold."""
     batch_size: int = 32
@@ -77,6 +81,8 @@ class AdaptConfig:
                 f"label_smoothing: got {self.label_smoothing} with mode {self.mode}, which takes no smoothed "
                 "labels; expected 0, or mode finetune, lora or attentive"
             )
+        if self.freeze and self.mode != "finetune":
+            raise ValueError(f"freeze: got {self.freeze!r} with mode {self.mode}, expected mode finetune")
         if self.pooling is not None and (self.pooling == "tokens") != (self.mode == "attentive"):
             raise ValueError(
                 f"pooling: got {self.pooling!r} with mode {self.mode}; tokens goes with attentive, and "
@@ -155,6 +161,7 @@ def fit_decoder(
     own = copy.deepcopy(module)
     if config.mode == "lora":
         add_lora(own, rank=config.rank)
+    freeze(own, config.freeze)
     frozen = config.mode == "attentive"
     decoder = Decoder(own, head, pooling=config.pooled_by, frozen=frozen).to(device)
     history = finetune(

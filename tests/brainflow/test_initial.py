@@ -215,3 +215,20 @@ def test_coordinates_that_are_not_there_are_asked_for(tmp_path):
         pretrain(run_config(path, tmp_path / "run", {}, coordinates=True), quiet=True)
     with pytest.raises(ValueError, match=r"expected \[4, 3\] in mm"):
         build(ModelConfig(**SIZE, coordinates=True)).embedding.set_coordinates(np.zeros((5, 3)))
+
+
+def test_adapting_leaves_frozen_parts_alone():
+    from brainflow.decoding.fit import AdaptConfig, fit_decoder
+    from brainflow.decoding.windows import ArrayWindows
+
+    bold = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
+    source = ArrayWindows(np.split(bold, 6), t_r=2.0, labels=np.arange(6) % 2)
+    module = build(ModelConfig(**SIZE))
+    config = AdaptConfig(steps=3, batch_size=6, lr=0.1, freeze="embedder")
+    decoder, _ = fit_decoder(module, source, np.arange(6), config, classes=2, device=torch.device("cpu"))
+    for name, value in decoder.module.named_parameters():
+        same = torch.equal(value, dict(module.named_parameters())[name])
+        assert same or name.startswith("transformer."), name
+        assert not (same and name.startswith("transformer.blocks")), name
+    with pytest.raises(ValueError, match="freeze: got 'embedder' with mode lora"):
+        AdaptConfig(mode="lora", freeze="embedder")
