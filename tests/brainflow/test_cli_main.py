@@ -46,7 +46,7 @@ def test_help_lists_every_verb_and_imports_nothing_heavy():
     assert "Examples:" in text
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "plot"])
+@pytest.mark.parametrize("verb", ["pretrain", "sweep", "plot"])
 def test_help_of_a_verb_needs_no_torch(verb):
     heavy, text = imported_by(verb, "--help")
     assert set(heavy) <= {"tyro"}

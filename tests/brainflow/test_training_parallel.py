@@ -234,7 +234,11 @@ def test_a_checkpoint_changes_hands(store, tmp_path, first, then):
         on_ranks(world, work, tmp_path)
 
     begin(*first)
-    assert (tmp_path / "run" / "checkpoints" / "step-00000004" / "COMPLETE").exists()
+    written = tmp_path / "run" / "checkpoints" / "step-00000004"
+    assert (written / "COMPLETE").exists()
+    sizes = [path.stat().st_size for path in written.glob("shard-*")]
+    assert len(sizes) == first[0]  # nobody gathered: each rank wrote its part
+    assert max(sizes) < 2 * min(sizes)
     begin(*then)
     assert_close(curve(tmp_path / "run"), curve(one))
 
@@ -329,6 +333,7 @@ import torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from brainflow.config import ModelConfig
 from brainflow.frameworks import build
+from brainflow.training.checkpoint import owned
 from brainflow.training.parallel import Ranks, spread
 dist.init_process_group("fake", rank=1000, world_size=1024, store=FakeStore())
 ranks = Ranks(rank=1000, world=1024, local=0, local_world=8)
@@ -339,6 +344,10 @@ for how, shards in (("fsdp", 1024), ("hsdp", 8)):
     for name, p in module.named_parameters():
         assert p.to_local().shape[0] in (sizes[name] // shards, -(-sizes[name] // shards), 0), (name, how)
     assert dict(module.named_parameters())["unembedding.weight"].device_mesh.size() == 1024
+    # What this rank has to write of a checkpoint: its shard, and of equal shards its turn.
+    here = sum(p.to_local().numel() for p in module.state_dict().values())
+    mine = sum(p.to_local().numel() for p in owned(module.state_dict(), ranks).values())
+    assert (mine == here) if how == "fsdp" else (mine < here / 4), (how, mine, here)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
