@@ -22,7 +22,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "ceilings": ("ceilings",),
     "loader": ("loader",),
     "kernels": ("kernels", "kernels_compile"),
-    "frameworks": ("frameworks", "data_wait", "throughput", "loop", "time_to_loss"),
+    "frameworks": ("frameworks", "data_wait", "throughput", "loop", "time_to_loss", "learning"),
     "scaling": ("scaling",),
     "prepare": ("prepare",),
 }
