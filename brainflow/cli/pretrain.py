@@ -37,7 +37,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from brainflow.cli.slurm import SlurmConfig, requeue, submit
+from brainflow.cli.slurm import SlurmConfig, requeue, started_again, submit
 from brainflow.config import DataConfig, FrameworkName, ModelConfig, PretrainConfig, TrainConfig, check_names
 from brainflow.recipes import PresetName, preset
 
@@ -73,7 +73,8 @@ class Args(Settings):
     """Arguments of `brainflow pretrain`."""
 
     resume: bool = True
-    """Continue from the newest checkpoint in RUN. With --no-resume, delete what an earlier run left there."""
+    """Continue from the newest checkpoint in RUN. With --no-resume, delete what an earlier run left there
+    (once: a job that SLURM or torchrun starts again continues)."""
     json: bool = False
     """Print a summary as one JSON object on stdout."""
     submit: bool = False
@@ -152,7 +153,7 @@ def run(args: Args) -> int:
 
     first = from_environment().first  # under torchrun or srun one process speaks for all
     try:
-        folder = pretrain(config, resume="auto" if args.resume else "never")
+        folder = pretrain(config, resume="auto" if args.resume or started_again() else "never")
     except Preempted as stopped:
         if first:
             print(f"brainflow pretrain: {stopped}", file=sys.stderr)

@@ -111,6 +111,12 @@ def submit(words: Sequence[str], folder: Path, config: SlurmConfig) -> Any:
     return executor.submit(Task(tuple(words)))
 
 
+def started_again(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether SLURM or torchrun has started this job before: then --no-resume has been obeyed already."""
+    counts = (environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return any(count not in ("", "0") for count in counts)
+
+
 def requeue(signal_name: str, environ: Mapping[str, str] = os.environ) -> bool:
     """Put this SLURM job back into the queue, if it stopped because its time is up.
 

@@ -310,6 +310,23 @@ def test_sigusr1_writes_a_checkpoint_and_requeues(store, tmp_path, monkeypatch, 
     assert json.loads((tmp_path / "run" / "PREEMPTED").read_text()) == {"signal": "SIGUSR1", "step": 6}
 
 
+@pytest.mark.parametrize("again", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_a_job_that_is_started_again_does_not_delete_what_it_did(store, tmp_path, monkeypatch, again):
+    words = ["pretrain", store, "--out", str(tmp_path / "run"), *FLAGS, "--train.steps", "3", "--no-resume"]
+    taken = []
+
+    def counting(self, batches, step, lr, real=TrainingStep.__call__, **more):
+        taken.append(step)
+        return real(self, batches, step, lr, **more)
+
+    monkeypatch.setattr(TrainingStep, "__call__", counting)
+    for count, steps in (("0", [0, 1, 2]), ("1", []), ("0", [0, 1, 2])):
+        taken.clear()
+        monkeypatch.setenv(again, count)
+        assert main(words) == 0
+        assert taken == steps
+
+
 def test_submitting_writes_a_script_that_slurm_can_run(store, tmp_path, monkeypatch, capsys):
     pytest.importorskip("submitit", reason="submitit is not installed")
     programs = tmp_path / "bin"
