@@ -57,9 +57,10 @@ def check_fits(checkpoint: str | os.PathLike[str], store: BoldStore, *, allow: b
             f"checkpoint: {checkpoint} was trained on {networks} networks, but the store {store.path} has "
             f"{store.networks}; use a model and a store of one parcellation"
         )
-    found = differences(
-        saved.get("data") or {}, store.attributes, np.unique(np.asarray(store.runs.t_r)).tolist()
-    )
+    data = saved.get("data") or {}
+    found = differences(data, store.attributes, np.unique(np.asarray(store.runs.t_r)).tolist())
+    if _variance(data) is not None:
+        found += _scale(data, fingerprint(store)["variance"])
     if found and not allow:
         raise ValueError(
             f"checkpoint: {checkpoint} does not fit the store {store.path}: {'; '.join(found)}. Prepare the "
@@ -137,15 +138,9 @@ def check_windows(
         Naming everything that differs.
     """
     found = differences(data, {"network_names": list(network_names or [])}, [t_r])
-    expected = _variance(data)
-    if expected and sum(len(window) for window in windows) >= 20:
+    if sum(len(window) for window in windows) >= 20:
         values = np.concatenate([np.asarray(window, dtype=np.float64) for window in windows])
-        spread = float(np.median(np.square(values).mean(axis=0)))  # a mean that is not 0 shows, too
-        if not expected / SCALE_TOLERANCE <= spread <= expected * SCALE_TOLERANCE:
-            found.append(
-                f"normalisation: the model saw networks with a mean square of about {expected:.3g}, X has "
-                f"{spread:.3g}; z-score each network and run as its data were"
-            )
+        found += _scale(data, float(np.median(np.square(values).mean(axis=0))))  # a mean shows, too
     if found and not allow:
         raise ValueError(
             f"X: does not fit the checkpoint: {'; '.join(found)}. Correct the data or t_r, or set "
@@ -154,6 +149,17 @@ def check_windows(
     for line in found:
         log.warning("X against the checkpoint: %s", line)
     return found
+
+
+def _scale(data: dict[str, Any], spread: float) -> list[str]:
+    """Say that networks with a mean square of `spread` are not scaled as a model's were, if so."""
+    expected = _variance(data)
+    if not expected or expected / SCALE_TOLERANCE <= spread <= expected * SCALE_TOLERANCE:
+        return []
+    return [
+        f"normalisation: the model saw networks with a mean square of about {expected:.3g}, the data have "
+        f"{spread:.3g}; z-score each network and run as its data were"
+    ]
 
 
 def _variance(data: dict[str, Any]) -> float | None:

@@ -260,6 +260,8 @@ def test_differences_are_named_and_can_be_allowed(store, model, tmp_path):
     with pytest.raises(ValueError, match=r"TR: the model saw 2 s, the data have 3 s.*--allow-mismatch"):
         compat.check_fits(model, slow)
     assert len(compat.check_fits(model, slow, allow=True)) == 1
+    with pytest.raises(ValueError, match=r"normalisation: .* mean square of about .* z-score each network"):
+        compat.check_fits(model, write_store(tmp_path / "raw", scale=30.0))
     names = {"network_names": ["a", "b", "c"], "preprocessing": {"standardize": "z-score", "filter": "x"}}
     ours = {"network_names": ["a", "c", "b"], "preprocessing": {"standardize": "psc", "filter": "y"}}
     found = compat.differences(names, ours, [])
