@@ -70,6 +70,7 @@ def result(tmp_path_factory):
     return run_demo(config, say=lambda line: None, quiet=True)
 
 
+@pytest.mark.slow
 def test_demo_end_to_end(result, capsys):
     store = BoldStore.open(str(result.config.out / "store"))
     assert len(store.runs) == 12
@@ -98,6 +99,7 @@ def test_demo_end_to_end(result, capsys):
     assert saved["hrf_shift"] == HRF_SHIFT
 
 
+@pytest.mark.slow
 def test_figures_are_ready_for_json_and_the_same_again(result, tmp_path):
     again = run_demo(replace(result.config, out=tmp_path), say=lambda line: None, quiet=True)
     assert json.dumps(summary(result)) == json.dumps(summary(again))
