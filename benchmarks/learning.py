@@ -1,0 +1,71 @@
+"""Does every framework learn? Held-out L1 against predicting the mean, on sines and on real BOLD.
+
+Each framework is trained by `brainflow.training` on a store of sines (the published dummy mode) and on the
+example recordings (Haxby et al. 2001). The row's value is the L1 of the held-out reconstruction, the ratio
+that of the training set's mean ÷ it: above 1 the model is better than the mean. Not part of --quick.
+
+  python -m benchmarks frameworks --only 'learning/*'
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
+from brainflow.data.synthetic import write_sines
+from brainflow.demo import haxby
+from brainflow.training.loop import pretrain
+from brainflow.training.metrics import read_metrics
+
+from .timing import Row
+
+FRAMEWORKS: tuple[Any, ...] = ("csm", "seq-bert", "net-bert", "autoencoder")
+STEPS = {"csm": 300, "seq-bert": 500, "net-bert": 500, "autoencoder": 500}
+LR = {"csm": 2e-3, "seq-bert": 1e-3, "net-bert": 1e-3, "autoencoder": 3e-3}
+
+
+def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
+    """Return "learning/SIGNAL/FRAMEWORK" → what trains it; nothing if `quick`."""
+    if quick:
+        return {}
+    return {
+        f"learning/{signal}/{name}": partial(measure, signal, name, device)
+        for signal in ("sines", "haxby")
+        for name in FRAMEWORKS
+    }
+
+
+def measure(signal: str, framework: Any, device: Any) -> list[Row]:
+    """Train one framework on one signal and return the row of its last validation."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"{folder}/store"
+        if signal == "sines":
+            write_sines(store)
+        else:
+            haxby.write_store(haxby.read(), store)
+        steps = STEPS[framework]
+        config = PretrainConfig(
+            store=store,
+            out=f"{folder}/run",
+            device=device,
+            model=ModelConfig(framework=framework, width=64, layers=2, heads=2),
+            data=DataConfig(batch_size=16, loader="host", validation_batches=5),
+            train=TrainConfig(
+                steps=steps, lr=LR[framework], validate_every=steps, checkpoint_every=steps, plot=False
+            ),
+        )
+        scores = read_metrics(pretrain(config, quiet=True))[-1]
+    return [
+        Row(
+            suite="frameworks",
+            case=f"learning/{signal}/{framework}",
+            metric="held_out_l1",
+            value=scores["val_l1"],
+            unit="L1",
+            baseline="mean_prediction",
+            ratio=scores["val_mean_l1"] / scores["val_l1"],
+        )
+    ]

@@ -1,0 +1,164 @@
+"""How much sooner dense CSM reaches the loss that single-position CSM ends with, on real BOLD.
+
+Two models with the same initial weights, settings and batches (windows of the example recordings, Haxby et
+al. 2001, 12 runs, the last two held out) train in turns, a slice of time each, until both have had the same
+time: on the CPU that of the process, which is the wall clock's where nothing else runs. The loss is the
+single-position one for both, on the same held-out windows and positions; measuring it does not count. The
+ratio of the row is the time of single ÷ the time in which dense first got below single's LOWEST loss. It
+depends on the batch: the fewer windows, the more the noise of one position a window costs. The curves go to
+csm_time_to_loss.csv and .png beside the history of benchmarks.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from brainflow.config import ModelConfig
+from brainflow.data import make_loader
+from brainflow.data.batch import PackedBatch
+from brainflow.data.sampler import WindowSampler
+from brainflow.demo import haxby
+from brainflow.frameworks import build
+from brainflow.storage import BoldStore
+
+from . import history
+from .timing import Row
+
+HELD_OUT = 2
+BATCH, SEQ_MIN, SEQ_MAX = 8, 10, 50
+LR, WARMUP = 1e-3, 20
+MODEL: dict[str, Any] = {"width": 128, "layers": 2, "heads": 2}
+CHECKS = 30
+Curve = list[tuple[float, float, int]]
+"""Seconds of training, held-out single-position loss, steps."""
+
+
+def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
+    """Return the one measurement: 10 s of training each if `quick`, else 60 s."""
+    return {"csm_time_to_loss": lambda: measure(10.0 if quick else 60.0, device)}
+
+
+def measure(budget: float, device: str) -> list[Row]:
+    """Train both for `budget` seconds each, write the curves and return the row of record."""
+    curves = race(budget, device)
+    lowest = min(loss for _, loss, _ in curves["single"])
+    reached = next((seconds for seconds, loss, _ in curves["dense"] if loss <= lowest), None)
+    _write(curves, lowest, history.default_path().parent)
+    if reached is None:
+        print(f"time_to_loss: dense did not reach {lowest:.4f} in {budget:.0f} s", file=sys.stderr)
+        reached = float("inf")
+    for name, curve in curves.items():
+        seconds, loss, steps = curve[-1]
+        print(f"{name}: {loss:.4f} after {seconds:.1f} s, {steps} steps", file=sys.stderr)
+    return [
+        Row(
+            suite="frameworks", case="csm_time_to_loss", metric="time", value=reached, unit="s",
+            baseline="single", ratio=curves["single"][-1][0] / reached,
+        )
+    ]  # fmt: skip
+
+
+def race(budget: float, device: str) -> dict[str, Curve]:
+    """Return the curves of "single" and "dense", one point a slice of `budget` / CHECKS seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        haxby.write_store(haxby.read(), f"{folder}/store")
+        store = BoldStore.open(f"{folder}/store")
+        count = len(store.runs.start)
+        held_out = np.arange(count - HELD_OUT, count)
+        loader = make_loader(store, _sampler(store, held_out, seed=1), kind="host", device=device)
+        fixed = [_kept(batch) for _, batch in zip(range(16), loader, strict=False)]
+        loader.close()
+        runners = {
+            name: Runner(name, store, _sampler(store, np.arange(count - HELD_OUT), seed=0), device)
+            for name in ("single", "dense")
+        }
+        curves: dict[str, Curve] = {name: [(0.0, r.loss(fixed), 0)] for name, r in runners.items()}
+        for turn in range(CHECKS):
+            for name in ("single", "dense") if turn % 2 else ("dense", "single"):
+                runners[name].train(until=(turn + 1) * budget / CHECKS)
+                curves[name].append(
+                    (runners[name].seconds, runners[name].loss(fixed), runners[name].batches_read)
+                )
+        for runner in runners.values():
+            runner.loader.close()
+    return curves
+
+
+class Runner:
+    """One model in training, with the wall-clock time that it has had."""
+
+    def __init__(self, masking: Any, store: BoldStore, sampler: WindowSampler, device: str) -> None:
+        torch.manual_seed(0)
+        config = {"networks": store.networks, "max_positions": SEQ_MAX, **MODEL}
+        self.module = build(ModelConfig(masking=masking, **config)).to(device)
+        self.judge: nn.Module = build(ModelConfig(masking="single", **config)).to(device).eval()
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=LR, weight_decay=0.1, fused=True)
+        self.loader = make_loader(store, sampler, kind="host", device=device)
+        self.batches: Iterator[Any] = iter(self.loader)
+        self.clock = time.perf_counter if device == "cuda" else time.process_time
+        self.device, self.seconds, self.batches_read = device, 0.0, 0
+
+    def train(self, until: float) -> None:
+        """Take steps until the training has lasted `until` seconds."""
+        while self.seconds < until:
+            began = self.clock()
+            for group in self.optimizer.param_groups:
+                group["lr"] = LR * min(1.0, (self.batches_read + 1) / WARMUP)
+            self.module(next(self.batches), seed=0).loss.backward()
+            nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            self.seconds += self.clock() - began
+            self.batches_read += 1
+
+    @torch.no_grad()
+    def loss(self, batches: list[PackedBatch]) -> float:
+        """Return the single-position loss on fixed windows and positions."""
+        self.judge.load_state_dict(self.module.state_dict())
+        return float(np.mean([float(self.judge(batch, seed=7).loss) for batch in batches]))
+
+
+def _sampler(store: BoldStore, runs: np.ndarray, *, seed: int) -> WindowSampler:
+    return WindowSampler(store.runs, runs=runs, batch=BATCH, seq_min=SEQ_MIN, seq_max=SEQ_MAX, seed=seed)
+
+
+def _kept(batch: PackedBatch) -> PackedBatch:
+    """Return a batch that stays when the loader reuses its buffer."""
+    return PackedBatch(**{**vars(batch), "bold": batch.bold.clone(), "times": batch.times.clone(),
+                          "cu_seqlens": batch.cu_seqlens.clone()})  # fmt: skip
+
+
+def _write(curves: dict[str, Curve], lowest: float, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "csm_time_to_loss.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["masking", "seconds", "held_out_single_position_l1", "steps"])
+        writer.writerows([name, *point] for name, curve in curves.items() for point in curve)
+    print(path, file=sys.stderr)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("time_to_loss: no picture, it needs matplotlib (extra `report`)", file=sys.stderr)
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, curve in curves.items():
+        axes.plot([p[0] for p in curve], [p[1] for p in curve], label=f"{name}: {curve[-1][2]} steps")
+    axes.axhline(lowest, linestyle="--", color="gray", label="single's lowest loss")
+    axes.set(xlabel="seconds of training", ylabel="held-out single-position L1")
+    axes.legend()
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    print(path.with_suffix(".png"), file=sys.stderr)
