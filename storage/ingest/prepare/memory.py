@@ -13,6 +13,8 @@ PROGRAM_BYTES = 300 * 2**20
 """Python with nilearn, scipy, pandas and nibabel."""
 _BLOCKS = 4
 """Copies of a block of volumes that are alive at once: read, smoothed, made finite, in nilearn's hands."""
+_RESAMPLING = 800
+"""Bytes a voxel while the matrix is made that resamples maps."""
 _MAP_SHARE = 0.1
 """Share of the voxels that one map covers, stored as 12 bytes each; DiFuMo's maps cover less."""
 
@@ -36,10 +38,11 @@ def worker_bytes(jobs: Sequence[Job]) -> int:
     atlases = 0
     for atlas in job.atlases:
         own = nibabel.load(atlas.paths[0]).shape
-        size = max(voxels, math.prod(own[:3]))
-        atlases += (
-            32 * size if atlas.kind == "labels" else int(16 * 16 * size + 12 * _MAP_SHARE * voxels * own[3])
-        )
+        if atlas.kind == "labels":
+            atlases += 32 * max(voxels, math.prod(own[:3]))
+        else:
+            block_of_maps = 16 * 16 * math.prod(own[:3])
+            atlases += _RESAMPLING * voxels + block_of_maps + int(12 * _MAP_SHARE * voxels * own[3])
     return PROGRAM_BYTES + _BLOCKS * block + atlases
 
 
