@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from brainflow.report.figures import ACCENT, DOTS_PER_INCH, FAINT, INK, MUTED, SECOND, STYLE, THIRD
 
@@ -66,9 +67,8 @@ def loader_bars(rows: Rows) -> bytes | None:
         colors = [ACCENT if name in ours else MUTED for name, _ in bars]
         drawn = axes.barh([name for name, _ in bars], [value for _, value in bars], 0.7, color=colors)
         axes.bar_label(drawn, [number(value) for _, value in bars], padding=4, fontsize=8.5, color=INK)
-        axes.set_xscale("log")
+        _logarithmic(axes, "x")
         axes.invert_yaxis()
-        axes.xaxis.set_major_formatter(_plain)
         axes.set_xlim(right=3 * bars[0][1])
         axes.set_xlabel("windows a second (logarithmic); blue: brainflow")
 
@@ -94,9 +94,9 @@ def roofline(rows: Rows) -> bytes | None:
         for i, (case, point) in enumerate(points.items()):
             axes.plot(*point, "o", color=COLORS[i % 3], markersize=7)
             axes.annotate(case, point, xytext=(-6, -12), textcoords="offset points", ha="right", fontsize=8.5)
-        axes.set(xscale="log", yscale="log", xlabel="operations a byte that must move", ylabel="GFLOP/s")
-        axes.xaxis.set_major_formatter(_plain)
-        axes.yaxis.set_major_formatter(_plain)
+        _logarithmic(axes, "x")
+        _logarithmic(axes, "y")
+        axes.set(xlabel="operations a byte that must move", ylabel="GFLOP/s")
         axes.grid(color=FAINT, linewidth=0.8)
         axes.legend(loc="lower right")
 
@@ -183,8 +183,12 @@ CHARTS: Mapping[str, tuple[Callable[[Rows], bytes | None], str, str]] = {
 """Name → (what draws it, or returns None without its rows; title; caption)."""
 
 
-_plain = FuncFormatter(lambda value, _: number(value))
-"""Ticks without powers: the style turns math text off."""
+def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
+    """Make an axis logarithmic, its ticks plain numbers: the style turns math text, hence powers, off."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _select(rows: Rows, suite: str, metric: str) -> Sequence[dict[str, Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from brainflow.benchmarks import command
+from brainflow.benchmarks import charts, command
 from brainflow.benchmarks.charts import CHARTS
 from brainflow.benchmarks.timing import Row
 
@@ -63,6 +63,18 @@ def test_page_fetches_nothing_and_escapes_what_it_is_given(page):
     assert "<script" not in html
     assert "&lt;script&gt;" in html
     assert "8×" in html
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_labels_hold_no_markup(monkeypatch, name):
+    figures = []
+    canvas = charts.FigureCanvasAgg
+    monkeypatch.setattr(charts, "FigureCanvasAgg", lambda figure: figures.append(figure) or canvas(figure))
+    assert CHARTS[name][0](ROWS) is not None
+    axes = [axis for panel in figures[0].axes for axis in (panel.xaxis, panel.yaxis)]
+    labels = [label.get_text() for axis in axes for label in axis.get_ticklabels(which="both")]
+    assert any(labels)
+    assert not any("$" in label or "\\" in label for label in labels)
 
 
 @pytest.mark.parametrize("name", CHARTS)
