@@ -4,7 +4,7 @@ Reading, smoothing and averaging work volume by volume, so a run of any length n
 A label's mean is one row of a sparse matrix, and equals `NiftiLabelsMasker`'s, also in float32 rounding. Maps
 are fitted by least squares as in `NiftiMapsMasker` (`resampling_target="data"`), but with normal equations
 solved once for all runs on one voxel grid, and in float64: nilearn fits float32 maps to float32 images in
-float32, which is off by up to 3e-4 of a standard deviation.
+float32, which was off by 3e-4 to 7e-4 of a standard deviation.
 """
 
 from __future__ import annotations
