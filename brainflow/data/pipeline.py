@@ -86,7 +86,7 @@ class DaliLoader(Loader):
         # DALI may read a buffer of the ring until `_PREFETCH` further iterations have been taken.
         buffers = self._block * (_PREFETCH + 2) if self._rows is None else 0
         self._gatherer = Gatherer(store, self.sampler, buffers=buffers, pinned=self._gpu)
-        # What DALI reads without a copy has to live until it has been read: the inputs stand here until then.
+        # An iteration's batches and inputs; DALI reads these without a copy, so they have to live until then.
         self._scheduled: deque[tuple[list[Prepared], Any]] = deque()
         self._ready: deque[PackedBatch] = deque()
         self._first = start_step
@@ -138,14 +138,13 @@ class DaliLoader(Loader):
             exec_dynamic=gpu,
         )
         def packed() -> tuple[Any, ...]:
-            # Only `bold` is large: what it lies in outlives the iteration; DALI keeps the small arrays.
             outputs = list(
                 fn.external_source(
                     source=self._source,
                     num_outputs=(1 if self._rows is None else 2) + (len(self._fields) if gpu else 0),
                     batch=True,
                     batch_info=False,
-                    no_copy=True,
+                    no_copy=True,  # `_scheduled` keeps what DALI reads
                 )
             )
             if self._rows is not None:
