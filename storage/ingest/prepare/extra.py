@@ -19,10 +19,10 @@ def check_installed() -> None:
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"prepare needs {', '.join(missing)}; pip install 'brainflow-fmri[report]'")
+        raise ImportError(f"prepare needs {', '.join(missing)}; pip install 'brainflow-fmri[bids]'")
 
 
-def need(module: str, purpose: str, extra: str = "report") -> Any:
+def need(module: str, purpose: str, extra: str = "bids") -> Any:
     """Import an optional module.
 
     Parameters
