@@ -24,7 +24,15 @@ from torch.nn.parallel import DistributedDataParallel
 from brainflow.models.transformer import Transformer
 
 # What gloo's errors say (NCCL's are DistErrors).
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo")
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "timeout caused pair closure",
+    "gloo",
+    "Gloo",
+)
 FIRST_TIMEOUT, TIMEOUT = timedelta(minutes=30), timedelta(minutes=5)
 
 
