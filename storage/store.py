@@ -67,10 +67,10 @@ class BoldStore:
         self._statistics = files.shards(statistics, *present, self.checksums["statistics"])
         self._reader, self._rows = _reader(self._bold), _reader(self._statistics)
         self._hints = ReadHints(self._reader) if isinstance(self._reader, MappedShards) else None
-        # Where run i - 1 ends, or -1 as long as its chunks have not been mapped and checked: windows of known
-        # runs need one comparison. Before the first run there is none.
+        # Where run i - 1 ends, or far below 0 as long as its chunks have not been mapped and checked: windows
+        # of known runs need one comparison. Before the first run there is none.
         self._check = check
-        self._known_end = np.full(len(self.runs) + 1, -1)
+        self._known_end = np.full(len(self.runs) + 1, np.iinfo(np.int64).min)
         self._damaged_runs: set[int] = set()
 
     @classmethod

@@ -339,6 +339,13 @@ def test_rows_lie_on_the_disk_and_equal_windows(tmp_path):
         BoldStore.open(tmp_path / "s").check([0], [3])
 
 
+def test_a_window_before_the_first_row_is_refused(shared_store):
+    for start in (-2, -3):
+        for length in (1, 2, 3):
+            with pytest.raises(ValueError, match="window 0 "):
+                shared_store.windows([start], [length])
+
+
 def test_buffers_begin_on_a_page(shared_store):
     buffer = shared_store.buffer(7)
     assert buffer.ctypes.data % 4096 == 0
