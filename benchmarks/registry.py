@@ -7,6 +7,7 @@ arguments that measures and returns rows. Nothing is measured or allocated befor
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 import time
 import traceback
@@ -34,7 +35,8 @@ def measure(
 ) -> Iterator[list[Row]]:
     """Run the measurements of some modules and yield the rows of each.
 
-    A measurement that raises gives no row: it is named on stderr and in `failures`, and the others go on.
+    A measurement that raises gives no row: it is named on stderr and in `failures`, and the others go on. A
+    row whose value is not finite (what was to be reached was not) is left out: JSON has no such number.
 
     Parameters
     ----------
@@ -66,7 +68,7 @@ def measure(
             progress.update(task, description=name, refresh=True)
             began = time.perf_counter()
             try:
-                yield function()
+                yield [row for row in function() if math.isfinite(row.value)]
             except WrongResultError as error:
                 failures.append(f"{name}: wrong result, so no speed: {error}")
             except Exception as error:

@@ -54,6 +54,15 @@ def test_a_wrong_result_prints_no_speed(suite, capsys, tmp_path):
     assert "mask" not in seen.out
 
 
+def test_a_row_without_a_finite_value_is_left_out(suite, tmp_path):
+    suite["x"] = lambda: [
+        Row(suite="kernels", case="x", metric="time", value=float("inf"), unit="s", ratio=0.0)
+    ]
+    out = tmp_path / "rows.json"
+    assert command.run(command.Args(suite="kernels", device="cpu", json=out)) == 0
+    assert json.loads(out.read_text()) == []
+
+
 def test_rows_are_written_with_the_environment(suite, tmp_path):
     suite["mask"] = _row(3.0)
     out = tmp_path / "rows.json"
