@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import naive, ops, shifted
 from .backends import choose
-from .checks import check_shapes
+from .checks import check_dropout, check_shapes
 
 __all__ = ["attention", "shifted_attention"]
 
@@ -71,7 +71,7 @@ def attention(
     check_shapes(q, {"k": k, "v": v}, cu_seqlens, max_seqlen)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if impl == "naive":
-        naive.check_dropout(dropout_p)
+        check_dropout(dropout_p)
         out, lse = naive.attention(q, k, v, cu_seqlens, causal=causal, softmax_scale=scale)
         out, lse = out.to(q.dtype), lse.to(ops.lse_dtype(q))
     else:
@@ -129,7 +129,7 @@ def shifted_attention(
     check_shapes(q, {"k": k, "v": v, "k_self": k_self, "v_self": v_self}, cu_seqlens, max_seqlen)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if impl == "naive":
-        naive.check_dropout(dropout_p)
+        check_dropout(dropout_p)
         out, _ = naive.shifted_attention(q, k, v, k_self, v_self, cu_seqlens, softmax_scale=scale)
         return out.to(q.dtype)
     impl = choose(q, cu_seqlens.shape[0] - 1, dropout_p, impl)

@@ -136,3 +136,9 @@ def host_lengths(cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> list[int]:
             f"max_seqlen: got {max_seqlen}, expected at least the longest window, {max(lengths)}"
         )
     return lengths
+
+
+def check_dropout(dropout_p: float) -> None:
+    """Refuse dropout: a specification draws nothing at random."""
+    if dropout_p != 0.0:
+        raise ValueError(f'dropout_p: got {dropout_p}, expected 0 for impl="naive"')

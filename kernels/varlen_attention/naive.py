@@ -36,14 +36,7 @@ def attention(
 
 
 def shifted_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_self: Tensor,
-    v_self: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    softmax_scale: float,
+    q: Tensor, k: Tensor, v: Tensor, k_self: Tensor, v_self: Tensor, cu_seqlens: Tensor, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend from query i of a window to keys j < i of (k, v) and to entry i of (k_self, v_self).
 
@@ -62,9 +55,3 @@ def shifted_attention(
             outs.append(torch.einsum("hj,jhd->hd", scores.softmax(-1), values))
             lses.append(scores.logsumexp(-1))
     return torch.stack(outs), torch.stack(lses)
-
-
-def check_dropout(dropout_p: float) -> None:
-    """Refuse dropout: a specification draws nothing at random."""
-    if dropout_p != 0.0:
-        raise ValueError(f'dropout_p: got {dropout_p}, expected 0 for impl="naive"')
