@@ -68,21 +68,22 @@ def partial_sums(
     taken = inside & row_mask(window, position, length, threshold, seed, offset, KIND, SPAN)
     if KIND == COLUMNS:
         words = column_words(tile, window, position, seed, offset, SPAN)
-    total = tl.zeros([R, SUBTILE], ACC)
-    count = tl.zeros([R, SUBTILE], tl.int32)
+    total = tl.zeros([R], ACC)
+    count = tl.zeros([R], tl.int32)
+    start = tl.program_id(0).to(tl.int64) * R * networks
     for part in tl.static_range(4):
         column = tile * TILE + part * SUBTILE + tl.arange(0, SUBTILE)
         keep = taken[:, None] & (column < networks)[None, :]
-        at = row[:, None].to(tl.int64) * networks + column[None, :]
-        p = tl.load(pred + at, mask=keep, other=0).to(ACC)
-        t = tl.load(target + at, mask=keep, other=0).to(ACC)
+        at = tl.arange(0, R)[:, None] * networks + column[None, :]
+        p = tl.load(pred + start + at, mask=keep, other=0).to(ACC)
+        t = tl.load(target + start + at, mask=keep, other=0).to(ACC)
         if KIND == COLUMNS:
             keep = keep & event(words[part], threshold)
-        total += loss_value(tl.where(keep, p - t, 0.0), LOSS)
-        count += keep.to(tl.int32)
+        total += tl.sum(loss_value(tl.where(keep, p - t, 0.0), LOSS), 1)
+        count += tl.sum(keep.to(tl.int32), 1)
     program = tl.program_id(0) * tl.num_programs(1) + tile
-    tl.store(sums + program, tl.sum(tl.sum(total, 1), 0))
-    tl.store(weights + program, tl.sum(tl.sum(count, 1), 0))
+    tl.store(sums + program, tl.sum(total, 0))
+    tl.store(weights + program, tl.sum(count, 0))
 
 
 @triton.jit(do_not_specialize=SCALARS)
