@@ -105,11 +105,15 @@ def _reconstruction(folder: Path, masker: Any) -> list[Section]:
     if not Path(path).is_dir() or BoldStore.open(path).snapshot != config["data"]["store_snapshot"]:
         note = f"The training store is not at {path} any more, or has changed: nothing was predicted."
         return [Section(title=title, notes=[note])]
-    runs = tuple(Split.load(folder / SPLIT).parts["validation"])
-    if not runs:
-        return [Section(title=title, notes=["The split has no validation runs: nothing was predicted."])]
+    store = BoldStore.open(path)
+    ids = Split.load(folder / SPLIT).part("validation", store.runs)
+    ids = ids[store.intact(store.runs.start[ids], store.runs.length[ids])]
+    if not len(ids):
+        note = "The split has no validation run that is free of damage: nothing was predicted."
+        return [Section(title=title, notes=[note])]
+    runs = tuple(store.runs.key[ids].tolist())
     length = int((pretrained.get("data") or {}).get("seq_max", 50)) - 1
-    r = reconstruct(BoldStore.open(path), load_pretrained(folder), runs, length=length)
+    r = reconstruct(store, load_pretrained(folder), runs, length=length)
     np.savez(folder / RECONSTRUCTION, error=r.error, mean_error=r.mean_error, explained=r.explained)
     picture = Picture(
         name="reconstruction",

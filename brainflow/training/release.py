@@ -22,7 +22,8 @@ def facts(config: PretrainConfig, store: BoldStore, split: Split, step: int) -> 
     Keys: `pretrain` (the run's configuration), `step`, and `data`: the store's snapshot, parcellation,
     network names and coordinates, normalisation and preprocessing, and of the training runs the repetition
     times in seconds, the number of runs by dataset, the subjects, so that nobody evaluates on them unawares,
-    and what the signal is like (`fingerprint`), for `brainflow doctor`.
+    and what the signal is like (`fingerprint`; None where every training run has damage), for
+    `brainflow doctor`.
     """
     runs = store.runs
     train = split.part("train", runs)
@@ -36,6 +37,6 @@ def facts(config: PretrainConfig, store: BoldStore, split: Split, step: int) -> 
         "t_r": sorted(set(np.asarray(runs.t_r)[train].tolist())),
         "datasets": dict(sorted(Counter(datasets).items())),
         "training_subjects": sorted({split.subjects[key] for key in split.parts["train"]}),
-        "fingerprint": fingerprint(store, read),
+        "fingerprint": fingerprint(store, read) if len(read) else None,
     }
     return {"pretrain": to_dict(config), "step": step, "data": data}
