@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 FrameworkName = Literal["csm", "seq-bert", "net-bert", "autoencoder"]
+PAIRED = ("seq-bert", "net-bert")  # they read two halves of a window and say whether these belong together
 FREEZABLE = ("embedder", "decoder", "decoder-without-heads", "unembedder")
 
 
@@ -239,7 +240,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         model, data, train = self.model, self.data, self.train
-        pairs = model.framework in ("seq-bert", "net-bert")
+        pairs = model.framework in PAIRED
         special = 3 if pairs else 0  # CLS and two SEP
         if model.positions == "learned" and data.seq_max - 1 + special > model.max_positions:
             raise ValueError(

@@ -39,11 +39,6 @@ class History:
     rates: list[float]
     checks: list[tuple[int, float, float]] = field(default_factory=list)
 
-    @property
-    def final_loss(self) -> float:
-        """Mean training loss over the last tenth of the steps."""
-        return float(np.mean(self.losses[-max(1, len(self.losses) // 10) :]))
-
 
 class Decoder(nn.Module):
     """A pretrained module with a head.

@@ -13,12 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from brainflow.decoding.adapt import Device, load_module, pick_device
 from brainflow.decoding.finetune import Decoder
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.heads import Neighbours, make_head
 from brainflow.decoding.result import Result
 from brainflow.decoding.task import DecodingTask, check_classes
 from brainflow.models.pretrained import load_pretrained, read_config, save_pretrained
+from brainflow.sharing import write_card
 
 HEAD = "head.safetensors"
 
@@ -116,14 +118,10 @@ def save_for_task(
     folder: Path,
     result: Result,
     *,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> Path:
     """Fit a decoder to all labelled windows of a task; write it with the scores of its folds and a card."""
-    from brainflow.decoding.adapt import load_module, pick_device
-    from brainflow.sharing import write_card
-
-    choice: Any = device
-    where = pick_device(choice)
+    where = pick_device(device)
     decoder, _ = fit_decoder(
         load_module(checkpoint, config, where),
         task,

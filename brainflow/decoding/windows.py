@@ -20,7 +20,9 @@ class WindowSource(Protocol):
     """Labelled windows that can be read in batches: a `DecodingTask` or :class:`ArrayWindows`."""
 
     @property
-    def labels(self) -> NDArray[np.int64]: ...  # noqa: D102
+    def labels(self) -> NDArray[np.int64]:
+        """Class of each window, `[windows]`."""
+        ...
 
     def loader(
         self, windows: NDArray[np.int64], *, batch: int, shuffle: bool, seed: int, device: torch.device

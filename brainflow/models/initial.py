@@ -111,12 +111,12 @@ def _load_language(module: Any, config: dict[str, Any], tensors: dict[str, Tenso
     for rule in rules(c):
         if not rule.ours.startswith(("transformer.", "is_next.pooler.")):
             continue
-        parts = [found.get(name.removeprefix("decoder.transformer.")) for name in rule.theirs]
-        if any(part is None for part in parts):
+        names = [name.removeprefix("decoder.transformer.") for name in rule.theirs]
+        if not found.keys() >= set(names):
             if rule.ours.startswith("is_next."):  # a model that was saved without its pooler
                 continue
             raise ValueError(f"init: {source} has nothing for {rule.ours} ({', '.join(rule.theirs)})")
-        values: list[Tensor] = [part.float() for part in parts]  # type: ignore[union-attr]
+        values = [found[name].float() for name in names]
         if rule.ours == "transformer.positions.weight":
             values = [values[0][: c.max_positions]]
         own[rule.ours] = rule.to_ours(values, own[rule.ours].shape)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from brainflow.config import PretrainConfig
+from brainflow.config import PAIRED, PretrainConfig
 from brainflow.data import make_loader
 from brainflow.data.intact import IntactSampler
 from brainflow.data.loader import batch_dtype
@@ -57,7 +57,6 @@ from .writer import Writer
 
 BAD_STEPS_IN_A_ROW = 10
 COLLECT_EVERY = 1_000  # steps between two runs of Python's garbage collector
-PAIRED = ("seq-bert", "net-bert")  # they read two halves of a window and say whether these belong together
 _log = logging.getLogger(__name__)
 
 

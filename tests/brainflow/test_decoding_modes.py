@@ -151,7 +151,7 @@ def test_attentive_probe_leaves_the_model_as_it_is(framework):
     for name, value in fitted.module.state_dict().items():
         assert torch.equal(value, before[name])
     assert len(history.losses) == 150
-    assert history.final_loss < 0.8 * history.losses[0]
+    assert np.mean(history.losses[-15:]) < 0.8 * history.losses[0]
 
 
 def test_balance_weighs_classes_to_one_sum_each():

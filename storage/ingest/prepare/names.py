@@ -56,11 +56,6 @@ def _is_extension(text: str) -> bool:
     return "_" not in text and "-" not in text
 
 
-def strip_prefix(label: str, prefix: str) -> str:
-    """A label without its `sub-` or `task-`: users may give either."""
-    return label.removeprefix(f"{prefix}-")
-
-
 def entity_string(entities: Mapping[str, str]) -> str:
     """`sub-…[_ses-…]_task-…` with the entities that tell recordings apart, in BIDS order."""
     return "_".join(f"{name}-{entities[name]}" for name in RUN_ENTITIES if entities.get(name))
