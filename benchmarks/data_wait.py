@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +15,12 @@ import torch
 from brainflow.config import ModelConfig
 from brainflow.data import make_loader
 from brainflow.data.sampler import WindowSampler
-from brainflow.frameworks import build
+from brainflow.frameworks import FRAMEWORKS, build
 from brainflow.storage import BoldStore, StoreWriter
 
 from .timing import Row, Timing
 from .training_step import train_step
 
-FRAMEWORKS = ("csm", "seq-bert", "net-bert", "autoencoder")
 NETWORKS, RUNS, TIME_POINTS = 1024, 16, 600
 
 
@@ -32,9 +32,9 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
     }
 
 
-def _wait(framework: str, windows: int, steps: int, device: str) -> list[Row]:
+def _wait(framework: Any, windows: int, steps: int, device: str) -> list[Row]:
     torch.manual_seed(0)
-    config = ModelConfig(framework=framework, networks=NETWORKS, width=256, layers=4, heads=4)  # type: ignore[arg-type]
+    config = ModelConfig(framework=framework, networks=NETWORKS, width=256, layers=4, heads=4)
     step = train_step(build(config).to(device))
     with tempfile.TemporaryDirectory(prefix="brainflow-bench-") as folder:
         store = _random_store(Path(folder, "store"))

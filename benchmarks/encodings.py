@@ -9,6 +9,7 @@ import importlib.resources
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,7 @@ def _stores(runs: list[np.ndarray], seconds: float) -> list[Row]:
             )
         times = interleave(ways, repeats=5, seconds=seconds)
     for name in (f"{dtype}/{how}" for dtype in DTYPES for how in ("raw", "zstd")):
-        baselines_ = ["float16/raw"] + (["zarr", "zarrs"] if name == "float16/zstd" else [])
-        for baseline in baselines_:
+        for baseline in ["float16/raw"] + (["zarr", "zarrs"] if name == "float16/zstd" else []):
             if baseline in times and baseline != name:
                 ratio = times[name].times_faster_than(times[baseline])
                 found.append(
@@ -101,7 +101,7 @@ def _codecs(runs: list[np.ndarray], seconds: float) -> list[Row]:
     out = np.empty_like(chunk)
     encoded = {name: codec.encode(chunk) for name, codec in codecs.items()}
     ways: dict[str, Callable[[], object]] = {"copy": lambda: np.copyto(out, chunk)}
-    ways |= {name: lambda n=name: codecs[n].decode(encoded[n]) for name in codecs}  # type: ignore[misc]
+    ways |= {name: partial(codec.decode, encoded[name]) for name, codec in codecs.items()}
     times = interleave(ways, repeats=5, seconds=seconds)
     found = []
     for name in codecs:

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from brainflow.config import ModelConfig
 from brainflow.data.batch import PackedBatch
-from brainflow.frameworks import StepOutput, build
+from brainflow.frameworks import FRAMEWORKS, StepOutput, build
 
 from .timing import Row, Timing, interleave, speed_rows
 
 PADDED = 50
 T_R = 0.72
-FRAMEWORKS = ("csm", "seq-bert", "net-bert", "autoencoder")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,16 +60,27 @@ def _bounds(device: str) -> Tensor:
     return torch.arange(0, TOKENS + 1, TIME, dtype=torch.int32, device=device)
 
 
+def expander(mask: MaskSpec, dense: Tensor, time: int) -> Callable[[], Tensor]:
+    """Return what makes the int64 mask of the data's size, as the naive form does in every step.
+
+    `dense` [tokens, networks] is the mask, `time` the length of each window.
+    """
+    tokens, networks = dense.shape
+    small = dense[:, :1].clone() if mask.by_rows else dense.view(-1, time, networks)[:, 0].clone()
+
+    def expand() -> Tensor:
+        if mask.by_rows:
+            return small.long().repeat(1, networks)
+        return small[:, None].long().repeat(1, time, 1).view(tokens, networks)
+
+    return expand
+
+
 def _masked_loss(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]:
     pred = torch.randn(TOKENS, NETWORKS, device=device, requires_grad=True)
     target, bounds, step = torch.randn(TOKENS, NETWORKS, device=device), _bounds(device), _fresh(mask)
     dense = mask.dense(bounds, NETWORKS)
-    small = dense[:, :1].clone() if mask.by_rows else dense.view(WINDOWS, TIME, NETWORKS)[:, 0].clone()
-
-    def expand() -> Tensor:
-        if mask.by_rows:
-            return small.long().repeat(1, NETWORKS)
-        return small[:, None].long().repeat(1, TIME, 1).view(TOKENS, NETWORKS)
+    expand = expander(mask, dense, TIME)
 
     def naive() -> tuple[Tensor, Tensor]:
         value = naive_loss(pred, target, expand())

@@ -18,7 +18,7 @@ from torch import Tensor
 from brainflow.kernels import masked_loss
 from brainflow.kernels.testing import error_ratio
 
-from .kernels import MASKS, NETWORKS, TIME, TOKENS, WINDOWS, naive_loss
+from .kernels import MASKS, NETWORKS, TIME, TOKENS, expander, naive_loss
 from .timing import Row, WrongResultError, interleave, speed_rows
 
 
@@ -45,14 +45,7 @@ def _compare(name: str, seconds: float, device: str) -> list[Row]:
     pred = torch.randn(TOKENS, NETWORKS, device=device, requires_grad=True)
     target = torch.randn(TOKENS, NETWORKS, device=device)
     bounds = torch.arange(0, TOKENS + 1, TIME, dtype=torch.int32, device=device)
-    dense = mask.dense(bounds, NETWORKS)
-    small = dense[:, :1].clone() if mask.by_rows else dense.view(WINDOWS, TIME, NETWORKS)[:, 0].clone()
-
-    def expand() -> Tensor:
-        if mask.by_rows:
-            return small.long().repeat(1, NETWORKS)
-        return small[:, None].long().repeat(1, TIME, 1).view(TOKENS, NETWORKS)
-
+    expand = expander(mask, mask.dense(bounds, NETWORKS), TIME)
     torch._dynamo.reset()
     losses: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: masked_loss(pred, target, mask, cu_seqlens=bounds),

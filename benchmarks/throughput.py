@@ -18,7 +18,7 @@ from torch import nn
 
 from brainflow.config import ModelConfig
 from brainflow.data.batch import PackedBatch
-from brainflow.frameworks import build
+from brainflow.frameworks import FRAMEWORKS, build
 from brainflow.kernels import attention
 from brainflow.kernels.varlen_attention.backends import BACKENDS
 from brainflow.models.transformer import Transformer
@@ -31,7 +31,6 @@ from .frameworks import peak_bytes
 from .timing import Row, Timing, interleave, speed_rows
 from .training_step import random_batch, train_step
 
-FRAMEWORKS = ("csm", "seq-bert", "net-bert", "autoencoder")
 NETWORKS = 1024
 PUBLISHED_SEQUENCES = 300_000 * 192
 """Sequences that the pretraining of 2022 reads: optimizer steps × batch."""

@@ -95,7 +95,7 @@ def race(budget: float, device: str) -> dict[str, Curve]:
 
 
 class Runner:
-    """One model in training, with the wall-clock time that it has had."""
+    """One model in training, with the time that it has had."""
 
     def __init__(self, masking: Any, store: BoldStore, sampler: WindowSampler, device: str) -> None:
         torch.manual_seed(0)
