@@ -16,14 +16,16 @@ Examples
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+
+from brainflow.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from brainflow.decoding.result import Result
@@ -151,11 +153,9 @@ def run(args: Args) -> int:
         "device": args.device,
         "allow_mismatch": args.allow_mismatch,
     }
-    points = (len(counts) + 1) * args.seeds * len(task.folds)
-    columns = (TextColumn("adapt"), BarColumn(), MofNCompleteColumn(), TextColumn("fits"))
-    with Progress(*columns, console=Console(stderr=True), disable=args.json, transient=True) as bar:
-        line = bar.add_task("adapt", total=points + (len(configs) - 1) * args.seeds * len(task.folds))
-        settings["progress"] = lambda done, _: bar.advance(line)
+    fits, total = itertools.count(1), (len(configs) + len(counts)) * args.seeds * len(task.folds)
+    with progress_bar("fits", quiet=args.json) as progress:
+        settings["progress"] = lambda done, _: progress(next(fits), total)
         results = [adapt(task, checkpoint, config, **settings) for config in configs[:-1]]
         result = adapt(task, checkpoint, configs[-1], explain=explain, **settings)
         others = [*results, *baselines(task)]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import secrets
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator
@@ -276,7 +277,7 @@ def _record(folder: Path, base: PretrainConfig, space: Space, metric: str) -> No
     mine = {"base": asdict(replace(base, out="", store="")), "space": space, "metric": metric}
     path = folder / RECORD
     if not path.exists():
-        partial = path.with_name(f"{RECORD}.{id(mine):x}.partial")
+        partial = path.with_name(f"{RECORD}.{secrets.token_hex(4)}.partial")
         partial.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
     theirs = json.loads(path.read_text(encoding="utf-8"))

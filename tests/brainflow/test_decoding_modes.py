@@ -311,7 +311,9 @@ def test_one_command_from_raw_arrays_to_a_report_of_every_adaptation(tmp_path, c
     command = ["adapt", str(tmp_path / "runs.toml"), "--from", str(model), "--target", "state"]
     command += ["--mode", "all", "--steps", "3", "--report", "--out", str(tmp_path / "out")]
     assert main(command) == 0
-    assert "chance 0.333; classes: cat, face, house" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "chance 0.333; classes: cat, face, house" in printed.out
+    assert printed.err.endswith("fits: 100 %\n")
     saved = json.loads((tmp_path / "out" / "scores.json").read_text())
     names = [entry["name"] for entry in (saved["decoder"], *saved["baselines"])]
     modes = ("fine-tuned", "nearest neighbours", "MLP probe", "linear probe", "attentive probe", "LoRA")
