@@ -103,7 +103,8 @@ class DataConfig:
     seq_max: int = 50
     """Windows are shorter than this many time points (exclusive, as published)."""
     loader: Literal["auto", "dali", "host", "resident"] = "auto"
-    """`auto` takes DALI where it is installed, else the plain loader. All give identical batches."""
+    """`auto` keeps the store in GPU memory where it fits, else takes DALI where it is installed, else the
+    plain loader. All give identical batches."""
     onset: Literal["any", "grid"] = "any"
     """Windows begin at any time point, or (`grid`, as published) at multiples of their length."""
     on_corrupt: Literal["error", "skip"] = "error"

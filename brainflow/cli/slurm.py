@@ -85,6 +85,8 @@ def submit(words: Sequence[str], folder: Path, config: SlurmConfig) -> Any:
         Arguments of `brainflow pretrain`.
     folder
         Where scripts and outputs of the job go.
+    config
+        The job.
 
     Raises
     ------

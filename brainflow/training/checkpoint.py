@@ -102,6 +102,8 @@ def save(
     ----------
     root
         Folder of the checkpoints.
+    step
+        Optimizer steps done; names the checkpoint.
     tensors
         What :func:`owned` returned.
     state

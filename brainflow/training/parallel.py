@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -127,8 +129,6 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
 def shorten_timeout() -> None:
     """Let a collective wait no longer than `TIMEOUT`: after the first step nothing compiles any more."""
     if dist.is_initialized():
-        from torch.distributed.distributed_c10d import _set_pg_timeout
-
         _set_pg_timeout(TIMEOUT, dist.group.WORLD)
 
 
@@ -137,6 +137,10 @@ def spread(module: nn.Module, ranks: Ranks, how: str, device: torch.device) -> n
 
     Parameters
     ----------
+    module
+        The framework, on `device`.
+    ranks
+        Who shares the work.
     how
         "ddp" copies the parameters to every rank, "fsdp" shards them over all, "hsdp" over the ranks of a
         machine.
@@ -146,8 +150,6 @@ def spread(module: nn.Module, ranks: Ranks, how: str, device: torch.device) -> n
     if how == "ddp":
         # CSM's CLS token, for one, is trained only by the decoding that follows.
         return DistributedDataParallel(module, find_unused_parameters=True)
-    from torch.distributed.device_mesh import init_device_mesh
-
     shape: tuple[int, ...] = (ranks.world,)
     names: tuple[str, ...] = ("shard",)
     if how == "hsdp":

@@ -96,8 +96,12 @@ def part_shares(
 
     Parameters
     ----------
+    module
+        The framework.
     samplers, seeds
         Windows and mask seed of each part of this rank.
+    step
+        Optimizer step, which windows and masks are drawn for.
     parts
         Parts of all ranks.
     total

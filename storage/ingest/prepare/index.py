@@ -192,7 +192,7 @@ def _make_run(dataset: str, found: _Found, tables: _Tables, query: Query) -> Run
         names = ", ".join(file.path.name for file in images)
         problem = f"several images fit: {names}; choose with --res or --space"
     own = {image.path.name.removesuffix(image.extension) for image in images}
-    sidecars = [file for file in tables.of(first, "bold") if _applies(file, first, own)]
+    sidecars = [file for file in tables.of(first, "bold") if _applies(file, own)]
     sidecars.sort(key=lambda file: file.path.name.removesuffix(".json") not in own)
     events = tables.of(first, "events")[:1] or tables.of(first, "EV")
     confounds = [file for file in found.confounds if file.path.parent == first.path.parent]
@@ -211,8 +211,8 @@ def _make_run(dataset: str, found: _Found, tables: _Tables, query: Query) -> Run
     )
 
 
-def _applies(sidecar: BidsFile, image: BidsFile, own: set[str]) -> bool:
-    """Whether a sidecar describes this image: it bears its name, or describes the raw recording."""
+def _applies(sidecar: BidsFile, own: set[str]) -> bool:
+    """Whether a sidecar describes images of these names: it bears one, or describes the raw recording."""
     if sidecar.path.name.removesuffix(".json") in own:
         return True
     return not {"space", "res", "den", "desc", "hemi"} & set(sidecar.entities)
