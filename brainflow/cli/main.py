@@ -29,7 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("brainflow.cli.export", "write a store's runs as files that other tools read"),
     "plot": ("brainflow.cli.plot", "draw the loss curves of one or more runs"),
 }
-SHELLS = ("bash", "zsh", "tcsh", "fish")
+SHELLS = ("bash", "zsh", "fish")
 EXAMPLES = """\
 Examples:
   brainflow demo
@@ -38,7 +38,7 @@ Examples:
   brainflow plot run --out loss.png
 
 `brainflow VERB --help` explains a verb. `-v` logs more and shows the traceback of an error.
-`brainflow --print-completion bash` prints a completion script; also for zsh, tcsh and fish."""
+`brainflow --print-completion bash` prints a completion script; also for zsh and fish."""
 
 
 def usage() -> str:
@@ -58,7 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 1: the verb failed; 2: the command line is wrong; 130: Ctrl-C; 143: stopped by SIGTERM or SIGUSR1
     after a checkpoint.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output left, as in `brainflow info STORE | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _main(args: list[str]) -> int:
     verbose = _take_verbose(args)
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s"
@@ -96,9 +105,8 @@ def _dispatch(verb: str, rest: list[str], verbose: bool) -> int:
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output left, as in `brainflow info STORE | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if verbose or not isinstance(error, (ValueError, OSError, ImportError)):  # a fault of our own
             traceback.print_exc()
@@ -107,6 +115,8 @@ def _dispatch(verb: str, rest: list[str], verbose: bool) -> int:
 
 
 def _exit_code(stop: SystemExit) -> int:
+    if isinstance(stop.__context__, BrokenPipeError):  # rich's answer to a reader that left
+        return 0
     return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from brainflow.cli.main import VERBS, main
+from brainflow.cli.main import SHELLS, VERBS, main
 from brainflow.config import SECTIONS
 
 LAZY = """
@@ -163,10 +163,24 @@ def test_a_reader_that_leaves_is_no_error():
     assert done.stderr == ""
 
 
+RICH = FAULTS.replace("raise {error}", "import rich; rich.get_console().print('line\\n' * 100_000)")
+
+
+@pytest.mark.parametrize("arguments", [["-c", RICH], ["-m", "brainflow", "--help"]])
+def test_a_reader_that_never_came_is_no_error(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, *arguments], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 PIPE = FAULTS.replace("raise {error}", 'print("line\\n" * 100_000)')
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("shell", SHELLS)
 def test_completion_knows_verbs_and_flags(shell, capsys):
     assert main(["--print-completion", shell]) == 0
     script = capsys.readouterr().out
