@@ -2,7 +2,7 @@
 
 `python tests/brainflow/soak_pretrain.py STORE FOLDER --kills 30 --ranks 2 -- --train.steps 200` prints one
 JSON object: how many runs were completed, their steps, the kills and where they hit, the metrics lines that
-were compared bit for bit. With two ranks one of them, or both, are killed. `--seconds 600` soaks for ten minutes.
+were compared bit for bit. With two ranks one of them, or both, are killed. `--seconds 600` soaks 10 minutes.
 Children are forked from this process, so that torch is imported once.
 """
 
