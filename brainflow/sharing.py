@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,14 @@ def push_to_hub(
     -------
     list of str
         Names of the files that are shared: configuration, weights, head, card; no optimizer states, no logs.
+
+    Raises
+    ------
+    ValueError
+        If `repository` is not of the form `owner/name`.
     """
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
+        raise ValueError(f"repository: got {repository!r}, expected owner/name")
     source = Path(folder)
     load_pretrained(source)  # what cannot be loaded is not shared
     write_card(source)

@@ -30,6 +30,8 @@ def run(args: Args) -> int:
     """Write the file and return the exit code."""
     from brainflow.models.legacy import export_checkpoint
 
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        raise ValueError(f"FILE: got {args.out}, expected a file in a folder that exists")
     names = export_checkpoint(args.model, args.out)
     print(f"{args.out}: {len(names)} tensors")
     return 0

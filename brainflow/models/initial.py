@@ -95,7 +95,12 @@ def _fetch(source: str) -> Path:
         raise ImportError(
             f"init: {source} is no folder here, and the hub needs: pip install 'brainflow-fmri[hub]'"
         ) from None
-    return Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS]))
+    try:
+        return Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS]))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"init: {source} is neither a folder here nor to be had from the hub ({error})"
+        ) from error
 
 
 def _load_language(module: Any, config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> None:

@@ -35,8 +35,9 @@ def make_masker(*, mask: str | None = None, labels: str | None = None, maps: str
     Raises
     ------
     ValueError
-        If not exactly one image is given.
+        If not exactly one image is given, or it cannot be read.
     """
+    from nibabel.filebasedimages import ImageFileError
     from nilearn.maskers import NiftiLabelsMasker, NiftiMapsMasker, NiftiMasker
 
     given = {"mask": mask, "labels": labels, "maps": maps}
@@ -51,7 +52,10 @@ def make_masker(*, mask: str | None = None, labels: str | None = None, maps: str
         masker = NiftiLabelsMasker(labels_img=labels, standardize=None)
     else:
         masker = NiftiMapsMasker(maps_img=maps, standardize=None)
-    return masker.fit()
+    try:
+        return masker.fit()
+    except ImageFileError as error:
+        raise ValueError(f"{named[0]}: got {given[named[0]]}, expected a NIfTI image ({error})") from error
 
 
 def to_image(values: NDArray, masker: Any) -> Any:

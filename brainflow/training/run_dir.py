@@ -46,7 +46,13 @@ def exclusive(folder: Path) -> Iterator[None]:
     ------
     Busy
         If another process is training in it.
+    ValueError
+        If it is a file, or a store.
     """
+    if (folder / "zarr.json").exists() or folder.is_file():
+        raise ValueError(
+            f"out: {folder} is a store or a file, expected a directory for the run; choose another --out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as handle:
         try:

@@ -92,6 +92,12 @@ def test_maps_come_back_to_the_voxels_they_are_from(tmp_path):
         make_masker()
 
 
+def test_a_mask_that_is_no_image_is_named(tmp_path):
+    (tmp_path / "mask.txt").write_text("no image")
+    with pytest.raises(ValueError, match=r"mask: got .*mask\.txt, expected a NIfTI image"):
+        make_masker(mask=str(tmp_path / "mask.txt"))
+
+
 def test_occlusion_sums_to_the_fall_of_the_logit(planted, decoder):
     windows, labels, _ = planted
     (value,) = attribute(decoder.decoder_, [windows[0]], labels[:1], t_r=2.0, method="occlusion")

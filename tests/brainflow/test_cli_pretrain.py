@@ -112,6 +112,15 @@ def test_no_file_and_no_store(tmp_path, capsys):
     assert "absent" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("out", ["store", "run.toml"])
+def test_a_run_neither_goes_into_a_store_nor_onto_a_file(folder, capsys, out):
+    before = sorted((folder / "store").iterdir())
+    arguments = ["--config", str(folder / "run.toml"), "--out", str(folder / out)]
+    assert main(["pretrain", *arguments]) == 1
+    assert "choose another --out" in capsys.readouterr().err
+    assert sorted((folder / "store").iterdir()) == before
+
+
 def test_plot_overlays_runs(folder, capsys):
     picture = folder / "loss.png"
     assert main(["plot", str(folder / "run"), str(folder / "run"), "--out", str(picture)]) == 0

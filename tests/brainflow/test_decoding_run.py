@@ -341,3 +341,4 @@ def test_card_and_upload(decoding, monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="d/mistyped: no config"):
         sharing.from_pretrained("d/mistyped")  # beside a folder that is there: not a repository
     assert main(["share", str(folder), "me/decoder", "--dry-run"]) == 0
+    assert main(["share", str(folder), "me/../decoder", "--dry-run"]) == 1

@@ -1,6 +1,8 @@
 """Where a training begins: presets, language-model weights, weights of an earlier model, frozen parts."""
 
 import dataclasses
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -129,6 +131,15 @@ def test_weights_that_do_not_fit_say_which_settings_do(tmp_path):
         load_initial(build(ModelConfig(framework="seq-bert", **SIZE)), str(tmp_path / "gpt"))
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_initial(build(ModelConfig(**SIZE)), str(tmp_path / "nowhere"))
+
+
+def test_a_mistyped_folder_is_named_where_the_hub_has_it_neither(monkeypatch):
+    def absent(name, **_):
+        raise OSError("404")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=absent))
+    with pytest.raises(FileNotFoundError, match="init: mistyped is neither a folder here nor"):
+        load_initial(build(ModelConfig(**SIZE)), "mistyped")
 
 
 def test_pickles_are_not_read(tmp_path):

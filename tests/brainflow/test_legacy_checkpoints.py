@@ -312,3 +312,6 @@ def test_command_line(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["config"]["framework"] == "seq-bert"
     assert main(["export-checkpoint", str(tmp_path / "model"), str(tmp_path / "out.bin")]) == 0
     assert (tmp_path / "out.bin").is_file()
+    for out in (tmp_path, tmp_path / "absent" / "out.bin"):
+        assert main(["export-checkpoint", str(tmp_path / "model"), str(out)]) == 1
+        assert "expected a file in a folder that exists" in capsys.readouterr().err
