@@ -130,6 +130,10 @@ def _measure(args: Args, failures: list[str]) -> history.Rows:
         ]
         print_rows(suite, found)
         rows += found
+    if args.only and not rows and not failures:
+        raise ValueError(
+            f"--only: got {args.only!r}, which gave no row in {args.suite}; expected a pattern of names"
+        )
     return rows
 
 

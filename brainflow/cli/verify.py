@@ -40,6 +40,8 @@ def run(args: Args) -> int:
             print(f"BAD {error}")
         if report.ok:
             print(f"{args.store}: good, {report.chunks} chunks read")
+        elif not report.chunks:
+            print(f"{args.store}: {len(report.errors)} errors; no chunk was read")
         else:
             print(f"{args.store}: {len(report.errors)} errors; {len(report.bad_runs)} runs are touched")
     return 0 if report.ok else 1

@@ -42,6 +42,8 @@ def test_a_missing_row_trips_the_gate(suite, capsys):
     assert command.run(command.Args(suite="kernels", device="cpu", gate=True)) == 1
     assert "no figure" in capsys.readouterr().err
     assert command.run(command.Args(suite="kernels", device="cpu", gate=True, only="x")) == 0
+    with pytest.raises(ValueError, match="--only: got 'mistyped'"):
+        command.run(command.Args(suite="kernels", device="cpu", gate=True, only="mistyped"))
 
 
 def test_a_wrong_result_prints_no_speed(suite, capsys, tmp_path):

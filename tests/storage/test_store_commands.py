@@ -77,6 +77,8 @@ def test_verify_names_damage_and_exits_with_1(tars, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["bad_chunks"] == [0]
     shard.write_bytes(data[:-1])
+    assert main(["verify", str(store)]) == 1
+    assert "1 errors; no chunk was read" in capsys.readouterr().out
     assert main(["info", str(store)]) == 1
     assert "bold/c/0/0" in capsys.readouterr().err
 
