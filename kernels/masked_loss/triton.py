@@ -79,8 +79,10 @@ def partial_sums(
         t = tl.load(target + start + at, mask=keep, other=0).to(ACC)
         if KIND == COLUMNS:
             keep = keep & event(words[part], threshold)
+            count += tl.sum(keep.to(tl.int32), 1)
         total += tl.sum(loss_value(tl.where(keep, p - t, 0.0), LOSS), 1)
-        count += tl.sum(keep.to(tl.int32), 1)
+    if KIND != COLUMNS:  # whole rows: counting in the loop costs registers
+        count += tl.where(taken, tl.minimum(networks - tile * TILE, TILE), 0)
     program = tl.program_id(0) * tl.num_programs(1) + tile
     tl.store(sums + program, tl.sum(total, 0))
     tl.store(weights + program, tl.sum(count, 0))
