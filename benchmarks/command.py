@@ -40,8 +40,9 @@ class Args:
     """Small inputs and few repeats: minutes instead of tens of minutes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
-    threads: int = 1
-    """Threads of torch on the CPU. With several, other work on the machine decides the figures."""
+    threads: int = 0
+    """Threads of torch on the CPU; 0: as many as training takes, a core each. Take 1 where other work shares
+    the cores: with several threads it decides the figures."""
     only: str | None = None
     """Run only measurements whose name fits this pattern, e.g. 'masked_loss/*'."""
     loop: bool = False
@@ -67,8 +68,10 @@ class Args:
     """`kernels` only: compile for sm_80, 90, 100 and print registers, spills and load widths."""
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError(f"--threads: got {self.threads}, expected at least 1")
+        if self.threads < 0:
+            raise ValueError(
+                f"--threads: got {self.threads}, expected 0 (a core each) or a number of threads"
+            )
         for name in ("loop", "time_to_loss"):
             if getattr(self, name) and self.suite != "frameworks":
                 raise ValueError(f"--{name.replace('_', '-')}: belongs to the suite frameworks")
@@ -118,7 +121,8 @@ def _measure(args: Args, failures: list[str]) -> history.Rows:
     device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: got cuda, but torch sees no CUDA device; use --device cpu")
-    torch.set_num_threads(args.threads)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     env = environment(device)
     print(", ".join(f"{k} {v}" for k, v in env.items() if v is not None), file=sys.stderr)
     rows = []

@@ -34,7 +34,7 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
         found |= {
             "labels": lambda: _extract("labels", 100 if quick else 400, volumes=10 if quick else 40),
             "maps": lambda: _extract("maps", 16 if quick else 64, volumes=10 if quick else 40),
-            "workers": lambda: _workers(runs=4 if quick else 8, volumes=60 if quick else 300),
+            "workers": lambda: _workers(runs=4 if quick else 20, volumes=60 if quick else 300),
         }
     return found
 

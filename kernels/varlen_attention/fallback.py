@@ -1,11 +1,11 @@
-"""Variable-length attention in plain PyTorch: tokens are split into windows, each window is a few products.
+"""Variable-length attention in plain PyTorch: a few products a window, or a group of small windows.
 
 Runs wherever PyTorch runs, in float32 and float64 (lower types are computed in float32), with dropout.
 Probabilities are not kept for the backward pass; they are computed again from the log-sum-exp. Scores are
 held in units of log 2: on the CPU exp takes a slow path at −inf (84 µs a window of 30, 12 heads), exp2 does
 not (11 µs).
 
-Legend: T tokens, H heads, D head_dim, L length of a window.
+Legend: T tokens, H heads, D head_dim, L length of a block's longest window, B its matrices [L, L].
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..keep import keep_mask, kept
 from .checks import Limits, host_lengths
+from .groups import Groups, grouped
 
 LN2 = math.log(2.0)
 BLOCK_SCORES = 2**18
@@ -50,18 +52,24 @@ def forward(
     """Return out [T, H, D], lse [T, H] and the random state that the backward pass needs."""
     lengths = host_lengths(cu_seqlens, q.shape[0], max_seqlen)
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.empty(q.shape, dtype=compute, device=q.device)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=compute, device=q.device).t()
+    groups = grouped(lengths, q)
+    packed = [_placed(x.to(compute), groups) for x in (q, k, v)]
+    out = packed[0].new_empty(packed[0].shape)
+    lse = out.new_empty(out.shape[-2::-1]).t()
     later = _later(max(lengths), compute, q.device) if causal else None
     state, generator = _start_dropout(dropout_p, q.device)
-    for a, b, c, o, e in _blocks(lengths, q.to(compute), k.to(compute), v.to(compute), out, lse):
-        p = _scores(a * (softmax_scale / LN2), b, later)
+    for hidden, (a, b, c, o, e) in _blocks(lengths, groups, *packed, out, lse):
+        p = _scores(a * (softmax_scale / LN2), b, later, hidden)
         top = p.amax(-1, keepdim=True)
         total = p.sub_(top).exp2_().sum(-1, keepdim=True)
         torch.mul(top.add_(total.log2()).squeeze(-1), LN2, out=e)
         if generator is not None:
-            p *= _keep(p, dropout_p, generator)
+            p *= keep_mask(p, dropout_p, generator)
+            total *= kept(dropout_p)
         torch.div(torch.bmm(p, c), total, out=o)
+    if groups is not None:
+        out, lse = (groups.restore(x, q.shape[1]) for x in (out, lse))
+        lse = lse.t().contiguous().t()
     return out.to(q.dtype), lse, state
 
 
@@ -87,50 +95,71 @@ def backward(
     edges = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(edges)]
     compute = lse.dtype
-    grads = [torch.empty(q.shape, dtype=compute, device=q.device) for _ in range(3)]
+    groups = grouped(lengths, q)
+    delta = (dout.to(compute) * out).sum(-1)
+    packed = [_placed(x.to(compute), groups) for x in (dout, q, k, v, lse / LN2, delta)]
+    if groups is not None:
+        # A query that stands for no token has probabilities of 0: keys and values get nothing from it.
+        packed[4].index_fill_(0, groups.padding, torch.inf)
+    grads = [packed[0].new_empty(packed[0].shape) for _ in range(3)]
     later = _later(max(lengths), compute, q.device) if causal else None
     _, generator = _start_dropout(dropout_p, q.device, state)
-    packed = (*(x.to(compute) for x in (dout, out, q, k, v)), lse, *grads)
-    for g, o, a, b, c, e, dq, dk, dv in _blocks(lengths, *packed):
+    for hidden, (g, a, b, c, e, d, dq, dk, dv) in _blocks(lengths, groups, *packed, *grads):
         a = a * (softmax_scale / LN2)
-        p = _scores(a, b, later).sub_((e / LN2).unsqueeze(-1)).exp2_()
+        p = _scores(a, b, later, hidden).sub_(e.unsqueeze(-1)).exp2_()
         ds = torch.bmm(g, c.transpose(1, 2))
         if generator is None:
             dv.copy_(torch.bmm(p.transpose(1, 2), g))
         else:
-            keep = _keep(p, dropout_p, generator)
-            ds *= keep
-            dv.copy_(torch.bmm(keep.mul_(p).transpose(1, 2), g))
-        ds.sub_((g * o).sum(-1, keepdim=True)).mul_(p)
+            keep = keep_mask(p, dropout_p, generator)
+            ds.mul_(keep).div_(kept(dropout_p))
+            torch.div(torch.bmm(keep.mul_(p).transpose(1, 2), g), kept(dropout_p), out=dv)
+        ds.sub_(d.unsqueeze(-1)).mul_(p)
         torch.mul(torch.bmm(ds, b), softmax_scale, out=dq)
         torch.mul(torch.bmm(ds.transpose(1, 2), a), LN2, out=dk)
+    if groups is not None:
+        grads = [groups.restore(x, q.shape[1]) for x in grads]
     dq, dk, dv = (x.to(q.dtype) for x in grads)
     return dq, dk, dv
 
 
-def _blocks(lengths: list[int], *packed: Tensor) -> Iterator[list[Tensor]]:
-    """Yield the views [heads, L, …] of each window, fewer heads at a time where windows are long.
+def _placed(x: Tensor, groups: Groups | None) -> Tensor:
+    return x if groups is None else groups.place(x)
 
-    The limit keeps a block's scores near 1 MiB, so they stay in the cache and memory stays small.
+
+def _blocks(
+    lengths: list[int], groups: Groups | None, *packed: Tensor
+) -> Iterator[tuple[Tensor | None, list[Tensor]]]:
+    """Yield the mask of padding and the views [B, L, …] of each group, or of each window.
+
+    A window comes in fewer heads at a time where it is long: a block's scores stay near 1 MiB, so they stay
+    in the cache and memory stays small.
     """
+    if groups is not None:
+        for group in groups.groups:
+            rows = slice(group.begin, group.end)
+            yield group.hidden, [x[rows].unflatten(0, (-1, group.length)) for x in packed]
+        return
     heads = packed[0].shape[1]
     for window in zip(*(x.split(lengths) for x in packed), strict=True):
         views = [x.transpose(0, 1) for x in window]
         step = max(1, BLOCK_SCORES // views[0].shape[1] ** 2)
         if step >= heads:
-            yield views
+            yield None, views
         else:
             for head in range(0, heads, step):
-                yield [x[head : head + step] for x in views]
+                yield None, [x[head : head + step] for x in views]
 
 
-def _scores(a: Tensor, b: Tensor, later: Tensor | None) -> Tensor:
-    """Return a bᵀ [H, L, L], −inf where the key lies later than the query."""
+def _scores(a: Tensor, b: Tensor, later: Tensor | None, hidden: Tensor | None) -> Tensor:
+    """Return a bᵀ [B, L, L], −inf where the key lies later than the query or is padding."""
     scores = torch.bmm(a, b.transpose(1, 2))
-    if later is None:
-        return scores
-    length = a.shape[1]
-    return scores.add_(later[:length, :length])
+    if hidden is not None:
+        scores += hidden.to(scores.dtype)
+    if later is not None:
+        length = a.shape[1]
+        scores += later[:length, :length]
+    return scores
 
 
 def _later(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -148,8 +177,3 @@ def _start_dropout(
     generator = torch.Generator(device)
     generator.manual_seed(int(state[0]))
     return state, generator
-
-
-def _keep(p: Tensor, dropout_p: float, generator: torch.Generator) -> Tensor:
-    """Return 1 / (1 − dropout_p) where a weight is kept and 0 where it is dropped."""
-    return torch.empty_like(p).bernoulli_(1.0 - dropout_p, generator=generator).div_(1.0 - dropout_p)

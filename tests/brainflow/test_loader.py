@@ -355,7 +355,10 @@ def test_pages_are_advised_one_batch_ahead(store, kind):
         assert len(ahead) == read + 1 or sampler.steps is not None
 
 
-def test_ctrl_c_stops_the_loader_and_it_closes(store):
+def test_ctrl_c_stops_the_loader_and_it_closes(store, request):
+    # A shell that starts the tests in the background lets them ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     sampler = samplers(store)["windows"]
     loader = make_loader(store, sampler, kind="dali")
     next(loader)
