@@ -67,6 +67,9 @@ class MappedShards:
 
         Shards as in `copy`.
         """
+        if self._flat is not None:
+            flat = self._flat.rows
+            return [flat[a:b] for a, b in zip(starts.tolist(), (starts + lengths).tolist(), strict=True)]
         rows, shard_rows = self._rows, self.grid.shard_rows
         shards = starts // shard_rows
         firsts = starts - shards * shard_rows

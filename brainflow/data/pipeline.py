@@ -4,7 +4,7 @@ The pipeline's source is called in batch mode with the number of the iteration, 
 a sample; an iteration has a few of them.
 
 The mapped store is one constant input, and what the source gives is which of its rows a batch has, in their
-order. DALI's `sequence_rearrange` gathers them, in threads of its own and into memory that it reuses (for a
+order. DALI's `sequence_rearrange` gathers them, in a thread of its own and into memory that it reuses (for a
 GPU: pinned memory, from which DALI transfers them): the one copy on the host. Outputs leave by DLPack.
 
 From a store that cannot be mapped as a whole (remote, compressed, integers) the source reads the packed batch
@@ -29,8 +29,10 @@ from brainflow.data.packing import packed_fields, packed_rows
 from brainflow.data.windows import Sampler, Windows
 
 _BLOCK, _BLOCK_BYTES = 4, 2**25
-"""Batches an iteration, as far as they fit the processor's cache, with a thread each: they share what an
-iteration costs DALI and us, about 200 µs."""
+"""Batches an iteration, as far as they fit the processor's cache: they share what an iteration costs DALI and
+us, about 200 µs."""
+_THREADS = 1
+"""DALI's threads. With two, on two cores, they and the caller take turns, which costs more than it gains."""
 _PREFETCH = 2
 """Iterations in DALI's queue: the one in use and the next."""
 
@@ -132,7 +134,7 @@ class DaliLoader(Loader):
         # than the copy; on a GPU memory comes from a pool.
         @pipeline_def(
             batch_size=self._block,
-            num_threads=self._block,
+            num_threads=_THREADS,
             device_id=index,
             prefetch_queue_depth=_PREFETCH,
             exec_dynamic=gpu,
