@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,19 +23,33 @@ from brainflow.training.metrics import read_metrics
 
 from .timing import Row
 
-# Steps and learning rate. Sines take longer: each network has a phase of its own in every run.
-SETTINGS: dict[str, dict[str, tuple[int, float]]] = {
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is not a default of training."""
+
+    steps: int = 500
+    lr: float = 1e-3
+    batch: int = 16
+    dropout: float = 0.1
+    warmup: float = 0.01
+
+
+LONG = {"batch": 64, "dropout": 0.0, "warmup": 0.1}
+"""Seq-BERT has to learn from other time points only, which takes it longest."""
+# Sines take longer than BOLD: each network has a phase of its own in every run.
+SETTINGS: dict[str, dict[str, Setting]] = {
     "sines": {
-        "csm": (700, 4e-3),
-        "seq-bert": (500, 1e-3),
-        "net-bert": (500, 1e-3),
-        "autoencoder": (500, 3e-3),
+        "csm": Setting(steps=700, lr=4e-3),
+        "seq-bert": Setting(steps=1500, **LONG),
+        "net-bert": Setting(),
+        "autoencoder": Setting(lr=3e-3),
     },
     "haxby": {
-        "csm": (300, 2e-3),
-        "seq-bert": (500, 1e-3),
-        "net-bert": (500, 1e-3),
-        "autoencoder": (500, 3e-3),
+        "csm": Setting(steps=300, lr=2e-3),
+        "seq-bert": Setting(steps=1000, **LONG),
+        "net-bert": Setting(),
+        "autoencoder": Setting(lr=3e-3),
     },
 }
 
@@ -58,14 +73,21 @@ def measure(signal: str, framework: Any, device: Any) -> list[Row]:
             write_sines(store)
         else:
             haxby.write_store(haxby.read(), store)
-        steps, lr = SETTINGS[signal][framework]
+        chosen = SETTINGS[signal][framework]
         config = PretrainConfig(
             store=store,
             out=f"{folder}/run",
             device=device,
-            model=ModelConfig(framework=framework, width=64, layers=2, heads=2),
-            data=DataConfig(batch_size=16, loader="host", validation_batches=5),
-            train=TrainConfig(steps=steps, lr=lr, validate_every=steps, checkpoint_every=steps, plot=False),
+            model=ModelConfig(framework=framework, width=64, layers=2, heads=2, dropout=chosen.dropout),
+            data=DataConfig(batch_size=chosen.batch, loader="host", validation_batches=20),
+            train=TrainConfig(
+                steps=chosen.steps,
+                lr=chosen.lr,
+                warmup=chosen.warmup,
+                validate_every=chosen.steps,
+                checkpoint_every=chosen.steps,
+                plot=False,
+            ),
         )
         scores = read_metrics(pretrain(config, quiet=True))[-1]
     return [

@@ -1,12 +1,13 @@
 """How much sooner dense CSM reaches the loss that single-position CSM ends with, on real BOLD.
 
 Two models with the same initial weights, settings and batches (windows of the example recordings, Haxby et
-al. 2001, 12 runs, the last two held out) train in turns, a slice of time each, until both have had the same
-time: on the CPU that of the process, which is the wall clock's where nothing else runs. The loss is the
-single-position one for both, on the same held-out windows and positions; measuring it does not count. The
-ratio of the row is the time of single ÷ the time in which dense first got below single's LOWEST loss. It
-depends on the batch: the fewer windows, the more the noise of one position a window costs. The curves go to
-csm_time_to_loss.csv and .png beside the history of benchmarks.
+al. 2001, 12 runs, the last two held out) train in turns: single a number of steps, dense as many as it takes
+until it has had the same time: on the CPU that of the process, which is the wall clock's where nothing else
+runs. The loss is the single-position one for both, on the same held-out windows and positions; measuring it
+does not count. The ratio of the row is the time of single ÷ the time in which dense first got below single's
+LOWEST loss; which steps these are does not depend on the clock. It depends on the batch: the fewer windows,
+the more the noise of one position a window costs. The curves go to csm_time_to_loss.csv and .png beside the
+history of benchmarks.
 """
 
 from __future__ import annotations
@@ -39,23 +40,25 @@ BATCH, SEQ_MIN, SEQ_MAX = 8, 10, 50
 LR, WARMUP = 1e-3, 20
 MODEL: dict[str, Any] = {"width": 128, "layers": 2, "heads": 2}
 CHECKS = 30
+DENSE_STEPS = 10
+"""Steps of dense between two looks at its loss."""
 Curve = list[tuple[float, float, int]]
 """Seconds of training, held-out single-position loss, steps."""
 
 
 def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
-    """Return the one measurement: 10 s of training each if `quick`, else 60 s."""
-    return {"csm_time_to_loss": lambda: measure(10.0 if quick else 60.0, device)}
+    """Return the one measurement, of 240 or 1,200 steps of single-position training."""
+    return {"csm_time_to_loss": lambda: measure(240 if quick else 1200, device)}
 
 
-def measure(budget: float, device: str) -> list[Row]:
-    """Train both for `budget` seconds each, write the curves and return the row of record."""
-    curves = race(budget, device)
+def measure(steps: int, device: str) -> list[Row]:
+    """Train single for `steps` and dense for the same time, write the curves and return the row of record."""
+    curves = race(steps, device)
     lowest = min(loss for _, loss, _ in curves["single"])
     reached = next((seconds for seconds, loss, _ in curves["dense"] if loss <= lowest), None)
     _write(curves, lowest, history.default_path().parent)
     if reached is None:
-        print(f"time_to_loss: dense did not reach {lowest:.4f} in {budget:.0f} s", file=sys.stderr)
+        print(f"time_to_loss: dense did not reach {lowest:.4f}", file=sys.stderr)
         reached = float("inf")
     for name, curve in curves.items():
         seconds, loss, steps = curve[-1]
@@ -68,8 +71,8 @@ def measure(budget: float, device: str) -> list[Row]:
     ]  # fmt: skip
 
 
-def race(budget: float, device: str) -> dict[str, Curve]:
-    """Return the curves of "single" and "dense", one point a slice of `budget` / CHECKS seconds."""
+def race(steps: int, device: str) -> dict[str, Curve]:
+    """Return the curves of "single", CHECKS points, and "dense", one point in DENSE_STEPS steps."""
     with tempfile.TemporaryDirectory() as folder:
         haxby.write_store(haxby.read(), f"{folder}/store")
         store = BoldStore.open(f"{folder}/store")
@@ -83,12 +86,13 @@ def race(budget: float, device: str) -> dict[str, Curve]:
             for name in ("single", "dense")
         }
         curves: dict[str, Curve] = {name: [(0.0, r.loss(fixed), 0)] for name, r in runners.items()}
-        for turn in range(CHECKS):
-            for name in ("single", "dense") if turn % 2 else ("dense", "single"):
-                runners[name].train(until=(turn + 1) * budget / CHECKS)
-                curves[name].append(
-                    (runners[name].seconds, runners[name].loss(fixed), runners[name].batches_read)
-                )
+        single, dense = runners["single"], runners["dense"]
+        for turn in range(1, CHECKS + 1):
+            single.train(turn * steps // CHECKS)
+            curves["single"].append((single.seconds, single.loss(fixed), single.steps))
+            while dense.seconds < single.seconds:
+                dense.train(dense.steps + DENSE_STEPS)
+                curves["dense"].append((dense.seconds, dense.loss(fixed), dense.steps))
         for runner in runners.values():
             runner.loader.close()
     return curves
@@ -106,14 +110,14 @@ class Runner:
         self.loader = make_loader(store, sampler, kind="host", device=device)
         self.batches: Iterator[Any] = iter(self.loader)
         self.clock = time.perf_counter if device == "cuda" else time.process_time
-        self.device, self.seconds, self.batches_read = device, 0.0, 0
+        self.device, self.seconds, self.steps = device, 0.0, 0
 
-    def train(self, until: float) -> None:
-        """Take steps until the training has lasted `until` seconds."""
-        while self.seconds < until:
+    def train(self, until: int) -> None:
+        """Train up to step `until`."""
+        while self.steps < until:
             began = self.clock()
             for group in self.optimizer.param_groups:
-                group["lr"] = LR * min(1.0, (self.batches_read + 1) / WARMUP)
+                group["lr"] = LR * min(1.0, (self.steps + 1) / WARMUP)
             self.module(next(self.batches), seed=0).loss.backward()
             nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
             self.optimizer.step()
@@ -121,7 +125,7 @@ class Runner:
             if self.device == "cuda":
                 torch.cuda.synchronize()
             self.seconds += self.clock() - began
-            self.batches_read += 1
+            self.steps += 1
 
     @torch.no_grad()
     def loss(self, batches: list[PackedBatch]) -> float:
