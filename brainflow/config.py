@@ -107,6 +107,9 @@ class DataConfig:
     plain loader. All give identical batches."""
     onset: Literal["any", "grid"] = "any"
     """Windows begin at any time point, or (`grid`, as published) at multiples of their length."""
+    weights: str = ""
+    """How often an epoch draws the windows of a dataset, e.g. ds000030=2,hcp=0.5: twice, every second epoch; 0
+    never, once where not named. Validation ignores it."""
     on_corrupt: Literal["error", "skip"] = "error"
     """A damaged chunk of the store stops the training, or (`skip`) its windows are left out and counted."""
     split: str = ""
@@ -117,6 +120,7 @@ class DataConfig:
     """Fixed held-out batches at each validation."""
 
     def __post_init__(self) -> None:
+        self.dataset_weights()
         if self.batch_size < 1:
             raise ValueError(f"data.batch_size: got {self.batch_size}, expected at least 1")
         if not 2 <= self.seq_min < self.seq_max:
@@ -130,6 +134,25 @@ class DataConfig:
             raise ValueError(
                 f"data.validation_fraction: got {self.validation_fraction}, expected a number in (0, 1)"
             )
+
+    def dataset_weights(self) -> dict[str, float] | None:
+        """Return `weights` as dataset → weight, None if there are none.
+
+        Examples
+        --------
+        >>> DataConfig(weights="hcp=0.5, ds000030=2").dataset_weights()
+        {'hcp': 0.5, 'ds000030': 2.0}
+        """
+        found: dict[str, float] = {}
+        for part in filter(None, (word.strip() for word in self.weights.split(","))):
+            name, _, number = part.rpartition("=")
+            try:
+                found[name.strip()] = float(number)
+            except ValueError:
+                name = ""
+            if not name:
+                raise ValueError(f"data.weights: got {part!r}, expected DATASET=NUMBER, e.g. hcp=0.5")
+        return found or None
 
 
 @dataclass(frozen=True, kw_only=True)

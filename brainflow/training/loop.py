@@ -177,6 +177,7 @@ class _Run:
             world=shares,
             pairs=self.config.model.framework in PAIRED,
             onset=data.onset,
+            weights=data.dataset_weights() if part == "train" else None,
         )
 
     def _readable(self, sampler: WindowSampler) -> Sampler:

@@ -98,7 +98,9 @@ def begin(folder: Path, config: PretrainConfig, *, snapshot: str, resume: Resume
     if path.exists() and not _begun(folder):
         path.unlink()  # it failed before its first step: nothing to continue, nothing to lose
     if path.exists():
-        found = flatten(json.loads(path.read_text(encoding="utf-8")))
+        # A run of an older version lacks settings that are younger: it had what is their default.
+        younger = flatten(to_dict(PretrainConfig(store="", out="")))
+        found = younger | flatten(json.loads(path.read_text(encoding="utf-8")))
         changed = [
             f"{key} is {wanted.get(key)!r}, was {found.get(key)!r}"
             for key in sorted(wanted.keys() | found.keys())

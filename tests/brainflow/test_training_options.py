@@ -4,6 +4,8 @@ import itertools
 import json
 import sqlite3
 import sys
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +56,31 @@ def tiny(store, out, *, model=None, **train):
             }
         ),
     )
+
+
+def test_windows_are_drawn_by_the_weights_of_their_datasets(tmp_path, monkeypatch):
+    with StoreWriter.create(tmp_path / "store", networks=8, dtype="float32", parcellation="none") as writer:
+        for run in range(9):
+            bold = np.random.default_rng(run).standard_normal((50, 8)).astype(np.float32)
+            writer.append(bold, t_r=2.0, dataset="abc"[run % 3], subject=str(run), task="rest", run="1")
+    read = []
+    call = TrainingStep.__call__
+
+    def remembered(self, batches, *args, **more):
+        batches, kept = itertools.tee(itertools.islice(batches, 1))
+        read.extend(next(kept).runs.tolist())
+        return call(self, batches, *args, **more)
+
+    monkeypatch.setattr(TrainingStep, "__call__", remembered)
+    config = tiny(str(tmp_path / "store"), tmp_path / "run", steps=40)
+    pretrain(replace(config, data=replace(config.data, weights="a=0,b=3")), quiet=True)
+    drawn = Counter("abc"[run % 3] for run in read)
+    assert drawn["a"] == 0
+    assert 2.5 < drawn["b"] / drawn["c"] < 3.5
+    with pytest.raises(ValueError, match="weights: no run of dataset 'd' here"):
+        pretrain(
+            replace(config, out=str(tmp_path / "other"), data=replace(config.data, weights="d=2")), quiet=True
+        )
 
 
 def rates(schedule, steps=1000):
