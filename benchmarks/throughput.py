@@ -7,6 +7,7 @@ is tokens a second over those of the first of them. Cases are framework/preset/p
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
 def _measure(name: str, config: ModelConfig, quick: bool, device: str) -> list[Row]:
     steps = {
         f"{precision}/{backend}": _step(config, precision, backend, device)
-        for precision in PRECISIONS[device]
+        for precision in _precisions(device)
         for backend in _backends(config, precision, device)
     }
     calls = {way: step.run for way, step in steps.items()}
@@ -88,6 +89,15 @@ def _measure(name: str, config: ModelConfig, quick: bool, device: str) -> list[R
             work=work,
         )  # fmt: skip
         found += _resources(case, step, device)
+    return found
+
+
+def _precisions(device: str) -> list[str]:
+    """Return the precisions that somebody would train in: not bf16 on a CPU that has no units for it."""
+    found = list(PRECISIONS[device])
+    if device == "cpu" and 2 * matmul_rate(device, torch.bfloat16) < matmul_rate(device):
+        found.remove("bf16")
+        print("throughput: bf16 left out, its products are slower than float32's here", file=sys.stderr)
     return found
 
 

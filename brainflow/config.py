@@ -108,8 +108,8 @@ class DataConfig:
     onset: Literal["any", "grid"] = "any"
     """Windows begin at any time point, or (`grid`, as published) at multiples of their length."""
     weights: str = ""
-    """How often an epoch draws the windows of a dataset, e.g. ds000030=2,hcp=0.5: twice, every second epoch; 0
-    never, once where not named. Validation ignores it."""
+    """How often an epoch draws the windows of a dataset, e.g. ds000030=2,hcp=0.5: twice, and every second
+    epoch; 0: never; not named: once. Validation ignores it."""
     on_corrupt: Literal["error", "skip"] = "error"
     """A damaged chunk of the store stops the training, or (`skip`) its windows are left out and counted."""
     split: str = ""

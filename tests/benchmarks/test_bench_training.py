@@ -103,7 +103,15 @@ def test_a_gpu_is_measured_at_every_preset():
     assert "autoencoder/1b" not in found
 
 
-def test_rows_of_every_way():
+def test_bf16_is_left_out_where_the_cpu_has_no_units_for_it(monkeypatch):
+    monkeypatch.setattr(throughput, "matmul_rate", lambda device, dtype=torch.float32: dtype.itemsize)
+    assert throughput._precisions("cpu") == ["fp32", "bf16"]
+    monkeypatch.setattr(throughput, "matmul_rate", lambda device, dtype=torch.float32: dtype.itemsize**2)
+    assert throughput._precisions("cpu") == ["fp32"]
+
+
+def test_rows_of_every_way(monkeypatch):
+    monkeypatch.setattr(throughput, "matmul_rate", lambda device, dtype=torch.float32: 1e9)
     rows = throughput._measure("csm/tiny", _tiny(), quick=True, device="cpu")
     cases = {f"csm/tiny/{precision}/fallback" for precision in ("fp32", "bf16")}
     assert {row.case for row in rows} == cases

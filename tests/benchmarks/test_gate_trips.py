@@ -36,7 +36,7 @@ def _slowed(function, seconds):
 def test_a_slow_kernel_trips_the_gate(bench, monkeypatch, capsys):
     name = ("masked_loss/position", "time", "naive")
     _, before = bench("kernels", "masked_loss/position")
-    monkeypatch.setattr(kernels, "masked_loss", _slowed(kernels.masked_loss, 0.5))
+    monkeypatch.setattr(kernels, "masked_loss", _slowed(kernels.masked_loss, 0.1))
     capsys.readouterr()
     code, after = bench("kernels", "masked_loss/position")
     assert code == 1
