@@ -23,10 +23,6 @@ class MappedShards:
     where : the store's path, for messages
     grid : layout of the array
     shards, chunks : int64 [shards], numbers of the shards that exist and the chunks in each
-
-    Raises
-    ------
-    StoreError : if a shard file is missing or has not the size that it must have
     """
 
     def __init__(
@@ -45,7 +41,6 @@ class MappedShards:
                 self._flat = FlatRows(grid, int(shards[-1]) + 1)
             except OSError:  # a limit on the address space
                 self._flat = None
-        self._check_sizes()
 
     def copy(self, starts: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
         """Copy the rows of each window behind one another into all of `out`. The hot path of training.
@@ -110,6 +105,8 @@ class MappedShards:
         grid, path = self.grid, self.grid.shard_path(shard)
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
         try:
+            if os.fstat(descriptor).st_size < grid.index_bytes:
+                raise StoreError(f"{self._where}/{path}: truncated; {_REMEDY}")
             mapped = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
             # Not by the map, where touching one page reads up to megabytes around it.
             tail = os.pread(descriptor, grid.index_bytes, len(mapped) - grid.index_bytes)
@@ -154,8 +151,13 @@ class MappedShards:
         count = len(index) * grid.chunk_bytes // grid.dtype.itemsize
         return np.frombuffer(mapped, grid.dtype, count).reshape(-1, *grid.row_shape)
 
-    def _check_sizes(self) -> None:
-        """Refuse shard files that are missing or truncated."""
+    def check_sizes(self) -> None:
+        """Refuse shard files that are missing or truncated, all of them before the first is mapped.
+
+        Raises
+        ------
+        StoreError : naming the first such file
+        """
         for shard, chunks in self._chunks.items():
             path = self.grid.shard_path(shard)
             expected = chunks * self.grid.chunk_bytes + self.grid.index_bytes

@@ -65,6 +65,9 @@ class BoldStore:
         self._bold = files.shards(bold, *present, self.checksums["bold"])
         present = statistics.chunks_in_shards(self.runs.slot, np.ones(len(self.runs), np.int64))
         self._statistics = files.shards(statistics, *present, self.checksums["statistics"])
+        for shards in (self._bold, self._statistics):
+            if check and isinstance(shards, MappedShards):
+                shards.check_sizes()
         self._reader, self._rows = _reader(self._bold), _reader(self._statistics)
         self._hints = ReadHints(self._reader) if isinstance(self._reader, MappedShards) else None
         # Where run i - 1 ends, or far below 0 as long as its chunks have not been mapped and checked: windows
@@ -80,7 +83,8 @@ class BoldStore:
         Parameters
         ----------
         path : directory of the store, or its URL (s3://, gs://, https://; needs the extra `remote`)
-        check : compare the chunks of a run with their checksums when it is first read (remote: always)
+        check : look at the size of every file now, and compare the chunks of a run with their checksums when
+            it is first read (remote: always)
 
         Raises
         ------

@@ -146,9 +146,12 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # the loader refuses in several types, of modules that we do not import
+        # torch's own text goes on to say how to load it all the same.
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it calls {wanted[1]}" if wanted else "damaged, or of another format"
         raise ValueError(
-            f"{path}: not a file of plain tensors, so it was not loaded ({str(error).splitlines()[0]}); "
-            "expected a pytorch_model.bin"
+            f"{path}: not a file of plain tensors, so it was not loaded ({reason}); expected a "
+            "pytorch_model.bin"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()) or not state:
         raise ValueError(f"{path}: expected a dict of tensors by name, got something else")

@@ -282,8 +282,11 @@ def test_files_with_code_or_other_names_are_refused(tmp_path):
             return (print, ("ran",))
 
     torch.save({"a": Evil()}, tmp_path / "evil.bin")
-    with pytest.raises(ValueError, match="not a file of plain tensors"):
-        import_checkpoint(tmp_path / "evil.bin", tmp_path / "out")
+    (tmp_path / "noise.bin").write_bytes(b"not a checkpoint at all")
+    for name, reason in (("evil.bin", "it calls .*print"), ("noise.bin", "damaged, or of another format")):
+        with pytest.raises(ValueError, match=f"not a file of plain tensors.*{reason}") as caught:
+            import_checkpoint(tmp_path / name, tmp_path / "out")
+        assert "weights_only" not in str(caught.value), "no advice to load it all the same"
     torch.save({"some.weight": torch.zeros(2)}, tmp_path / "other.bin")
     with pytest.raises(ValueError, match=r"no tensor 'embedder"):
         import_checkpoint(tmp_path / "other.bin", tmp_path / "out")
