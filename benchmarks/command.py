@@ -115,8 +115,11 @@ def run(args: Args) -> int:
 def _measure(args: Args, failures: list[str]) -> history.Rows:
     import torch
 
+    from .allocator import keep_memory
     from .environment import environment
     from .show import print_rows
+
+    keep_memory()
 
     device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():

@@ -35,12 +35,11 @@ class Setting:
     warmup: float = 0.01
 
 
-LONG = {"batch": 64, "dropout": 0.0, "warmup": 0.1}
-"""Seq-BERT has to learn from other time points only, which takes it longest."""
-# Sines take longer than BOLD: each network has a phase of its own in every run.
+LONG: dict[str, Any] = {"batch": 64, "dropout": 0.0, "warmup": 0.1}
+"""For those that learn from other time points only: each network has a phase of its own in every run."""
 SETTINGS: dict[str, dict[str, Setting]] = {
     "sines": {
-        "csm": Setting(steps=700, lr=4e-3),
+        "csm": Setting(steps=1500, **LONG),
         "seq-bert": Setting(steps=1500, **LONG),
         "net-bert": Setting(),
         "autoencoder": Setting(lr=3e-3),

@@ -4,7 +4,7 @@ The pipeline's source is called in batch mode with the number of the iteration, 
 a sample; an iteration has a few of them.
 
 The mapped store is one constant input, and what the source gives is which of its rows a batch has, in their
-order. DALI's `sequence_rearrange` gathers them, in a thread of its own and into memory that it reuses (for a
+order. DALI's `sequence_rearrange` gathers them, in threads of its own and into memory that it reuses (for a
 GPU: pinned memory, from which DALI transfers them): the one copy on the host. Outputs leave by DLPack.
 
 From a store that cannot be mapped as a whole (remote, compressed, integers) the source reads the packed batch
@@ -28,11 +28,13 @@ from brainflow.data.loader import Loader, WindowStore
 from brainflow.data.packing import packed_fields, packed_rows
 from brainflow.data.windows import Sampler, Windows
 
-_BLOCK, _BLOCK_BYTES = 4, 2**25
-"""Batches an iteration, as far as they fit the processor's cache: they share what an iteration costs DALI and
-us, about 200 µs."""
-_THREADS = 1
-"""DALI's threads. With two, on two cores, they and the caller take turns, which costs more than it gains."""
+_BLOCK, _BLOCK_BYTES = 16, 2**27
+"""Batches an iteration and their bytes, at most: they share what an iteration costs DALI and us, about 200
+µs, and what it costs to wake each other."""
+_READ_BYTES = 2**25
+"""The same where the source reads the batches, into buffers of its own."""
+_THREADS = 2
+"""DALI's threads, which share an iteration's batches."""
 _PREFETCH = 2
 """Iterations in DALI's queue: the one in use and the next."""
 
@@ -50,9 +52,9 @@ class DaliLoader(Loader):
     """Batches by way of a DALI pipeline; `device="cpu"` needs neither GPU nor driver.
 
     Batches are equal, bit for bit, to those of :class:`~brainflow.data.host.HostLoader`. They are read ahead,
-    so an error of the store (a corrupt chunk) surfaces a few batches early. On the CPU a batch's `bold` lies
-    in a buffer of DALI's and stays valid until the next batch is taken: clone what must live longer. On a GPU
-    it stays valid for ever.
+    so an error of the store (a corrupt chunk) surfaces up to 32 batches early. On the CPU a batch's `bold`
+    lies in a buffer of DALI's and stays valid until the next batch is taken: clone what must live longer. On
+    a GPU it stays valid for ever.
 
     Parameters
     ----------
@@ -83,8 +85,10 @@ class DaliLoader(Loader):
         _dali()
         self._gpu = self.device.type == "cuda"
         size = self.sampler.max_tokens * store.networks * self.dtype.itemsize
-        self._block = max(1, min(_BLOCK, _BLOCK_BYTES // size))
-        self._rows = _mapped_rows(store, self._block)
+        mapped = _mapped(store)
+        self._block = max(1, min(_BLOCK, (_READ_BYTES if mapped is None else _BLOCK_BYTES) // size))
+        # The mapped store as an input of n batches, each all of it.
+        self._rows = None if mapped is None else _samples(mapped, self._block)
         # DALI may read a buffer of the ring until `_PREFETCH` further iterations have been taken.
         buffers = self._block * (_PREFETCH + 2) if self._rows is None else 0
         self._gatherer = Gatherer(store, self.sampler, buffers=buffers, pinned=self._gpu)
@@ -206,6 +210,7 @@ class DaliLoader(Loader):
 
     def _seek(self, step: int) -> None:
         self._pipeline = None
+        self._ready.clear()
 
     def _placement(self) -> str:
         return "page cache of this machine"
@@ -233,11 +238,14 @@ def _split(output: Any, prepared: list[Prepared], name: str) -> tuple[torch.Tens
     return _joined(output, [sum(sizes)]).split(sizes)
 
 
-def _mapped_rows(store: Any, most: int) -> dict[int, Any] | None:
-    """The mapped store as an input of n ≤ `most` samples, each all of it; None if it cannot be mapped."""
+def _mapped(store: Any) -> Any:
+    """The rows of a store that DALI can gather from where they lie; None if there are none."""
     rows = getattr(store, "rows", None)
-    if rows is None or len(rows) > np.iinfo(np.int32).max:
-        return None
+    return rows if rows is not None and len(rows) <= np.iinfo(np.int32).max else None
+
+
+def _samples(rows: Any, most: int) -> dict[int, Any]:
+    """The same array as an input of n ≤ `most` samples."""
     tensors: Any = importlib.import_module("nvidia.dali.tensors")
     sample = tensors.TensorCPU(rows)
     return {n: tensors.TensorListCPU([sample] * n, contiguous=False) for n in range(1, most + 1)}
