@@ -141,7 +141,7 @@ def test_describe_and_report(store, kind):
 
 
 def test_large_batches_are_an_iteration_each(store):
-    sampler = WindowSampler(store.runs, batch=20_000)
+    sampler = WindowSampler(store.runs, batch=80_000)
     dali, host = (make_loader(store, sampler, kind=kind) for kind in ("dali", "host"))
     assert (dali._block, make_loader(store, samplers(store)["windows"], kind="dali")._block) == (1, 16)
     assert all(equal(a, b) for a, b in itertools.islice(zip(dali, host, strict=True), 2))
