@@ -11,8 +11,8 @@ def aligned_empty(rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
     """An uninitialised array [rows, columns] that begins on a cache line, 512 bytes behind a page.
 
     NumPy's own arrays begin 16 bytes behind a cache line, and some processors (AMD Zen 3) then copy a window
-    at two thirds of the speed. On a page itself, where rows of a mapped store begin too, others (Zen 2) are 2 %
-    slower: what is written and what is read next differ by a multiple of 4 KiB.
+    at two thirds of the speed. On a page, where rows of a mapped store begin too, others (Zen 2) are 2 %
+    slower: what is written and what is read next then differ by a multiple of 4 KiB.
     """
     size = rows * columns * dtype.itemsize
     memory = np.empty(size + mmap.PAGESIZE + 512, np.uint8)  # NumPy asks for huge pages, torch does not
