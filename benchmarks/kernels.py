@@ -50,7 +50,7 @@ def naive_loss(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (a - b).abs().mean()
 
 
-def _fresh(mask: MaskSpec) -> Callable[[], MaskSpec]:
+def fresh(mask: MaskSpec) -> Callable[[], MaskSpec]:
     """Return a function that gives the mask of the next step, so that no draw is ever reused."""
     steps = itertools.count(1)
     return lambda: replace(mask, offset=next(steps))
@@ -78,7 +78,7 @@ def expander(mask: MaskSpec, dense: Tensor, time: int) -> Callable[[], Tensor]:
 
 def _masked_loss(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]:
     pred = torch.randn(TOKENS, NETWORKS, device=device, requires_grad=True)
-    target, bounds, step = torch.randn(TOKENS, NETWORKS, device=device), _bounds(device), _fresh(mask)
+    target, bounds, step = torch.randn(TOKENS, NETWORKS, device=device), _bounds(device), fresh(mask)
     dense = mask.dense(bounds, NETWORKS)
     expand = expander(mask, dense, TIME)
 
@@ -108,7 +108,7 @@ def _linear(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]
     weight = (torch.randn(NETWORKS, WIDTH, device=device) / WIDTH**0.5).requires_grad_()
     bias = torch.zeros(NETWORKS, device=device, requires_grad=True)
     inputs = (hidden, weight, bias)
-    target, step = torch.randn(TOKENS, NETWORKS, device=device), _fresh(mask)
+    target, step = torch.randn(TOKENS, NETWORKS, device=device), fresh(mask)
     host, bounds = _bounds("cpu"), _bounds(device)
     small = mask.dense(bounds, 1)
 
@@ -136,7 +136,7 @@ def _linear(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]
 
 
 def _mask_tokens(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]:
-    x, bounds, step = torch.randn(TOKENS, NETWORKS, device=device), _bounds(device), _fresh(mask)
+    x, bounds, step = torch.randn(TOKENS, NETWORKS, device=device), _bounds(device), fresh(mask)
     token = torch.randn(NETWORKS, device=device, requires_grad=True)
     upstream = torch.randn_like(x)
     small = mask.dense(bounds, 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,30 +74,31 @@ def grouped(lengths: list[int], q: Tensor) -> Groups | None:
 @lru_cache(maxsize=8)
 def _groups(lengths: tuple[int, ...], heads: int, device: torch.device) -> Groups:
     """Return the groups: they are the same in every layer of a step, forward and backward."""
-    size = np.array(lengths)
-    starts = np.cumsum(size) - size
-    head = np.arange(heads)[:, None]
-    take, back, padding, groups = [], np.empty(size.sum() * heads, np.int64), [], []
+    size = torch.tensor(lengths, device="cpu")
+    starts = size.cumsum(0) - size
+    head = torch.arange(heads, device="cpu")[:, None]
+    take, padding, groups = [], [], []
+    back = torch.empty(sum(lengths) * heads, dtype=torch.int64, device="cpu")
     done = 0
     for windows in _alike(lengths, heads):
-        own = size[windows]
-        place = np.arange(own[0])
-        real = place < own[:, None]
-        token = starts[windows, None] + np.minimum(place, own[:, None] - 1)
-        rows = (token[:, None] * heads + head).ravel()
-        padded = np.arange(done, done + len(rows))
-        mask = np.broadcast_to(real[:, None], (len(windows), heads, len(place))).ravel()
+        chosen = torch.tensor(windows, device="cpu")
+        own, length = size[chosen, None], lengths[windows[0]]
+        place = torch.arange(length, device="cpu")
+        real = place < own
+        token = starts[chosen, None] + torch.minimum(place, own - 1)
+        rows = (token[:, None] * heads + head).flatten()
+        mask = real[:, None].expand(-1, heads, -1).flatten()
+        padded = torch.arange(done, done + len(rows), device="cpu")
         take.append(rows)
         back[rows[mask]] = padded[mask]
         padding.append(padded[~mask])
         hidden = None
-        if not real.all():
-            outside = np.where(real, 0.0, -np.inf).astype(np.float32).repeat(heads, 0)[:, None]
-            hidden = torch.from_numpy(outside).to(device)
-        groups.append(Group(done, done + len(rows), len(place), hidden))
+        if not bool(real.all()):
+            outside = torch.zeros(real.shape, device="cpu").masked_fill_(~real, -torch.inf)
+            hidden = outside.repeat_interleave(heads, 0)[:, None].to(device)
+        groups.append(Group(done, done + len(rows), length, hidden))
         done += len(rows)
-    order = [torch.from_numpy(x).to(device) for x in (np.concatenate(take), back, np.concatenate(padding))]
-    return Groups(order[0], order[1], order[2], tuple(groups))
+    return Groups(torch.cat(take).to(device), back.to(device), torch.cat(padding).to(device), tuple(groups))
 
 
 def _alike(lengths: tuple[int, ...], heads: int) -> list[list[int]]:
