@@ -36,7 +36,7 @@ class Setting:
 
 
 LONG: dict[str, Any] = {"batch": 64, "dropout": 0.0, "warmup": 0.1}
-"""For those that learn from other time points only: each network has a phase of its own in every run."""
+"""For those that predict from other time points only; shorter runs stayed at the mean."""
 SETTINGS: dict[str, dict[str, Setting]] = {
     "sines": {
         "csm": Setting(steps=1500, **LONG),

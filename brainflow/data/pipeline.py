@@ -29,8 +29,7 @@ from brainflow.data.packing import packed_fields, packed_rows
 from brainflow.data.windows import Sampler, Windows
 
 _BLOCK, _BLOCK_BYTES = 16, 2**27
-"""Batches an iteration and their bytes, at most: they share what an iteration costs DALI and us, about 200
-µs, and what it costs to wake each other."""
+"""Batches an iteration and their bytes, at most: they share what an iteration costs DALI and us."""
 _READ_BYTES = 2**25
 """The same where the source reads the batches, into buffers of its own."""
 _THREADS = 2

@@ -104,16 +104,18 @@ def backward(
     grads = [packed[0].new_empty(packed[0].shape) for _ in range(3)]
     later = _later(max(lengths), compute, q.device) if causal else None
     _, generator = _start_dropout(dropout_p, q.device, state)
+    if generator is not None:  # what is kept was scaled up
+        packed[0] = packed[0] / kept(dropout_p)
     for hidden, (g, a, b, c, e, d, dq, dk, dv) in _blocks(lengths, groups, *packed, *grads):
         a = a * (softmax_scale / LN2)
         p = _scores(a, b, later, hidden).sub_(e.unsqueeze(-1)).exp2_()
         ds = torch.bmm(g, c.transpose(1, 2))
-        if generator is None:
-            dv.copy_(torch.bmm(p.transpose(1, 2), g))
-        else:
+        used = p
+        if generator is not None:
             keep = keep_mask(p, dropout_p, generator)
-            ds.mul_(keep).div_(kept(dropout_p))
-            torch.div(torch.bmm(keep.mul_(p).transpose(1, 2), g), kept(dropout_p), out=dv)
+            ds *= keep
+            used = keep.mul_(p)
+        dv.copy_(torch.bmm(used.transpose(1, 2), g))
         ds.sub_(d.unsqueeze(-1)).mul_(p)
         torch.mul(torch.bmm(ds, b), softmax_scale, out=dq)
         torch.mul(torch.bmm(ds.transpose(1, 2), a), LN2, out=dk)

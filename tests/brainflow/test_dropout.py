@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from brainflow.kernels.keep import kept
 from brainflow.models.dropout import Dropout
@@ -44,6 +45,14 @@ def test_the_seed_decides_and_evaluation_changes_nothing():
     assert torch.equal(dropout(x), first)
     assert dropout.eval()(x) is x
     assert torch.equal(Dropout(1.0)(x), torch.zeros(50, 3))
+
+
+def test_without_data():
+    with FakeTensorMode():
+        x = torch.empty(5, 3, requires_grad=True)
+        out = Dropout(0.5)(x)
+        out.sum().backward()
+        assert out.shape == x.grad.shape == (5, 3)
 
 
 def test_strided_input_and_compiled():

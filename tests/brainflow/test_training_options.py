@@ -83,6 +83,18 @@ def test_windows_are_drawn_by_the_weights_of_their_datasets(tmp_path, monkeypatc
         )
 
 
+def test_a_run_that_began_before_a_setting_existed_goes_on_with_its_default(store, tmp_path):
+    config = tiny(store, tmp_path / "run")
+    pretrain(config, quiet=True)
+    path = tmp_path / "run" / "train_config.json"
+    old = json.loads(path.read_text())
+    del old["data"]["weights"]
+    path.write_text(json.dumps(old))
+    pretrain(config, quiet=True)
+    with pytest.raises(ValueError, match=r"data\.weights is 'noise=2', was ''"):
+        pretrain(replace(config, data=replace(config.data, weights="noise=2")), quiet=True)
+
+
 def rates(schedule, steps=1000):
     config = TrainConfig(steps=steps, lr=2.0, warmup=0.1, schedule=schedule)
     return [learning_rate(step, config) for step in range(steps)]
