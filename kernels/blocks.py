@@ -12,11 +12,24 @@ from itertools import chain, pairwise
 
 import torch
 
-from .masks import POSITION, TAG_POSITION, check_values, column_mask, masked_rows, windows
+from .masks import (
+    POSITION,
+    ROWS,
+    TAG_POSITION,
+    check_values,
+    column_mask,
+    locate,
+    masked_rows,
+    row_events,
+    windows,
+)
 from .random import philox_ints
 
 BLOCK = 1 << 16
 """Values of a block: a quarter of a megabyte of float32, so that two or three stay in a core's cache."""
+
+LARGE = 1 << 19
+"""Values of a block that borrows its memory: the fewer blocks, the fewer calls."""
 
 LAZY_BYTES = 1 << 20
 """Least size of a lazily zeroed gradient."""
@@ -54,14 +67,32 @@ def host_windows(bounds: tuple[int, ...], period: int) -> list[tuple[int, int]]:
 @lru_cache(maxsize=8)
 def rows_of(code: tuple[int, ...], bounds: tuple[int, ...], period: int) -> torch.Tensor:
     """Return the masked rows of a row mask: drawn once for masking, loss and gradient."""
+    if code[0] == ROWS:
+        window, position, valid = _places(bounds, period)
+        hit = row_events(list(code), window, position)
+        return (hit if valid is None else hit & valid).nonzero().squeeze(1)
     if code[0] != POSITION or len(bounds) > FEW_WINDOWS:
         return masked_rows(list(code), *windows(torch.tensor(bounds), period))
     ranges = host_windows(bounds, period)
     draws = philox_ints(code[3], [(TAG_POSITION, 0, draw, code[4]) for draw in range(-(-len(ranges) // 4))])
     words = chain.from_iterable(draws)
     pairs = zip(ranges, words, strict=False)
-    rows = [start + 1 + (word * (n - 1) >> 32) for (start, n), word in pairs if n > 1]
-    return torch.tensor(rows, dtype=torch.int64)
+    drawn = [start + 1 + (word * (n - 1) >> 32) for (start, n), word in pairs if n > 1]
+    return torch.tensor(drawn, dtype=torch.int64)
+
+
+@lru_cache(maxsize=8)
+def _places(bounds: tuple[int, ...], period: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return window, position in it and validity (None: all are valid) of each row.
+
+    Kept, for steps of windows that are all equally long ask for the same.
+    """
+    _, lengths = windows(torch.tensor(bounds), period)
+    if period == 0:
+        return *locate(lengths), None
+    rows = torch.arange(lengths.numel() * period)
+    window, position = rows // period, rows % period
+    return window, position, position < lengths[window]
 
 
 @lru_cache(maxsize=8)
@@ -71,37 +102,63 @@ def window_masks(code: tuple[int, ...], count: int, networks: int) -> torch.Tens
     return column_mask(list(code), index, torch.zeros_like(index), networks)
 
 
+@lru_cache(maxsize=8)
+def _pieces(
+    bounds: tuple[int, ...], period: int, networks: int, whole: bool, most: int
+) -> list[tuple[int, int, int, int]]:
+    """Return (first row, end, first window, windows) of each block of :func:`column_blocks`."""
+    pieces: list[tuple[int, int, int, int]] = []
+    ranges = host_windows(bounds, period)
+    last = sum(ranges[-1]) if ranges else 0
+    size = 0  # rows of each window of the last piece; 0: nothing can join it
+    for w, (start, length) in enumerate(ranges):
+        if size and size == length and pieces[-1][1] == start:
+            first, _, before, count = pieces[-1]
+            limit = max(2 * BLOCK, min(most, (last - first) * networks // 2))
+            if (count + 1) * length * networks <= limit:
+                pieces[-1] = first, start + length, before, count + 1
+                continue
+        step = max(1, BLOCK // max(1, networks))
+        for first in range(start, start + length, step):
+            pieces.append((first, min(first + step, start + length), w, 1))
+        size = length if whole and length <= step else 0
+    return pieces
+
+
 def column_blocks(
     code: list[int],
     bounds: tuple[int, ...],
     period: int,
     networks: int,
     convert: Callable[[torch.Tensor], torch.Tensor] = lambda mask: mask,
+    most: int = 2 * BLOCK,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Yield (first row, end, mask) of each block of a column mask; a block lies inside one window.
+    """Yield (first row, end, mask) of each block of a column mask, bool or what `convert` makes of that.
 
-    Masks are [1, N] where the window shares one draw of its networks, [block, N] otherwise, bool or what
-    `convert` makes of that.
+    Masks are [k, 1, N] for k windows of one length whose time points share a draw, or for a part of one
+    window; else [1, rows, N]. :func:`as_windows` gives the rows of a block that shape. Blocks have up to
+    2 · BLOCK values, and up to `most` where as many rows follow.
     """
     ranges = host_windows(bounds, period)
     whole = code[2] == 0
-    masks = convert(window_masks(tuple(code), len(ranges), networks)).split(1) if whole else ()
-    step = max(1, BLOCK // max(1, networks))
-    for w, (start, length) in enumerate(ranges):
-        for first in range(0, length, step):
-            last = min(first + step, length)
-            if whole:
-                yield start + first, start + last, masks[w]
-                continue
-            position = torch.arange(first, last)
-            selected = column_mask(code, torch.full_like(position, w), position, networks)
-            yield start + first, start + last, convert(selected)
+    masks = convert(window_masks(tuple(code), len(ranges), networks))[:, None] if whole else torch.empty(0)
+    for first, end, w, count in _pieces(bounds, period, networks, whole, most):
+        if whole:
+            yield first, end, masks[w : w + count]
+            continue
+        position = torch.arange(first - ranges[w][0], end - ranges[w][0])
+        yield first, end, convert(column_mask(code, torch.full_like(position, w), position, networks))[None]
+
+
+def as_windows(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the rows [k · length, C] of a block as [k, length, C], for its mask of k windows."""
+    return rows.view(mask.shape[0], -1, rows.shape[1])
 
 
 def column_count(code: list[int], bounds: tuple[int, ...], period: int, networks: int) -> int:
     """Return the number of masked values of a column mask (which draws it, unless of whole windows)."""
     if code[2]:
-        return sum(int(mask.sum()) for _, _, mask in column_blocks(code, bounds, period, networks))
+        return sum(int(mask.sum()) for *_, mask in column_blocks(code, bounds, period, networks))
     lengths = torch.tensor([length for _, length in host_windows(bounds, period)], dtype=torch.int64)
     return int(window_masks(tuple(code), lengths.numel(), networks).sum(1).dot(lengths))
 

@@ -169,16 +169,20 @@ def locate(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def masked_rows(code: list[int], starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Return the masked rows of a row mask, int64 [masked], ascending."""
-    kind, threshold, _, seed, offset = code
+    kind, *_, seed, offset = code
     if kind == POSITION:
         word = position_words(seed, offset, lengths)
         return (starts + 1 + below(word, lengths - 1))[lengths > 1]
     window, position = locate(lengths)
     rows = starts[window] + position
-    if kind == ALL:
-        return rows
+    return rows if kind == ALL else rows[row_events(code, window, position)]
+
+
+def row_events(code: list[int], window: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Return whether time points are masked, bool, for a mask of rows drawn with probability p."""
+    _, threshold, _, seed, offset = code
     word = philox(seed, TAG_ROWS, block_of(code, window, position), window, offset)[0]
-    return rows[(word >> 8) < threshold]
+    return word < threshold << 8
 
 
 def position_words(seed: int, offset: int, lengths: torch.Tensor) -> torch.Tensor:
@@ -194,8 +198,10 @@ def column_mask(code: list[int], window: torch.Tensor, position: torch.Tensor, n
     tiles = -(-networks // TILE)
     draw = torch.arange(tiles * SUBTILE, device=window.device) + TAG_COLUMNS
     words = philox(seed, draw, block[:, None], window[:, None], offset)
-    hit = torch.stack([w < threshold << 8 for w in words], dim=1)  # [n, 4, tiles · 256]
-    return hit.unflatten(2, (tiles, SUBTILE)).transpose(1, 2).flatten(1)[:, :networks]
+    hit = torch.empty(window.numel(), tiles, len(words), SUBTILE, dtype=torch.bool, device=window.device)
+    for one, word in zip(hit.unbind(2), words, strict=True):
+        torch.lt(word.view(-1, tiles, SUBTILE), threshold << 8, out=one)
+    return hit.view(-1, tiles * TILE)[:, :networks]
 
 
 def block_of(code: list[int], window: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..blocks import BLOCK, column_blocks, rows_of
+from ..blocks import BLOCK, as_windows, column_blocks, rows_of
 from ..dispatch import accumulator
 from ..mask_tokens.cpu import mask_tokens_backward
 from ..masks import COLUMNS
@@ -65,8 +65,8 @@ def _mask_in_place(out: torch.Tensor, mask: list[int], token: torch.Tensor, boun
 
     if mask[0] == COLUMNS:
         for first, end, selected in column_blocks(mask, bounds, 0, out.shape[1]):
-            block = out[first:end]
-            torch.where(selected, value(torch.arange(first, end)), block, out=block)
+            block, new = as_windows(out[first:end], selected), value(torch.arange(first, end))
+            torch.where(selected, as_windows(new, selected) if new.ndim == 2 else new, block, out=block)
         return
     for rows in rows_of(tuple(mask), bounds, 0).split(max(1, BLOCK // max(1, out.shape[1]))):
         out.index_copy_(0, rows, value(rows).expand(rows.numel(), out.shape[1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..blocks import BLOCK, column_blocks, host_bounds, keep, keep_bits, rows_of
+from ..blocks import BLOCK, as_windows, column_blocks, host_bounds, keep, keep_bits, rows_of
 from ..dispatch import accumulator
 from ..masks import COLUMNS, windows
 
@@ -34,8 +34,11 @@ def mask_tokens(
     out = x.clone()
     if mask[0] == COLUMNS:
         for first, end, selected in column_blocks(mask, host, period, x.shape[1]):
-            value = token[_positions(torch.arange(first, end), starts)] if by_position else token
-            torch.where(selected, value, x[first:end], out=out[first:end])
+            old, new = as_windows(x[first:end], selected), as_windows(out[first:end], selected)
+            value = token
+            if by_position:
+                value = as_windows(token[_positions(torch.arange(first, end), starts)], selected)
+            torch.where(selected, value, old, out=new)
         return out
     index = rows_of(tuple(mask), host, period)
     for rows in index.split(max(1, BLOCK // max(1, x.shape[1]))):
@@ -75,9 +78,11 @@ def mask_tokens_backward(
     if mask[0] == COLUMNS:
         for first, end, bits in column_blocks(mask, host, period, networks, lambda m: keep_bits(m, dtype)):
             if need_x:
-                grad_x[first:end].masked_fill_(bits.bool(), 0.0)
+                as_windows(grad_x[first:end], bits).masked_fill_(bits.bool(), 0.0)
             if need_token:
-                add(torch.arange(first, end), keep(grad[first:end].to(dtype, copy=True), bits))
+                masked = grad[first:end].to(dtype, copy=True)
+                keep(as_windows(masked, bits), bits)
+                add(torch.arange(first, end), masked)
         return grad_x, grad_token
     index = rows_of(tuple(mask), host, period)
     if need_x:

@@ -14,6 +14,8 @@ import torch
 
 from ..blocks import (
     BLOCK,
+    LARGE,
+    as_windows,
     column_blocks,
     column_count,
     host_bounds,
@@ -66,10 +68,8 @@ def masked_loss_backward(
 
 
 def _gradient_memory(pred: torch.Tensor, mask: list[int]) -> torch.Tensor:
-    """Return memory for the gradient: zeros for a mask of rows, which writes the masked ones only."""
-    if mask[0] == COLUMNS:
-        return torch.empty_like(pred)
-    return lazy_zeros(pred) if mask[0] == POSITION else torch.zeros_like(pred)
+    """Return memory for the gradient; it is clear for a mask of positions, which writes hardly a row."""
+    return lazy_zeros(pred) if mask[0] == POSITION else torch.empty_like(pred)
 
 
 def _run(
@@ -85,7 +85,8 @@ def _run(
     """Return the mean loss; write factor · its gradient to `grad` unless that is empty."""
     if mask[0] == COLUMNS:
         return _columns(pred, target, bounds, period, mask, loss, grad, factor)
-    return _rows(pred, target, rows_of(tuple(mask), bounds, period), loss, grad, factor)
+    rows = rows_of(tuple(mask), bounds, period)
+    return _rows(pred, target, rows, loss, grad, mask[0] == POSITION, factor)
 
 
 def _rows(
@@ -94,26 +95,38 @@ def _rows(
     index: torch.Tensor,
     loss: int,
     grad: torch.Tensor,
+    clear: bool,
     factor: float,
 ) -> float:
-    """Loss and gradient of masked rows; the gradient's other rows are zero already."""
+    """Loss and gradient of masked rows, ascending; `clear`: the gradient is zero already."""
     networks, acc = pred.shape[1], accumulator(pred.dtype)
     count = index.numel() * networks
-    scale = torch.tensor(factor / max(1, count), dtype=acc)
-    step = max(1, BLOCK // networks)
+    scale = factor / max(1, count)
+    step = max(1, 2 * BLOCK // networks)
     shape = (min(step, index.numel()), networks)
     taken, wanted = pred.new_empty(shape), target.new_empty(shape)
-    slope = torch.empty(shape, dtype=acc)
-    total = 0.0
-    for rows in index.split(step):
-        if len(rows) < len(taken):
-            taken, wanted, slope = taken[: len(rows)], wanted[: len(rows)], slope[: len(rows)]
+    slope = wanted if wanted.dtype == acc else torch.empty(shape, dtype=acc)
+    total, done = 0.0, 0
+    for rows in index.split(step) if count else ():
+        if rows.numel() < shape[0]:
+            taken, wanted, slope = (x[: rows.numel()] for x in (taken, wanted, slope))
         torch.index_select(pred, 0, rows, out=taken)
         torch.index_select(target, 0, rows, out=wanted)
         d = taken.to(acc).sub_(wanted)
         total += float(sum_and_slope(d, slope, loss))
         if grad.numel():
-            grad.index_copy_(0, rows, slope.mul_(scale).to(grad.dtype))
+            if clear:
+                grad[rows] = slope.mul_(scale).to(grad.dtype)
+                continue
+            end = int(rows[-1]) + 1
+            grad[done:end].zero_()  # just before it is added to, while these rows are in cache
+            done = end
+            if grad.dtype == acc:
+                grad.index_add_(0, rows, slope, alpha=scale)
+            else:
+                grad[rows] = slope.mul_(scale).to(grad.dtype)
+    if grad.numel() and not clear:
+        grad[done:].zero_()
     return total / max(1, count)
 
 
@@ -127,7 +140,7 @@ def _columns(
     grad: torch.Tensor,
     factor: float,
 ) -> float:
-    """Loss and gradient of masked columns: each window's differences, weighted by the scale or by 0."""
+    """Loss and gradient of masked columns: whole windows' differences, weighted by the scale or by 0."""
     acc, networks = accumulator(pred.dtype), pred.shape[1]
     direct = grad.numel() > 0 and grad.dtype == acc
     # Counted beforehand where that is cheap, so that the scale is applied in cache, and where the gradient
@@ -137,16 +150,23 @@ def _columns(
     scale = factor / max(1, count) if known else 1.0
     total, done = 0.0, 0
     buffer = torch.empty(0, dtype=acc)
-    blocks = column_blocks(mask, bounds, period, networks, lambda selected: selected.to(acc).mul_(scale))
+    blocks = column_blocks(
+        mask, bounds, period, networks, lambda selected: selected.to(acc).mul_(scale), LARGE if direct else 0
+    )
     for first, end, weights in blocks:
-        p, t = pred[first:end], target[first:end]
-        if buffer.shape != p.shape:
-            buffer = torch.empty(p.shape, dtype=acc)
-        d = _difference(p, t, buffer)
-        slope = grad[first:end] if direct else torch.empty_like(d)
+        p, t = as_windows(pred[first:end], weights), as_windows(target[first:end], weights)
+        size = end - first
+        if direct and end + size <= len(grad):  # the next rows of the gradient are still to be written
+            d = as_windows(grad[end : end + size], weights)
+        else:
+            if len(buffer) < size:
+                buffer = torch.empty(size, networks, dtype=acc)
+            d = as_windows(buffer[:size], weights)
+        _difference(p, t, d)
+        slope = as_windows(grad[first:end], weights) if direct else torch.empty_like(d)
         part = float(sum_and_slope(d, slope, loss, weights))
         if not math.isfinite(part):  # NaN or infinity times 0: clear what is not masked, then once more
-            d = keep(_difference(p, t, buffer), keep_bits(weights != 0, acc))
+            keep(_difference(p, t, d), keep_bits(weights != 0, acc))
             part = float(sum_and_slope(d, slope, loss, weights))
         total += part
         if not known:
@@ -156,7 +176,7 @@ def _columns(
                 grad[done:first].zero_()
             done = end
             if not direct:
-                grad[first:end] = slope
+                grad[first:end] = slope.view(-1, networks)
     if grad.numel():
         grad[done:].zero_()
         if not known:

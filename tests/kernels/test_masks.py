@@ -4,17 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from brainflow.kernels import MaskSpec, blocks
+from brainflow.kernels.masked_loss.naive import dense_mask
 from brainflow.kernels.random import philox, philox_ints
 
 
 def words(seed, c0, c1, c2, c3):
-    """Philox4x32-10 written down once more, in plain ints."""
+    """Philox4x32-7 written down once more, in plain ints."""
     k0, k1 = seed % 2**32, seed // 2**32
-    for _ in range(10):
+    for _ in range(7):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = b // 2**32 ^ c1 ^ k0, b % 2**32, a // 2**32 ^ c3 ^ k1, a % 2**32
         k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
@@ -99,6 +100,37 @@ def test_the_rows_of_the_cpu_faces_are_those_of_the_mask(lengths, seed, padded, 
             rows = rows - cu_seqlens[window] + window * 12
         bounds = tuple(lengths) if padded else tuple(cu_seqlens.tolist())
         assert torch.equal(blocks.rows_of(tuple(spec.code()), bounds, 12 if padded else 0), rows)
+
+
+@given(
+    st.lists(st.sampled_from([0, 1, 2, 2, 5, 9]), max_size=9),
+    st.booleans(),
+    st.sampled_from([0, 3]),
+    st.sampled_from([0, 10, 1000]),
+)
+@example([9, 0, 2, 2, 2, 5], False, 0, 10)
+def test_blocks_of_a_column_mask_are_its_rows(lengths, padded, span, most):
+    """Windows of one length share a block, long ones are cut; what is not valid is in none."""
+    period, networks = (12 if padded else 0), 3
+    bounds = tuple(lengths) if padded else (0, *torch.tensor(lengths).cumsum(0).tolist())
+    total = 12 * len(lengths) if padded else sum(lengths)
+    spec = MaskSpec(kind="columns", p=0.5, span=span, seed=6)
+    expected = dense_mask(
+        torch.zeros(len(lengths), 12, networks) if padded else torch.zeros(total, networks),
+        spec, torch.tensor(lengths if padded else bounds, dtype=torch.int32), period,
+    ).view(-1, networks)  # fmt: skip
+    rows = torch.zeros(total, networks, dtype=torch.bool)
+    done = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK", 4 * networks)
+        blocks._pieces.cache_clear()
+        for first, end, mask in blocks.column_blocks(spec.code(), bounds, period, networks, most=most):
+            assert done <= first < end <= total
+            size, done = end - first, end
+            assert size <= 8 or (size <= most // networks and end + size <= total)
+            blocks.as_windows(rows[first:end], mask)[:] = mask
+    blocks._pieces.cache_clear()
+    assert torch.equal(rows, expected)
 
 
 def test_many_windows_draw_positions_with_tensors():
