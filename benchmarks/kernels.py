@@ -19,6 +19,7 @@ from brainflow.kernels.testing import error_ratio
 
 from . import kernels_attention
 from .ceilings import floor, roofline_rows
+from .fresh import in_a_fresh_process
 from .kernels_bytes import bytes_rows, fused_linear_bytes, fused_loss_bytes, memory_rows
 from .timing import Row, Timing, WrongResultError, interleave, speed_rows
 
@@ -76,7 +77,10 @@ def expander(mask: MaskSpec, dense: Tensor, time: int) -> Callable[[], Tensor]:
     return expand
 
 
-def _masked_loss(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]:
+def _loss_functions(
+    name: str, mask: MaskSpec, device: str
+) -> tuple[dict[str, Callable[[], tuple[Tensor, Tensor]]], float]:
+    """Return ours and the naive form, which give loss and gradient, and the share of values that is read."""
     pred = torch.randn(TOKENS, NETWORKS, device=device, requires_grad=True)
     target, bounds, step = torch.randn(TOKENS, NETWORKS, device=device), _bounds(device), fresh(mask)
     dense = mask.dense(bounds, NETWORKS)
@@ -91,16 +95,29 @@ def _masked_loss(name: str, mask: MaskSpec, seconds: float, device: str) -> list
         return value, torch.autograd.grad(value, pred)[0]
 
     _require_equal(f"masked_loss/{name}", ours(mask), naive())
-    element = pred.element_size()
     share = float(dense.float().mean()) if mask.by_rows else 1.0  # columns share cache lines: all are read
+    return {"ours": ours, "naive": naive}, share
+
+
+def _loss_times(name: str, mask: MaskSpec, seconds: float, device: str) -> dict[str, Timing]:
+    return interleave(_loss_functions(name, mask, device)[0], device=device, seconds=seconds)
+
+
+def _masked_loss(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]:
+    functions, share = _loss_functions(name, mask, device)
+    ours, naive = functions["ours"], functions["naive"]
+    case, element, gradient = f"masked_loss/{name}", 4, 4 * TOKENS * NETWORKS
     least = element * TOKENS * NETWORKS * (2 * share + 1)
-    times = interleave({"ours": ours, "naive": naive}, device=device, seconds=seconds)
+    times = interleave(functions, device=device, seconds=seconds)
     fused = fused_loss_bytes(share, TOKENS, NETWORKS, element)
-    return [
-        *_rows(f"masked_loss/{name}", times, device, least),
-        *bytes_rows(f"masked_loss/{name}", naive, "naive", fused, least),
-        *(memory_rows(f"masked_loss/{name}", ours, naive, pred.nbytes) if device == "cpu" else ()),
-    ]
+    rows = [*_rows(case, times, device, least), *bytes_rows(case, naive, "naive", fused, least)]
+    if device == "cpu":
+        alone = in_a_fresh_process(_loss_times, name, mask, seconds, device)
+        rows += speed_rows(
+            "kernels", case, alone, metric="time_in_own_process", floor=floor(least, 0, device)
+        )
+        rows += memory_rows(case, ours, naive, gradient)
+    return rows
 
 
 def _linear(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]:

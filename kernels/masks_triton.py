@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import masks, random
+from . import masks
 
 ALL = tl.constexpr(masks.ALL)
 POSITION = tl.constexpr(masks.POSITION)
@@ -19,7 +19,6 @@ TAG_COLUMNS = tl.constexpr(masks.TAG_COLUMNS)
 TAG_PHASE = tl.constexpr(masks.TAG_PHASE)
 SUBTILE = tl.constexpr(masks.SUBTILE)
 TILE = tl.constexpr(masks.TILE)
-ROUNDS = tl.constexpr(random.ROUNDS)
 
 SCALARS = ["windows", "steps", "period", "threshold", "seed", "offset"]
 """Runtime integers that must not be specialised on: a new value must not compile a new kernel."""
@@ -46,7 +45,7 @@ def locate(bounds, rows, windows, steps, period, PADDED: tl.constexpr):
 def draw(seed, c0, c1, c2, offset):
     """Return the four words of counters (c0, c1, c2, offset), given as int32 tensors of one shape."""
     c3 = (c2 * 0 + offset).to(tl.uint32)
-    return tl.philox(seed, c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3, ROUNDS)
+    return tl.philox(seed, c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3)
 
 
 @triton.jit

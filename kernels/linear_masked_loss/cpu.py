@@ -109,19 +109,21 @@ def _run(
         d = torch.nn.functional.linear(h, wide_weight, wide_bias).sub_(target.index_select(0, at))
         weights = None if row_weights is None else row_weights[block].to(acc)[:, None]
         if columns:
-            keep(d, keep_bits(_selected(mask, len(host), window[block], position[block], networks), acc))
+            selected = _selected(mask, len(host), window[block], position[block], networks)
+            keep(d, keep_bits(selected, acc))
         elif weights is not None:
             keep(d, keep_bits(weights > 0, acc))
         slope = torch.empty_like(d)
         total += float(sum_and_slope(d, slope, loss, weights))
         if not gradients:
             continue
+        slope.mul_(now)
         if bias is not None:
             grad_bias.add_(slope.sum(0))
-        grad_hidden.index_add_(0, at, (slope @ wide_weight).mul_(now).to(hidden.dtype))
-        grad_weight.addmm_(slope.t(), h)
+        grad_hidden.index_add_(0, at, (slope @ wide_weight).to(hidden.dtype))
+        grad_weight.addmm_(slope.t(), h, beta=1.0 if start else 0.0)
     scalars = torch.tensor([total * inverse, later], dtype=acc)
-    return scalars[0].clone(), scalars[1].clone(), grad_hidden, grad_weight.mul_(now), grad_bias.mul_(now)
+    return scalars[0].clone(), scalars[1].clone(), grad_hidden, grad_weight, grad_bias
 
 
 def _selected(

@@ -13,9 +13,9 @@ from brainflow.kernels.random import philox, philox_ints
 
 
 def words(seed, c0, c1, c2, c3):
-    """Philox4x32-7 written down once more, in plain ints."""
+    """Philox4x32-10 written down once more, in plain ints."""
     k0, k1 = seed % 2**32, seed // 2**32
-    for _ in range(7):
+    for _ in range(10):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = b // 2**32 ^ c1 ^ k0, b % 2**32, a // 2**32 ^ c3 ^ k1, a % 2**32
         k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32

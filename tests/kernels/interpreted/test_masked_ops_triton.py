@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from brainflow.kernels import MaskSpec, linear_masked_loss, mask_tokens, masked_loss
-from brainflow.kernels.random import MASK, ROUNDS, philox
+from brainflow.kernels.random import MASK, philox
 from brainflow.kernels.testing import error_ratio, guarded, nan_memory
 
 CU_SEQLENS = torch.tensor([0, 3, 4, 4, 9], dtype=torch.int32)
@@ -154,12 +154,10 @@ def test_masks_are_equal_bit_for_bit(scheme):
 
 
 @triton.jit
-def four(out, seed, high, offset, N: tl.constexpr, ROUNDS: tl.constexpr):
+def four(out, seed, high, offset, N: tl.constexpr):
     i = tl.arange(0, N)
     c = (i * 0).to(tl.uint32)
-    words = tl.philox(
-        seed, i.to(tl.uint32), (c + high).to(tl.uint32), c + 9, (c + offset).to(tl.uint32), ROUNDS
-    )
+    words = tl.philox(seed, i.to(tl.uint32), (c + high).to(tl.uint32), c + 9, (c + offset).to(tl.uint32))
     for k in tl.static_range(4):
         tl.store(out + k * N + i, words[k].to(tl.int64))
 
@@ -168,6 +166,6 @@ def test_philox_equals_triton():
     for seed in (77, 2**40 + 9, -5):
         for offset in (0, 2**31 + 1):
             out = torch.empty(4, 16, dtype=torch.int64)
-            four[(1,)](out, seed, 2**32 - 3, offset, N=16, ROUNDS=ROUNDS)
+            four[(1,)](out, seed, 2**32 - 3, offset, N=16)
             expected = torch.stack(philox(seed, torch.arange(16), 2**32 - 3, 9, offset))
             assert torch.equal(out & MASK, expected)
