@@ -11,6 +11,7 @@ Examples
   brainflow bench kernels --static          # registers, spills, load widths: needs no GPU
   brainflow bench all --quick --gate
   brainflow bench all --json today.json --report page
+  brainflow bench frameworks --time-to-loss --store hcp.store
   brainflow bench --compare 2 1             # the run before the last with the last
 """
 
@@ -49,6 +50,8 @@ class Args:
     """`frameworks` only: the overhead of the training loop over the bare model step, and nothing else."""
     time_to_loss: bool = False
     """`frameworks` only: how much sooner dense CSM reaches single-position CSM's loss, and nothing else."""
+    store: str | None = None
+    """With --time-to-loss: train on this store, for longer, instead of on the example recordings."""
     json: Path | None = None
     """Write the rows to this file (a list of objects, each with the environment)."""
     gate: bool = False
@@ -75,6 +78,8 @@ class Args:
         for name in ("loop", "time_to_loss"):
             if getattr(self, name) and self.suite != "frameworks":
                 raise ValueError(f"--{name.replace('_', '-')}: belongs to the suite frameworks")
+        if self.store is not None and not self.time_to_loss:
+            raise ValueError("--store: got a store without --time-to-loss, which is what uses it")
 
 
 def run(args: Args) -> int:
@@ -128,6 +133,13 @@ def _measure(args: Args, failures: list[str]) -> history.Rows:
         torch.set_num_threads(args.threads)
     env = environment(device)
     print(", ".join(f"{k} {v}" for k, v in env.items() if v is not None), file=sys.stderr)
+    if args.store is not None:
+        from . import time_to_loss
+
+        raced = time_to_loss.measure(time_to_loss.STORE_STEPS, device, args.store)
+        rows = [row.to_dict(env) for row in raced]
+        print_rows("frameworks", rows)
+        return rows
     rows = []
     for suite, modules in _plan(args).items():
         found = [

@@ -1,13 +1,13 @@
 """How much sooner dense CSM reaches the loss that single-position CSM ends with, on real BOLD.
 
 Two models with the same initial weights, settings and batches (windows of the example recordings, Haxby et
-al. 2001, 12 runs, the last two held out) train in turns: single a number of steps, dense as many as it takes
-until it has had the same time: on the CPU that of the process, which is the wall clock's where nothing else
-runs. The loss is the single-position one for both, on the same held-out windows and positions; measuring it
-does not count. The ratio of the row is the time of single ÷ the time in which dense first got below single's
-LOWEST loss; which steps these are does not depend on the clock. It depends on the batch: the fewer windows,
-the more the noise of one position a window costs. The curves go to csm_time_to_loss.csv and .png beside the
-history of benchmarks.
+al. 2001, or of a store, the last two runs held out) train in turns: single a number of steps, dense as many
+as it takes until it has had the same time: on the CPU that of the process, which is the wall clock's where
+nothing else runs. The loss is the single-position one for both, on the same held-out windows and positions;
+measuring it does not count. The ratio of the row is the time of single ÷ the time in which dense first got
+below single's LOWEST loss; which steps these are does not depend on the clock. It depends on the batch: the
+fewer windows, the more the noise of one position a window costs. The curves go to csm_time_to_loss.csv and
+.png beside the history of benchmarks.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ BATCH, SEQ_MIN, SEQ_MAX = 8, 10, 50
 LR, WARMUP = 1e-3, 20
 MODEL: dict[str, Any] = {"width": 128, "layers": 2, "heads": 2}
 CHECKS = 30
+STEPS, QUICK_STEPS, STORE_STEPS = 1200, 240, 6000
+"""Steps of single-position training; the last with a store of one's own. On the example recordings, ten runs
+of one participant, dense would begin to overfit before single has come far."""
 DENSE_STEPS = 10
 """Steps of dense between two looks at its loss."""
 Curve = list[tuple[float, float, int]]
@@ -47,13 +50,16 @@ Curve = list[tuple[float, float, int]]
 
 
 def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
-    """Return the one measurement, of 240 or 1,200 steps of single-position training."""
-    return {"csm_time_to_loss": lambda: measure(240 if quick else 1200, device)}
+    """Return the one measurement, on the example recordings."""
+    return {"csm_time_to_loss": lambda: measure(QUICK_STEPS if quick else STEPS, device)}
 
 
-def measure(steps: int, device: str) -> list[Row]:
-    """Train single for `steps` and dense for the same time, write the curves and return the row of record."""
-    curves = race(steps, device)
+def measure(steps: int, device: str, path: str | None = None) -> list[Row]:
+    """Train single for `steps` and dense for the same time, write the curves and return the row of record.
+
+    `path` is the store to train on; None: the example recordings.
+    """
+    curves = race(steps, device, path)
     lowest = min(loss for _, loss, _ in curves["single"])
     reached = next((seconds for seconds, loss, _ in curves["dense"] if loss <= lowest), None)
     _write(curves, lowest, history.default_path().parent)
@@ -71,12 +77,16 @@ def measure(steps: int, device: str) -> list[Row]:
     ]  # fmt: skip
 
 
-def race(steps: int, device: str) -> dict[str, Curve]:
+def race(steps: int, device: str, path: str | None = None) -> dict[str, Curve]:
     """Return the curves of "single", CHECKS points, and "dense", one point in DENSE_STEPS steps."""
     with tempfile.TemporaryDirectory() as folder:
-        haxby.write_store(haxby.read(), f"{folder}/store")
-        store = BoldStore.open(f"{folder}/store")
+        if path is None:
+            path = f"{folder}/store"
+            haxby.write_store(haxby.read(), path)
+        store = BoldStore.open(path)
         count = len(store.runs.start)
+        if count <= HELD_OUT:
+            raise ValueError(f"--store: got {count} runs, expected at least {HELD_OUT + 1}")
         held_out = np.arange(count - HELD_OUT, count)
         loader = make_loader(store, _sampler(store, held_out, seed=1), kind="host", device=device)
         fixed = [_kept(batch) for _, batch in zip(range(16), loader, strict=False)]
