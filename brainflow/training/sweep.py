@@ -204,7 +204,7 @@ def _tell(study: Any, number: int, *value: float, **state: Any) -> None:
     from optuna.exceptions import UpdateFinishedTrialError
 
     with suppress(UpdateFinishedTrialError):  # another machine took it up and said the same
-        study.tell(number, *value, **state)
+        study.tell(number, *value, **state, skip_if_finished=True)
 
 
 def _dimensions(space: Space) -> dict[str, Any]:

@@ -46,10 +46,10 @@ def recorder(found):
 
     def train(config):
         folder = Path(config.out)
-        if (folder / "metrics.jsonl").exists():
-            return
         loss = config.model.width / 100 + config.model.layers + config.train.lr
-        with exclusive(folder):
+        with exclusive(folder):  # another may have been done with it until just before
+            if (folder / "metrics.jsonl").exists():
+                return
             (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "val_loss": loss}) + "\n")
             found.append(config)
 
