@@ -11,7 +11,7 @@ Examples
   brainflow bench kernels --static          # registers, spills, load widths: needs no GPU
   brainflow bench all --quick --gate
   brainflow bench all --json today.json --report page
-  brainflow bench frameworks --time-to-loss --store hcp.store
+  brainflow bench frameworks --time-to-loss --store rest.store
   brainflow bench --compare 2 1             # the run before the last with the last
 """
 
@@ -136,7 +136,8 @@ def _measure(args: Args, failures: list[str]) -> history.Rows:
     if args.store is not None:
         from . import time_to_loss
 
-        raced = time_to_loss.measure(time_to_loss.STORE_STEPS, device, args.store)
+        steps = time_to_loss.QUICK_STEPS if args.quick else time_to_loss.STORE_STEPS
+        raced = time_to_loss.measure(steps, device, args.store)
         rows = [row.to_dict(env) for row in raced]
         print_rows("frameworks", rows)
         return rows

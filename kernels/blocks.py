@@ -68,9 +68,8 @@ def host_windows(bounds: tuple[int, ...], period: int) -> list[tuple[int, int]]:
 def rows_of(code: tuple[int, ...], bounds: tuple[int, ...], period: int) -> torch.Tensor:
     """Return the masked rows of a row mask: drawn once for masking, loss and gradient."""
     if code[0] == ROWS:
-        window, position, valid = _places(bounds, period)
-        hit = row_events(list(code), window, position)
-        return (hit if valid is None else hit & valid).nonzero().squeeze(1)
+        rows, window, position = _places(bounds, period)
+        return rows[row_events(list(code), window, position)]
     if code[0] != POSITION or len(bounds) > FEW_WINDOWS:
         return masked_rows(list(code), *windows(torch.tensor(bounds), period))
     ranges = host_windows(bounds, period)
@@ -82,17 +81,11 @@ def rows_of(code: tuple[int, ...], bounds: tuple[int, ...], period: int) -> torc
 
 
 @lru_cache(maxsize=8)
-def _places(bounds: tuple[int, ...], period: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return window, position in it and validity (None: all are valid) of each row.
-
-    Kept, for steps of windows that are all equally long ask for the same.
-    """
-    _, lengths = windows(torch.tensor(bounds), period)
-    if period == 0:
-        return *locate(lengths), None
-    rows = torch.arange(lengths.numel() * period)
-    window, position = rows // period, rows % period
-    return window, position, position < lengths[window]
+def _places(bounds: tuple[int, ...], period: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return row, window and position in it of each valid token; steps of equally long windows share them."""
+    starts, lengths = windows(torch.tensor(bounds), period)
+    window, position = locate(lengths)
+    return starts[window] + position, window, position
 
 
 @lru_cache(maxsize=8)
@@ -131,7 +124,7 @@ def column_blocks(
     period: int,
     networks: int,
     convert: Callable[[torch.Tensor], torch.Tensor] = lambda mask: mask,
-    most: int = 2 * BLOCK,
+    most: int = 0,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Yield (first row, end, mask) of each block of a column mask, bool or what `convert` makes of that.
 

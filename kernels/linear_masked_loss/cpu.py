@@ -109,8 +109,7 @@ def _run(
         d = torch.nn.functional.linear(h, wide_weight, wide_bias).sub_(target.index_select(0, at))
         weights = None if row_weights is None else row_weights[block].to(acc)[:, None]
         if columns:
-            selected = _selected(mask, len(host), window[block], position[block], networks)
-            keep(d, keep_bits(selected, acc))
+            keep(d, keep_bits(_selected(mask, len(host), window[block], position[block], networks), acc))
         elif weights is not None:
             keep(d, keep_bits(weights > 0, acc))
         slope = torch.empty_like(d)

@@ -114,17 +114,16 @@ def _rows(
         torch.index_select(target, 0, rows, out=wanted)
         d = taken.to(acc).sub_(wanted)
         total += float(sum_and_slope(d, slope, loss))
-        if grad.numel():
-            if clear:
-                grad[rows] = slope.mul_(scale).to(grad.dtype)
-                continue
+        if not grad.numel():
+            continue
+        if not clear:
             end = int(rows[-1]) + 1
-            grad[done:end].zero_()  # just before it is added to, while these rows are in cache
+            grad[done:end].zero_()  # just before it is written, so that these rows are in cache
             done = end
-            if grad.dtype == acc:
-                grad.index_add_(0, rows, slope, alpha=scale)
-            else:
-                grad[rows] = slope.mul_(scale).to(grad.dtype)
+        if clear or grad.dtype != acc:  # adding to rows of a fresh map would fault twice
+            grad[rows] = slope.mul_(scale).to(grad.dtype)
+        else:
+            grad.index_add_(0, rows, slope, alpha=scale)
     if grad.numel() and not clear:
         grad[done:].zero_()
     return total / max(1, count)
