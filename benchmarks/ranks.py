@@ -6,6 +6,7 @@ model that is spread over them, and the others wait; each rank has a batch of it
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -53,6 +54,18 @@ def _rank(rank: int, folder: Path, amounts: tuple[int, ...], repeats: int, devic
         rank=rank,
         world_size=amounts[-1],
     )
+    times, tokens = _times(rank, amounts, repeats, device)
+    if rank == 0:
+        text = json.dumps([{name: timing.seconds for name, timing in times.items()}, tokens])
+        Path(folder, "times.json").write_text(text)
+    gc.collect()  # the models, before their group: see brainflow.training.parallel.process_group
+    dist.destroy_process_group()
+
+
+def _times(
+    rank: int, amounts: tuple[int, ...], repeats: int, device: str
+) -> tuple[dict[str, Timing], dict[str, int]]:
+    """Time the steps; none of the models is referred to when it returns."""
     batch = random_batch(WINDOWS, NETWORKS, device=device)
     steps: dict[str, Callable[[], None]] = {}
     for amount in amounts:
@@ -68,11 +81,7 @@ def _rank(rank: int, folder: Path, amounts: tuple[int, ...], repeats: int, devic
             steps[f"ranks/{amount}"] = dist.barrier
     # The clock of the host: a turn ends when all ranks have, which events of one device cannot tell.
     times = interleave(steps, repeats=repeats, warmup=2, lockstep=True)
-    if rank == 0:
-        tokens = {f"ranks/{amount}": amount * batch.tokens for amount in amounts}
-        text = json.dumps([{name: timing.seconds for name, timing in times.items()}, tokens])
-        Path(folder, "times.json").write_text(text)
-    dist.destroy_process_group()
+    return times, {f"ranks/{amount}": amount * batch.tokens for amount in amounts}
 
 
 def _turn(step: Callable[[PackedBatch], None], batch: PackedBatch) -> None:

@@ -105,8 +105,10 @@ def pretrain(config: PretrainConfig, *, resume: Resume = "auto", quiet: bool = F
         with parallel.process_group(ranks, device), exclusive(folder) if ranks.first else nullcontext():
             start_from = begin_together(ranks, device, folder, config, snapshot=store.snapshot, resume=resume)
             with StopRequest() as stop, closing(writer):
-                run = _Run(config, store, folder, start_from, ranks, device, writer)
-                run.train(stop, quiet=quiet or not ranks.first)
+                # It has no name here, because the model must be gone before the process group is.
+                _Run(config, store, folder, start_from, ranks, device, writer).train(
+                    stop, quiet=quiet or not ranks.first
+                )
     except RuntimeError as error:
         if not parallel.lost_rank(error):
             raise

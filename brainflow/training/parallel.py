@@ -7,6 +7,7 @@ travels between ranks is unpickled.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -123,6 +124,9 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        # The last to let go of a group waits for gloo's threads. DDP, which is in a cycle that only the collector
+        # takes, would hold the GIL meanwhile, and one of the threads may be waiting for that (torch 2.13).
+        gc.collect()
         dist.destroy_process_group()
 
 

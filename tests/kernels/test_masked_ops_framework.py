@@ -1,5 +1,6 @@
 """The masked ops inside PyTorch: opcheck, gradcheck, compile, autocast, DDP, launches, memory."""
 
+import gc
 import os
 from collections import Counter
 from functools import partial
@@ -164,6 +165,10 @@ def _ddp_rank(rank, folder, shares):
     module = torch.nn.parallel.DistributedDataParallel(_Head())
     module(shares[rank], MaskSpec.time_points(0.4, seed=rank)).backward()
     torch.save([p.grad for p in module.parameters()], f"{folder}/{rank}.pt")
+    # DDP must be gone before its group: the last to let go of that waits for gloo's threads, and DDP would hold
+    # the GIL meanwhile, which one of them may be waiting for. It is in a cycle, so only the collector takes it.
+    del module
+    gc.collect()
     dist.destroy_process_group()
 
 
