@@ -5,7 +5,6 @@ They are measured before anything else; every share of a ceiling or of the roofl
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -14,6 +13,8 @@ from .timing import Row, Timing, interleave, speed_rows
 
 COPY_BYTES = 128 * 2**20
 """Bytes of the copied array: more than any cache holds."""
+KNOWN: dict[tuple[object, ...], Timing] = {}
+"""What was measured so far, by name and where; a process of its own is given it."""
 
 
 def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
@@ -70,21 +71,25 @@ def matmul_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
     return 2.0 * _side(device, dtype) ** 3 / _matmul(device, dtype).p50
 
 
-@functools.cache
 def _copy(device: str) -> Timing:
-    source = torch.randint(-100, 100, (COPY_BYTES,), dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    copy = {"copy": lambda: target.copy_(source)}
-    return interleave(copy, repeats=9, warmup=3, device=device, seconds=0.5)["copy"]
+    key = ("copy", device)
+    if key not in KNOWN:
+        source = torch.randint(-100, 100, (COPY_BYTES,), dtype=torch.int8, device=device)
+        target = torch.empty_like(source)
+        copy = {"copy": lambda: target.copy_(source)}
+        KNOWN[key] = interleave(copy, repeats=9, warmup=3, device=device, seconds=0.5)["copy"]
+    return KNOWN[key]
 
 
-@functools.cache
 def _matmul(device: str, dtype: torch.dtype) -> Timing:
-    side = _side(device, dtype)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    call = {"matmul": lambda: torch.mm(a, b, out=product)}
-    return interleave(call, repeats=3, device=device, seconds=0.5)["matmul"]
+    key = ("matmul", device, dtype)
+    if key not in KNOWN:
+        side = _side(device, dtype)
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        product = torch.empty_like(a)
+        call = {"matmul": lambda: torch.mm(a, b, out=product)}
+        KNOWN[key] = interleave(call, repeats=3, device=device, seconds=0.5)["matmul"]
+    return KNOWN[key]
 
 
 def _side(device: str, dtype: torch.dtype) -> int:

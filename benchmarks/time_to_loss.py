@@ -2,12 +2,12 @@
 
 Two models with the same initial weights, settings and batches (windows of the example recordings, Haxby et
 al. 2001, or of a store, the last two runs held out) train in turns: single a number of steps, dense as many
-as it takes until it has had the same time: on the CPU that of the process, which is the wall clock's where
-nothing else runs. The loss is the single-position one for both, on the same held-out windows and positions;
-measuring it does not count. The ratio of the row is the time of single ÷ the time in which dense first got
-below single's LOWEST loss; which steps these are does not depend on the clock. It depends on the batch: the
-fewer windows, the more the noise of one position a window costs. The curves go to csm_time_to_loss.csv and
-.png beside the history of benchmarks.
+as it takes until it has had the same time. Time is the number of steps × the median step by the wall clock:
+what else the machine does for a while counts for neither. The loss is the single-position one for both, on
+the same held-out windows and positions; measuring it does not count. The ratio of the row is the time of
+single ÷ the time in which dense first got below single's LOWEST loss; which steps these are does not depend
+on the clock, nor dropout on whose turn it is. It depends on the batch: the fewer windows, the more the noise
+of one position a window costs. The curves go to csm_time_to_loss.csv and .png beside the history.
 """
 
 from __future__ import annotations
@@ -95,17 +95,20 @@ def race(steps: int, device: str, path: str | None = None) -> dict[str, Curve]:
             name: Runner(name, store, _sampler(store, np.arange(count - HELD_OUT), seed=0), device)
             for name in ("single", "dense")
         }
-        curves: dict[str, Curve] = {name: [(0.0, r.loss(fixed), 0)] for name, r in runners.items()}
+        losses = {name: [(0, runner.loss(fixed))] for name, runner in runners.items()}
         single, dense = runners["single"], runners["dense"]
         for turn in range(1, CHECKS + 1):
             single.train(turn * steps // CHECKS)
-            curves["single"].append((single.seconds, single.loss(fixed), single.steps))
-            while dense.seconds < single.seconds:
+            losses["single"].append((single.steps, single.loss(fixed)))
+            while dense.steps * dense.seconds_a_step() < single.steps * single.seconds_a_step():
                 dense.train(dense.steps + DENSE_STEPS)
-                curves["dense"].append((dense.seconds, dense.loss(fixed), dense.steps))
+                losses["dense"].append((dense.steps, dense.loss(fixed)))
         for runner in runners.values():
             runner.loader.close()
-    return curves
+    return {
+        name: [(step * runner.seconds_a_step(), loss, step) for step, loss in losses[name]]
+        for name, runner in runners.items()
+    }
 
 
 class Runner:
@@ -119,13 +122,14 @@ class Runner:
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=LR, weight_decay=0.1, fused=True)
         self.loader = make_loader(store, sampler, kind="host", device=device)
         self.batches: Iterator[Any] = iter(self.loader)
-        self.clock = time.perf_counter if device == "cuda" else time.process_time
-        self.device, self.seconds, self.steps = device, 0.0, 0
+        self.device, self.steps = device, 0
+        self.seconds: list[float] = []
 
     def train(self, until: int) -> None:
         """Train up to step `until`."""
         while self.steps < until:
-            began = self.clock()
+            torch.manual_seed(self.steps)  # dropout draws from it, and the other model in between
+            began = time.perf_counter()
             for group in self.optimizer.param_groups:
                 group["lr"] = LR * min(1.0, (self.steps + 1) / WARMUP)
             self.module(next(self.batches), seed=0).loss.backward()
@@ -134,8 +138,12 @@ class Runner:
             self.optimizer.zero_grad(set_to_none=True)
             if self.device == "cuda":
                 torch.cuda.synchronize()
-            self.seconds += self.clock() - began
+            self.seconds.append(time.perf_counter() - began)
             self.steps += 1
+
+    def seconds_a_step(self) -> float:
+        """Return the median of the steps so far, 0 before the first."""
+        return float(np.median(self.seconds)) if self.seconds else 0.0
 
     @torch.no_grad()
     def loss(self, batches: list[PackedBatch]) -> float:

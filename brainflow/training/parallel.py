@@ -124,8 +124,8 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        # The last to let go of a group waits for gloo's threads. DDP, which is in a cycle that only the collector
-        # takes, would hold the GIL meanwhile, and one of the threads may be waiting for that (torch 2.13).
+        # The last to let go of a group waits for gloo's threads. DDP would hold the GIL meanwhile, and one of
+        # the threads may be waiting for that (torch 2.13). Only the collector takes DDP: it is in a cycle.
         gc.collect()
         dist.destroy_process_group()
 

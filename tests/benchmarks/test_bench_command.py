@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from brainflow.benchmarks import command, gate, registry
-from brainflow.benchmarks.timing import Row, WrongResultError
+from brainflow.benchmarks import ceilings, command, gate, kernels_attention, registry
+from brainflow.benchmarks.timing import Row, Timing, WrongResultError
 
 
 @pytest.fixture
@@ -40,17 +40,17 @@ def test_gate(suite, ratio, code, capsys):
 
 def test_a_missing_row_trips_the_gate(suite, capsys):
     suite["x"] = _row(3.0, case="x")
-    assert command.run(command.Args(suite="kernels", device="cpu", gate=True)) == 1
+    assert command.run(command.Args(suite="kernels", quick=True, device="cpu", gate=True)) == 1
     assert "no figure" in capsys.readouterr().err
-    assert command.run(command.Args(suite="kernels", device="cpu", gate=True, only="x")) == 0
+    assert command.run(command.Args(suite="kernels", quick=True, device="cpu", gate=True, only="x")) == 0
     with pytest.raises(ValueError, match="--only: got 'mistyped'"):
-        command.run(command.Args(suite="kernels", device="cpu", gate=True, only="mistyped"))
+        command.run(command.Args(suite="kernels", quick=True, device="cpu", gate=True, only="mistyped"))
 
 
 def test_a_wrong_result_prints_no_speed(suite, capsys, tmp_path):
     suite |= {"mask": _wrong, "other": _row(3.0, case="other")}
     out = tmp_path / "rows.json"
-    assert command.run(command.Args(suite="kernels", device="cpu", json=out)) == 1
+    assert command.run(command.Args(suite="kernels", quick=True, device="cpu", json=out)) == 1
     seen = capsys.readouterr()
     assert "kernels: mask: wrong result, so no speed" in seen.err
     assert [row["case"] for row in json.loads(out.read_text())] == ["other"]
@@ -62,20 +62,35 @@ def test_a_row_without_a_finite_value_is_left_out(suite, tmp_path):
         Row(suite="kernels", case="x", metric="time", value=float("inf"), unit="s", ratio=0.0)
     ]
     out = tmp_path / "rows.json"
-    assert command.run(command.Args(suite="kernels", device="cpu", json=out)) == 0
+    assert command.run(command.Args(suite="kernels", quick=True, device="cpu", json=out)) == 0
     assert json.loads(out.read_text()) == []
 
 
 def test_rows_are_written_with_the_environment(suite, tmp_path):
     suite["mask"] = _row(3.0)
     out = tmp_path / "rows.json"
-    assert command.run(command.Args(suite="kernels", device="cpu", json=out)) == 0
+    assert command.run(command.Args(suite="kernels", quick=True, device="cpu", json=out)) == 0
     (row,) = json.loads(out.read_text())
     assert row["case"] == "mask"
     assert row["env"]["torch"]
     assert row["env"]["threads"] == torch.get_num_threads()
     (line,) = (tmp_path / "data" / "brainflow" / "bench-history.jsonl").read_text().splitlines()
     assert json.loads(line)["rows"][0]["ratio"] == 3.0
+
+
+def test_a_full_run_measures_in_processes_of_their_own(monkeypatch, tmp_path):
+    """What is put in the place of a kernel here is not there; the ceiling that was measured here is."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels_attention, "gather_windows", lambda *_, **__: None)
+    monkeypatch.setitem(ceilings.KNOWN, ("copy", "cpu"), Timing(seconds=(1e6,)))
+    failures = []
+    (rows,) = registry.measure(["kernels"], False, "cpu", "gather_windows/int8", failures)
+    assert not failures
+    ours = next(row for row in rows if row.baseline == "naive")
+    assert ours.ratio > 0
+    assert ours.floor_share > 1e6
+    assert not list(registry.measure(["kernels"], True, "cpu", "gather_windows/int8", failures))
+    assert "gather_windows/int8: failed, so no speed" in failures[0]
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch):

@@ -165,8 +165,7 @@ def _ddp_rank(rank, folder, shares):
     module = torch.nn.parallel.DistributedDataParallel(_Head())
     module(shares[rank], MaskSpec.time_points(0.4, seed=rank)).backward()
     torch.save([p.grad for p in module.parameters()], f"{folder}/{rank}.pt")
-    # DDP must be gone before its group: the last to let go of that waits for gloo's threads, and DDP would hold
-    # the GIL meanwhile, which one of them may be waiting for. It is in a cycle, so only the collector takes it.
+    # As at the end of a training: DDP before its group (brainflow.training.parallel.process_group).
     del module
     gc.collect()
     dist.destroy_process_group()
