@@ -2,18 +2,16 @@
 
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
+from browser import assert_pictures_fit, assert_shown
 from PIL import Image
 
 from brainflow.benchmarks import charts, command
 from brainflow.benchmarks.charts import CHARTS
 from brainflow.benchmarks.timing import Row
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HOSTILE = "<script>alert('x')</script>"
 ENV = {"device": "cpu", "cpu": HOSTILE, "threads": 1, "date": "2026-01-02", "torch": "2"}
 
@@ -89,35 +87,5 @@ def test_no_rows_are_refused(tmp_path):
 
 
 def test_page_renders_in_a_browser(page, tmp_path):
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if browser is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
-    screenshot = tmp_path / "page.png"
-    seen = _browse(browser, tmp_path, f"--screenshot={screenshot}", page.as_uri())
-    assert "CONSOLE" not in seen.stderr, seen.stderr
-    with Image.open(screenshot) as image:
-        assert np.asarray(image.convert("L")).std() > 10
-
-    # The page itself allows no script, so a copy without that rule measures its pictures.
-    probe = tmp_path / "probe.html"
-    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
-    script = """<script>addEventListener("load", () => { document.documentElement.innerHTML =
-        JSON.stringify([...document.images].map(i => [i.naturalWidth, i.clientWidth])
-        .concat([[document.documentElement.scrollWidth, innerWidth]])); });</script>"""
-    probe.write_text(html.replace("</body>", script + "</body>"), encoding="utf-8")
-    dom = _browse(browser, tmp_path, "--dump-dom", probe.as_uri()).stdout
-    *widths, (page_width, window_width) = json.loads(re.search(r"\[\[.*\]\]", dom).group())
-    assert len(widths) == len(CHARTS)
-    assert all(natural > 0 and shown > 100 for natural, shown in widths)
-    assert page_width <= window_width, "the page scrolls sideways"
-
-
-def _browse(browser: str, tmp_path, *arguments: str) -> subprocess.CompletedProcess:
-    switches = [
-        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-        *("--hide-scrollbars", "--disable-background-networking", "--disable-component-update"),
-        *("--disable-sync", "--enable-logging=stderr", "--window-size=500,3000"),
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    command_ = [browser, *switches, *arguments]
-    return subprocess.run(command_, capture_output=True, text=True, timeout=60, check=True)
+    assert_shown(page, tmp_path)
+    assert_pictures_fit(page, tmp_path, count=len(CHARTS))

@@ -4,12 +4,11 @@ import base64
 import io
 import json
 import re
-import shutil
-import subprocess
 
 import nibabel
 import numpy as np
 import pytest
+from browser import answer, assert_pictures_fit, assert_shown
 from PIL import Image
 
 from brainflow.report import figures
@@ -18,7 +17,6 @@ from brainflow.report.page import Page, Picture, Section, Table, render, write_p
 from brainflow.report.run_page import run_page
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" {{ 7919 * 7907 }}"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def _pictures() -> list[Picture]:
@@ -108,34 +106,12 @@ def test_map_refuses_values_that_do_not_fit_the_mask():
 
 
 def test_page_renders_in_a_browser(page, tmp_path):
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if browser is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
     path = write_page(page, tmp_path / "report")
-    screenshot = tmp_path / "page.png"
-    seen = _browse(browser, tmp_path, f"--screenshot={screenshot}", path.as_uri())
-    assert "CONSOLE" not in seen.stderr, seen.stderr
-    with Image.open(screenshot) as image:
-        assert np.asarray(image.convert("L")).std() > 10
-
-    # The page itself allows no script, so a copy without that rule measures its pictures.
-    probe = tmp_path / "probe.html"
-    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", path.read_text(encoding="utf-8"))
-    script = """<script>addEventListener("load", () => { document.documentElement.innerHTML =
-        JSON.stringify([...document.images].map(i => [i.naturalWidth, i.clientWidth])
-        .concat([[document.documentElement.scrollWidth, innerWidth]])); });</script>"""
-    probe.write_text(html.replace("</body>", script + "</body>"), encoding="utf-8")
-    dom = _browse(browser, tmp_path, "--dump-dom", probe.as_uri()).stdout
-    *widths, (page_width, window_width) = json.loads(re.search(r"\[\[.*\]\]", dom).group())
-    assert len(widths) == 5
-    assert all(natural > 0 and shown > 100 for natural, shown in widths)
-    assert page_width <= window_width, "the page scrolls sideways"
+    assert_shown(path, tmp_path)
+    assert_pictures_fit(path, tmp_path, count=5)
 
 
 def test_page_of_a_decoding_renders_in_a_browser(tmp_path):
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if browser is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
     interval = {"value": 0.7, "low": 0.6, "high": 0.8}
     entry = {
         "name": "linear probe, pretrained",
@@ -161,17 +137,10 @@ def test_page_of_a_decoding_renders_in_a_browser(tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps(summary))
     path = write_page(run_page(tmp_path), tmp_path / "report")
     assert "<script" not in path.read_text(encoding="utf-8")
-    screenshot = tmp_path / "page.png"
-    seen = _browse(browser, tmp_path, f"--screenshot={screenshot}", path.as_uri())
-    assert "CONSOLE" not in seen.stderr, seen.stderr
-    with Image.open(screenshot) as image:
-        assert np.asarray(image.convert("L")).std() > 10
+    assert_shown(path, tmp_path)
 
 
 def test_interactive_views_are_drawn_and_fetch_nothing(tmp_path):
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if browser is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
     affine = np.diag([20.0, 20.0, 20.0, 1.0])
     affine[:3, 3] = (-30, -60, -20)
     nibabel.save(nibabel.Nifti1Image(np.ones((4, 4, 4), np.uint8), affine), tmp_path / "mask.nii.gz")
@@ -184,44 +153,17 @@ def test_interactive_views_are_drawn_and_fetch_nothing(tmp_path):
     html = path.read_text(encoding="utf-8")
     assert "script-src 'unsafe-inline'" in html
     assert "<script" not in html  # scripts stand, escaped, in the frame alone
-    screenshot = tmp_path / "page.png"
-    seen = _browse(
-        browser, tmp_path, "--virtual-time-budget=5000", f"--screenshot={screenshot}", path.as_uri()
-    )
-    assert "CONSOLE" not in seen.stderr, seen.stderr
+    assert_shown(path, tmp_path, "--virtual-time-budget=5000")
 
     # The frame is sealed off, so its page alone says what it has drawn.
-    script = """<script>addEventListener("load", () => setTimeout(() => {
+    script = """addEventListener("load", () => setTimeout(() => {
         const c = document.querySelector("canvas");
         const d = c.getContext("2d").getImageData(0, 0, c.width, c.height);
         const seen = new Set(new Uint32Array(d.data.buffer));
-        document.documentElement.innerHTML = JSON.stringify([[c.width, seen.size]]); }, 1000));</script>"""
-    probe = tmp_path / "probe.html"
-    probe.write_text(section.views[0].html.replace("</body>", script + "</body>"), encoding="utf-8")
-    dom = _browse(browser, tmp_path, "--virtual-time-budget=5000", "--dump-dom", probe.as_uri()).stdout
-    ((width, colors),) = json.loads(re.search(r"\[\[.*\]\]", dom).group())
+        document.documentElement.innerHTML = JSON.stringify([[c.width, seen.size]]); }, 1000));"""
+    ((width, colors),) = answer(section.views[0].html, script, tmp_path, "--virtual-time-budget=5000")
     assert width > 100
     assert colors > 20
-
-
-def _browse(browser: str, tmp_path, *arguments: str) -> subprocess.CompletedProcess:
-    switches = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--hide-scrollbars",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--enable-logging=stderr",
-        "--window-size=500,2600",
-    ]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    return subprocess.run(
-        [browser, *switches, profile, *arguments], capture_output=True, text=True, timeout=60, check=True
-    )
 
 
 def _pixels(png: bytes) -> np.ndarray:
