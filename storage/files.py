@@ -15,6 +15,29 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
+def output_folder(path: Path, what: str) -> Path:
+    """Return the folder for the results of a command, made if absent.
+
+    Parameters
+    ----------
+    path
+        Given by the user as `out`.
+    what
+        What is to be written there, for the message.
+
+    Raises
+    ------
+    ValueError
+        If it is a file, or a store.
+    """
+    if (path / "zarr.json").exists() or path.is_file():
+        raise ValueError(
+            f"out: {path} is a store or a file, expected a directory for the {what}; choose another --out"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Write a new file and flush it to the disk."""
     with open(path, "wb") as file:

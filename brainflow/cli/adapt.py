@@ -131,6 +131,7 @@ def run(args: Args) -> int:
     from brainflow.decoding.result import baselines, within_subject, write_results
     from brainflow.decoding.task import load_task
     from brainflow.sharing import fetch
+    from brainflow.storage.files import output_folder
 
     counts = _numbers(args.learning_curve)
     if not args.report and (args.mask or args.labels or args.maps):
@@ -143,7 +144,7 @@ def run(args: Args) -> int:
     out, checkpoint = Path(args.out), fetch(args.from_)
     task_config = _task_config(args)
     configs = [_adapt_config(args, mode) for mode in _modes(args, checkpoint)]
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out, "decoding")
     task = load_task(_open(args, out), task_config)
     if not args.new_classes:
         check_decoder_classes(checkpoint, task)

@@ -90,6 +90,8 @@ class SegmentSampler:
             raise ValueError(
                 f"batch: got {batch} segments for world={world} ranks, expected a positive multiple of world"
             )
+        if not abs(hrf_shift) < 1e9:  # neither NaN nor what no integer of time points holds
+            raise ValueError(f"hrf_shift: got {hrf_shift}, expected seconds, about 3 to 6")
         table, runs = store.segments, store.runs
         run = np.asarray(table.run)[ids].astype(np.int64)
         t_r = np.asarray(runs.t_r)[run].astype(np.float64)

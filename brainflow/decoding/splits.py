@@ -118,7 +118,7 @@ def _subject_wise(
     if test is None:
         test = max(1, len(names) // 5)
     if train is None:
-        train = len(names) - test - validation
+        train = max(1, len(names) - test - validation)
     for name, count, least in (("train", train, 1), ("validation", validation, 0), ("test", test, 1)):
         if count < least:
             raise ValueError(f"{name}_subjects: got {count}, expected at least {least}")

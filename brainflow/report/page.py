@@ -14,6 +14,7 @@ from typing import Any
 
 from brainflow.decoding.extra import requires_report
 from brainflow.report.template import TEMPLATE
+from brainflow.storage.files import output_folder
 
 with requires_report("the report"):
     from jinja2 import Environment, StrictUndefined
@@ -100,8 +101,7 @@ def render(page: Page) -> str:
 
 def write_page(page: Page, folder: str | Path) -> Path:
     """Write `index.html`, and beside it every picture as a PNG and every volume; return the page's path."""
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    target = output_folder(Path(folder), "page")
     for section in page.sections:
         for picture in section.pictures:
             (target / f"{picture.name}.png").write_bytes(picture.png)

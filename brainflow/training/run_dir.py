@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from brainflow.config import PretrainConfig, to_dict
+from brainflow.storage.files import output_folder
 
 from .checkpoint import latest, remove_partial
 from .interrupt import MARKER
@@ -49,11 +50,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     ValueError
         If it is a file, or a store.
     """
-    if (folder / "zarr.json").exists() or folder.is_file():
-        raise ValueError(
-            f"out: {folder} is a store or a file, expected a directory for the run; choose another --out"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
+    output_folder(folder, "run")
     with (folder / ".lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from brainflow.config import SECTIONS, PretrainConfig, check_names, from_dict
+from brainflow.storage.files import output_folder
 
 from .metrics import read_metrics
 from .run_dir import Busy, flatten
@@ -273,7 +274,7 @@ def _journal(path: Path) -> Any:
 
 def _record(folder: Path, base: PretrainConfig, space: Space, metric: str) -> None:
     """Write down what the sweep is, or compare with what is there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    output_folder(folder, "sweep")
     mine = {"base": asdict(replace(base, out="", store="")), "space": space, "metric": metric}
     path = folder / RECORD
     if not path.exists():

@@ -285,7 +285,13 @@ def test_validation_windows_choose_and_their_course_is_kept(tmp_path, model):
 def test_numbers_of_subjects_ask_for_the_subject_wise_split(tmp_path, model, capsys):
     store = write_store(tmp_path / "s", [(f"s{i}", i) for i in range(4)])
     command = ["adapt", store.path, "--from", str(model), "--target", "state", "--mode", "knn", "--json"]
-    command += ["--n-train-subjects", "2", "--n-test-subjects", "1", "--out", str(tmp_path / "out")]
+    out, asked = ["--out", str(tmp_path / "out")], ["--n-train-subjects", "2", "--n-test-subjects", "1"]
+    assert main([*command, *asked, "--out", store.path]) == 1
+    assert "is a store or a file" in capsys.readouterr().err
+    command += out
+    assert main([*command, "--n-test-subjects", "9"]) == 1
+    assert "9 test subjects, but 4 subjects have labels" in capsys.readouterr().err
+    command += asked
     assert main(command) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["split"] == "subject-wise"

@@ -287,6 +287,9 @@ def test_hrf_shift_is_in_seconds_and_clipped_to_the_run(segments):
     assert w.lengths.tolist() == [9, 9, 8]  # the last one ends with its run
     with pytest.raises(ValueError, match=r"segment 11 of run run-2 has 1 time points .* lower hrf_shift"):
         SegmentSampler(segments, segments=[0, 11], labels=[0, 1], hrf_shift=18.0)
+    for wrong in (float("nan"), float("-inf"), 1e300):
+        with pytest.raises(ValueError, match="hrf_shift: got"):
+            SegmentSampler(segments, segments=[0], labels=[0], hrf_shift=wrong)
 
 
 @pytest.mark.parametrize(
