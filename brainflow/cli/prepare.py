@@ -125,8 +125,9 @@ def run(args: Args) -> int:
         raise ValueError("analysis_level: got none, expected participant, group or both")
     if args.nprocs < 1:
         raise ValueError(f"nprocs: got {args.nprocs}, expected at least 1")
-    from brainflow.storage.ingest.prepare import find_atlas
+    from brainflow.storage.ingest.prepare import check_folders, find_atlas
 
+    check_folders(args.bids_dir, args.derivatives)  # before an atlas is fetched
     if len(args.surfaces) not in (0, 2):
         raise ValueError(f"surfaces: got {len(args.surfaces)} files, expected left and right")
     template = _template(args)

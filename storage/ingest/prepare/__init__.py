@@ -7,7 +7,7 @@ from .atlas import AtlasSpec, find_atlas
 from .events import EventSettings
 from .export import export
 from .hcp import is_hcp
-from .index import find_runs
+from .index import check_folders, find_runs
 from .masker import extract, store_from_masker
 from .runfiles import Query, RunFiles
 from .settings import CleanSettings, Rules, Settings
@@ -20,6 +20,7 @@ __all__ = [
     "Rules",
     "RunFiles",
     "Settings",
+    "check_folders",
     "export",
     "extract",
     "find_atlas",

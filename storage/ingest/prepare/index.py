@@ -39,6 +39,15 @@ class _Found:
     confounds: list[BidsFile] = field(default_factory=list)
 
 
+def check_folders(bids_dir: Path, derivatives: Collection[Path] = ()) -> None:
+    """Raise FileNotFoundError if a dataset is not there."""
+    for root in (bids_dir, *derivatives):
+        if not root.is_dir():
+            raise FileNotFoundError(
+                f"{root}: no such directory; expected a BIDS dataset or fMRIPrep's output"
+            )
+
+
 def find_runs(bids_dir: Path, query: Query, *, derivatives: Collection[Path] = ()) -> list[RunFiles]:
     """Runs of a dataset, sorted by key.
 
@@ -55,11 +64,8 @@ def find_runs(bids_dir: Path, query: Query, *, derivatives: Collection[Path] = (
         return find_hcp_runs(bids_dir, query, query.dataset or dataset_name(bids_dir))
     runs: dict[tuple[str, ...], _Found] = {}
     tables: list[BidsFile] = []
+    check_folders(bids_dir, derivatives)
     for root in (bids_dir, *derivatives):
-        if not root.is_dir():
-            raise FileNotFoundError(
-                f"{root}: no such directory; expected a BIDS dataset or fMRIPrep's output"
-            )
         for path in _walk(root, query.participants):
             file = _parse(path)
             if file is None:

@@ -54,9 +54,9 @@ def find_named(family: Family, size: int, template: str) -> tuple[Path, str, Map
     if path is None:
         raise ValueError(
             f"atlas {family}-{size}: nilearn has it in {NILEARN_TEMPLATE}, the images are in {template}, and "
-            f"it is not in TemplateFlow's folder ({templateflow_home()}): `pip install templateflow` fetches "
-            "it, TEMPLATEFLOW_HOME names another folder, --allow-space-mismatch takes nilearn's, as the "
-            "published models did; for surfaces, give a file by path"
+            f"it is not in TemplateFlow's folder ({templateflow_home()}): the extra `bids` fetches it from "
+            "TemplateFlow if that has it, TEMPLATEFLOW_HOME names another folder, --allow-space-mismatch "
+            "takes nilearn's, as the published models did; for surfaces, give a file by path"
         )
     return path, template, None
 

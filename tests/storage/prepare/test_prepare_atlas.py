@@ -49,7 +49,7 @@ def test_nilearns_copy_in_another_template_is_refused(templateflow, monkeypatch)
     with pytest.raises(ValueError, match="in MNI152NLin6Asym, the images are in MNI152NLin2009cAsym"):
         find_atlas("difumo-1024", FMRIPREP)
     (templateflow / f"tpl-{FMRIPREP}_res-02_atlas-DiFuMo_desc-64dimensions_probseg.nii.gz").touch()
-    with pytest.raises(ValueError, match="pip install templateflow"):  # empty: not downloaded yet
+    with pytest.raises(ValueError, match="extra `bids`"):  # empty: not downloaded yet
         find_atlas("difumo-64", FMRIPREP)
     with pytest.raises(ValueError, match="expected one of 64, 128, 256, 512, 1024"):
         find_atlas("difumo-65", FMRIPREP)

@@ -132,6 +132,11 @@ def test_one_command(dataset, tmp_path):
         assert fact in report, fact
 
 
+def test_a_missing_dataset_is_named_before_an_atlas_is_fetched(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        command(prepare, tmp_path / "absent", tmp_path / "out", "participant", "--atlas", "no-such-atlas")
+
+
 def test_runs_whose_job_vanished_are_reported_at_the_group_level(dataset, tmp_path, capsys):
     out = tmp_path / "out"
     assert command(prepare, *words(dataset, out, "participant"), "--participant-label", "01") == 0
