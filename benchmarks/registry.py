@@ -36,8 +36,8 @@ def measure(
     """Run the measurements of some modules and yield the rows of each.
 
     Each has a process of its own, in which nothing else has computed before: what ran earlier decides where
-    memory lies, and with that a third of a figure (`varlen_attention` over padding: 4.9 to 6.0 times as fast
-    behind six other kernels, 5.2 to 5.4 alone). With `quick` all run here.
+    memory lies, and with that up to a quarter of a figure (`varlen_attention` over padding: 4.9 to 6.0 times
+    as fast behind six other kernels, 5.2 to 5.5 alone). With `quick` all run here.
 
     A measurement that raises gives no row: it is named on stderr and in `failures`, and the others go on. A
     row whose value is not finite (what was to be reached was not) is left out: JSON has no such number.

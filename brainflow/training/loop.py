@@ -145,7 +145,8 @@ class _Run:
         self.attempt = ranks.agree(secrets.randbits(62), device)
         self.sampler = self._sampler("train", train.seed)
         self.parts = rank_parts(train.micro_batches, ranks)
-        self.one_step = TrainingStep(config, ranks, device, self._part_sampler(), fresh=start_from is None)
+        as_read = PartSampler([self._readable(sampler) for sampler in self._part_samplers()])
+        self.one_step = TrainingStep(config, ranks, device, as_read, fresh=start_from is None)
         if config.model.coordinates:
             give_coordinates(self.one_step.module, store)
         self.step, self.best, self.stale = 0, math.inf, 0
@@ -186,9 +187,9 @@ class _Run:
         """The sampler without damaged windows, if they are to be skipped; a loader sees to that itself."""
         return IntactSampler(sampler, self.store) if self.config.data.on_corrupt == "skip" else sampler
 
-    def _part_sampler(self) -> PartSampler:
+    def _part_samplers(self) -> list[WindowSampler]:
         seed, shares = self.config.train.seed, self.config.train.micro_batches
-        return PartSampler([self._sampler("train", seed, share=i, shares=shares) for i in self.parts])
+        return [self._sampler("train", seed, share=i, shares=shares) for i in self.parts]
 
     def train(self, stop: StopRequest, *, quiet: bool) -> None:
         """Run to the last step, then write the release form."""
@@ -196,7 +197,7 @@ class _Run:
         readback = Readback()
         loader = make_loader(
             self.store,
-            self._part_sampler(),
+            PartSampler(self._part_samplers()),
             kind=self.config.data.loader,
             device=str(self.device),
             start_step=self.step * len(self.parts),
@@ -207,8 +208,8 @@ class _Run:
         first = self.step
         with closing_loader(loader) as batches, progress, collecting_rarely():
             if self.step < config.steps and not self._stale():
-                sampler = self.one_step.sampler.samplers[0]
-                rehearsal = largest_batch(sampler, self.store, batch_dtype(self.store))
+                part = self._part_samplers()[0]
+                rehearsal = largest_batch(part, self.store, batch_dtype(self.store))
                 self.one_step.rehearse(rehearsal.to(self.device))
             clock = Clock(loader)
             while self.step < config.steps and not self._stale():

@@ -6,21 +6,21 @@ with two parts and four ranks with one have the same loss, dropout included.
 
 A framework's loss is a mean over the values that it predicts, and parts predict different numbers of them. So
 the gradient of a part counts by its number of predicted values; the is-next loss of the BERTs, a mean over
-pairs, by its pairs.
+pairs, by its pairs. Where damaged windows are left out, parts have different numbers of these, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from brainflow.data.sampler import WindowSampler
-from brainflow.data.windows import Windows
+from brainflow.data.windows import Sampler, Windows
 from brainflow.frameworks.base import drawn_rows
 from brainflow.kernels import MaskSpec
 from brainflow.models.packing import offsets
@@ -30,7 +30,7 @@ from brainflow.models.packing import offsets
 class PartSampler:
     """The parts of this rank, one after the other: batch `step * len(samplers) + i` is part i of `step`."""
 
-    samplers: list[WindowSampler]
+    samplers: Sequence[Sampler]
     steps: int | None = None
 
     @property
@@ -47,6 +47,15 @@ class PartSampler:
         """Return the windows of one part of one step."""
         step, part = divmod(step, len(self.samplers))
         return self.samplers[part].batch(step)
+
+
+class Share(NamedTuple):
+    """What share of a step a part has, on the device."""
+
+    values: Tensor
+    """Of the predicted values."""
+    pairs: Tensor
+    """Of the pairs."""
 
 
 def predicted_values(module: Any, windows: Windows, *, seed: int, step: int) -> int:
@@ -85,14 +94,14 @@ def predicted_values(module: Any, windows: Windows, *, seed: int, step: int) -> 
 
 def part_shares(
     module: Any,
-    samplers: list[WindowSampler],
+    samplers: Sequence[Sampler],
     seeds: list[int],
     step: int,
     *,
     parts: int,
     total: Callable[[Tensor], Tensor],
-) -> list[Tensor | None]:
-    """Return what share of a step's predicted values each part of this rank has; None: all of it.
+) -> list[Share | None]:
+    """Return what share of a step each part of this rank has; None: all of it.
 
     Parameters
     ----------
@@ -105,18 +114,20 @@ def part_shares(
     parts
         Parts of all ranks.
     total
-        Sums a count, float64 [1], over all ranks, on the device.
+        Sums counts, float64 [2], over all ranks, on the device.
     """
     if parts == 1:
         return [None]
-    if module.config.framework == "csm":  # every window counts the same, and parts have equally many
-        return [torch.tensor(1 / parts)] * len(samplers)
-    counts = [
-        max(1, predicted_values(module, sampler.batch(step), seed=seed, step=step))
-        for sampler, seed in zip(samplers, seeds, strict=True)
-    ]
-    whole = total(torch.tensor([sum(counts)], dtype=torch.float64))
-    return [(count / whole[0]).float() for count in counts]
+    whole_parts = all(isinstance(sampler, WindowSampler) for sampler in samplers)  # no window is left out
+    if module.config.framework == "csm" and whole_parts:  # every window counts the same
+        return [Share(*torch.full((2,), 1 / parts))] * len(samplers)
+    counts = []
+    for sampler, seed in zip(samplers, seeds, strict=True):
+        windows = sampler.batch(step)
+        values = max(1, predicted_values(module, windows, seed=seed, step=step))
+        counts.append((values, len(windows.lengths)))
+    whole = total(torch.tensor(counts, dtype=torch.float64).sum(dim=0))
+    return [Share((values / whole[0]).float(), (windows / whole[1]).float()) for values, windows in counts]
 
 
 class PairGradient:

@@ -34,7 +34,7 @@ from .optimizer import (
     optimizer_tensors,
 )
 from .setup import derive_seed, rank_parts, seed_dropout
-from .shares import PairGradient, PartSampler, part_shares
+from .shares import PairGradient, PartSampler, Share, part_shares
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,7 +66,8 @@ class TrainingStep:
     config
         The run, `train.micro_batches` settled.
     sampler
-        The parts of this rank; apart from the loader's, which a thread may be reading.
+        The parts of this rank as they are read, without damaged windows if these are skipped; apart from the
+        loader's, which a thread may be using.
     fresh
         Whether the run begins here: then `train.init` is read.
 
@@ -137,12 +138,11 @@ class TrainingStep:
             if share is None:
                 total, metrics = loss, reported
                 continue
-            pairs = 1 / train.micro_batches
             reconstruction = reported["reconstruction"]
-            value = share * reconstruction + pairs * (loss - reconstruction)
+            value = share.values * reconstruction + share.pairs * (loss - reconstruction)
             total = value if total is None else total + value
             for name, metric in reported.items():
-                weighed = metric * (share if name == "reconstruction" else pairs)
+                weighed = metric * (share.values if name == "reconstruction" else share.pairs)
                 metrics[name] = metrics[name] + weighed if name in metrics else weighed
         assert total is not None
         asked = None
@@ -231,17 +231,17 @@ class TrainingStep:
         return derive_seed(self._mask_seed, "part", part)
 
     def _backward(
-        self, batch: PackedBatch, seed: int, share: Tensor | None, *, last: bool
+        self, batch: PackedBatch, seed: int, share: Share | None, *, last: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Add a part's gradient; return its loss and metrics, detached."""
         train = self.config.train
         self.trs += batch.tokens
-        self._pair_gradient.scale = None if share is None else 1 / (train.micro_batches * share)
+        self._pair_gradient.scale = None if share is None else share.pairs / share.values
         with parallel.accumulating(self.model, last=last):
             half = HALF.get(train.precision)
             with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
                 out = self.model(batch, seed=seed)
-            loss = out.loss if share is None else out.loss * (share * self.ranks.world)
+            loss = out.loss if share is None else out.loss * (share.values * self.ranks.world)
             (loss if self.scale is None else loss * self.scale.values[0]).backward()
         return out.loss.detach(), out.metrics
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -144,17 +145,25 @@ def test_four_ranks_have_the_losses_of_one_process(store, tmp_path, framework, p
     assert_close(curve(tmp_path / "four"), curve(one))
 
 
+@pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_the_parts_of_a_batch_give_the_gradient_of_its_mean_over_all_predicted_values(
-    store, tmp_path, framework, monkeypatch
+    store, tmp_path, framework, damaged, monkeypatch
 ):
     """The reference joins the parts' predictions and takes one mean; it knows nothing of shares."""
-    seen = []
+    seen, sizes = [], []
+    if damaged:
+        store = shutil.copytree(store, tmp_path / "store")
+        with (store / "bold" / "c" / "0" / "0").open("r+b") as shard:
+            shard.seek(3 * 60 * NETWORKS * 4)
+            byte = shard.read(1)
+            shard.seek(-1, os.SEEK_CUR)
+            shard.write(bytes([byte[0] ^ 1]))
     real = TrainingStep.__call__
 
     def reference(self, parts):
         """Return the gradient of the step's loss, written down directly."""
-        sums, counts, window_means, pair_losses = [], [], [], []
+        sums, counts, window_means, pair_losses, pairs = [], [], [], [], []
         for number, part in enumerate(parts):
             seed = self.mask_seed(number)
             if framework == "autoencoder":  # its training pass may be teacher-forced: take the loss itself
@@ -169,10 +178,12 @@ def test_the_parts_of_a_batch_give_the_gradient_of_its_mean_over_all_predicted_v
             counts.append((~prediction.isnan()).sum())
             sums.append(error[~prediction.isnan()].sum())
             # What is left of the loss without its reconstruction part is the is-next loss.
-            pair_losses.append(self.module(part, seed=seed).loss - error[~prediction.isnan()].mean())
+            pair_loss = self.module(part, seed=seed).loss - error[~prediction.isnan()].mean()
+            pair_losses.append(pair_loss * part.windows)
+            pairs.append(part.windows)
         loss = torch.stack(window_means).mean() if framework == "csm" else sum(sums) / sum(counts)
         if pair_losses:
-            loss = loss + torch.stack(pair_losses).mean()
+            loss = loss + sum(pair_losses) / sum(pairs)
         loss.backward()
         gradient = {n: p.grad.clone() for n, p in self.module.named_parameters() if p.grad is not None}
         self.module.zero_grad(set_to_none=True)
@@ -181,6 +192,7 @@ def test_the_parts_of_a_batch_give_the_gradient_of_its_mean_over_all_predicted_v
     def one_step(self, batches, step, lr, **more):
         parts = [next(batches) for _ in self.parts]
         parts = [dataclasses.replace(part, bold=part.bold.clone(), step=step) for part in parts]
+        sizes.append([part.windows for part in parts])
         self._pair_gradient.scale = None
         expected = reference(self, parts)
         monkeypatch.setattr(
@@ -196,10 +208,20 @@ def test_the_parts_of_a_batch_give_the_gradient_of_its_mean_over_all_predicted_v
 
     monkeypatch.setattr(TrainingStep, "__call__", one_step)
     config = tiny(
-        store, tmp_path / "run", framework, model={"dropout": 0.0}, micro_batches=4, steps=2, clip=1e9
+        store,
+        tmp_path / "run",
+        framework,
+        model={"dropout": 0.0},
+        micro_batches=4,
+        steps=2,
+        clip=1e9,
+        batch=24,
     )
+    if damaged:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, on_corrupt="skip"))
     pretrain(config, quiet=True)
     assert len(seen) == 2
+    assert any(len(set(of_step)) > 1 for of_step in sizes) == damaged
 
 
 @pytest.mark.parametrize(
