@@ -34,7 +34,7 @@ MASKS = {
 
 def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
     """Return name → what measures it; `quick` takes fewer repeats."""
-    seconds = 1.0 if quick else 6.0
+    seconds = 1.0 if quick else 2.5  # in each of three processes
     found: dict[str, Callable[[], list[Row]]] = {}
     for name, mask in MASKS.items():
         found[f"masked_loss/{name}"] = partial(_masked_loss, name, mask, seconds, device)
@@ -103,14 +103,6 @@ def _loss_times(name: str, mask: MaskSpec, seconds: float, device: str) -> dict[
     return interleave(_loss_functions(name, mask, device)[0], device=device, seconds=seconds)
 
 
-def _pooled(processes: list[dict[str, Timing]]) -> dict[str, Timing]:
-    """Return the rounds of several processes as one's: where memory lies differs between them."""
-    return {
-        name: Timing(seconds=tuple(s for times in processes for s in times[name].seconds))
-        for name in processes[0]
-    }
-
-
 def _masked_loss(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]:
     functions, share = _loss_functions(name, mask, device)
     ours, naive = functions["ours"], functions["naive"]
@@ -120,7 +112,7 @@ def _masked_loss(name: str, mask: MaskSpec, seconds: float, device: str) -> list
     fused = fused_loss_bytes(share, TOKENS, NETWORKS, element)
     rows = [*_rows(case, times, device, least), *bytes_rows(case, naive, "naive", fused, least)]
     if device == "cpu":
-        alone = _pooled([in_a_fresh_process(_loss_times, name, mask, seconds / 3, device) for _ in range(3)])
+        alone = in_a_fresh_process(_loss_times, name, mask, seconds, device)
         rows += speed_rows(
             "kernels", case, alone, metric="time_in_own_process", floor=floor(least, 0, device)
         )

@@ -7,13 +7,16 @@ arguments that measures and returns rows. Nothing is measured or allocated befor
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
+import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .timing import Row, Timing
@@ -26,6 +29,9 @@ SUITES: dict[str, tuple[str, ...]] = {
     "scaling": ("scaling",),
     "prepare": ("prepare",),
 }
+MANY = ("kernels: *", "loader: encodings")
+"""Measurements of which a full run takes the medians over `PROCESSES` processes."""
+PROCESSES = 3
 ALL = ("ceilings", "loader", "kernels", "frameworks", "scaling")
 """Suites of `all`: what is run for every training. A dataset is prepared once."""
 
@@ -35,9 +41,10 @@ def measure(
 ) -> Iterator[list[Row]]:
     """Run the measurements of some modules and yield the rows of each.
 
-    Each has a process of its own, in which nothing else has computed before: what ran earlier decides where
-    memory lies, and with that up to a quarter of a figure (`varlen_attention` over padding: 4.9 to 6.0 times
-    as fast behind six other kernels, 5.2 to 5.5 alone). With `quick` all run here.
+    With `quick` all run here. Otherwise each has a process of its own, in which nothing else has computed
+    before. What ran earlier, and chance, decide where memory lies, and with that up to a quarter of a figure
+    whose data are about as large as the caches (`varlen_attention` over padding: 5.2 to 6.5 times as fast):
+    those that are `MANY` have several processes.
 
     A measurement that raises gives no row: it is named on stderr and in `failures`, and the others go on. A
     row whose value is not finite (what was to be reached was not) is left out: JSON has no such number.
@@ -61,11 +68,17 @@ def measure(
     from .fresh import in_a_fresh_process
     from .timing import WrongResultError
 
-    def own_process(module: str, name: str) -> Callable[[], list[Row]]:
-        return lambda: in_a_fresh_process(_measure_alone, module, name, device, KNOWN)
+    def own_processes(module: str, name: str) -> Callable[[], list[Row]]:
+        many = any(fnmatch(f"{module}: {name}", pattern) for pattern in MANY)
+        return lambda: medians(
+            [
+                in_a_fresh_process(_measure_alone, module, name, device, KNOWN)
+                for _ in range(PROCESSES if many else 1)
+            ]
+        )
 
     chosen = [
-        (f"{module}: {name}", function if quick or module == "ceilings" else own_process(module, name))
+        (f"{module}: {name}", function if quick or module == "ceilings" else own_processes(module, name))
         for module in modules
         for name, function in load(module, quick, device).items()
         if only is None or fnmatch(name, only)
@@ -87,6 +100,20 @@ def measure(
             progress.update(task, advance=1, refresh=True)
             if not console.is_terminal:
                 print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+
+
+def medians(runs: Sequence[Sequence[Row]]) -> list[Row]:
+    """Return the rows of the first of several runs of a measurement, each number the median over all runs."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in itertools.chain(*runs):
+        found.setdefault((row.suite, row.case, row.metric, row.baseline), []).append(row)
+
+    def middle(rows: list[Row], name: str) -> Any:
+        values = [value for row in rows if (value := getattr(row, name)) is not None]
+        return statistics.median(values) if values else None
+
+    numbers = ("value", "ratio", "floor_share", "p20", "p50", "p80")
+    return [replace(rows[0], **{name: middle(rows, name) for name in numbers}) for rows in found.values()]
 
 
 def load(module: str, quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:

@@ -93,6 +93,16 @@ def test_a_full_run_measures_in_processes_of_their_own(monkeypatch, tmp_path):
     assert "gather_windows/int8: failed, so no speed" in failures[0]
 
 
+def test_medians_over_processes():
+    runs = [[_row(ratio)()[0], _row(4.0, case="once")()[0]] for ratio in (3.0, 9.0, 5.0)]
+    alone = Row(suite="kernels", case="mask", metric="bytes", value=7.0, unit="bytes")
+    runs[1].append(alone)
+    mask, once, last = registry.medians(runs)
+    assert (mask.ratio, mask.value, mask.p50) == (5.0, 1, None)
+    assert once.ratio == 4.0
+    assert last == alone
+
+
 def test_cuda_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="--device: got cuda"):
