@@ -207,16 +207,8 @@ def test_the_parts_of_a_batch_give_the_gradient_of_its_mean_over_all_predicted_v
         return numbers
 
     monkeypatch.setattr(TrainingStep, "__call__", one_step)
-    config = tiny(
-        store,
-        tmp_path / "run",
-        framework,
-        model={"dropout": 0.0},
-        micro_batches=4,
-        steps=2,
-        clip=1e9,
-        batch=24,
-    )
+    settings = {"model": {"dropout": 0.0}, "micro_batches": 4, "steps": 2, "clip": 1e9, "batch": 24}
+    config = tiny(str(store), tmp_path / "run", framework, **settings)
     if damaged:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, on_corrupt="skip"))
     pretrain(config, quiet=True)
