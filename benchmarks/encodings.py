@@ -27,7 +27,7 @@ BATCH, SEQ_MIN, SEQ_MAX = 64, 10, 50
 DTYPES = ("float16", "float32", "int16", "int8")
 
 
-def run_rows(*, seconds: float) -> list[Row]:
+def run_rows(*, seconds: float, repeats: int) -> list[Row]:
     """Bytes, error and speed of each element type, raw and as zstd; bytes and speed of other codecs."""
     folder = Path(str(importlib.resources.files("brainflow"))) / "demo_data" / "haxby2001"
     try:
@@ -36,7 +36,7 @@ def run_rows(*, seconds: float) -> list[Row]:
         print(f"loader: encodings are left out ({error})", file=sys.stderr)
         return []
     runs = [_z_scored(run) for run in np.split(bold.astype(np.float64), 12)]
-    return _stores(runs, seconds) + _codecs(runs, seconds)
+    return _stores(runs, seconds, repeats) + _codecs(runs, seconds, repeats)
 
 
 def _z_scored(run: np.ndarray) -> np.ndarray:
@@ -44,7 +44,7 @@ def _z_scored(run: np.ndarray) -> np.ndarray:
     return np.asarray((run - run.mean(axis=0)) / np.where(std > 0, std, 1))
 
 
-def _stores(runs: list[np.ndarray], seconds: float) -> list[Row]:
+def _stores(runs: list[np.ndarray], seconds: float, repeats: int) -> list[Row]:
     found, ways = [], {}
     with tempfile.TemporaryDirectory(prefix="brainflow-bench-") as folder:
         for dtype in DTYPES:
@@ -71,7 +71,7 @@ def _stores(runs: list[np.ndarray], seconds: float) -> list[Row]:
             ways["zarrs"] = baselines.zarr_python(
                 Path(zarr_path), batches, pipeline="zarrs.ZarrsCodecPipeline"
             )
-        times = interleave(ways, repeats=7, seconds=seconds)
+        times = interleave(ways, repeats=repeats, seconds=seconds)
     for name in (f"{dtype}/{how}" for dtype in DTYPES for how in ("raw", "zstd")):
         for baseline in ["float16/raw"] + (["zarr", "zarrs"] if name == "float16/zstd" else []):
             if baseline in times and baseline != name:
@@ -83,7 +83,7 @@ def _stores(runs: list[np.ndarray], seconds: float) -> list[Row]:
     return found
 
 
-def _codecs(runs: list[np.ndarray], seconds: float) -> list[Row]:
+def _codecs(runs: list[np.ndarray], seconds: float, repeats: int) -> list[Row]:
     """One chunk of float16 through the codecs that Zarr v3 readers know: bytes, and time to decode it.
 
     The baseline is the codec of a compressed store. A copy would be a poor one: the chunk fits a cache, and
@@ -107,7 +107,7 @@ def _codecs(runs: list[np.ndarray], seconds: float) -> list[Row]:
     encoded = {name: codec.encode(chunk) for name, codec in codecs.items()}
     ways: dict[str, Callable[[], object]] = {"copy": lambda: np.copyto(out, chunk)}
     ways |= {name: partial(codec.decode, encoded[name]) for name, codec in codecs.items()}
-    times = interleave(ways, repeats=7, seconds=seconds)
+    times = interleave(ways, repeats=repeats, seconds=seconds)
     found = []
     for name in codecs:
         found.append(_row(f"codec/{name}", "bytes", len(encoded[name]) / chunk.nbytes, "of raw"))

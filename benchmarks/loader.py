@@ -52,7 +52,7 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
     """
     return {
         "store": lambda: _store_rows(quick, device),
-        "encodings": lambda: encodings.run_rows(seconds=1.0 if quick else 4.0),
+        "encodings": lambda: encodings.run_rows(seconds=1.0 if quick else 4.0, repeats=3 if quick else 7),
         "runs_1e6_over_1e3": lambda: _many_runs(repeats=5 if quick else 15),
         "open_1e6_runs": lambda: million.run_rows(runs=1_000_000, repeats=2 if quick else 5),
     }
