@@ -42,9 +42,8 @@ def measure(
     """Run the measurements of some modules and yield the rows of each.
 
     With `quick` all run here. Otherwise each has a process of its own, in which nothing else has computed
-    before. What ran earlier, and chance, decide where memory lies, and with that up to a quarter of a figure
-    whose data are about as large as the caches (`varlen_attention` over padding: 5.2 to 6.5 times as fast):
-    those that are `MANY` have several processes.
+    before (the ceilings are measured here, and handed on). Some figures differ by up to a quarter from
+    process to process (`varlen_attention` over padding: 5.2 to 6.5 times as fast): `MANY` have several.
 
     A measurement that raises gives no row: it is named on stderr and in `failures`, and the others go on. A
     row whose value is not finite (what was to be reached was not) is left out: JSON has no such number.
