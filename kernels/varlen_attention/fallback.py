@@ -1,6 +1,8 @@
 """Variable-length attention in plain PyTorch: a few products a window, or a group of small windows.
 
 Runs wherever PyTorch runs, in float32 and float64 (lower types are computed in float32), with dropout.
+On the CPU windows that are too large for a group and have no dropout go to PyTorch's own kernel
+(flash_cpu.py): 1.3 times as fast for 64 windows of 10 to 50, 1.6 to 1.9 for some of 300 to 1,200.
 Probabilities are not kept for the backward pass; they are computed again from the log-sum-exp. Scores are
 held in units of log 2: on the CPU exp takes a slow path at −inf (84 µs a window of 30, 12 heads), exp2 does
 not (11 µs).
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..keep import keep_mask, kept
+from . import flash_cpu
 from .checks import Limits, host_lengths
 from .groups import Groups, grouped
 
@@ -53,6 +56,10 @@ def forward(
     lengths = host_lengths(cu_seqlens, q.shape[0], max_seqlen)
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     groups = grouped(lengths, q)
+    if _by_flash_cpu(q, groups, dropout_p):
+        a, b, c = (x.to(compute) for x in (q, k, v))
+        out, lse = flash_cpu.forward(a, b, c, lengths, causal, softmax_scale)
+        return out.to(q.dtype), lse, _start_dropout(0.0, q.device)[0]
     packed = [_placed(x.to(compute), groups) for x in (q, k, v)]
     out = packed[0].new_empty(packed[0].shape)
     lse = out.new_empty(out.shape[-2::-1]).t()
@@ -96,6 +103,10 @@ def backward(
     lengths = [end - start for start, end in pairwise(edges)]
     compute = lse.dtype
     groups = grouped(lengths, q)
+    if _by_flash_cpu(q, groups, dropout_p):
+        g, a, b, c, o = (x.to(compute) for x in (dout, q, k, v, out))
+        dq, dk, dv = flash_cpu.backward(g, a, b, c, o, lse, lengths, causal, softmax_scale)
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
     delta = (dout.to(compute) * out).sum(-1)
     packed = [_placed(x.to(compute), groups) for x in (dout, q, k, v, lse / LN2, delta)]
     if groups is not None:
@@ -123,6 +134,10 @@ def backward(
         grads = [groups.restore(x, q.shape[1]) for x in grads]
     dq, dk, dv = (x.to(q.dtype) for x in grads)
     return dq, dk, dv
+
+
+def _by_flash_cpu(q: Tensor, groups: Groups | None, dropout_p: float) -> bool:
+    return q.device.type == "cpu" and groups is None and dropout_p == 0.0
 
 
 def _placed(x: Tensor, groups: Groups | None) -> Tensor:

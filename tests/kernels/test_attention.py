@@ -64,9 +64,52 @@ def test_low_precision_is_computed_in_float32(dtype, bound):
     assert lse.dtype == torch.float32
 
 
-def test_a_window_of_1200_goes_through_in_blocks_of_heads():
+@pytest.fixture(params=["groups", "products of a window", "PyTorch's kernel"])
+def way(request, monkeypatch):
+    """One of the ways of the fallback, whichever it would choose for these windows."""
+    if request.param != "groups":
+        monkeypatch.setattr(fallback, "grouped", lambda *_: None)
+    if request.param == "products of a window":
+        monkeypatch.setattr(fallback, "_by_flash_cpu", lambda *_: False)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_every_way_of_the_fallback_matches_the_specification(lengths, causal):
+    compare(lengths, causal, torch.float32, 1e-5)
+    compare(lengths, causal, torch.float64, 1e-12, head_dim=5)
+
+
+@pytest.mark.usefixtures("way")
+def test_every_way_reads_values_that_lie_apart_and_gradients_of_one_number():
+    lengths, windows = [9, 4, 14], cumulative([9, 4, 14])
+    apart = torch.randn(27, 3, 8, 3, requires_grad=True)  # a row's values are three numbers apart
+    together = [x.detach().contiguous().requires_grad_() for x in apart.unbind(-1)]
+    out = attention(*apart.unbind(-1), windows, max(lengths), True)
+    (actual,) = torch.autograd.grad(out.sum(), apart)  # the upstream gradient is one number, expanded
+    expected_out = attention(*together, windows, max(lengths), True)
+    expected = torch.autograd.grad(expected_out, together, torch.ones_like(expected_out))
+    torch.testing.assert_close(out, expected_out)
+    torch.testing.assert_close(actual, torch.stack(expected, -1))
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_a_window_of_1200_by_blocks_of_heads_or_by_the_kernel(kernel, monkeypatch):
     assert fallback.BLOCK_SCORES < 1200**2
+    monkeypatch.setattr(fallback, "_by_flash_cpu", lambda *_: kernel)
     compare([4, 1200], True, torch.float32, 1e-5, head_dim=4, lse=False)
+
+
+def test_large_windows_without_dropout_go_to_the_kernel_on_the_cpu(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        fallback.flash_cpu, "forward", lambda *args, f=fallback.flash_cpu.forward: calls.append(1) or f(*args)
+    )
+    for lengths, dropout_p, expected in (([40, 50], 0.0, 1), ([40, 50], 0.1, 0), ([3, 4], 0.0, 0)):
+        calls.clear()
+        attention(*draw(3, lengths, 12, 64), cumulative(lengths), max(lengths), True, dropout_p)
+        assert len(calls) == expected
 
 
 def test_large_scores_do_not_overflow():
