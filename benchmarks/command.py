@@ -142,14 +142,9 @@ def _measure(args: Args, failures: list[str]) -> history.Rows:
         print_rows("frameworks", rows)
         return rows
     rows = []
-    for suite, modules in _plan(args).items():
-        found = [
-            row.to_dict(env)
-            for part in measure(modules, args.quick, device, args.only, failures)
-            for row in part
-        ]
-        print_rows(suite, found)
-        rows += found
+    for suite, found in measure(_plan(args), args.quick, device, args.only, failures).items():
+        print_rows(suite, [row.to_dict(env) for row in found])
+        rows += [row.to_dict(env) for row in found]
     if args.only and not rows and not failures:
         raise ValueError(
             f"--only: got {args.only!r}, which gave no row in {args.suite}; expected a pattern of names"

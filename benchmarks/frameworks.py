@@ -46,7 +46,7 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
     Parameters
     ----------
     quick
-        Fewer repeats.
+        Makes no difference here: a full run has more passes.
     device
         "cpu" or "cuda".
     """
@@ -55,7 +55,7 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
             "frameworks: skipped, the baseline needs transformers (pip install transformers)", file=sys.stderr
         )
         return {}
-    return {name: partial(measure, name, Sizes(), 3 if quick else 9, device) for name in FRAMEWORKS}
+    return {name: partial(measure, name, Sizes(), 3, device) for name in FRAMEWORKS}
 
 
 def measure(name: str, sizes: Sizes, repeats: int, device: str) -> list[Row]:

@@ -23,7 +23,7 @@ TOLERANCE = 1e-5
 
 def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
     """Return name → what measures it, forward + backward where there is a backward."""
-    repeats, windows = (3, 64) if quick else (7, 256)  # in each of three processes
+    repeats, windows = (3, 64) if quick else (5, 256)  # a full run has five processes
     found: dict[str, Callable[[], list[Row]]] = {}
     found["varlen_attention"] = partial(_attention_rows, repeats, device)
     for name, dtype in (("fp16", torch.float16), ("fp32", torch.float32), ("int8", torch.int8)):
@@ -83,7 +83,6 @@ def _attention_rows(repeats: int, device: str) -> list[Row]:
             "second_stream": lambda: step(second_stream),
         },
         repeats=repeats,
-        warmup=1 if repeats < 7 else 4,
         device=device,
     )
     causal_pairs = sum(n * (n + 1) // 2 for n in lengths)
@@ -118,7 +117,7 @@ def _gather_rows(case: str, dtype: torch.dtype, quick: bool, device: str, window
         return gather_windows(store, starts, lengths, scale=scale)
 
     _require_equal(case, (ours(),), [naive().double()], 1e-6)
-    times = interleave({"ours": ours, "naive": naive}, device=device, seconds=0.5 if quick else 1.5)
+    times = interleave({"ours": ours, "naive": naive}, device=device, seconds=0.5 if quick else 1.0)
     nbytes = int(lengths.sum()) * networks * (4 + store.element_size())
     found = speed_rows("kernels", case, times, floor=floor(nbytes, 0, device))
     return found + roofline_rows(case, times["ours"], nbytes, 0, device)

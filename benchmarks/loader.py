@@ -52,7 +52,7 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
     """
     return {
         "store": lambda: _store_rows(quick, device),
-        "encodings": lambda: encodings.run_rows(seconds=1.0 if quick else 4.0, repeats=3 if quick else 7),
+        "encodings": lambda: encodings.run_rows(seconds=1.0 if quick else 2.5, repeats=3 if quick else 7),
         "runs_1e6_over_1e3": lambda: _many_runs(repeats=5 if quick else 15),
         "open_1e6_runs": lambda: million.run_rows(runs=1_000_000, repeats=2 if quick else 5),
     }
@@ -62,7 +62,7 @@ def _store_rows(quick: bool, device: str) -> list[Row]:
     """Readers and loaders of one store, warm and cold."""
     with tempfile.TemporaryDirectory(prefix="brainflow-bench-") as folder:
         store_path, npy, urls = _prepare(Path(folder), runs=64 if quick else 600)
-        found = _warm(store_path, npy, urls, device, repeats=3 if quick else 9)
+        found = _warm(store_path, npy, urls, device, repeats=3 if quick else 5)
         return found + _cold(store_path, npy, repeats=3 if quick else 9)
 
 

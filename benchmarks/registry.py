@@ -13,9 +13,10 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,29 +30,30 @@ SUITES: dict[str, tuple[str, ...]] = {
     "scaling": ("scaling",),
     "prepare": ("prepare",),
 }
-MANY = ("kernels: *", "loader: encodings")
-"""Measurements of which a full run takes the medians over `PROCESSES` processes."""
-PROCESSES = 3
+AGAIN = ("loader: store", "loader: encodings", "kernels: *", "frameworks: *", "scaling: *")
+"""Measurements that every pass of a full run repeats; the others are part of the first pass only."""
+PASSES = 5
 ALL = ("ceilings", "loader", "kernels", "frameworks", "scaling")
 """Suites of `all`: what is run for every training. A dataset is prepared once."""
 
 
 def measure(
-    modules: Sequence[str], quick: bool, device: str, only: str | None, failures: list[str]
-) -> Iterator[list[Row]]:
-    """Run the measurements of some modules and yield the rows of each.
+    plan: Mapping[str, Sequence[str]], quick: bool, device: str, only: str | None, failures: list[str]
+) -> dict[str, list[Row]]:
+    """Run the measurements of some suites and return the rows of each.
 
-    With `quick` all run here. Otherwise each has a process of its own, in which nothing else has computed
-    before (the ceilings are measured here, and handed on). Some figures differ by up to a quarter from
-    process to process (`varlen_attention` over padding: 5.2 to 6.5 times as fast): `MANY` have several.
+    With `quick` all run once, here. Otherwise each has a process of its own, in which nothing else has
+    computed before (the ceilings are measured here, and handed on), and `AGAIN` are run in `PASSES` passes
+    over all of them: some figures differ by a quarter from process to process, or for minutes at a time, so
+    each number is the median over processes that are minutes apart.
 
     A measurement that raises gives no row: it is named on stderr and in `failures`, and the others go on. A
     row whose value is not finite (what was to be reached was not) is left out: JSON has no such number.
 
     Parameters
     ----------
-    modules
-        Names of modules of this package.
+    plan
+        Suite → names of modules of this package.
     quick, device
         Handed to the modules.
     only
@@ -67,42 +69,46 @@ def measure(
     from .fresh import in_a_fresh_process
     from .timing import WrongResultError
 
-    def own_processes(module: str, name: str) -> Callable[[], list[Row]]:
-        many = any(fnmatch(f"{module}: {name}", pattern) for pattern in MANY)
-        return lambda: medians(
-            [
-                in_a_fresh_process(_measure_alone, module, name, device, KNOWN)
-                for _ in range(PROCESSES if many else 1)
-            ]
-        )
-
-    chosen = [
-        (f"{module}: {name}", function if quick or module == "ceilings" else own_processes(module, name))
-        for module in modules
-        for name, function in load(module, quick, device).items()
-        if only is None or fnmatch(name, only)
-    ]
+    functions: dict[tuple[str, str], Callable[[], list[Row]]] = {}
+    for suite, modules in plan.items():
+        for module in modules:
+            for name, function in load(module, quick, device).items():
+                if only is not None and not fnmatch(name, only):
+                    continue
+                if not quick and module != "ceilings":
+                    function = partial(in_a_fresh_process, _measure_alone, module, name, device, KNOWN)
+                functions[suite, f"{module}: {name}"] = function
+    again = [] if quick else [key for key in functions if any(fnmatch(key[1], each) for each in AGAIN)]
+    turns = [*functions, *again * (PASSES - 1)]
+    found: dict[tuple[str, str], list[list[Row]]] = {key: [] for key in functions}
     console = Console(stderr=True)
     # Drawn between measurements alone: a thread that draws would take time from what is measured.
     with Progress(console=console, auto_refresh=False, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(chosen))
-        for name, function in chosen:
-            progress.update(task, description=name, refresh=True)
+        task = progress.add_task("", total=len(turns))
+        for key in turns:
+            progress.update(task, description=key[1], refresh=True)
             began = time.perf_counter()
             try:
-                yield [row for row in function() if math.isfinite(row.value)]
+                if key in found:
+                    found[key].append([row for row in functions[key]() if math.isfinite(row.value)])
             except WrongResultError as error:
-                failures.append(f"{name}: wrong result, so no speed: {error}")
+                failures.append(f"{key[1]}: wrong result, so no speed: {error}")
+                del found[key]
             except Exception as error:
                 traceback.print_exc()
-                failures.append(f"{name}: failed, so no speed: {type(error).__name__}: {error}")
+                failures.append(f"{key[1]}: failed, so no speed: {type(error).__name__}: {error}")
+                del found[key]
             progress.update(task, advance=1, refresh=True)
             if not console.is_terminal:
-                print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+                print(f"{key[1]}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+    return {
+        suite: [row for (of, _), runs in found.items() if of == suite for row in medians(runs)]
+        for suite in plan
+    }
 
 
 def medians(runs: Sequence[Sequence[Row]]) -> list[Row]:
-    """Return the rows of the first of several runs of a measurement, each number the median over all runs."""
+    """Return the rows of all runs of a measurement, one of each, with the median of each number."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in itertools.chain(*runs):
         found.setdefault((row.suite, row.case, row.metric, row.baseline), []).append(row)

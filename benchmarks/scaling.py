@@ -23,7 +23,7 @@ WINDOWS, NETWORKS, TOKENS = 8, 1024, 400
 
 def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
     """Return what grows → what measures it."""
-    repeats = 3 if quick else 11
+    repeats = 3
     batch, length, networks = ((4, 16), (20, 80), (256, 1024)) if quick else (
         (4, 8, 16, 32, 64), (10, 25, 50, 100, 200, 400), (64, 200, 400, 1024, 2048)
     )  # fmt: skip

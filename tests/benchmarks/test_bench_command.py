@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from brainflow.benchmarks import ceilings, command, gate, kernels_attention, registry
+from brainflow.benchmarks import ceilings, command, fresh, gate, kernels_attention, registry
 from brainflow.benchmarks.timing import Row, Timing, WrongResultError
 
 
@@ -83,14 +83,41 @@ def test_a_full_run_measures_in_processes_of_their_own(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.setattr(kernels_attention, "gather_windows", lambda *_, **__: None)
     monkeypatch.setitem(ceilings.KNOWN, ("copy", "cpu"), Timing(seconds=(1e6,)))
-    failures = []
-    (rows,) = registry.measure(["kernels"], False, "cpu", "gather_windows/int8", failures)
+    monkeypatch.setattr(registry, "PASSES", 2)
+    plan, failures = {"kernels": ["kernels"]}, []
+    rows = registry.measure(plan, False, "cpu", "gather_windows/int8", failures)["kernels"]
     assert not failures
     ours = next(row for row in rows if row.baseline == "naive")
     assert ours.ratio > 0
     assert ours.floor_share > 1e6
-    assert not list(registry.measure(["kernels"], True, "cpu", "gather_windows/int8", failures))
+    assert registry.measure(plan, True, "cpu", "gather_windows/int8", failures) == {"kernels": []}
     assert "gather_windows/int8: failed, so no speed" in failures[0]
+
+
+def test_a_full_run_goes_over_what_differs_from_process_to_process_again(monkeypatch):
+    """Pass after pass, not measurement after measurement; what fails in any pass has no speed."""
+    order, ratios = [], iter([3.0, 9.0, 5.0])
+
+    def mask():
+        return _row(next(ratios))()
+
+    def worse():
+        if order.count("worse") == 2:
+            raise WrongResultError("late")
+        return _row(1.0, case="worse")()
+
+    suite = {"mask": mask, "worse": worse, "compile": _row(2.0, case="compile")}
+    modules = {"kernels": ("mask", "worse"), "kernels_compile": ("compile",)}
+    monkeypatch.setattr(registry, "PASSES", 3)
+    monkeypatch.setattr(registry, "load", lambda module, *_: dict.fromkeys(modules[module]))
+    monkeypatch.setattr(
+        fresh, "in_a_fresh_process", lambda _f, _module, name, *_: order.append(name) or suite[name]()
+    )
+    failures = []
+    found = registry.measure({"kernels": tuple(modules)}, False, "cpu", None, failures)
+    assert order == ["mask", "worse", "compile", "mask", "worse", "mask"]
+    assert [(row.case, row.ratio) for row in found["kernels"]] == [("mask", 5.0), ("compile", 2.0)]
+    assert failures == ["kernels: worse: wrong result, so no speed: late"]
 
 
 def test_medians_over_processes():
