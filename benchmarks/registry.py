@@ -7,17 +7,14 @@ arguments that measures and returns rows. Nothing is measured or allocated befor
 from __future__ import annotations
 
 import importlib
-import itertools
 import math
-import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .timing import Row, Timing
@@ -30,9 +27,15 @@ SUITES: dict[str, tuple[str, ...]] = {
     "scaling": ("scaling",),
     "prepare": ("prepare",),
 }
-AGAIN = ("loader: store", "loader: encodings", "kernels: *", "frameworks: *", "scaling: *")
-"""Measurements that every pass of a full run repeats; the others are part of the first pass only."""
-PASSES = 5
+PASSES = {
+    "loader: store": 3,
+    "loader: encodings": 5,
+    "kernels: *": 5,
+    "kernels_compile: *": 5,
+    "frameworks: *": 3,
+    "scaling: *": 3,
+}
+"""In how many passes of a full run a measurement is repeated; others are part of the first one only."""
 ALL = ("ceilings", "loader", "kernels", "frameworks", "scaling")
 """Suites of `all`: what is run for every training. A dataset is prepared once."""
 
@@ -43,8 +46,8 @@ def measure(
     """Run the measurements of some suites and return the rows of each.
 
     With `quick` all run once, here. Otherwise each has a process of its own, in which nothing else has
-    computed before (the ceilings are measured here, and handed on), and `AGAIN` are run in `PASSES` passes
-    over all of them: some figures differ by a quarter from process to process, or for minutes at a time, so
+    computed before (the ceilings are measured here, and handed on), and there are several passes over those
+    in `PASSES`: some figures differ by a quarter from process to process, or for minutes at a time, so
     each number is the median over processes that are minutes apart.
 
     A measurement that raises gives no row: it is named on stderr and in `failures`, and the others go on. A
@@ -67,7 +70,7 @@ def measure(
     # These import torch: not before the command line is known to be right.
     from .ceilings import KNOWN
     from .fresh import in_a_fresh_process
-    from .timing import WrongResultError
+    from .timing import WrongResultError, medians
 
     functions: dict[tuple[str, str], Callable[[], list[Row]]] = {}
     for suite, modules in plan.items():
@@ -78,8 +81,8 @@ def measure(
                 if not quick and module != "ceilings":
                     function = partial(in_a_fresh_process, _measure_alone, module, name, device, KNOWN)
                 functions[suite, f"{module}: {name}"] = function
-    again = [] if quick else [key for key in functions if any(fnmatch(key[1], each) for each in AGAIN)]
-    turns = [*functions, *again * (PASSES - 1)]
+    passes = range(1 if quick else max(PASSES.values()))
+    turns = [key for number in passes for key in functions if number < _passes(key[1])]
     found: dict[tuple[str, str], list[list[Row]]] = {key: [] for key in functions}
     console = Console(stderr=True)
     # Drawn between measurements alone: a thread that draws would take time from what is measured.
@@ -101,24 +104,14 @@ def measure(
             progress.update(task, advance=1, refresh=True)
             if not console.is_terminal:
                 print(f"{key[1]}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
-    return {
-        suite: [row for (of, _), runs in found.items() if of == suite for row in medians(runs)]
-        for suite in plan
-    }
+    rows: dict[str, list[Row]] = {suite: [] for suite in plan}
+    for (suite, _), runs in found.items():
+        rows[suite] += medians(runs)
+    return rows
 
 
-def medians(runs: Sequence[Sequence[Row]]) -> list[Row]:
-    """Return the rows of all runs of a measurement, one of each, with the median of each number."""
-    found: dict[tuple[str, ...], list[Row]] = {}
-    for row in itertools.chain(*runs):
-        found.setdefault((row.suite, row.case, row.metric, row.baseline), []).append(row)
-
-    def middle(rows: list[Row], name: str) -> Any:
-        values = [value for row in rows if (value := getattr(row, name)) is not None]
-        return statistics.median(values) if values else None
-
-    numbers = ("value", "ratio", "floor_share", "p20", "p50", "p80")
-    return [replace(rows[0], **{name: middle(rows, name) for name in numbers}) for rows in found.values()]
+def _passes(name: str) -> int:
+    return next((count for pattern, count in PASSES.items() if fnmatch(name, pattern)), 1)
 
 
 def load(module: str, quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:

@@ -8,9 +8,11 @@ module has no way to time one function alone and compare it with a figure from a
 from __future__ import annotations
 
 import gc
+import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +83,20 @@ class Row:
     def to_dict(self, env: Mapping[str, Any]) -> dict[str, Any]:
         """Return the row as a JSON-ready dict with the environment that it was measured in."""
         return {**asdict(self), "env": dict(env)}
+
+
+def medians(runs: Sequence[Sequence[Row]]) -> list[Row]:
+    """Return the rows of all runs of a measurement, one of each, with the median of each number."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in itertools.chain(*runs):
+        found.setdefault((row.suite, row.case, row.metric, row.baseline), []).append(row)
+
+    def middle(rows: list[Row], name: str) -> Any:
+        values = [value for row in rows if (value := getattr(row, name)) is not None]
+        return statistics.median(values) if values else None
+
+    numbers = ("value", "ratio", "floor_share", "p20", "p50", "p80")
+    return [replace(rows[0], **{name: middle(rows, name) for name in numbers}) for rows in found.values()]
 
 
 def speed_rows(

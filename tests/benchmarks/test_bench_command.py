@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from brainflow.benchmarks import ceilings, command, fresh, gate, kernels_attention, registry
-from brainflow.benchmarks.timing import Row, Timing, WrongResultError
+from brainflow.benchmarks.timing import Row, Timing, WrongResultError, medians
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_full_run_measures_in_processes_of_their_own(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.setattr(kernels_attention, "gather_windows", lambda *_, **__: None)
     monkeypatch.setitem(ceilings.KNOWN, ("copy", "cpu"), Timing(seconds=(1e6,)))
-    monkeypatch.setattr(registry, "PASSES", 2)
+    monkeypatch.setattr(registry, "PASSES", {"kernels: gather*": 2})
     plan, failures = {"kernels": ["kernels"]}, []
     rows = registry.measure(plan, False, "cpu", "gather_windows/int8", failures)["kernels"]
     assert not failures
@@ -108,7 +108,7 @@ def test_a_full_run_goes_over_what_differs_from_process_to_process_again(monkeyp
 
     suite = {"mask": mask, "worse": worse, "compile": _row(2.0, case="compile")}
     modules = {"kernels": ("mask", "worse"), "kernels_compile": ("compile",)}
-    monkeypatch.setattr(registry, "PASSES", 3)
+    monkeypatch.setattr(registry, "PASSES", {"kernels: mask": 3, "kernels: *": 2})
     monkeypatch.setattr(registry, "load", lambda module, *_: dict.fromkeys(modules[module]))
     monkeypatch.setattr(
         fresh, "in_a_fresh_process", lambda _f, _module, name, *_: order.append(name) or suite[name]()
@@ -124,7 +124,7 @@ def test_medians_over_processes():
     runs = [[_row(ratio)()[0], _row(4.0, case="once")()[0]] for ratio in (3.0, 9.0, 5.0)]
     alone = Row(suite="kernels", case="mask", metric="bytes", value=7.0, unit="bytes")
     runs[1].append(alone)
-    mask, once, last = registry.medians(runs)
+    mask, once, last = medians(runs)
     assert (mask.ratio, mask.value, mask.p50) == (5.0, 1, None)
     assert once.ratio == 4.0
     assert last == alone
