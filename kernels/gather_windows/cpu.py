@@ -34,9 +34,7 @@ def gather_windows(
     out = torch.empty((tokens, store.shape[1]), dtype=out_dtype)
     targets = out.split(lengths)
     sources = [store[s : s + n] for s, n in zip(starts.tolist(), lengths, strict=True)]
-    if scale is None and store.dtype == out_dtype and sources:
-        torch.cat(sources, out=out)
-    elif scale is None:
+    if scale is None:
         torch._foreach_copy_(targets, sources)
     else:
         factors = scale.expand(len(lengths), -1) if scale.ndim == 1 else scale
