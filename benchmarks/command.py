@@ -142,9 +142,10 @@ def _measure(args: Args, failures: list[str]) -> history.Rows:
         print_rows("frameworks", rows)
         return rows
     rows = []
-    for suite, found in measure(_plan(args), args.quick, device, args.only, failures).items():
-        print_rows(suite, [row.to_dict(env) for row in found])
-        rows += [row.to_dict(env) for row in found]
+    for suite, measured in measure(_plan(args), args.quick, device, args.only, failures).items():
+        found = [row.to_dict(env) for row in measured]
+        print_rows(suite, found)
+        rows += found
     if args.only and not rows and not failures:
         raise ValueError(
             f"--only: got {args.only!r}, which gave no row in {args.suite}; expected a pattern of names"
