@@ -23,7 +23,7 @@ def environment(device: str) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "device": device,
         "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",

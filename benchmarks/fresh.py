@@ -1,8 +1,4 @@
-"""Measuring in a process of its own, whose memory is the operating system's affair.
-
-`bench` keeps freed memory (see allocator.py). A script that does nothing but call the naive form gets, with
-glibc's defaults, most of its 90 MB a call from the kernel anew, page by page; so does whoever tries it out.
-"""
+"""Measuring in a new process, in which nothing else has computed or allocated before."""
 
 from __future__ import annotations
 

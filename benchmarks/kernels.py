@@ -18,10 +18,11 @@ from brainflow.kernels import MaskSpec, linear_masked_loss, mask_tokens, masked_
 from brainflow.kernels.testing import error_ratio
 
 from . import kernels_attention
+from .allocator import fresh_memory
 from .ceilings import floor, roofline_rows
 from .fresh import in_a_fresh_process
 from .kernels_bytes import bytes_rows, fused_linear_bytes, fused_loss_bytes, memory_rows
-from .timing import Row, Timing, WrongResultError, interleave, medians, speed_rows
+from .timing import Row, Timing, WrongResultError, interleave, speed_rows
 
 WINDOWS, TIME, NETWORKS, WIDTH = 64, 50, 1024, 768
 TOKENS = WINDOWS * TIME
@@ -37,7 +38,7 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
     seconds = 1.0 if quick else 1.5  # a full run has five processes
     found: dict[str, Callable[[], list[Row]]] = {}
     for name, mask in MASKS.items():
-        found[f"masked_loss/{name}"] = partial(_masked_loss, name, mask, seconds, 1 if quick else 3, device)
+        found[f"masked_loss/{name}"] = partial(_masked_loss, name, mask, seconds, device)
     for name in ("time", "position"):
         found[f"linear_masked_loss/{name}"] = partial(_linear, name, MASKS[name], seconds, device)
     found["mask_tokens/time"] = partial(_mask_tokens, "time", MASKS["time"], seconds, device)
@@ -99,11 +100,12 @@ def _loss_functions(
     return {"ours": ours, "naive": naive}, share
 
 
-def _loss_times(name: str, mask: MaskSpec, seconds: float, device: str) -> dict[str, Timing]:
-    return interleave(_loss_functions(name, mask, device)[0], device=device, seconds=seconds)
+def _times_in_fresh_memory(name: str, mask: MaskSpec, seconds: float) -> dict[str, Timing]:
+    fresh_memory()
+    return interleave(_loss_functions(name, mask, "cpu")[0], seconds=seconds)
 
 
-def _masked_loss(name: str, mask: MaskSpec, seconds: float, processes: int, device: str) -> list[Row]:
+def _masked_loss(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]:
     functions, share = _loss_functions(name, mask, device)
     ours, naive = functions["ours"], functions["naive"]
     case, element, gradient = f"masked_loss/{name}", 4, 4 * TOKENS * NETWORKS
@@ -112,12 +114,8 @@ def _masked_loss(name: str, mask: MaskSpec, seconds: float, processes: int, devi
     fused = fused_loss_bytes(share, TOKENS, NETWORKS, element)
     rows = [*_rows(case, times, device, least), *bytes_rows(case, naive, "naive", fused, least)]
     if device == "cpu":
-        # How much freed memory the C library keeps is settled anew in each process.
-        alone = [in_a_fresh_process(_loss_times, name, mask, seconds / 2, device) for _ in range(processes)]
-        lowest = floor(least, 0, device)
-        rows += medians(
-            [speed_rows("kernels", case, t, metric="time_in_own_process", floor=lowest) for t in alone]
-        )
+        times = in_a_fresh_process(_times_in_fresh_memory, name, mask, seconds)
+        rows += speed_rows("kernels", case, times, metric="time_fresh_memory", floor=floor(least, 0, device))
         rows += memory_rows(case, ours, naive, gradient)
     return rows
 

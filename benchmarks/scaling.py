@@ -33,7 +33,7 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
         "networks": partial(_grow, "networks", networks, repeats, device),
     }
     if device == "cpu":
-        found["threads"] = partial(_threads, _powers_of_two(os.cpu_count() or 1), repeats)
+        found["threads"] = partial(_threads, _powers_of_two(len(os.sched_getaffinity(0))), repeats)
     found["ranks"] = partial(_ranks, repeats, device)
     return found
 
@@ -87,7 +87,7 @@ def _threads(amounts: Sequence[int], repeats: int) -> list[Row]:
 
 
 def _ranks(repeats: int, device: str) -> list[Row]:
-    most = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
+    most = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
     amounts = _powers_of_two(min(most, 8))
     if len(amounts) < 2:
         print("scaling: ranks are left out, they need two GPUs (on the CPU two cores)", file=sys.stderr)

@@ -287,7 +287,7 @@ def compile_all(archs: Iterable[int], only: str = "") -> list[tuple[AotConfig, R
     chosen = [config for config in configs() if only in config.name]
     jobs = [(index, arch) for arch in archs for index in range(len(chosen))]
     _CHOSEN[:] = chosen
-    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ProcessPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
         reports = list(pool.map(_compile_job, jobs))
     return [(chosen[index], report) for (index, _), report in zip(jobs, reports, strict=True)]
 

@@ -59,7 +59,7 @@ class DecodedRows:
         data: list[Any] = stored
         if grid.compression is not None:
             if self._pool is None or self._pool[0] != os.getpid():  # threads do not survive a fork
-                self._pool = os.getpid(), ThreadPoolExecutor(os.cpu_count(), "brainflow-decode")
+                self._pool = os.getpid(), ThreadPoolExecutor(len(os.sched_getaffinity(0)), "brainflow-decode")
             data = list(self._pool[1].map(self._decode, stored))
         return [np.frombuffer(one, grid.dtype).reshape(grid.chunk_rows, *grid.row_shape) for one in data]
 
