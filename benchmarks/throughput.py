@@ -7,7 +7,6 @@ is tokens a second over those of the first of them. Cases are framework/preset/p
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,7 +96,6 @@ def _precisions(device: str) -> list[str]:
     found = list(PRECISIONS[device])
     if device == "cpu" and 2 * matmul_rate(device, torch.bfloat16) < matmul_rate(device):
         found.remove("bf16")
-        print("throughput: bf16 left out, its products are slower than float32's here", file=sys.stderr)
     return found
 
 

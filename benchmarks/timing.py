@@ -1,8 +1,8 @@
 """Interleaved timing and the rows of record.
 
-Functions are timed against each other, one call of each in turn (A B B A …) in one process, and a ratio is
-the median over the rounds of the ratio within a round: what slows the machine for a while slows both. This
-module has no way to time one function alone and compare it with a figure from another day.
+Functions are timed against each other, each in its turn (A B B A …) in one process, and a ratio is the median
+over the rounds of the ratio within a round: what slows the machine for a while slows both. This module has no
+way to time one function alone and compare it with a figure from another day.
 """
 
 from __future__ import annotations
@@ -169,8 +169,10 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time several functions against each other, each in its turn.
 
-    Where one function is faster than another its turn is several calls, so that all turns last about as long:
-    work beside it, which takes the processor for some milliseconds at a time, then slows all of them alike.
+    A turn begins with a call that does not count, so that a function is timed after itself, as in a loop of
+    its own, and not after another one, which leaves caches and freed memory in another state. Where one
+    function is faster than another its turn is several calls, so that all turns last about as long: work
+    beside it, which takes the processor for some milliseconds at a time, then slows all of them alike.
 
     Parameters
     ----------
@@ -225,6 +227,8 @@ def interleave(
             or (repeats >= 7 and round_ < 3 * repeats and not (lockstep or settled(samples)))
         ):
             for name in names if round_ % 2 == 0 else reversed(names):
+                if len(names) > 1:
+                    functions[name]()
                 samples[name].append(clock(turns[name]) / calls[name])
             round_ += 1
     finally:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from brainflow.models import hub
 from brainflow.models.pretrained import CONFIG, WEIGHTS, load_pretrained, read_config, save_pretrained
 
 __all__ = ["from_pretrained", "model_card", "push_to_hub", "save_pretrained", "write_card"]
@@ -36,14 +37,7 @@ def fetch(name: str | os.PathLike[str], *, revision: str | None = None) -> Path:
     FileNotFoundError
         If `name` is neither a folder nor looks like `owner/name`.
     """
-    if (Path(name) / CONFIG).is_file():
-        return Path(name)
-    owner = isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if owner and not Path(name).parent.is_dir():  # a mistyped path is not looked for on the hub
-        return Path(_hub().snapshot_download(name, revision=revision, allow_patterns=list(SHARED)))
-    raise FileNotFoundError(
-        f"{name}: no {CONFIG} there; expected a model's folder or a repository of the hub as owner/name"
-    )
+    return hub.fetch(name, SHARED, revision=revision)
 
 
 def push_to_hub(
@@ -79,7 +73,7 @@ def push_to_hub(
     write_card(source)
     names = [name for name in SHARED if (source / name).is_file()]
     if not dry_run:
-        api = _hub().HfApi()
+        api = hub.client().HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(source), allow_patterns=names)
     return names
@@ -183,13 +177,3 @@ def _range(t_r: Any) -> str:
     if not t_r:
         return "not recorded"
     return f"{t_r[0]:g} s" if len(t_r) == 1 else f"{min(t_r):g} to {max(t_r):g} s"
-
-
-def _hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError(
-            "sharing models needs huggingface_hub, which is not installed; pip install 'brainflow-fmri[hub]'"
-        ) from error
-    return huggingface_hub

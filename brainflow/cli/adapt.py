@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from brainflow.cli.progress import progress_bar
+from brainflow.cli.usage import WrongUsage
 
 if TYPE_CHECKING:
     from brainflow.decoding.result import Result
@@ -135,7 +136,7 @@ def run(args: Args) -> int:
 
     counts = _numbers(args.learning_curve)
     if not args.report and (args.mask or args.labels or args.maps):
-        raise ValueError("mask, labels, maps: draw on the brain in a report; add --report")
+        raise WrongUsage("mask, labels, maps: draw on the brain in a report; add --report")
     masker = None
     if args.mask or args.labels or args.maps:
         from brainflow.report.brain import make_masker
@@ -268,7 +269,7 @@ def _task_config(args: Args) -> Any:
     dealt = (args.n_train_subjects, args.n_val_subjects, args.n_test_subjects) != (None, None, None)
     split = args.split or ("subject-wise" if dealt else "leave-one-run-out")
     if dealt and split != "subject-wise":
-        raise ValueError(
+        raise WrongUsage(
             f"split: got {split} with numbers of subjects, which only subject-wise deals; leave one out"
         )
     return TaskConfig(
@@ -290,7 +291,7 @@ def _adapt_config(args: Args, mode: str) -> Any:
     shared = ("scratch", "pooling", "steps", "batch_size", "lr", "weight_decay", "dropout", "rank", "balance")
     chosen: Any = {name: getattr(args, name) for name in shared}
     if args.mode == "all" and args.pooling:
-        raise ValueError(
+        raise WrongUsage(
             f"pooling: got {args.pooling} with mode all, where each mode has its own; leave it out"
         )
     smoothing = 0.0 if args.mode == "all" and mode in PROBES else args.label_smoothing
@@ -305,7 +306,7 @@ def _numbers(text: str | None) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(
+        raise WrongUsage(
             f"learning_curve: got {text!r}, expected whole numbers with commas, as in 1,3,6"
         ) from None
 

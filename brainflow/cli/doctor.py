@@ -19,6 +19,8 @@ from typing import Annotated
 
 import tyro
 
+from brainflow.cli.usage import WrongUsage
+
 NAMESAKE = (
     "the brain–computer-interface library `brainflow` is installed too and has the same import name; keep "
     "one of them in an environment: pip uninstall brainflow, then install brainflow-fmri again"
@@ -52,7 +54,7 @@ class Args:
 def run(args: Args) -> int:
     """Print the table; 1 if something must be repaired."""
     if (args.store is None) != (args.for_ is None):
-        raise ValueError("store, --for: got one of them, expected both (or none: the installation alone)")
+        raise WrongUsage("store, --for: got one of them, expected both (or none: the installation alone)")
     rows = []
     if args.store is not None and args.for_ is not None:
         from brainflow.decoding.doctor import examine

@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import tyro
 
 from brainflow.cli.progress import progress_bar
+from brainflow.cli.usage import WrongUsage
 from brainflow.data.splits import split_runs
 from brainflow.storage import BoldStore
 from brainflow.storage.ingest.arrays import ingest_arrays
@@ -87,7 +88,7 @@ def run(args: Tar | Arrays) -> int:
     else:
         *sources, store = args.paths if args.store is None else (*args.paths, args.store)
         if not sources:
-            raise ValueError("ingest tar: expected one or more tars and then the store: SRC [SRC ...] STORE")
+            raise WrongUsage("ingest tar: expected one or more tars and then the store: SRC [SRC ...] STORE")
         sizes = _split_sizes(args)
         with progress_bar("tars", quiet=args.json) as progress:
             report = _tar(args, sources, store, progress)
@@ -117,11 +118,11 @@ def _split_sizes(args: Tar) -> dict[str, int]:
     """Subjects of each part of the split; checked before anything is read."""
     asked = {"validation": args.validation_subjects, "test": args.test_subjects}
     if args.split is None and any(asked.values()):
-        raise ValueError(
+        raise WrongUsage(
             "--split: got none, but subjects for its parts; name the file to write, --split FILE"
         )
     if args.split is not None and (min(asked.values()) < 0 or not any(asked.values())):
-        raise ValueError(
+        raise WrongUsage(
             f"--validation-subjects, --test-subjects: got {asked['validation']}, {asked['test']}, expected "
             "numbers of subjects, at least one of them above 0"
         )

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from brainflow.cli.usage import WrongUsage
+
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("brainflow.cli.demo", "see all of it work on real fMRI, in minutes, on two CPU cores"),
     "prepare": ("brainflow.cli.prepare", "turn fMRIPrep's derivatives into a store, as a BIDS App"),
@@ -93,13 +95,8 @@ def _main(args: list[str]) -> int:
 def _dispatch(verb: str, rest: list[str], verbose: bool) -> int:
     prog = f"brainflow {verb}"
     try:
-        import tyro  # 0.2 s that `brainflow --help` need not pay
-
         module = importlib.import_module(VERBS[verb][0])
-        if hasattr(module, "arguments"):  # a verb whose arguments come from a file, too
-            rest = module.arguments(rest)
-        args = tyro.cli(module.Args, prog=prog, args=rest, description=module.__doc__)
-        return int(module.run(args) or 0)
+        return int(module.run(_parse(module, prog, rest)) or 0)
     except SystemExit as stop:  # tyro: 0 after --help, 2 after a wrong command line
         return _exit_code(stop)
     except KeyboardInterrupt:
@@ -111,7 +108,19 @@ def _dispatch(verb: str, rest: list[str], verbose: bool) -> int:
         if verbose or not isinstance(error, (ValueError, OSError, ImportError)):  # a fault of our own
             traceback.print_exc()
         print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, WrongUsage) else 1
+
+
+def _parse(module: Any, prog: str, rest: list[str]) -> Any:
+    """Return a verb's arguments."""
+    import tyro  # 0.2 s that `brainflow --help` need not pay
+
+    try:
+        if hasattr(module, "arguments"):  # a verb whose arguments come from a file, too
+            rest = module.arguments(rest)
+        return tyro.cli(module.Args, prog=prog, args=rest, description=module.__doc__)
+    except (ValueError, OSError) as error:
+        raise WrongUsage(str(error)) from error
 
 
 def _exit_code(stop: SystemExit) -> int:

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from brainflow.cli.usage import WrongUsage
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -50,7 +52,7 @@ class Args:
 def run(args: Args) -> int:
     """Write the picture or the page and return the exit code."""
     if not args.runs:
-        raise ValueError("runs: got none, expected the directory of at least one run")
+        raise WrongUsage("runs: got none, expected the directory of at least one run")
     try:
         import matplotlib
 

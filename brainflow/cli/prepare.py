@@ -27,6 +27,7 @@ import tyro
 from brainflow.cli.prepare_cluster import submitted, write_slurm
 from brainflow.cli.prepare_output import Progress, counts, print_left_out, print_plan
 from brainflow.cli.progress import progress_bar
+from brainflow.cli.usage import WrongUsage
 
 if TYPE_CHECKING:
     from brainflow.storage.ingest.prepare import AtlasSpec, Query, Settings
@@ -122,14 +123,14 @@ class Args:
 def run(args: Args) -> int:
     """Do what the levels ask for; 1 if a run could not be prepared."""
     if not args.analysis_level:
-        raise ValueError("analysis_level: got none, expected participant, group or both")
+        raise WrongUsage("analysis_level: got none, expected participant, group or both")
     if args.nprocs < 1:
-        raise ValueError(f"nprocs: got {args.nprocs}, expected at least 1")
+        raise WrongUsage(f"nprocs: got {args.nprocs}, expected at least 1")
     from brainflow.storage.ingest.prepare import check_folders, find_atlas
 
     check_folders(args.bids_dir, args.derivatives)  # before an atlas is fetched
     if len(args.surfaces) not in (0, 2):
-        raise ValueError(f"surfaces: got {len(args.surfaces)} files, expected left and right")
+        raise WrongUsage(f"surfaces: got {len(args.surfaces)} files, expected left and right")
     template = _template(args)
     atlases = [find_atlas(text, template, args.surfaces) for text in args.atlas]
     if args.slurm:

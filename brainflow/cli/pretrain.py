@@ -38,6 +38,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from brainflow.cli.slurm import SlurmConfig, requeue, started_again, submit
+from brainflow.cli.usage import WrongUsage
 from brainflow.config import DataConfig, FrameworkName, ModelConfig, PretrainConfig, TrainConfig, check_names
 from brainflow.recipes import PresetName, preset
 
@@ -121,20 +122,23 @@ def pretrain_config(args: Settings) -> PretrainConfig:
 
     Raises
     ------
-    ValueError
+    WrongUsage
         If no store is named or settings do not fit together.
     """
     store = args.store or (_read_toml(args.config).get("store", "") if args.config else "")
     if not store:
-        raise ValueError("store: none was named, expected one, as in `brainflow pretrain STORE --out RUN`")
-    model = (
-        args.model if args.framework is None else dataclasses.replace(args.model, framework=args.framework)
-    )
+        raise WrongUsage("store: none was named, expected one, as in `brainflow pretrain STORE --out RUN`")
     short = {key: value for key in ("init", "freeze") if (value := getattr(args, key)) is not None}
-    train = dataclasses.replace(args.train, **short)
-    return PretrainConfig(
-        store=store, out=args.out, model=model, data=args.data, train=train, device=args.device
-    )
+    try:
+        model = args.model
+        if args.framework is not None:
+            model = dataclasses.replace(model, framework=args.framework)
+        train = dataclasses.replace(args.train, **short)
+        return PretrainConfig(
+            store=store, out=args.out, model=model, data=args.data, train=train, device=args.device
+        )
+    except ValueError as error:
+        raise WrongUsage(str(error)) from error
 
 
 def run(args: Args) -> int:

@@ -6,13 +6,13 @@ Weights are read from safetensors files only: nothing is unpickled, and no code 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from brainflow.config import FREEZABLE, ModelConfig
+from brainflow.models.hub import fetch
 from brainflow.models.legacy_names import rules
 from brainflow.models.pretrained import CONFIG, WEIGHTS, load_tensors
 
@@ -69,7 +69,7 @@ def load_initial(module: Any, source: str) -> None:
     ValueError
         If the weights do not fit the module; the message says which settings do.
     """
-    folder = _fetch(source)
+    folder = fetch(source, [CONFIG, WEIGHTS], ownerless=True, argument="init")
     path = folder / CONFIG
     if not path.is_file() or not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(
@@ -82,25 +82,6 @@ def load_initial(module: Any, source: str) -> None:
         load_tensors(module, tensors, str(folder / WEIGHTS))
     else:
         _load_language(module, config, tensors, source)
-
-
-def _fetch(source: str) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise FileNotFoundError(f"init: {source}: no such folder")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ImportError(
-            f"init: {source} is no folder here, and the hub needs: pip install 'brainflow-fmri[hub]'"
-        ) from None
-    try:
-        return Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS]))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"init: {source} is neither a folder here nor to be had from the hub ({error})"
-        ) from error
 
 
 def _load_language(module: Any, config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> None:

@@ -2,6 +2,7 @@ import math
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ def test_functions_take_turns():
     calls: list[str] = []
     both = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
     interleave(both, repeats=4, warmup=1, lockstep=True)
-    assert calls == ["a", "b"] + ["a", "b", "b", "a"] * 2
+    assert calls == ["a", "b"] + ["a", "a", "b", "b", "b", "b", "a", "a"] * 2, (
+        "a turn begins with one uncounted"
+    )
 
 
 def test_turns_of_a_fast_function_are_several_calls(monkeypatch):
@@ -32,10 +35,23 @@ def test_turns_of_a_fast_function_are_several_calls(monkeypatch):
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     both = {"slow": takes("slow", 0.04), "fast": takes("fast", 0.01)}
     found = interleave(both, repeats=2, warmup=0)
-    assert calls == ["slow", "fast", "slow", *["fast"] * 8, "slow"]
+    assert calls == ["slow", "fast", *["slow"] * 2, *["fast"] * 10, *["slow"] * 2]
     assert found["slow"].p50 == pytest.approx(0.04)
     assert found["fast"].p50 == pytest.approx(0.01)
     assert found["fast"].times_faster_than(found["slow"]) == pytest.approx(4)
+
+
+def test_what_another_function_leaves_behind_is_not_counted(monkeypatch):
+    """`steady` takes 10 ms, but 50 where `other` was called before it."""
+    now, last = [0.0], [""]
+
+    def call(name):
+        now[0] += 0.05 if name == "steady" and last[0] == "other" else 0.01
+        last[0] = name
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    found = interleave({name: partial(call, name) for name in ("other", "steady")}, repeats=4, lockstep=True)
+    assert found["steady"].seconds == pytest.approx([0.01] * 4)
 
 
 def test_more_rounds_until_the_time_is_spent():

@@ -86,7 +86,7 @@ def test_another_configuration_is_an_error_of_one_line(folder, capsys):
 def test_a_wrong_file_is_named(tmp_path, capsys, text, message):
     path = tmp_path / "bad.toml"
     path.write_text(text)
-    assert main(["pretrain", "store", "--out", "run", "--config", str(path)]) == 1
+    assert main(["pretrain", "store", "--out", "run", "--config", str(path)]) == 2
     error = capsys.readouterr().err
     assert str(path) in error
     assert message in error
@@ -104,9 +104,9 @@ def test_a_wrong_value_in_a_file_is_a_usage_error(tmp_path, capsys, text, messag
 
 
 def test_no_file_and_no_store(tmp_path, capsys):
-    assert main(["pretrain", "--out", str(tmp_path), "--config", str(tmp_path / "absent.toml")]) == 1
+    assert main(["pretrain", "--out", str(tmp_path), "--config", str(tmp_path / "absent.toml")]) == 2
     assert "absent.toml" in capsys.readouterr().err
-    assert main(["pretrain", "--out", str(tmp_path)]) == 1
+    assert main(["pretrain", "--out", str(tmp_path)]) == 2
     assert "brainflow pretrain STORE --out RUN" in capsys.readouterr().err
     assert main(["pretrain", str(tmp_path / "absent"), "--out", str(tmp_path / "run")]) == 1
     assert "absent" in capsys.readouterr().err

@@ -296,7 +296,7 @@ def test_numbers_of_subjects_ask_for_the_subject_wise_split(tmp_path, model, cap
     printed = json.loads(capsys.readouterr().out)
     assert printed["split"] == "subject-wise"
     assert printed["tested"] == 6
-    assert main([*command, "--split", "k-fold"]) == 1
+    assert main([*command, "--split", "k-fold"]) == 2
     assert "got k-fold with numbers of subjects" in capsys.readouterr().err
 
 

@@ -56,7 +56,7 @@ def test_a_split_by_subject_is_made_with_the_store(tars, tmp_path, capsys):
     parts = {name: opened.runs.subject[split.part(name, opened.runs)].tolist() for name in split.parts}
     assert sorted(parts["train"] + parts["test"]) == ["1", "2"]
     for wrong in (["--test-subjects", "1"], ["--split", str(file)]):
-        assert main(["ingest", "tar", *tars, str(tmp_path / "t"), *wrong]) == 1
+        assert main(["ingest", "tar", *tars, str(tmp_path / "t"), *wrong]) == 2
         assert not (tmp_path / "t").exists()
     many = ["--split", str(file), "--test-subjects", "2", "--overwrite"]
     assert main(["ingest", "tar", *tars, store, *many]) == 1
@@ -91,7 +91,7 @@ def test_arrays(tmp_path, capsys):
     (tmp_path / "c.toml").write_text("[[files]]\nglob = '*.npy'\ndataset = 'd'\nt_r = 1.0\n")
     assert main(["ingest", "arrays", str(tmp_path / "c.toml"), "--store", str(tmp_path / "s")]) == 0
     assert "1 runs written" in capsys.readouterr().out
-    assert main(["ingest", "tar", str(tmp_path / "s")]) == 1
+    assert main(["ingest", "tar", str(tmp_path / "s")]) == 2
     assert "SRC" in capsys.readouterr().err
 
 

@@ -1,0 +1,81 @@
+"""A model's folder on this machine: the one that is named, or what the hub has under that name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from brainflow.models.pretrained import CONFIG
+
+
+def fetch(
+    name: str | os.PathLike[str],
+    files: Sequence[str],
+    *,
+    revision: str | None = None,
+    ownerless: bool = False,
+    argument: str = "",
+) -> Path:
+    """Return the folder of a model: `name` itself, or where the hub's files lie after download.
+
+    Parameters
+    ----------
+    name
+        A folder, or a repository of the hub (`owner/name`).
+    files
+        Names of what is downloaded: nothing that could be executed.
+    revision
+        Branch, tag or commit of the repository.
+    ownerless
+        Whether the hub's first models, such as gpt2, are meant, too.
+    argument
+        What `name` was given as, for messages.
+
+    Raises
+    ------
+    FileNotFoundError
+        If `name` is neither a model's folder nor to be had from the hub.
+    ImportError
+        If it can only be on the hub and huggingface_hub is not installed.
+    """
+    start = f"{argument}: {name}" if argument else str(name)
+    if (Path(name) / CONFIG).is_file():
+        return Path(name)
+    if not _may_be_a_repository(name, ownerless):
+        raise FileNotFoundError(
+            f"{start}: no {CONFIG} there; expected a model's folder or a repository of the hub as owner/name"
+        )
+    try:
+        return Path(client().snapshot_download(name, revision=revision, allow_patterns=list(files)))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{start} is neither a model's folder here nor to be had from the hub ({error})"
+        ) from error
+
+
+def _may_be_a_repository(name: str | os.PathLike[str], ownerless: bool) -> bool:
+    """Whether a name is one of the hub and no mistyped path, such as one beside a folder that is there."""
+    if not isinstance(name, str) or name.startswith((".", "/", "~")) or Path(name).is_dir():
+        return False
+    if "/" not in name:
+        return ownerless
+    return name.count("/") == 1 and not Path(name).parent.is_dir()
+
+
+def client() -> Any:
+    """Return the module huggingface_hub.
+
+    Raises
+    ------
+    ImportError
+        If it is not installed.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(
+            "the hub needs huggingface_hub, which is not installed; pip install 'brainflow-fmri[hub]'"
+        ) from error
+    return huggingface_hub
