@@ -1,6 +1,6 @@
 """Rows of chunks that cannot be mapped, compressed or remote: each is fetched and decoded once a batch.
 
-Zarr's own codec pipeline, and `zarrs` in its place, decode the same chunks; both were slower by far than
+Zarr's own codec pipeline, and `zarrs` in its place, decode the same chunks; both were slower than
 handing the chunks of a whole batch to the codec ourselves (`docs/format.md`), so no pipeline is asked.
 """
 
