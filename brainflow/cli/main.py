@@ -119,6 +119,8 @@ def _parse(module: Any, prog: str, rest: list[str]) -> Any:
         if hasattr(module, "arguments"):  # a verb whose arguments come from a file, too
             rest = module.arguments(rest)
         return tyro.cli(module.Args, prog=prog, args=rest, description=module.__doc__)
+    except BrokenPipeError:  # the reader of --help left
+        raise
     except (ValueError, OSError) as error:
         raise WrongUsage(str(error)) from error
 
