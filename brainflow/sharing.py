@@ -35,7 +35,7 @@ def fetch(name: str | os.PathLike[str], *, revision: str | None = None) -> Path:
     Raises
     ------
     FileNotFoundError
-        If `name` is neither a folder nor looks like `owner/name`.
+        If `name` is neither a model's folder nor to be had from the hub as `owner/name`.
     """
     return hub.fetch(name, SHARED, revision=revision)
 

@@ -16,9 +16,7 @@ def test_functions_take_turns():
     calls: list[str] = []
     both = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
     interleave(both, repeats=4, warmup=1, lockstep=True)
-    assert calls == ["a", "b"] + ["a", "a", "b", "b", "b", "b", "a", "a"] * 2, (
-        "a turn begins with one uncounted"
-    )
+    assert calls == ["a", "b"] + ["a", "a", "b", "b", "b", "b", "a", "a"] * 2  # each turn's first: uncounted
 
 
 def test_turns_of_a_fast_function_are_several_calls(monkeypatch):
