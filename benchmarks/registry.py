@@ -28,7 +28,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "prepare": ("prepare",),
 }
 PASSES = {
-    "loader: store": 3,
+    "loader: store": 5,
     "loader: encodings": 5,
     "kernels: *": 5,
     "kernels_compile: *": 5,
