@@ -11,7 +11,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,14 +28,14 @@ SUITES: dict[str, tuple[str, ...]] = {
     "prepare": ("prepare",),
 }
 PASSES = {
-    "loader: store": 5,
+    "loader: store": 9,
     "loader: encodings": 5,
-    "kernels: *": 5,
-    "kernels_compile: *": 5,
+    "kernels: *": 9,
+    "kernels_compile: *": 9,
     "frameworks: *": 3,
     "scaling: *": 3,
 }
-"""In how many passes of a full run a measurement is repeated; others are part of the first one only."""
+"""How often a full run repeats a measurement; others it makes once."""
 ALL = ("ceilings", "loader", "kernels", "frameworks", "scaling")
 """Suites of `all`: what is run for every training. A dataset is prepared once."""
 
@@ -46,9 +46,9 @@ def measure(
     """Run the measurements of some suites and return the rows of each.
 
     With `quick` all run once, here. Otherwise each has a process of its own, in which nothing else has
-    computed before (the ceilings are measured here, and handed on), and there are several passes over those
-    in `PASSES`: some figures differ by a quarter from process to process, or for minutes at a time, so
-    each number is the median over processes that are minutes apart.
+    computed before (the ceilings are measured here, and handed on), and those in `PASSES` have several: some
+    figures differ by a quarter from process to process, or for minutes at a time, so each number is the
+    median over processes that are spread over the whole run.
 
     A measurement that raises gives no row: it is named on stderr and in `failures`, and the others go on. A
     row whose value is not finite (what was to be reached was not) is left out: JSON has no such number.
@@ -81,8 +81,7 @@ def measure(
                 if not quick and module != "ceilings":
                     function = partial(in_a_fresh_process, _measure_alone, module, name, device, KNOWN)
                 functions[suite, f"{module}: {name}"] = function
-    passes = range(1 if quick else max(PASSES.values()))
-    turns = [key for number in passes for key in functions if number < _passes(key[1])]
+    turns = list(functions) if quick else spread(functions)
     found: dict[tuple[str, str], list[list[Row]]] = {key: [] for key in functions}
     console = Console(stderr=True)
     # Drawn between measurements alone: a thread that draws would take time from what is measured.
@@ -108,6 +107,23 @@ def measure(
     for (suite, _), runs in found.items():
         rows[suite] += medians(runs)
     return rows
+
+
+def spread(keys: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return each key (suite, "module: name") as often as `PASSES` says, its turns evenly over the whole run.
+
+    The keys of `ceilings`, which the others need, come first. What has one turn fills the time between the
+    passes: were all of that in the first pass, the others would fall into the last minutes of the run.
+    """
+    first = [key for key in keys if key[1].startswith("ceilings: ")]
+    others = [key for key in keys if key not in first]
+    once = [key for key in others if _passes(key[1]) == 1]
+    places = [((i + 0.5) / len(once), key) for i, key in enumerate(once)]
+    for key in others:
+        count = _passes(key[1])
+        if count > 1:
+            places += [((number + 0.5) / count, key) for number in range(count)]
+    return first + [key for _, key in sorted(places, key=lambda place: place[0])]
 
 
 def _passes(name: str) -> int:
