@@ -120,6 +120,16 @@ def test_a_full_run_goes_over_what_differs_from_process_to_process_again(monkeyp
     assert failures == ["kernels: worse: wrong result, so no speed: late"]
 
 
+def test_the_turns_of_a_measurement_lie_evenly_over_a_full_run(monkeypatch):
+    """What is measured once fills the time between them; the ceilings, which others need, come first."""
+    monkeypatch.setattr(registry, "PASSES", {"kernels: *": 3})
+    keys = [("kernels", "kernels: mask"), *[("scaling", f"scaling: {i}") for i in range(8)]]
+    order = [name for _, name in registry.spread([*keys, ("ceilings", "ceilings: memcpy")])]
+    assert order[0] == "ceilings: memcpy"
+    assert [i for i, name in enumerate(order) if name == "kernels: mask"] == [2, 6, 10]
+    assert sorted(set(order)) == sorted(name for _, name in [*keys, ("", "ceilings: memcpy")])
+
+
 def test_medians_over_processes():
     runs = [[_row(ratio)()[0], _row(4.0, case="once")()[0]] for ratio in (3.0, 9.0, 5.0)]
     alone = Row(suite="kernels", case="mask", metric="bytes", value=7.0, unit="bytes")
