@@ -47,8 +47,8 @@ def measure(
 
     With `quick` all run once, here. Otherwise each has a process of its own, in which nothing else has
     computed before (the ceilings are measured here, and handed on), and those in `PASSES` have several: some
-    figures differ by a quarter from process to process, or for minutes at a time, so each number is the
-    median over processes that are spread over the whole run.
+    figures differ by a quarter and more from process to process, or for minutes at a time, so each number is
+    the median over processes that are spread over the whole run.
 
     A measurement that raises gives no row: it is named on stderr and in `failures`, and the others go on. A
     row whose value is not finite (what was to be reached was not) is left out: JSON has no such number.
@@ -116,13 +116,11 @@ def spread(keys: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
     passes: were all of that in the first pass, the others would fall into the last minutes of the run.
     """
     first = [key for key in keys if key[1].startswith("ceilings: ")]
-    others = [key for key in keys if key not in first]
-    once = [key for key in others if _passes(key[1]) == 1]
+    passes = {key: _passes(key[1]) for key in keys if key not in first}
+    once = [key for key, count in passes.items() if count == 1]
     places = [((i + 0.5) / len(once), key) for i, key in enumerate(once)]
-    for key in others:
-        count = _passes(key[1])
-        if count > 1:
-            places += [((number + 0.5) / count, key) for number in range(count)]
+    for key, count in passes.items():
+        places += [((i + 0.5) / count, key) for i in range(count) if count > 1]
     return first + [key for _, key in sorted(places, key=lambda place: place[0])]
 
 
