@@ -35,7 +35,7 @@ MASKS = {
 
 def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
     """Return name → what measures it; `quick` takes fewer repeats."""
-    seconds = 1.0 if quick else 1.5  # a full run has five processes
+    seconds = 1.0 if quick else 1.5  # a full run has many processes
     found: dict[str, Callable[[], list[Row]]] = {}
     for name, mask in MASKS.items():
         found[f"masked_loss/{name}"] = partial(_masked_loss, name, mask, seconds, device)

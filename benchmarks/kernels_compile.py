@@ -29,7 +29,7 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
             "kernels: the baseline compile is left out, torch.compile needs g++ on the CPU", file=sys.stderr
         )
         return {}
-    seconds = 1.0 if quick else 2.0  # a full run has five processes
+    seconds = 1.0 if quick else 2.0  # a full run has many processes
     return {
         f"compile/{name}": partial(_compare, name, seconds, device) for name in (["time"] if quick else MASKS)
     }
