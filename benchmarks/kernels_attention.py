@@ -23,7 +23,7 @@ TOLERANCE = 1e-5
 
 def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
     """Return name → what measures it, forward + backward where there is a backward."""
-    repeats, windows = (3, 64) if quick else (5, 256)  # a full run has five processes
+    repeats, windows = (3, 64) if quick else (5, 256)  # a full run has many processes
     found: dict[str, Callable[[], list[Row]]] = {}
     found["varlen_attention"] = partial(_attention_rows, repeats, device)
     for name, dtype in (("fp16", torch.float16), ("fp32", torch.float32), ("int8", torch.int8)):

@@ -38,8 +38,9 @@ PASSES = {
 }
 """How often a full run repeats a measurement, by the first pattern that fits; others it makes once.
 
-The more a measurement differs from process to process, the more it needs for two full runs to agree: drawn from
-27 processes of each (docs/log.md), two medians of so many differ by more than 15 % once in 30 times or less.
+The more a measurement differs from process to process, the more it needs for two full runs to agree: drawn
+from the processes of three runs (docs/log.md), two medians of so many differ by more than 15 % in 3 of 100
+draws or fewer.
 """
 ALL = ("ceilings", "loader", "kernels", "frameworks", "scaling")
 """Suites of `all`: what is run for every training. A dataset is prepared once."""
@@ -51,7 +52,7 @@ def measure(
     """Run the measurements of some suites and return the rows of each.
 
     With `quick` all run once, here. Otherwise each has a process of its own, in which nothing else has
-    computed before (the ceilings are measured here, and handed on), and those in `PASSES` have several: some
+    computed before (the ceilings are measured first, and handed on), and those in `PASSES` have several: some
     figures differ by a quarter and more from process to process, or for minutes at a time, so each number is
     the median over processes that are spread over the whole run.
 
