@@ -89,7 +89,7 @@ def _speeds(runs: list[np.ndarray], seconds: float, repeats: int) -> list[Row]:
             if name == "float16/zstd":
                 batches = _batches(store)
                 ways["zarr"] = baselines.zarr_python(path, batches)
-                if baselines.installed("zarrs"):
+                if not baselines.missing("zarrs"):
                     ways["zarrs"] = baselines.zarr_python(path, batches, pipeline="zarrs.ZarrsCodecPipeline")
         times = interleave(ways, repeats=repeats, seconds=seconds)
     found = []

@@ -108,7 +108,7 @@ def _warm(path: Path, npy: Path, urls: list[str], device: str, *, repeats: int) 
         "reader": lambda: store.windows(*following(), out=out),
     }
     for kind in ("host", "dali"):
-        if kind == "host" or baselines.installed("nvidia.dali"):
+        if kind == "host" or not baselines.missing("nvidia.dali"):
             sampler = WindowSampler(store.runs, batch=BATCH, seq_min=SEQ_MIN, seq_max=SEQ_MAX)
             loader = make_loader(store, sampler, kind=kind, device=device)
             ways[kind] = loader.__next__
@@ -122,10 +122,10 @@ def _warm(path: Path, npy: Path, urls: list[str], device: str, *, repeats: int) 
         "nvidia.dali": lambda: baselines.dali_numpy(npy.with_name("runs"), some, **window),
     }
     for module, build in optional.items():
-        if baselines.installed(module):
-            ways[{"nvidia.dali": "dali_numpy"}.get(module, module)] = build()
+        if reason := baselines.missing(module):
+            print(f"loader: {module} {reason}, left out{_HOW.get(module, '')}", file=sys.stderr)
         else:
-            print(f"loader: {module} is not installed, left out{_HOW.get(module, '')}", file=sys.stderr)
+            ways[{"nvidia.dali": "dali_numpy"}.get(module, module)] = build()
     source = np.ones((int(np.mean([n.sum() for _, n in batches])), store.networks), store.dtype)
     ways["memcpy"] = lambda: np.copyto(out[: len(source)], source)
     times = interleave({n: _repeat(way, _SLOW.get(n, _FAST)) for n, way in ways.items()}, repeats=repeats)

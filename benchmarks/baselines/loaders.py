@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import io
 import pickle  # noqa: TID251 - the baseline IS the released format: pickles in tars, written here by ourselves
 import tarfile
@@ -19,12 +19,16 @@ Batch = tuple[NDArray[np.int64], NDArray[np.int32]]
 Read = Callable[[], object]
 
 
-def installed(module: str) -> bool:
-    """Whether a package can be imported."""
+def missing(module: str) -> str:
+    """Return why a package cannot be used, or "" if it can: an installed one may still fail to import."""
     try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of its parent
-        return False
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        itself = error.name is not None and f"{module}.".startswith(f"{error.name}.")
+        return "is not installed" if itself else f"cannot be imported ({error})"
+    except Exception as error:
+        return f"cannot be imported ({type(error).__name__}: {error})"
+    return ""
 
 
 def turns(batches: Sequence[Batch]) -> Callable[[], Batch]:
