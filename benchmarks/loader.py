@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from brainflow.data import make_loader
+from brainflow.data import dali_installed, make_loader
 from brainflow.data.sampler import WindowSampler
 from brainflow.storage import BoldStore, StoreWriter
 from brainflow.storage.buffers import aligned_empty
@@ -108,7 +108,7 @@ def _warm(path: Path, npy: Path, urls: list[str], device: str, *, repeats: int) 
         "reader": lambda: store.windows(*following(), out=out),
     }
     for kind in ("host", "dali"):
-        if kind == "host" or not baselines.missing("nvidia.dali"):
+        if kind == "host" or dali_installed():
             sampler = WindowSampler(store.runs, batch=BATCH, seq_min=SEQ_MIN, seq_max=SEQ_MAX)
             loader = make_loader(store, sampler, kind=kind, device=device)
             ways[kind] = loader.__next__

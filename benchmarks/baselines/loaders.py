@@ -20,13 +20,10 @@ Read = Callable[[], object]
 
 
 def missing(module: str) -> str:
-    """Return why a package cannot be used, or "" if it can: an installed one may still fail to import."""
+    """Return why a package cannot be used, or "" if it can."""
     try:
         importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        itself = error.name is not None and f"{module}.".startswith(f"{error.name}.")
-        return "is not installed" if itself else f"cannot be imported ({error})"
-    except Exception as error:
+    except Exception as error:  # beside another torch than its own torchvision raises RuntimeError
         return f"cannot be imported ({type(error).__name__}: {error})"
     return ""
 

@@ -62,7 +62,7 @@ def make_loader(
     from brainflow.data.resident import ResidentLoader
 
     if kind == "auto":
-        kind = "resident" if _fits(store, device) else "dali" if _dali_installed() else "host"
+        kind = "resident" if _fits(store, device) else "dali" if dali_installed() else "host"
     kinds: dict[str, type[Loader]] = {"dali": DaliLoader, "host": HostLoader, "resident": ResidentLoader}
     if kind not in kinds:
         raise ValueError(f"kind: got {kind!r}, expected 'auto', 'dali', 'host' or 'resident'")
@@ -84,7 +84,8 @@ def _fits(store: WindowStore, device: str | torch.device) -> bool:
     return resident_bytes(store, batch_dtype(store).itemsize) <= _RESIDENT_SHARE * free
 
 
-def _dali_installed() -> bool:
+def dali_installed() -> bool:
+    """Whether DALI is there, without importing it."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:
