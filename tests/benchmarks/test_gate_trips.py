@@ -1,6 +1,6 @@
 """A kernel or a loader that is slower than the committed floors allow trips the gate.
 
-No clock is read: what `interleave` measured is put in its place, so that the verdict is the same on any machine.
+No clock is read: what `interleave` measured is put in its place, so that the verdict is the same everywhere.
 """
 
 import json
