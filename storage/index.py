@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import StoreError
-from .files import sync_directory, write_durably
+from .files import replace_durably, sync_directory, write_durably
 from .layout import array_metadata, crc32c, group_metadata
 
 Digests = dict[str, list[int]]
@@ -35,7 +35,7 @@ def write_index(root: Path, generation: int, groups: Mapping[str, Mapping[str, n
 
     Returns
     -------
-    dict : size and checksum of each file written
+    dict : size and checksum of each file of the index
     """
     digests: Digests = {}
 
@@ -45,8 +45,11 @@ def write_index(root: Path, generation: int, groups: Mapping[str, Mapping[str, n
 
     base = directory_of(generation)
     (root / base).mkdir(parents=True)
-    write_durably(root / "index" / "zarr.json", group_metadata({}))
-    put(f"{base}/zarr.json", group_metadata({}))
+    bare = group_metadata({})
+    if not (root / "index/zarr.json").is_file() or (root / "index/zarr.json").read_bytes() != bare:
+        replace_durably(root / "index/zarr.json", bare)
+    digests["index/zarr.json"] = [len(bare), crc32c(bare)]
+    put(f"{base}/zarr.json", bare)
     for group, columns in groups.items():
         (root / base / group).mkdir()
         put(f"{base}/{group}/zarr.json", group_metadata({"columns": list(columns)}))

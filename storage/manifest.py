@@ -16,6 +16,7 @@ from .index import Digests
 from .layout import group_metadata, to_compact_json
 
 MANIFEST = "zarr.json"
+MANIFEST_COPY = "manifest.json"  # in the index of each generation: the bytes of the root's file
 
 
 @dataclass(frozen=True, kw_only=True)

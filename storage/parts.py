@@ -15,7 +15,7 @@ from urllib.parse import quote
 import numpy as np
 
 from .errors import StoreError
-from .files import sync_directory
+from .files import replacing
 from .layout import run_key, to_json
 from .quantise import run_statistics
 from .segments import Segment
@@ -70,17 +70,8 @@ def write_part(
     arrays = {"bold": np.asarray(bold), "header": np.frombuffer(to_json(header), np.uint8)}
     if censor is not None:
         arrays["censor"] = np.asarray(censor, bool)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            _write_npz(file, arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+    with replacing(path) as file:
+        _write_npz(file, arrays)
     return True
 
 
@@ -141,15 +132,17 @@ def gather(
     if not files:
         raise StoreError(f"{parts}: holds no parts (*{SUFFIX}); write them with write_part")
     committed: dict[str, int] = {}
-    if Path(store).exists() and not create.get("overwrite"):
-        opened = BoldStore.open(store)
-        committed = {key: i for i, key in enumerate(opened.runs.key.tolist())}
+    appending = Path(store).exists() and not create.get("overwrite")
+    if appending:
         writer = StoreWriter.append_to(store)
     else:
         networks = int(read_part(files[0][1])["bold"].shape[1])
         writer = StoreWriter.create(store, networks=networks, **create)
     added = 0
     with writer:
+        if appending:
+            opened = BoldStore.open(store)
+            committed = {key: i for i, key in enumerate(opened.runs.key.tolist())}
         for done, (key, path) in enumerate(files):
             part = read_part(path)
             if key in committed:

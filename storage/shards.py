@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import BinaryIO
@@ -9,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 from numcodecs import Zstd
 
-from .files import sync_directory
+from .files import naming, sync_directory
 from .layout import ZSTD_LEVEL, Grid, crc32c
 
 _BUFFER = 2**21  # the kernel keeps what is written at once in pages of up to this size, which map faster
@@ -59,7 +60,7 @@ class ShardWriter:
         if self._file is None:
             path = self.root / grid.shard_path(self.row // grid.shard_rows)
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "wb", buffering=_BUFFER)  # noqa: SIM115  closed by close_shard or abort
+            self._file = open(path, "xb", buffering=_BUFFER)  # noqa: SIM115  closed by close_shard or abort
         start = self.row
         self.row += len(block)
         if self._carried:
@@ -89,11 +90,12 @@ class ShardWriter:
             self._carry[self._carried :] = 0
             self._write_chunk(self._carry)
             self._carried = 0
-        self._file.write(grid.pack_index(self._entries))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
         shard = self.root / grid.shard_path((self.row - 1) // grid.shard_rows)
+        with naming(shard):
+            self._file.write(grid.pack_index(self._entries))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         for directory in list(shard.parents)[: len(grid.row_shape) + 1]:  # up to and with `c`
             sync_directory(directory)
         self._file = None
@@ -104,7 +106,8 @@ class ShardWriter:
     def abort(self) -> None:
         """Close the open file without finishing it."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # closing flushes; what is lost was not to be kept
+                self._file.close()
             self._file = None
 
     def _write_chunk(self, chunk: np.ndarray) -> None:
@@ -117,4 +120,5 @@ class ShardWriter:
         self._entries.append((self._offset, data.nbytes))
         self._offset += data.nbytes
         assert self._file is not None
-        self._file.write(data)
+        with naming(self.root / self.grid.shard_path(shard)):
+            self._file.write(data)

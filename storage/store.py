@@ -77,7 +77,7 @@ class BoldStore:
         self._damaged_runs: set[int] = set()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> Self:
+    def open(cls, path: str | os.PathLike[str], *, check: bool = True, fallback: bool = True) -> Self:
         """Open the newest generation of a store.
 
         Parameters

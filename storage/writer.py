@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +17,18 @@ import numpy as np
 from .attributes import FORMAT_NAME, StoreAttributes
 from .columns import PendingRuns, check_segments
 from .errors import StoreError
-from .files import lock, move_into_place, replace_durably, sync_directory
+from .files import (
+    Lock,
+    move_into_place,
+    remove,
+    replace_durably,
+    restore_interrupted_move,
+    sync_directory,
+    write_durably,
+)
 from .index import directory_of, write_index
 from .layout import CHUNK_ROWS, SHARD_ROWS, run_key
-from .manifest import MANIFEST, Manifest
+from .manifest import MANIFEST, MANIFEST_COPY, Manifest, parse_manifest
 from .quantise import Overflow, encode, run_statistics
 from .remote import is_remote
 from .segments import Segment
@@ -53,19 +63,21 @@ class StoreWriter:
     """
 
     def __init__(
-        self, root: Path, *, target: Path | None, attributes: StoreAttributes, descriptor: int
+        self, root: Path, *, target: Path | None, attributes: StoreAttributes, locks: list[Lock]
     ) -> None:
         self._root = root
         self._target = target  # where a new store goes at its first commit; None once it is there
         self._attributes = attributes
-        self._descriptor: int | None = descriptor
+        self._locks = locks  # of `root`, and of the store that a new one replaces; none once closed
+        self._content = b""  # of the manifest of the last commit that was begun
         if target is None:
-            committed = BoldStore.open(root, check=False)
+            committed = BoldStore.open(root, check=False, fallback=False)
             self._manifest = committed.manifest
             self._runs = PendingRuns(
                 {group: committed.columns(group) for group in ("runs", "segments", "labels")}
             )
             self._checksums: dict[str, np.ndarray] = committed.checksums
+            self._remove_uncommitted(self._manifest)
         else:
             self._manifest = Manifest(generation=-1, runs=0, segments=0, rows=0, slots=0, files={})
             self._runs = PendingRuns()
@@ -127,24 +139,22 @@ class StoreWriter:
             shard_rows=shard_rows,
         )
         _refuse_url(path)
-        target = Path(path).absolute()
-        if target.exists():
-            if not overwrite:
-                raise StoreError(
-                    f"{target}: already exists; add runs with StoreWriter.append_to, or pass overwrite=True "
-                    "(--overwrite) to replace it"
-                )
-            if not _is_store(target):
-                raise StoreError(
-                    f"{target}: is not a brainflow store, so it will not be overwritten; remove it first"
-                )
+        target = Path(os.path.realpath(path))
+        _check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
-        root = target.with_name(f".{target.name}.partial")
-        root.mkdir(exist_ok=True)
-        descriptor = lock(root)
-        for left_over in root.iterdir():  # of a writer that was killed
-            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-        return cls(root, target=target, attributes=attributes, descriptor=descriptor)
+        root, staging = _stage(target)
+        locks = [staging]
+        try:
+            restore_interrupted_move(target)
+            _check_target(target, overwrite)  # again: another writer may have come first
+            if os.path.lexists(target):
+                locks.append(Lock(target))  # nobody may append to what is being replaced
+            return cls(root, target=target, attributes=attributes, locks=locks)
+        except BaseException:
+            _discard(root)
+            for lock in locks:
+                lock.release()
+            raise
 
     @classmethod
     def append_to(cls, path: str | os.PathLike[str]) -> Self:
@@ -155,13 +165,19 @@ class StoreWriter:
         StoreError : if there is no store at `path`, it is damaged, or another process is writing it
         """
         _refuse_url(path)
-        root = Path(path).absolute()
-        attributes = BoldStore.open(root, check=False).layout
-        descriptor = lock(root)
+        root = Path(os.path.realpath(path))
+        restore_interrupted_move(root)
         try:
-            return cls(root, target=None, attributes=attributes, descriptor=descriptor)
+            lock = Lock(root)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreError(
+                f"{root}: no store here ({error.strerror}); write one with `brainflow ingest` or StoreWriter"
+            ) from error
+        try:
+            attributes = BoldStore.open(root, check=False, fallback=False).layout
+            return cls(root, target=None, attributes=attributes, locks=[lock])
         except BaseException:
-            os.close(descriptor)
+            lock.release()
             raise
 
     def __enter__(self) -> Self:
@@ -264,13 +280,15 @@ class StoreWriter:
 
         Raises
         ------
-        StoreError : if a run with this key has been written since it was prepared
+        StoreError : if a run with this key has been written since it was prepared, or the disk is full or
+            fails: the writer is then closed, and the store as it was
         """
         self._check_open()
         self._runs.check_new(prepared.row["key"])
-        start = self._bold.append(prepared.values)
-        slot = self._statistics.append(prepared.statistics)
-        return self._runs.add(start=start, length=len(prepared.values), slot=slot, **prepared.row)
+        with self._all_or_nothing():
+            start = self._bold.append(prepared.values)
+            slot = self._statistics.append(prepared.statistics)
+            return self._runs.add(start=start, length=len(prepared.values), slot=slot, **prepared.row)
 
     @property
     def attributes(self) -> StoreAttributes:
@@ -278,10 +296,20 @@ class StoreWriter:
         return self._attributes
 
     def commit(self) -> None:
-        """Make all runs appended so far visible, atomically; nothing to do if there are none."""
+        """Make all runs appended so far visible, atomically; nothing to do if there are none.
+
+        Raises
+        ------
+        StoreError : if the disk is full or fails. The writer is then closed, as after any exception here, and
+            the store holds either all the new runs or none of them; the message says which.
+        """
         self._check_open()
         if self._target is None and len(self._runs) == self._manifest.runs:
             return
+        with self._all_or_nothing():
+            self._commit()
+
+    def _commit(self) -> None:
         for shards in (self._bold, self._statistics):
             shards.close_shard()
         generation = self._manifest.generation + 1
@@ -289,13 +317,7 @@ class StoreWriter:
         checksums = {
             shards.grid.name: self._all_checksums(shards) for shards in (self._bold, self._statistics)
         }
-        index = self._root / directory_of(generation)
-        shutil.rmtree(index, ignore_errors=True)  # of a writer that was killed
         files = write_index(self._root, generation, {**groups, "checksums": checksums})
-        for shards in (self._bold, self._statistics):
-            metadata = self._attributes.array_metadata(shards.grid, shards.row)
-            (self._root / shards.grid.name).mkdir(exist_ok=True)
-            replace_durably(self._root / shards.grid.name / "zarr.json", metadata)
         manifest = Manifest(
             generation=generation,
             runs=len(self._runs),
@@ -304,14 +326,61 @@ class StoreWriter:
             slots=self._statistics.row,
             files=files,
         )
-        replace_durably(self._root / MANIFEST, manifest.to_bytes(self._attributes))  # the commit
+        self._content = content = manifest.to_bytes(self._attributes)
+        index = self._root / directory_of(generation)
+        # A second copy: readers fall back to it where the root's file is damaged, and to that of the
+        # generation before where more is. It also says what the shapes that are written next are for.
+        write_durably(index / MANIFEST_COPY, content)
+        sync_directory(index)
+        for shards in (self._bold, self._statistics):
+            (self._root / shards.grid.name).mkdir(exist_ok=True)
+        self._write_shapes(manifest)
+        replace_durably(self._root / MANIFEST, content)  # the commit
         if self._target is not None:
-            sync_directory(self._root)
-            move_into_place(self._root, self._target)
-            self._root, self._target = self._target, None
+            self._publish(self._target)
         self._runs.committed(groups)
         self._checksums, self._manifest = checksums, manifest
+        self._remove_uncommitted(manifest)
         self._start_shards()
+
+    def _publish(self, target: Path) -> None:
+        """Put a new store in its place, and remove the one that it replaces."""
+        staging, mode = self._root, stat.S_IMODE((self._root / "bold").stat().st_mode)
+        (staging / _OURS).unlink()
+        staging.chmod(mode)  # it was private so far
+        sync_directory(staging)
+        move_into_place(staging, target, overwrite=len(self._locks) > 1)
+        self._root, self._target = target, None
+        for replaced in self._locks[1:]:
+            _discard(staging)
+            replaced.release()
+        del self._locks[1:]
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Close the writer after any exception, Ctrl-C included; say of a failing disk what it left."""
+        try:
+            yield
+        except BaseException as error:
+            self._close()
+            if not isinstance(error, OSError):
+                raise
+            file = error.filename2 or error.filename or self._root
+            raise StoreError(
+                f"{file}: could not be written ({error.strerror or error}); {self._outcome()}; make room or "
+                "repair the disk, then run the same command again"
+            ) from error
+
+    def _outcome(self) -> str:
+        """What a reader finds after a commit that failed."""
+        where = self._target or self._root
+        try:
+            now = (where / MANIFEST).read_bytes()
+        except OSError:
+            return f"nothing was written to {where}"
+        if now == self._content:
+            return f"{where} is whole and holds the new runs already"
+        return f"{where} is as it was before"
 
     def _all_checksums(self, shards: ShardWriter) -> np.ndarray:
         """Checksums of all chunks of an array, uint32 [shards · chunks_per_shard], 0 for absent ones."""
@@ -324,20 +393,43 @@ class StoreWriter:
         return merged
 
     def _start_shards(self) -> None:
-        """Begin new shards behind the committed ones, and remove what a killed writer left there."""
+        """Begin new shards behind the committed ones."""
         self._bold = ShardWriter(self._root, self._attributes.bold_grid, self._manifest.rows)
         self._statistics = ShardWriter(self._root, self._attributes.statistics_grid, self._manifest.slots)
-        for shards in (self._bold, self._statistics):
-            first = shards.row // shards.grid.shard_rows
-            for directory in (self._root / shards.grid.name / "c").glob("[0-9]*"):
-                if int(directory.name) >= first:
-                    shutil.rmtree(directory)
-        for directory in (self._root / "index").glob("g*"):
-            if not self._manifest.generation - 1 <= int(directory.name[1:]) <= self._manifest.generation:
-                shutil.rmtree(directory)
+
+    def _write_shapes(self, manifest: Manifest) -> None:
+        """Let the metadata of both arrays say how many rows they have by `manifest`."""
+        attributes = self._attributes
+        for grid, rows in (
+            (attributes.bold_grid, manifest.rows),
+            (attributes.statistics_grid, manifest.slots),
+        ):
+            path, metadata = self._root / grid.name / "zarr.json", attributes.array_metadata(grid, rows)
+            if not path.is_file() or path.read_bytes() != metadata:
+                replace_durably(path, metadata)
+
+    def _remove_uncommitted(self, manifest: Manifest) -> None:
+        """Remove what neither `manifest`, which is the one on disk, nor the one before it names."""
+        attributes = self._attributes
+        for grid, rows in (
+            (attributes.bold_grid, manifest.rows),
+            (attributes.statistics_grid, manifest.slots),
+        ):
+            for shard in _numbered(self._root / grid.name / "c", r"\d+"):
+                if int(shard.name) >= rows // grid.shard_rows:
+                    remove(shard)
+        for folder in (self._root, self._root / "bold", self._root / "statistics"):
+            for temporary in _numbered(folder, r"\..*\.tmp"):
+                temporary.unlink()
+        # The index of a commit that did not happen goes last: until then it explains the arrays' new shapes.
+        self._write_shapes(manifest)
+        kept = (manifest.generation - 1, manifest.generation)
+        for index in _numbered(self._root / "index", r"g\d{8,}"):
+            if int(index.name[1:]) not in kept:
+                remove(index)
 
     def _check_open(self) -> None:
-        if self._descriptor is None:
+        if not self._locks:
             raise StoreError(f"{self._root}: this writer is closed; open another with StoreWriter.append_to")
 
     def _check_bold(self, bold: np.ndarray, key: str) -> np.ndarray:
@@ -356,17 +448,119 @@ class StoreWriter:
         return bold
 
     def _close(self) -> None:
-        """Release the lock; remove what was not committed."""
-        if self._descriptor is None:
-            return
-        for shards in (self._bold, self._statistics):
-            shards.abort()
+        """Release the lock; remove what was not committed.
+
+        What was is asked of the disk: an exception may have come right behind the rename that commits, and
+        nothing that the manifest there names is ever removed.
+        """
+        locks, self._locks = self._locks, []
+        try:
+            if locks:
+                for shards in (self._bold, self._statistics):
+                    shards.abort()
+                self._tidy(locks[0])
+        except (OSError, StoreError):  # the disk fails; the next writer removes what is left
+            pass
+        finally:
+            for lock in locks:
+                lock.release()
+
+    def _tidy(self, lock: Lock) -> None:
         if self._target is not None:
-            shutil.rmtree(self._root)
-        else:
-            self._start_shards()
-        os.close(self._descriptor)
-        self._descriptor = None
+            _discard(self._root)
+            if not lock.holds(self._target):
+                return
+            # The new store had taken its place; what stood at the staging place was the old one.
+            self._root, self._target = self._target, None
+        manifest = parse_manifest((self._root / MANIFEST).read_bytes(), str(self._root))[0]
+        self._remove_uncommitted(manifest)
+
+
+_ATTEMPTS = 100
+_OURS = ".brainflow-partial"  # marks a staging directory that this package made
+
+
+def _stage(target: Path) -> tuple[Path, Lock]:
+    """Make the private directory in which a new store is built, beside its place, and lock it.
+
+    What a killed writer left there is removed. Anything else of that name is refused and left as it is: in a
+    folder that several people write, it may be a link to, or the folder of, somebody else.
+
+    Raises
+    ------
+    StoreError : if another writer builds a store there, or the name is taken
+    """
+    root = target.with_name(f".{target.name}.partial")
+    for _ in range(_ATTEMPTS):
+        try:
+            root.mkdir(mode=0o700)
+        except FileExistsError:
+            _refuse_foreign(root)
+        except OSError as error:
+            raise StoreError(f"{root}: cannot be made ({error.strerror}); choose another place") from error
+        try:
+            lock = Lock(root)
+        except FileNotFoundError:  # another writer has just put it into its place
+            continue
+        try:
+            (root / _OURS).touch()
+            root.chmod(0o700)
+            for left_over in root.iterdir():
+                if left_over.name != _OURS:
+                    remove(left_over)
+        except BaseException:
+            lock.release()
+            raise
+        return root, lock
+    raise StoreError(f"{root}: other writers come first again and again; try later")
+
+
+def _refuse_foreign(root: Path) -> None:
+    """Refuse a staging directory that this package, run by this user, did not leave there."""
+    try:
+        found = os.lstat(root)
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
+            names = os.listdir(root)
+            if not names or _OURS in names or _is_store(root):
+                return
+    except FileNotFoundError:  # another writer has just put it into its place
+        return
+    raise StoreError(
+        f"{root}: is in the way and was not left by a writer of yours; look at it, then rename or remove it"
+    )
+
+
+def _discard(directory: Path) -> None:
+    """Remove a staging directory so that at any instant of it the next writer knows it for ours."""
+    if directory.is_dir():
+        mark = directory / _OURS
+        mark.touch()
+        for entry in directory.iterdir():
+            if entry != mark:
+                remove(entry)
+        mark.unlink()
+        directory.rmdir()
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise StoreError(
+            f"{target}: already exists; add runs with StoreWriter.append_to, or pass overwrite=True "
+            "(--overwrite) to replace it"
+        )
+    if not _is_store(target):
+        raise StoreError(
+            f"{target}: is not a brainflow store, so it will not be overwritten; remove it first"
+        )
+
+
+def _numbered(folder: Path, pattern: str) -> list[Path]:
+    """Entries of a folder, if it is there, whose whole name matches a pattern."""
+    if not folder.is_dir():
+        return []
+    return [entry for entry in folder.iterdir() if re.fullmatch(pattern, entry.name, re.ASCII)]
 
 
 def _refuse_url(path: str | os.PathLike[str]) -> None:
@@ -379,7 +573,11 @@ def _refuse_url(path: str | os.PathLike[str]) -> None:
 
 def _is_store(path: Path) -> bool:
     """Whether `path` holds a store of ours, be it damaged: only such a directory may be overwritten."""
+    manifest = path / MANIFEST
     try:
-        return f'"format": "{FORMAT_NAME}"' in (path / MANIFEST).read_text()
-    except (OSError, UnicodeDecodeError):
+        if not stat.S_ISREG(os.lstat(manifest).st_mode):
+            return False
+        with open(manifest, "rb") as file:
+            return f'"format": "{FORMAT_NAME}"'.encode() in file.read(2**16)
+    except OSError:
         return False

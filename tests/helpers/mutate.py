@@ -1,7 +1,8 @@
 """Mutations of bytes and of JSON values, for fuzzing what reads strangers' files.
 
-`rounds()` is short in the test command; BRAINFLOW_FUZZ_SECONDS=600 makes each fuzz test go on for ten minutes, and
-BRAINFLOW_FUZZ_SEED starts it elsewhere. Each round has a generator of its own, so a failure is repeated by its number.
+`rounds()` is short in the test command; BRAINFLOW_FUZZ_SECONDS=600 makes each fuzz test go on for ten
+minutes, and BRAINFLOW_FUZZ_SEED starts it elsewhere. Each round has a generator of its own, so a failure is
+repeated by its number.
 """
 
 import copy
@@ -12,9 +13,9 @@ import random
 import time
 
 ODD_VALUES = (
-    None, True, False, 0, 1, -1, 2**31, 2**53 + 1, 2**63, -(2**63), 2**64, 10**400, 0.5, -0.0, 1e308, math.inf, -math.inf,
-    math.nan, "", "\0", "..", "../../x", "/dev/zero", "\ud800", "a" * 70_000, "[/x]", "\x1b[31m", "1", "nan", [], [[]], {}, {"": 0},
-    [None], [1, "a", {}], {"a": {"b": {"c": []}}},
+    None, True, False, 0, 1, -1, 2**31, 2**53 + 1, 2**63, -(2**63), 2**64, 10**400, 0.5, -0.0, 1e308,
+    math.inf, -math.inf, math.nan, "", "\0", "..", "../../x", "/dev/zero", "\ud800", "a" * 70_000, "[/x]",
+    "\x1b[31m", "1", "nan", [], [[]], {}, {"": 0}, [None], [1, "a", {}], {"a": {"b": {"c": []}}},
 )  # fmt: skip
 
 
