@@ -180,11 +180,11 @@ def move_into_place(staged: Path, path: Path, *, overwrite: bool) -> None:
     elif not _rename(staged, path, _RENAME_EXCHANGE):
         # A file system without exchange: two renames, between which no store stands at `path`.
         old = path.with_name(f".{path.name}.old")
-        os.rename(path, old)
         try:
+            os.rename(path, old)
             os.rename(staged, path)
         except BaseException:
-            if not path.exists():
+            if not os.path.lexists(path):
                 os.rename(old, path)
             raise
         os.rename(old, staged)

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from .attributes import FORMAT_NAME, StoreAttributes
+from .attributes import StoreAttributes
 from .columns import PendingRuns, check_segments
 from .errors import StoreError
 from .files import (
@@ -33,6 +33,7 @@ from .quantise import Overflow, encode, run_statistics
 from .remote import is_remote
 from .segments import Segment
 from .shards import ShardWriter
+from .staging import OURS, check_target, discard, stage
 from .store import BoldStore
 
 
@@ -67,6 +68,7 @@ class StoreWriter:
     ) -> None:
         self._root = root
         self._target = target  # where a new store goes at its first commit; None once it is there
+        self._staging = None if target is None else root
         self._attributes = attributes
         self._locks = locks  # of `root`, and of the store that a new one replaces; none once closed
         self._content = b""  # of the manifest of the last commit that was begun
@@ -140,18 +142,19 @@ class StoreWriter:
         )
         _refuse_url(path)
         target = Path(os.path.realpath(path))
-        _check_target(target, overwrite)
+        check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
-        root, staging = _stage(target)
+        root, staging = stage(target)
         locks = [staging]
         try:
             restore_interrupted_move(target)
-            _check_target(target, overwrite)  # again: another writer may have come first
+            check_target(target, overwrite)  # again: another writer may have come first
             if os.path.lexists(target):
                 locks.append(Lock(target))  # nobody may append to what is being replaced
             return cls(root, target=target, attributes=attributes, locks=locks)
         except BaseException:
-            _discard(root)
+            if staging.holds(root):
+                discard(root)
             for lock in locks:
                 lock.release()
             raise
@@ -346,13 +349,13 @@ class StoreWriter:
     def _publish(self, target: Path) -> None:
         """Put a new store in its place, and remove the one that it replaces."""
         staging, mode = self._root, stat.S_IMODE((self._root / "bold").stat().st_mode)
-        (staging / _OURS).unlink()
+        (staging / OURS).unlink()
         staging.chmod(mode)  # it was private so far
         sync_directory(staging)
         move_into_place(staging, target, overwrite=len(self._locks) > 1)
         self._root, self._target = target, None
         for replaced in self._locks[1:]:
-            _discard(staging)
+            discard(staging)
             replaced.release()
         del self._locks[1:]
 
@@ -458,102 +461,24 @@ class StoreWriter:
             if locks:
                 for shards in (self._bold, self._statistics):
                     shards.abort()
-                self._tidy(locks[0])
+                self._tidy(locks)
         except (OSError, StoreError):  # the disk fails; the next writer removes what is left
             pass
         finally:
             for lock in locks:
                 lock.release()
 
-    def _tidy(self, lock: Lock) -> None:
+    def _tidy(self, locks: list[Lock]) -> None:
+        # The staging place may be another writer's by now. Under our lock there is the store that we did not
+        # finish, or, if it has taken its place already, the one that it has replaced.
+        if self._staging is not None and any(lock.holds(self._staging) for lock in locks):
+            discard(self._staging)
         if self._target is not None:
-            _discard(self._root)
-            if not lock.holds(self._target):
+            if not locks[0].holds(self._target):
                 return
-            # The new store had taken its place; what stood at the staging place was the old one.
             self._root, self._target = self._target, None
         manifest = parse_manifest((self._root / MANIFEST).read_bytes(), str(self._root))[0]
         self._remove_uncommitted(manifest)
-
-
-_ATTEMPTS = 100
-_OURS = ".brainflow-partial"  # marks a staging directory that this package made
-
-
-def _stage(target: Path) -> tuple[Path, Lock]:
-    """Make the private directory in which a new store is built, beside its place, and lock it.
-
-    What a killed writer left there is removed. Anything else of that name is refused and left as it is: in a
-    folder that several people write, it may be a link to, or the folder of, somebody else.
-
-    Raises
-    ------
-    StoreError : if another writer builds a store there, or the name is taken
-    """
-    root = target.with_name(f".{target.name}.partial")
-    for _ in range(_ATTEMPTS):
-        try:
-            root.mkdir(mode=0o700)
-        except FileExistsError:
-            _refuse_foreign(root)
-        except OSError as error:
-            raise StoreError(f"{root}: cannot be made ({error.strerror}); choose another place") from error
-        try:
-            lock = Lock(root)
-        except FileNotFoundError:  # another writer has just put it into its place
-            continue
-        try:
-            (root / _OURS).touch()
-            root.chmod(0o700)
-            for left_over in root.iterdir():
-                if left_over.name != _OURS:
-                    remove(left_over)
-        except BaseException:
-            lock.release()
-            raise
-        return root, lock
-    raise StoreError(f"{root}: other writers come first again and again; try later")
-
-
-def _refuse_foreign(root: Path) -> None:
-    """Refuse a staging directory that this package, run by this user, did not leave there."""
-    try:
-        found = os.lstat(root)
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
-            names = os.listdir(root)
-            if not names or _OURS in names or _is_store(root):
-                return
-    except FileNotFoundError:  # another writer has just put it into its place
-        return
-    raise StoreError(
-        f"{root}: is in the way and was not left by a writer of yours; look at it, then rename or remove it"
-    )
-
-
-def _discard(directory: Path) -> None:
-    """Remove a staging directory so that at any instant of it the next writer knows it for ours."""
-    if directory.is_dir():
-        mark = directory / _OURS
-        mark.touch()
-        for entry in directory.iterdir():
-            if entry != mark:
-                remove(entry)
-        mark.unlink()
-        directory.rmdir()
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not os.path.lexists(target):
-        return
-    if not overwrite:
-        raise StoreError(
-            f"{target}: already exists; add runs with StoreWriter.append_to, or pass overwrite=True "
-            "(--overwrite) to replace it"
-        )
-    if not _is_store(target):
-        raise StoreError(
-            f"{target}: is not a brainflow store, so it will not be overwritten; remove it first"
-        )
 
 
 def _numbered(folder: Path, pattern: str) -> list[Path]:
@@ -569,15 +494,3 @@ def _refuse_url(path: str | os.PathLike[str]) -> None:
             f"{path}: stores are written on a local disk; upload it then with "
             "brainflow.storage.publish(local, url)"
         )
-
-
-def _is_store(path: Path) -> bool:
-    """Whether `path` holds a store of ours, be it damaged: only such a directory may be overwritten."""
-    manifest = path / MANIFEST
-    try:
-        if not stat.S_ISREG(os.lstat(manifest).st_mode):
-            return False
-        with open(manifest, "rb") as file:
-            return f'"format": "{FORMAT_NAME}"'.encode() in file.read(2**16)
-    except OSError:
-        return False
