@@ -421,9 +421,9 @@ class StoreWriter:
             for shard in _numbered(self._root / grid.name / "c", r"\d+"):
                 if int(shard.name) >= rows // grid.shard_rows:
                     remove(shard)
-        for folder in (self._root, self._root / "bold", self._root / "statistics"):
-            for temporary in _numbered(folder, r"\..*\.tmp"):
-                temporary.unlink()
+        for folder in ("", "bold", "statistics", "index"):
+            for temporary in _numbered(self._root / folder, r"\..*\.tmp"):
+                remove(temporary)
         # The index of a commit that did not happen goes last: until then it explains the arrays' new shapes.
         self._write_shapes(manifest)
         kept = (manifest.generation - 1, manifest.generation)
