@@ -3,7 +3,21 @@
 Importing this package imports nothing else: the names in `__all__` are made on first use.
 """
 
+from os.path import dirname, exists, isdir, join
 from typing import Any
+
+if not isdir(join(dirname(__file__), "kernels")):
+    raise ImportError(
+        "this copy of brainflow has lost its symbolic links (brainflow/kernels, storage, benchmarks lead to "
+        "the folders beside it): clone it with `git clone -c core.symlinks=true`, on Windows inside WSL, or "
+        "install the wheel: pip install brainflow-fmri"
+    )
+if exists(join(dirname(__file__), "board_shim.py")):
+    raise ImportError(
+        "two projects share this folder: `brainflow` (brain–computer interfaces) and `brainflow-fmri` have "
+        "one import name, so keep one of them in an environment: pip uninstall brainflow, then pip install "
+        "--force-reinstall brainflow-fmri"
+    )
 
 __all__ = ["BoldEncoder", "MentalStateDecoder", "__version__", "from_pretrained", "load", "push_to_hub"]
 _PLACES = {

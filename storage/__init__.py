@@ -1,5 +1,8 @@
 """The store: fMRI runs in one chunked Zarr v3 array, read by memory map. Needs numpy, zarr and numcodecs."""
 
+if __name__ == "storage":
+    raise ImportError("this folder is a package of brainflow: write `from brainflow.storage import …`")
+
 from .errors import StoreError
 from .parts import gather, write_part
 from .remote import publish

@@ -71,3 +71,36 @@ def test_transformers_does_not_take_our_kernels_folder_for_its_package():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["1.0"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import storage",
+        "import storage.layout",
+        "import kernels.masks",
+        "from kernels.masked_loss import cpu",
+    ],
+)
+def test_a_bare_name_is_refused_with_what_to_write(statement):
+    done = subprocess.run([sys.executable, "-c", statement], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "write `from brainflow." in done.stderr.splitlines()[-1]
+
+
+def test_a_checkout_without_links_and_a_folder_shared_with_the_other_brainflow_say_so(tmp_path):
+    package = tmp_path / "brainflow"
+    package.mkdir()
+    (package / "__init__.py").write_text((ROOT / "brainflow/__init__.py").read_text())
+    (package / "kernels").write_text("../kernels")  # what git leaves where there are no symbolic links
+
+    def said() -> str:
+        command = [sys.executable, "-c", "import brainflow"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stderr
+
+    assert "core.symlinks=true" in said().splitlines()[-1]
+    (package / "kernels").unlink()
+    (package / "kernels").mkdir()
+    assert said() == ""
+    (package / "board_shim.py").touch()
+    assert "pip uninstall brainflow" in said().splitlines()[-1]
