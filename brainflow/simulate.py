@@ -9,8 +9,8 @@ Three kinds of labelled states, each of which another part of a signal carries:
 
 `drive` and `regime` are Stuart–Landau oscillators near their bifurcation, coupled by a connectome (Deco et
 al. 2017, doi:10.1038/s41598-017-03073-5). The connectome is synthetic: it falls off with the distance of
-regions and links each one to its mirror image in the other hemisphere. Every person has weights, noise and onsets of
-their own, drawn from (seed, person), so person 7 is the same in a cohort of 10 and of 3,000.
+regions and links each one to its mirror image in the other hemisphere. Every person has weights, noise and
+onsets of their own, drawn from (seed, person), so person 7 is the same in a cohort of 10 and of 3,000.
 """
 
 from __future__ import annotations
