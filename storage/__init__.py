@@ -3,7 +3,7 @@
 if __name__ == "storage":
     raise ImportError("this folder is a package of brainflow: write `from brainflow.storage import …`")
 
-from .errors import StoreError
+from .errors import StoreError, StoreWarning
 from .parts import gather, write_part
 from .remote import publish
 from .segments import RunTable, Segment, SegmentTable
@@ -17,6 +17,7 @@ __all__ = [
     "Segment",
     "SegmentTable",
     "StoreError",
+    "StoreWarning",
     "StoreWriter",
     "VerifyReport",
     "gather",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -20,6 +21,10 @@ from .layout import (
 )
 
 FORMAT_NAME = "brainflow"
+MAX_NETWORKS = 2**22  # voxels of a whole brain at 0.7 mm
+MAX_ROWS = 2**31 - 1  # the length of a run is int32
+MAX_CHUNKS = 2**20  # of a shard: an index of 16 MiB
+MAX_DECODED_CHUNK = 2**28  # bytes that a compressed chunk of some bytes may ask for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,9 @@ class StoreAttributes:
             provenance=dict(provenance or {}),
             **{**others, "networks": int(networks)},
         )
-        _ = attributes.bold_grid  # refuses a layout that is impossible
+        fault = next(attributes.faults(), None)
+        if fault is not None:
+            raise ValueError(fault)
         return attributes
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,17 +104,65 @@ class StoreAttributes:
 
         Raises
         ------
-        StoreError : if an attribute is missing or the version is another; the file `where` is named
+        StoreError : if an attribute is missing, of another type or out of range, or the version is another;
+            the file `where` is named
         """
-        if attributes.get("format") != FORMAT_NAME or attributes.get("format_version") != FORMAT_VERSION:
+        name, version = attributes.get("format"), attributes.get("format_version")
+        if name != FORMAT_NAME or type(version) is not int or version != FORMAT_VERSION:
             raise StoreError(
                 f"{where}: not a brainflow store of format version {FORMAT_VERSION} "
-                f"(format {attributes.get('format')!r}, version {attributes.get('format_version')!r})"
+                f"(format {brief(name)}, version {brief(version)}); read it with the brainflow that wrote it"
             )
         try:
-            return cls(**{field.name: attributes[field.name] for field in fields(cls)})
+            held = cls(**{field.name: attributes[field.name] for field in fields(cls)})
         except KeyError as error:
             raise StoreError(f"{where}: attribute {error} is missing; restore this file") from error
+        fault = next(held.faults(), None)
+        if fault is not None:
+            raise StoreError(f"{where}: {fault}; restore this file from a copy of the store")
+        return held
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the attributes, attribute by attribute, the first one that matters first."""
+        for name, largest in (("networks", MAX_NETWORKS), ("chunk_rows", MAX_ROWS), ("shard_rows", MAX_ROWS)):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= largest:
+                yield f"{name}: got {brief(value)}, expected a whole number from 1 to {largest}"
+        for name, known in (("dtype", DTYPES), ("compression", COMPRESSIONS)):
+            if not any(getattr(self, name) == value for value in known):
+                names = ", ".join(map(str, known))
+                yield f"{name}: got {brief(getattr(self, name))}, expected one of {names}"
+        yield from self._layout_faults()
+        for name in ("parcellation", "normalisation"):
+            if not isinstance(getattr(self, name), str):
+                yield f"{name}: got {brief(getattr(self, name))}, expected a text"
+        for name in ("preprocessing", "provenance"):
+            if not isinstance(getattr(self, name), dict):
+                yield f"{name}: got {brief(getattr(self, name))}, expected an object"
+        if self.network_names is not None and not _is_list_of(self.network_names, self.networks, str):
+            yield f"network_names: got {brief(self.network_names)}, expected {self.networks} texts or null"
+        if self.network_coordinates is not None and not (
+            _is_list_of(self.network_coordinates, self.networks, list)
+            and all(
+                len(place) == 3 and all(_is_finite(x) for x in place) for place in self.network_coordinates
+            )
+        ):
+            yield (
+                f"network_coordinates: got {brief(self.network_coordinates)}, expected {self.networks} × "
+                "[x, y, z] in mm, or null"
+            )
+
+    def _layout_faults(self) -> Iterator[str]:
+        """What is wrong with the size of chunks and shards."""
+        if self.shard_rows % self.chunk_rows:
+            yield f"shard_rows: got {self.shard_rows}, expected a multiple of chunk_rows ({self.chunk_rows})"
+        if self.shard_rows // self.chunk_rows > MAX_CHUNKS:
+            yield f"shard_rows: got {self.shard_rows}, expected at most {MAX_CHUNKS} chunks a shard"
+        if self.compression and self.bold_grid.chunk_bytes > MAX_DECODED_CHUNK:
+            yield (
+                f"chunk_rows: got {self.chunk_rows}, expected compressed chunks of at most "
+                f"{MAX_DECODED_CHUNK} bytes"
+            )
 
     def check_same(self, options: Mapping[str, Any], where: str) -> None:
         """Refuse to add to a store what was asked to be stored in another way.
@@ -169,3 +224,17 @@ class StoreAttributes:
     def network_label(self, network: int) -> str:
         """A network for an error message: its number, and its name where known."""
         return f"network {network}" + (f" ({self.network_names[network]})" if self.network_names else "")
+
+
+def brief(value: Any) -> str:
+    """A value for an error message, shortened: what a stranger's file holds may be long."""
+    text = repr(value[:60] if isinstance(value, list | str) else value)
+    return text if len(text) <= 60 else text[:60] + " …"
+
+
+def _is_list_of(value: Any, length: int, kind: type) -> bool:
+    return isinstance(value, list) and len(value) == length and all(isinstance(item, kind) for item in value)
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)

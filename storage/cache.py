@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import threading
+import warnings
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from .errors import StoreError
+from .errors import StoreError, StoreWarning
 from .layout import crc32c
 
 _DEFAULT_GB = 20.0
@@ -40,6 +42,9 @@ class ChunkCache:
     def from_environment(cls, url: str) -> Self | None:
         """The cache of a store in BRAINFLOW_CACHE (none if empty) of BRAINFLOW_CACHE_GB gigabytes.
 
+        The directory is made for this user alone. One that others may write is not used, with a
+        `StoreWarning`: they could give a chunk of theirs the checksum of ours.
+
         Raises
         ------
         StoreError : if BRAINFLOW_CACHE_GB is not a number
@@ -51,7 +56,7 @@ class ChunkCache:
             limit = int(float(size) * 1e9)
         except ValueError as error:
             raise StoreError(f"BRAINFLOW_CACHE_GB: got {size!r}, expected a number of gigabytes") from error
-        if not root or limit <= 0:
+        if not root or limit <= 0 or not _is_private(Path(root)):
             return None
         return cls(Path(root), hashlib.sha256(url.encode()).hexdigest()[:16], limit)
 
@@ -59,7 +64,7 @@ class ChunkCache:
         """A chunk, uint8 [bytes], or None if it is not here or damaged."""
         path = self._path(array, chunk, checksum)
         try:
-            data = np.fromfile(path, np.uint8)
+            data = _read_regular(path, self._limit)
             os.utime(path)
         except OSError:
             return None
@@ -74,7 +79,8 @@ class ChunkCache:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            data.tofile(temporary)
+            with open(temporary, "xb") as file:
+                data.tofile(file)
             os.replace(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):
@@ -103,3 +109,32 @@ class ChunkCache:
 
     def _path(self, array: str, chunk: int, checksum: int) -> Path:
         return self._folder / array / f"{chunk}-{checksum:08x}"
+
+
+def _is_private(root: Path) -> bool:
+    """Whether a directory, made if it is not there, is ours and only we may write it."""
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, exist_ok=True)
+        status = root.stat()
+    except OSError:  # a full or read-only disk: no cache
+        return False
+    if status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return True
+    warnings.warn(
+        f"{root}: is not used as a cache, because others may write it; run `chmod go-w {root}` if it is "
+        "yours, or set BRAINFLOW_CACHE to a directory of your own",
+        StoreWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def _read_regular(path: Path, limit: int) -> np.ndarray:
+    """The bytes of a file, uint8; OSError if it is a link, no regular file or larger than the cache."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            raise OSError("not a chunk")
+        return np.fromfile(file, np.uint8)

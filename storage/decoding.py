@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from numcodecs import Zstd
 
+from .errors import DamagedChunk
 from .layout import Grid
 
 _KEPT_ROWS = 4096
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 class DecodedRows:
@@ -32,7 +34,7 @@ class DecodedRows:
     def __init__(self, grid: Grid, fetch: Callable[[list[int]], Mapping[int, np.ndarray]]) -> None:
         self._grid = grid
         self._fetch = fetch
-        self._decode = Zstd().decode
+        self._zstd = Zstd().decode
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
         self.row = lru_cache(_KEPT_ROWS)(self._row)
 
@@ -40,7 +42,7 @@ class DecodedRows:
         """Rows of each window, [length, *row_shape]."""
         chunk_rows, spans = self._grid.chunk_rows, self._grid.spans(starts, lengths)
         stored = self._fetch(chunks_of(spans))
-        decoded = dict(zip(stored, self._decoded(list(stored.values())), strict=True))
+        decoded = self._decoded(stored)
         for span, start, length in zip(spans, starts.tolist(), lengths.tolist(), strict=True):
             rows = [decoded[chunk] for chunk in span]
             joined = rows[0] if len(rows) == 1 else np.concatenate(rows)
@@ -53,15 +55,47 @@ class DecodedRows:
     def _row(self, row: int) -> np.ndarray:
         return next(self.windows(np.array([row]), np.array([1])))[0].copy()
 
-    def _decoded(self, stored: list[np.ndarray]) -> list[np.ndarray]:
+    def _decoded(self, stored: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Chunks, [chunk_rows, *row_shape] each, decoded side by side: the codec lets go of Python's lock."""
+        if self._grid.compression is None:
+            return {chunk: self.decode(chunk, data) for chunk, data in stored.items()}
+        if self._pool is None or self._pool[0] != os.getpid():  # threads do not survive a fork
+            self._pool = os.getpid(), ThreadPoolExecutor(len(os.sched_getaffinity(0)), "brainflow-decode")
+        return dict(zip(stored, self._pool[1].map(self.decode, stored, stored.values()), strict=True))
+
+    def decode(self, chunk: int, stored: np.ndarray) -> np.ndarray:
+        """The rows of a chunk, [chunk_rows, *row_shape], from its stored bytes.
+
+        Raises
+        ------
+        DamagedChunk : if it says that it is of another size than a chunk has, or cannot be decoded
+        """
         grid = self._grid
-        data: list[Any] = stored
+        data: Any = stored
         if grid.compression is not None:
-            if self._pool is None or self._pool[0] != os.getpid():  # threads do not survive a fork
-                self._pool = os.getpid(), ThreadPoolExecutor(len(os.sched_getaffinity(0)), "brainflow-decode")
-            data = list(self._pool[1].map(self._decode, stored))
-        return [np.frombuffer(one, grid.dtype).reshape(grid.chunk_rows, *grid.row_shape) for one in data]
+            # Before anything is allocated: a frame of some bytes may declare terabytes.
+            if zstd_content_bytes(stored[:18].tobytes()) != grid.chunk_bytes:
+                raise DamagedChunk(chunk, f"not one zstd frame of {grid.chunk_bytes} bytes")
+            try:
+                data = self._zstd(stored)
+            except (RuntimeError, ValueError) as error:
+                raise DamagedChunk(chunk, "cannot be decoded") from error
+        if len(data) != grid.chunk_bytes:
+            raise DamagedChunk(chunk, f"{len(data)} bytes, expected {grid.chunk_bytes}")
+        return np.frombuffer(data, grid.dtype).reshape(grid.chunk_rows, *grid.row_shape)
+
+
+def zstd_content_bytes(frame: bytes) -> int | None:
+    """Bytes that a zstd frame declares to hold (RFC 8878, 3.1.1), None if it declares none or is no frame."""
+    if len(frame) < 5 or frame[:4] != _ZSTD_MAGIC:
+        return None
+    flag, single_segment = frame[4] >> 6, frame[4] >> 5 & 1
+    size = (single_segment, 2, 4, 8)[flag]
+    begin = 5 + (1 - single_segment) + (0, 1, 2, 4)[frame[4] & 3]
+    field = frame[begin : begin + size]
+    if size == 0 or len(field) < size:
+        return None
+    return int.from_bytes(field, "little") + (256 if size == 2 else 0)
 
 
 def chunks_of(spans: list[range]) -> list[int]:

@@ -7,9 +7,21 @@ class StoreError(ValueError):
     """Something on disk is missing, damaged or not what it should be; the message names file and remedy."""
 
 
-class DamagedChunk(Exception):
-    """Chunk `chunk` has a wrong checksum; whoever knows the runs turns it into a `StoreError`."""
+class StoreUnavailable(StoreError):
+    """A store cannot be used, though it need not be damaged: no access, no answer, a newer format.
 
-    def __init__(self, chunk: int) -> None:
-        super().__init__("is damaged (wrong checksum)")
+    An older generation would be no remedy.
+    """
+
+
+class StoreWarning(UserWarning):
+    """A store is damaged or a cache not safe, and something else is used; the message says what."""
+
+
+class DamagedChunk(Exception):
+    """Chunk `chunk` cannot be used; whoever knows the runs turns it into a `StoreError`."""
+
+    def __init__(self, chunk: int, reason: str = "wrong checksum") -> None:
+        super().__init__(f"is damaged ({reason})")
         self.chunk = chunk
+        self.reason = reason

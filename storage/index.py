@@ -7,6 +7,7 @@ and we map them, so that a million runs open at once.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import numpy as np
 from .errors import StoreError
 from .files import replace_durably, sync_directory, write_durably
 from .layout import array_metadata, crc32c, group_metadata
+
+_COLUMN_DTYPES = ("int32", "int64", "float64", "uint8", "uint32")
+_COLUMN_METADATA = 2**16  # bytes; ours have some 500
 
 Digests = dict[str, list[int]]
 """{path relative to the store: [bytes, CRC-32C]}."""
@@ -89,7 +93,7 @@ def read_columns(
 
     Raises
     ------
-    StoreError : if the metadata of a column cannot be understood
+    StoreError : if the metadata of a column cannot be understood, or says another size than its file has
     """
     prefix = f"{directory_of(generation)}/{group}/"
     names = sorted({path[len(prefix) :].split("/")[0] for path in digests if path.startswith(prefix)})
@@ -98,15 +102,31 @@ def read_columns(
         if name == "zarr.json":
             continue
         try:
-            metadata = json.loads(read(f"{prefix}{name}/zarr.json").tobytes())
-            shape, dtype = tuple(metadata["shape"]), np.dtype(metadata["data_type"]).newbyteorder("<")
-            if 0 in shape:
-                columns[name] = np.zeros(shape, dtype)
-            else:
-                chunk = read(f"{prefix}{name}/c/" + "/".join("0" * len(shape)))
-                columns[name] = chunk.view(dtype).reshape(shape)
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, StoreError):
-                raise
-            raise StoreError(f"{prefix}{name}: cannot read this column of the index ({error})") from error
+            columns[name] = _read_column(read, digests, f"{prefix}{name}")
+        except StoreError:
+            raise
+        except (KeyError, TypeError, ValueError, RecursionError, MemoryError, OverflowError) as error:
+            raise StoreError(
+                f"{prefix}{name}: cannot read this column of the index ({type(error).__name__}: {error}); "
+                "restore it from a copy"
+            ) from error
     return columns
+
+
+def _read_column(read: Callable[[str], np.ndarray], digests: Digests, column: str) -> np.ndarray:
+    """One column; its shape is compared with the size of its file before anything is read or made."""
+    file = f"{column}/zarr.json"
+    if digests.get(file, [0, 0])[0] > _COLUMN_METADATA:
+        raise ValueError(f"zarr.json has more than {_COLUMN_METADATA} bytes")
+    metadata = json.loads(read(file).tobytes())
+    shape, dtype = metadata["shape"], metadata["data_type"]
+    if dtype not in _COLUMN_DTYPES:
+        raise ValueError(f"data_type is not one of {', '.join(_COLUMN_DTYPES)}")
+    if len(shape) not in (1, 2) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+        raise ValueError("shape is not [rows] or [rows, width]")
+    chunk, size = f"{column}/c/" + "/".join("0" * len(shape)), math.prod(shape) * np.dtype(dtype).itemsize
+    if size == 0:
+        return np.zeros(shape, dtype)
+    if digests.get(chunk, [-1, 0])[0] != size:
+        raise ValueError(f"shape says {size} bytes, the manifest lists {digests.get(chunk, ['none'])[0]}")
+    return read(chunk).view(np.dtype(dtype).newbyteorder("<")).reshape(shape)

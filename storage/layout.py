@@ -119,20 +119,38 @@ class Grid:
         body = index.tobytes()
         return body + crc32c(body).to_bytes(4, "little")
 
-    def read_index(self, tail: bytes) -> np.ndarray:
+    def read_index(self, tail: bytes, chunks: int) -> np.ndarray:
         """Decode a shard's index.
+
+        Parameters
+        ----------
+        tail : last `index_bytes` of the shard file
+        chunks : chunks that are present; they lie one behind the other
 
         Returns
         -------
-        uint64 [chunks_per_shard, 2] : offset and bytes of each chunk
+        int64 [chunks, 2] : offset and bytes of each
 
         Raises
         ------
-        ValueError : if the checksum is wrong or the length is
+        ValueError : if length or checksum are wrong, or the chunks do not lie so
         """
         if len(tail) != self.index_bytes or crc32c(tail[:-4]) != int.from_bytes(tail[-4:], "little"):
             raise ValueError("the shard's index is damaged (wrong checksum)")
-        return np.frombuffer(tail, "<u8", count=2 * self.chunks_per_shard).reshape(-1, 2)
+        index = np.frombuffer(tail, "<u8", count=2 * self.chunks_per_shard).reshape(-1, 2)
+        sizes = index[:chunks, 1]
+        most = self.chunk_bytes + (0 if self.compression is None else self.chunk_bytes // 256 + 64)
+        fewest = self.chunk_bytes if self.compression is None else 1
+        good = bool((sizes >= fewest).all() and (sizes <= most).all())  # so that no sum below wraps
+        ends = np.cumsum(sizes)
+        if not (
+            good and (index[:chunks, 0] == ends - sizes).all() and (index[chunks:] == MISSING_CHUNK).all()
+        ):
+            raise ValueError(
+                "its chunks do not lie one behind the other, so it was not written by brainflow; write the "
+                "store anew with StoreWriter"
+            )
+        return index[:chunks].astype(np.int64)
 
     def metadata(self, rows: int, attributes: dict[str, Any], dimensions: list[str]) -> bytes:
         """`zarr.json` of the array when it has `rows` rows."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import weakref
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +14,7 @@ from .errors import StoreError
 from .layout import Grid
 from .manifest import MANIFEST
 from .mapping import MappedShards
+from .regular import open_regular
 
 _SMALL_FILE = 2**16  # read rather than mapped
 
@@ -37,26 +41,47 @@ class LocalFiles:
             ) from error
         weakref.finalize(self, os.close, self._directory)
 
-    def announce(self, relatives: list[str]) -> None:
+    def announce(self, sizes: Mapping[str, Any]) -> None:
         """Nothing to do: what is asked for next is on this machine."""
 
-    def read(self, relative: str) -> np.ndarray:
-        """A whole file, uint8 [bytes]."""
+    def read(self, relative: str, limit: int) -> np.ndarray:
+        """A whole file of at most `limit` bytes, uint8 [bytes]."""
         try:
-            descriptor = os.open(relative, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
-        except OSError as error:
-            what = (
-                "no store here, or a damaged one"
-                if relative == MANIFEST
-                else "a file of the store is missing"
-            )
-            raise StoreError(
-                f"{self.where}/{relative}: {what} ({error.strerror}); restore it from a copy"
-            ) from error
+            descriptor = open_regular(relative, self._directory, self.where)
+        except StoreError as error:
+            if relative == MANIFEST and isinstance(error.__cause__, FileNotFoundError):
+                raise StoreError(
+                    f"{self.where}/{MANIFEST}: no store here, or a damaged one; restore it from a copy"
+                ) from error
+            raise
         with os.fdopen(descriptor, "rb") as file:
-            if os.fstat(descriptor).st_size < _SMALL_FILE:
-                return np.frombuffer(file.read(), np.uint8)
-            return np.memmap(file, np.uint8, "r").view(np.ndarray)
+            size = os.fstat(descriptor).st_size
+            if size > limit:
+                raise StoreError(
+                    f"{self.where}/{relative}: has {size} bytes, expected at most {limit}; restore it from a "
+                    "copy"
+                )
+            try:
+                if size < _SMALL_FILE:
+                    return np.frombuffer(file.read(size), np.uint8)
+                return np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), np.uint8)
+            except (OSError, ValueError) as error:  # the disk fails, or the file was just cut
+                raise StoreError(
+                    f"{self.where}/{relative}: cannot be read ({error}); restore it from a copy"
+                ) from error
+
+    def entries(self, relative: str) -> dict[str, str]:
+        """What lies in a folder: {name: "folder", "file" or "other"}; nothing if it is a link."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            descriptor = os.open(relative, flags, dir_fd=self._directory)
+        except OSError:
+            return {}
+        try:
+            with os.scandir(descriptor) as found:
+                return {entry.name: _kind(entry) for entry in found}
+        finally:
+            os.close(descriptor)
 
     def shards(self, grid: Grid, shards: np.ndarray, chunks: np.ndarray, sums: np.ndarray) -> MappedShards:
         """The shards of an array, mapped. Chunks are compared with `sums` by the store, once a run."""
@@ -65,3 +90,9 @@ class LocalFiles:
     def zarr_store(self) -> str:
         """The store as Zarr opens it."""
         return self.where
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    if entry.is_dir(follow_symlinks=False):
+        return "folder"
+    return "file" if entry.is_file(follow_symlinks=False) else "other"

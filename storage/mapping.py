@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 
 import numpy as np
 
-from .errors import StoreError
+from .errors import StoreError, StoreUnavailable
 from .flat import FlatRows
 from .layout import Grid
+from .regular import open_regular, unusable
 
 _REMEDY = "restore the file from a copy of the store, or write the store anew"
 
@@ -98,28 +100,33 @@ class MappedShards:
 
         Raises
         ------
-        StoreError : if the index is damaged
+        StoreError : if the file is missing or of another size, or its index is damaged
         """
         if shard in self._maps:
             return self._maps[shard]
-        grid, path = self.grid, self.grid.shard_path(shard)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
+        grid, path, chunks = self.grid, self.grid.shard_path(shard), self._chunks[shard]
+        descriptor = open_regular(path, self._directory, self._where)
         try:
-            if os.fstat(descriptor).st_size < grid.index_bytes:
-                raise StoreError(f"{self._where}/{path}: truncated; {_REMEDY}")
-            mapped = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+            size = os.fstat(descriptor).st_size
+            self._check_size(path, chunks, size)
             # Not by the map, where touching one page reads up to megabytes around it.
-            tail = os.pread(descriptor, grid.index_bytes, len(mapped) - grid.index_bytes)
+            tail = os.pread(descriptor, grid.index_bytes, size - grid.index_bytes)
+            index = grid.read_index(tail, chunks)
+            if int(index[-1].sum()) != size - grid.index_bytes:
+                raise ValueError("truncated, or holds more than its index names")
+            mapped = mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
             if self._flat is not None:
-                self._flat.add(shard, descriptor, self._chunks[shard] * grid.chunk_bytes)
-        finally:
-            os.close(descriptor)
-        try:
-            index = grid.read_index(tail)[: self._chunks[shard]]
+                self._flat.add(shard, descriptor, chunks * grid.chunk_bytes)
+        except StoreError:
+            raise
         except ValueError as error:
             raise StoreError(f"{self._where}/{path}: {error}; {_REMEDY}") from error
-        if (index.sum(axis=1) > len(mapped) - grid.index_bytes).any():
-            raise StoreError(f"{self._where}/{path}: its index names chunks that are not there; {_REMEDY}")
+        except OSError as error:
+            raise StoreUnavailable(
+                f"{self._where}/{path}: cannot be mapped ({error}); check ulimit -v and the disk"
+            ) from error
+        finally:
+            os.close(descriptor)
         self._maps[shard], self._indexes[shard] = mapped, index
         return mapped
 
@@ -132,23 +139,15 @@ class MappedShards:
     def is_ours(self, shard: int) -> bool:
         """Whether this process owns a shard's file or may write it."""
         path = self.grid.shard_path(shard)
-        owner = os.stat(path, dir_fd=self._directory).st_uid
+        owner = os.stat(path, dir_fd=self._directory, follow_symlinks=False).st_uid
         return os.geteuid() in (0, owner) or os.access(
             path, os.W_OK, dir_fd=self._directory, effective_ids=True
         )
 
     def _map_rows(self, shard: int) -> np.ndarray:
-        """Map a shard and check by its index that chunk i lies at i · chunk_bytes."""
+        """Map a shard of raw chunks; its index says that chunk i lies at i · chunk_bytes."""
         grid, mapped = self.grid, self.map(shard)
-        index = self._indexes[shard]
-        expected = np.arange(len(index), dtype=np.uint64) * np.uint64(grid.chunk_bytes)
-        if not (np.array_equal(index[:, 0], expected) and (index[:, 1] == grid.chunk_bytes).all()):
-            raise StoreError(
-                f"{self._where}/{grid.shard_path(shard)}: its chunks do not lie one behind the other, "
-                "so it was "
-                "not written by brainflow; write the store anew with StoreWriter"
-            )
-        count = len(index) * grid.chunk_bytes // grid.dtype.itemsize
+        count = self._chunks[shard] * grid.chunk_bytes // grid.dtype.itemsize
         return np.frombuffer(mapped, grid.dtype, count).reshape(-1, *grid.row_shape)
 
     def check_sizes(self) -> None:
@@ -158,19 +157,31 @@ class MappedShards:
         ------
         StoreError : naming the first such file
         """
+        grid, raw = self.grid, self.grid.compression is None
+        chunk_bytes, index_bytes = grid.chunk_bytes, grid.index_bytes  # a large store has thousands of shards
         for shard, chunks in self._chunks.items():
-            path = self.grid.shard_path(shard)
-            expected = chunks * self.grid.chunk_bytes + self.grid.index_bytes
+            path = grid.shard_path(shard)
             try:
-                size = os.stat(path, dir_fd=self._directory).st_size
+                status = os.stat(path, dir_fd=self._directory, follow_symlinks=False)
             except FileNotFoundError as error:
                 raise StoreError(f"{self._where}/{path}: this shard is missing; {_REMEDY}") from error
-            if self.grid.compression is None and size != expected:
+            except OSError as error:
+                raise unusable(f"{self._where}/{path}", error) from error
+            if not stat.S_ISREG(status.st_mode):
                 raise StoreError(
-                    f"{self._where}/{path}: has {size} bytes, expected {expected} (truncated or not of this "
-                    f"store); {_REMEDY}"
+                    f"{self._where}/{path}: is not a regular file (links are not followed); {_REMEDY}"
                 )
-            if self.grid.compression is not None:
-                if size < self.grid.index_bytes:
-                    raise StoreError(f"{self._where}/{path}: truncated; {_REMEDY}")
+            if not raw:
                 self.map(shard)  # the index stands at the end: a truncated file has a wrong one
+            elif status.st_size != chunks * chunk_bytes + index_bytes:
+                self._check_size(path, chunks, status.st_size)
+
+    def _check_size(self, path: str, chunks: int, size: int) -> None:
+        expected = chunks * self.grid.chunk_bytes + self.grid.index_bytes
+        if self.grid.compression is None and size != expected:
+            raise StoreError(
+                f"{self._where}/{path}: has {size} bytes, expected {expected} (truncated or not of this "
+                f"store); {_REMEDY}"
+            )
+        if size < self.grid.index_bytes:
+            raise StoreError(f"{self._where}/{path}: truncated; {_REMEDY}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import zipfile
@@ -17,6 +16,7 @@ import numpy as np
 from .errors import StoreError
 from .files import replacing
 from .layout import run_key, to_json
+from .part_reader import read_part
 from .quantise import run_statistics
 from .segments import Segment
 from .store import BoldStore
@@ -81,23 +81,6 @@ def part_path(directory: str | os.PathLike[str], key: str) -> Path:
     if len(name) > _LONGEST_NAME:
         name = f"{name[: _LONGEST_NAME - 17]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     return Path(directory) / (re.sub(r"^\.", "%2E", name) + SUFFIX)
-
-
-def read_part(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """One part, as keyword arguments of `StoreWriter.append`.
-
-    Raises
-    ------
-    StoreError : if the file is damaged
-    """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            header = json.loads(arrays["header"].tobytes())
-            header["segments"] = [Segment(**segment) for segment in header["segments"]]
-            censor = arrays.get("censor")
-            return {"bold": arrays["bold"], "censor": censor, **header}
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise StoreError(f"{path}: this part is damaged ({error}); delete it and write it again") from error
 
 
 def gather(

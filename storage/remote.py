@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from datetime import timedelta
 from functools import cached_property
@@ -23,9 +23,9 @@ import numpy as np
 from zarr.storage import ObjectStore
 
 from .cache import ChunkCache
-from .errors import StoreError
+from .errors import StoreError, StoreUnavailable
 from .layout import Grid, group_metadata
-from .manifest import MANIFEST
+from .manifest import INDEX_GROUP, MANIFEST, manifest_copy
 from .remote_chunks import RemoteChunks
 
 SCHEMES = ("s3", "gs", "https", "http", "memory")
@@ -65,34 +65,39 @@ class RemoteFiles:
         """Threads that wait for answers."""
         return ThreadPoolExecutor(REQUESTS, thread_name_prefix="brainflow-remote")
 
-    def announce(self, relatives: list[str]) -> None:
-        """Begin to read some whole objects, all at once; each is kept for the next `read`."""
-        self._announced = {name: self.pool.submit(self._read, name) for name in relatives}
+    def announce(self, sizes: Mapping[str, Sequence[int]]) -> None:
+        """Begin to read some whole objects, all at once; each is kept for the next `read`.
 
-    def read(self, relative: str) -> np.ndarray:
-        """A whole object, uint8 [bytes]."""
+        Parameters
+        ----------
+        sizes : {path: [bytes, …]}
+        """
+        self._announced = {name: self.pool.submit(self._read, name, size[0]) for name, size in sizes.items()}
+
+    def read(self, relative: str, limit: int) -> np.ndarray:
+        """A whole object of at most `limit` bytes, uint8 [bytes]."""
         announced = self._announced.pop(relative, None)
-        return self._read(relative) if announced is None else announced.result()
+        return self._read(relative, limit) if announced is None else announced.result()
 
-    def _read(self, relative: str) -> np.ndarray:
-        return self._retry(relative, lambda: _array(_obstore().get(self.store, relative).bytes()))
+    def _read(self, relative: str, limit: int) -> np.ndarray:
+        data = self._retry(relative, lambda: _body(_obstore().get(self.store, relative), limit))
+        if len(data) > limit:
+            raise StoreError(
+                f"{self.where}/{relative}: has more than the {limit} bytes expected; publish the store again"
+            )
+        return data
 
     def read_range(self, relative: str, offset: int, size: int) -> np.ndarray:
         """Some bytes of an object, uint8 [size]."""
-
-        def read() -> np.ndarray:
-            data = _array(_obstore().get_range(self.store, relative, start=offset, length=size))
-            if len(data) != size:
-                raise ConnectionError(f"got {len(data)} of {size} bytes")
-            return data
-
-        return self._retry(relative, read)
+        return self._read_part(relative, (offset, offset + size), size)
 
     def read_tail(self, relative: str, size: int) -> np.ndarray:
         """The last bytes of an object, uint8 [size]."""
+        return self._read_part(relative, {"suffix": size}, size)
 
+    def _read_part(self, relative: str, part: Any, size: int) -> np.ndarray:
         def read() -> np.ndarray:
-            data = _array(_obstore().get(self.store, relative, options={"range": {"suffix": size}}).bytes())
+            data = _body(_obstore().get(self.store, relative, options={"range": part}), size)
             if len(data) != size:
                 raise ConnectionError(f"got {len(data)} of {size} bytes")
             return data
@@ -131,7 +136,8 @@ class RemoteFiles:
 
         Raises
         ------
-        StoreError : naming the object, if it does not exist, may not be read, or `ATTEMPTS` have failed
+        StoreError : naming the object, if it does not exist
+        StoreUnavailable : if it may not be read, or `ATTEMPTS` have failed
         """
         name, fatal = f"{self.where}/{relative}", _fatal_errors()
         for attempt in range(ATTEMPTS):
@@ -142,13 +148,13 @@ class RemoteFiles:
                     f"{name}: does not exist; check the URL, or publish the store again"
                 ) from error
             except fatal as error:
-                raise StoreError(
+                raise StoreUnavailable(
                     f"{name}: {_brief(error)}; check the credentials in the environment (public buckets: "
                     "AWS_SKIP_SIGNATURE=true)"
                 ) from error
             except (_obstore().exceptions.BaseError, OSError) as error:
                 if attempt == ATTEMPTS - 1:
-                    raise StoreError(
+                    raise StoreUnavailable(
                         f"{name}: gave up after {ATTEMPTS} attempts ({_brief(error)}); check network and "
                         "server"
                     ) from error
@@ -180,10 +186,10 @@ def publish(
     """
     from .store import BoldStore
 
-    store, files = BoldStore.open(local), RemoteFiles(url)
+    store, files = BoldStore.open(local, fallback=False), RemoteFiles(url)
     published = {"bold": 0, "statistics": 0}  # chunks
     if files.exists(MANIFEST):
-        there = BoldStore.open(url)
+        there = BoldStore.open(url, fallback=False)
         if there.snapshot == store.snapshot:
             return 0
         for name in published:
@@ -206,9 +212,11 @@ def publish(
                 data[grid.shard_path(shard)] = Path(store.path) / grid.shard_path(shard)
     for relative in manifest.files:
         data[relative] = store.check_file(relative).tobytes()
-    data["index/zarr.json"] = group_metadata({})
+    if manifest.copied:
+        data[manifest_copy(manifest.generation)] = store.manifest_bytes
+    data[INDEX_GROUP] = group_metadata({})
     last = {f"{grid.name}/zarr.json": store.layout.array_metadata(grid, rows) for grid, _, _, rows in arrays}
-    last[MANIFEST] = manifest.to_bytes(store.layout)  # the commit
+    last[MANIFEST] = store.manifest_bytes  # the commit
     sizes = {
         name: value.stat().st_size if isinstance(value, Path) else len(value)
         for name, value in {**data, **last}.items()
@@ -268,8 +276,17 @@ def _fatal_errors() -> tuple[type[Exception], ...]:
     return (*(getattr(errors, name) for name in names), PermissionError)
 
 
-def _array(data: Any) -> np.ndarray:
-    return np.frombuffer(data, np.uint8)
+def _body(answer: Any, limit: int) -> np.ndarray:
+    """The bytes of an answer, a little more than `limit` at most: a server may send without end."""
+    pieces, size = [], 0
+    for piece in answer.stream(min_chunk_size=limit + 1):
+        pieces.append(np.frombuffer(piece, np.uint8))
+        size += len(pieces[-1])
+        if size > limit:
+            break
+    if len(pieces) == 1:
+        return pieces[0]
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.uint8)
 
 
 def _brief(error: BaseException) -> str:

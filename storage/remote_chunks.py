@@ -165,7 +165,7 @@ class RemoteChunks:
             path = self.grid.shard_path(shard)
             tail = self._files.read_tail(path, self.grid.index_bytes).tobytes()
             try:
-                self._indexes[shard] = self.grid.read_index(tail)
+                self._indexes[shard] = self.grid.read_index(tail, self._present[shard])
             except ValueError as error:
                 raise StoreError(f"{self._files.where}/{path}: {error}; publish the store again") from error
         offset, size = self._indexes[shard][position].tolist()

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from .errors import StoreError
 from .intervals import Intervals
 
 Label = str | int | float
@@ -92,7 +93,7 @@ class RunTable:
 
     def key_of(self, run: int) -> str:
         """Key of one run, without decoding the others."""
-        return self._columns["key"][run].tobytes().rstrip(b"\0").decode()
+        return self._columns["key"][run].tobytes().rstrip(b"\0").decode(errors="backslashreplace")
 
     def censor(self, run: int) -> np.ndarray | None:
         """Time points marked as bad by the preparation: bool [length] (True = bad), None if not recorded."""
@@ -193,9 +194,21 @@ def encode_strings(values: list[str]) -> np.ndarray:
 
 
 def decode_strings(encoded: np.ndarray) -> np.ndarray:
-    """Inverse of `encode_strings`: uint8 [n, width] to str [n]."""
+    """Inverse of `encode_strings`: uint8 [n, width] to str [n].
+
+    Raises
+    ------
+    StoreError : if a text is not UTF-8
+    """
     texts = np.ascontiguousarray(encoded).view(f"S{encoded.shape[1]}")[:, 0]
     try:
         return texts.astype(f"U{encoded.shape[1]}") if len(texts) else np.zeros(0, "U1")
     except UnicodeDecodeError:
+        pass
+    try:
         return np.char.decode(texts, "utf-8")
+    except UnicodeDecodeError as error:
+        raise StoreError(
+            f"a text of the index is not UTF-8 ({error.object!r:.60}), so it was not written by brainflow; "
+            "write the store anew with StoreWriter"
+        ) from error

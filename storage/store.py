@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 from urllib.parse import unquote
 
@@ -12,18 +14,22 @@ import zarr
 
 from .buffers import aligned_empty
 from .decoding import DecodedRows, chunks_of
-from .errors import DamagedChunk, StoreError
+from .errors import DamagedChunk, StoreError, StoreUnavailable, StoreWarning
+from .fallback import older_manifests, remedy
 from .hints import ReadHints
-from .index import read_columns
-from .layout import crc32c
+from .index import directory_of, read_columns
+from .layout import Grid, crc32c
 from .local import LocalFiles
-from .manifest import MANIFEST, Manifest, parse_manifest
+from .manifest import MANIFEST, MANIFEST_LIMIT, Manifest, manifest_copy, parse_manifest
 from .mapping import MappedShards
 from .remote import RemoteFiles, is_remote
 from .remote_chunks import RemoteChunks
 from .segments import RunTable, SegmentTable
+from .validate import table_faults
 
 _ATTEMPTS = 5
+_ARRAY_METADATA = 2**16  # bytes; ours has some 800
+_GROUPS = ("runs", "segments", "labels", "checksums")
 
 
 class BoldStore:
@@ -41,25 +47,36 @@ class BoldStore:
     attributes : dict, metadata of the store (parcellation, preprocessing, …)
     runs : RunTable
     segments : SegmentTable
+    files : where the bytes of the store come from
+    manifest_bytes : bytes, the root's `zarr.json` of this generation
+    damage : str or None, what is wrong with the newest generation if it is not the one that is read, and what
+        to do
     """
 
     def __init__(self, files: LocalFiles | RemoteFiles, manifest: bytes, *, check: bool) -> None:
         self.path = files.where
-        self._files = files
+        self.damage: str | None = None
+        self.files = files
+        self.manifest_bytes = manifest
         self.manifest: Manifest
         self.manifest, self.layout, self.snapshot = parse_manifest(manifest, self.path)
-        files.announce(list(self.manifest.files))
+        files.announce(self.manifest.files)
         self.networks = self.layout.networks
         self.dtype = self.layout.bold_grid.dtype
         self._window_dtype = self.dtype if self.dtype.kind == "f" else np.dtype("<f4")
         self.generation = self.manifest.generation
         self.attributes: dict[str, Any] = self.layout.to_dict()
-        self.runs = RunTable(self.columns("runs"))
-        labels = {unquote(name): values for name, values in self.columns("labels").items()}
-        self.segments = SegmentTable(self.columns("segments"), labels)
-        self.checksums = self.columns("checksums")
-        if len(self.runs) != self.manifest.runs or len(self.segments) != self.manifest.segments:
-            raise StoreError(f"{self.path}/{MANIFEST}: does not fit the index; restore the store from a copy")
+        groups = {group: self.columns(group) for group in _GROUPS}
+        fault = next(table_faults(self.layout, self.manifest, groups), None)
+        if fault is not None:
+            raise StoreError(
+                f"{self.path}/{directory_of(self.generation)}/{fault}; the store is damaged or not by "
+                "brainflow: restore it from a copy"
+            )
+        self.runs = RunTable(groups["runs"])
+        labels = {unquote(name): values for name, values in groups["labels"].items()}
+        self.segments = SegmentTable(groups["segments"], labels)
+        self.checksums = groups["checksums"]
         bold, statistics = self.layout.bold_grid, self.layout.statistics_grid
         present = bold.chunks_in_shards(self.runs.start, self.runs.length)
         self._bold = files.shards(bold, *present, self.checksums["bold"])
@@ -67,6 +84,7 @@ class BoldStore:
         self._statistics = files.shards(statistics, *present, self.checksums["statistics"])
         for shards in (self._bold, self._statistics):
             if check and isinstance(shards, MappedShards):
+                self.check_shape(shards.grid)
                 shards.check_sizes()
         self._reader, self._rows = _reader(self._bold), _reader(self._statistics)
         self._hints = ReadHints(self._reader) if isinstance(self._reader, MappedShards) else None
@@ -75,32 +93,58 @@ class BoldStore:
         self._check = check
         self._known_end = np.full(len(self.runs) + 1, np.iinfo(np.int64).min)
         self._damaged_runs: set[int] = set()
+        self._known_statistics: set[int] = set()  # chunks that have been compared with their checksums
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True, fallback: bool = True) -> Self:
-        """Open the newest generation of a store.
+        """Open the newest generation of a store, or the one before it where the newest is damaged.
 
         Parameters
         ----------
         path : directory of the store, or its URL (s3://, gs://, https://; needs the extra `remote`)
         check : look at the size of every file now, and compare the chunks of a run with their checksums when
             it is first read (remote: always)
+        fallback : read the generation before with a `StoreWarning` if metadata, index or shards of the newest
+            are damaged; what is wrong is then in `damage`
 
         Raises
         ------
-        StoreError : if there is no store, or a file of it is missing, truncated or damaged; it is named
+        StoreError : if there is no store, or a file of it is missing, truncated or damaged and no generation
+            can be read; the file is named
         """
         where = str(path) if is_remote(path) else os.path.abspath(path)
         for attempt in range(_ATTEMPTS):
-            files = RemoteFiles(where) if is_remote(where) else LocalFiles(where)
-            manifest = files.read(MANIFEST).tobytes()
+            files = _files_at(where)
+            root = b""
             try:
-                return cls(files, manifest, check=check)
-            except StoreError:
+                root = files.read(MANIFEST, MANIFEST_LIMIT).tobytes()
+                return cls(files, root, check=check)
+            except StoreUnavailable:
+                raise
+            except StoreError as error:
                 # A writer may have committed twice while we read the index of an older generation.
-                if attempt == _ATTEMPTS - 1 or _manifest_bytes(where) == manifest:
+                if attempt < _ATTEMPTS - 1 and _root_bytes(_files_at(where)) != root:
+                    continue
+                older = cls._open_older(files, root, error, check=check) if fallback else None
+                if older is None:
                     raise
+                return older
         raise AssertionError("not reached")
+
+    @classmethod
+    def _open_older(
+        cls, files: LocalFiles | RemoteFiles, root: bytes, error: StoreError, *, check: bool
+    ) -> Self | None:
+        """The newest whole generation, with a warning, or None; `error` says why the root's is not one."""
+        for manifest in older_manifests(files, root):
+            try:
+                store = cls(files, manifest, check=check)
+            except StoreError:
+                continue
+            store.damage = f"{error}. {remedy(store.manifest, root, store.path)}"
+            warnings.warn(store.damage, StoreWarning, stacklevel=4)
+            return store
+        return None
 
     def windows(
         self,
@@ -137,14 +181,14 @@ class BoldStore:
                 return out
             position = 0
             for rows, run in zip(self._reader.windows(starts, lengths), runs.tolist(), strict=True):
-                np.multiply(rows, self.scale(run), out=out[position : position + len(rows)])
+                np.multiply(rows, self._read_row(run)[2], out=out[position : position + len(rows)])
                 position += len(rows)
             return out
         except DamagedChunk as error:
             rows_of = self.layout.bold_grid.chunk_rows
             first = self.runs.start[runs] < (error.chunk + 1) * rows_of
             touched = runs[first & (self.runs.end[runs] > error.chunk * rows_of)]
-            raise self._damage(int(touched[0]), error.chunk) from error
+            raise self._damage(int(touched[0]), error.chunk, error.reason) from error
 
     @property
     def rows(self) -> np.ndarray | None:
@@ -204,8 +248,14 @@ class BoldStore:
 
     @property
     def bold(self) -> zarr.Array:
-        """The array `bold[time, network]` as Zarr gives it; zeros between runs."""
-        return zarr.open_array(self._files.zarr_store(), path="bold", mode="r")
+        """The array `bold[time, network]` as Zarr gives it; zeros between runs.
+
+        Raises
+        ------
+        StoreError : if its metadata is not what this package writes
+        """
+        self.check_shape(self.layout.bold_grid)
+        return zarr.open_array(self.files.zarr_store(), path="bold", mode="r")
 
     def stored(self, array: str, chunk: int) -> np.ndarray:
         """Bytes of a chunk of "bold" or "statistics" as they are stored, uint8 [bytes]."""
@@ -230,11 +280,14 @@ class BoldStore:
         if isinstance(self._bold, RemoteChunks):
             spans = self.layout.bold_grid.spans(starts, lengths)
             bad = self._bold.damaged(chunks_of(spans))
-            return np.array([bad.isdisjoint(span) for span in spans], bool)
+            whole = np.array([bad.isdisjoint(span) for span in spans], bool)
+            return whole & ~np.isin(runs, self._runs_without_scale(np.unique(runs)))
         for run in np.unique(runs[self._known_end[runs + 1] < 0]).tolist():
             if run not in self._damaged_runs:
                 try:
                     self._check_runs(np.array([run]))
+                except StoreUnavailable:
+                    raise
                 except StoreError:
                     self._damaged_runs.add(run)
         return np.array([run not in self._damaged_runs for run in runs.tolist()], bool)
@@ -242,6 +295,50 @@ class BoldStore:
     def columns(self, group: str) -> dict[str, np.ndarray]:
         """Columns of a group of the index, as stored: "runs", "segments", "labels" or "checksums"."""
         return read_columns(self.check_file, self.manifest.files, self.manifest.generation, group)
+
+    def check_shape(self, grid: Grid) -> None:
+        """Compare the `zarr.json` of `bold` or `statistics` with what this package writes, byte for byte.
+
+        Its shape is that of this generation, the newest, or one whose commit is under way or was killed.
+
+        Raises
+        ------
+        StoreError : if the file is missing or is another
+        """
+        file = f"{grid.name}/zarr.json"
+        for _ in range(_ATTEMPTS):
+            data = self.read_file(file, _ARRAY_METADATA).tobytes()
+            if data == self.layout.array_metadata(grid, _rows(self.manifest, grid)):
+                return
+            root = _root_bytes(self.files)
+            if any(
+                data == self.layout.array_metadata(grid, rows) for rows in self._other_rows(grid, root, data)
+            ):
+                return
+            if _root_bytes(self.files) == root:
+                break
+        raise StoreError(f"{self.path}/{file}: damaged; restore this file from a copy of the store")
+
+    def _other_rows(self, grid: Grid, root: bytes, data: bytes) -> Iterator[int]:
+        """Rows that an array may have while others write: those of the newest generation and the next."""
+        newest = self.manifest
+        try:
+            newest = parse_manifest(root, self.path)[0]
+            yield _rows(newest, grid)
+        except StoreError:  # damaged; then we read an older generation
+            pass
+        copied = newest.copied
+        for generation in sorted({self.generation + 1, newest.generation + 1}):
+            try:
+                copy = self.read_file(manifest_copy(generation), MANIFEST_LIMIT).tobytes()
+                yield _rows(parse_manifest(copy, self.path)[0], grid)
+                copied = True
+            except StoreError:
+                pass
+        if not copied:  # nor did the writer of older versions leave a copy before it wrote the new shape
+            shape = re.search(rb'"shape": \[(\d{1,18}),', data)
+            if shape and int(shape[1]) > _rows(newest, grid):
+                yield int(shape[1])
 
     def _locate(
         self, starts: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray
@@ -286,7 +383,30 @@ class BoldStore:
                 for chunk in range(start // grid.chunk_rows, (end - 1) // grid.chunk_rows + 1):
                     if crc32c(self._bold.stored(chunk)) != checksums[chunk]:
                         raise self._damage(run, chunk)
+            if self.dtype.kind == "i":
+                self._check_statistics(run)
             self._known_end[run + 1] = end
+
+    def _check_statistics(self, run: int) -> None:
+        """Compare the chunk of a run's row of `statistics` with its checksum, once (remote: always)."""
+        chunk = int(self.runs.slot[run]) // self.layout.statistics_grid.chunk_rows
+        if not self._check or isinstance(self._statistics, RemoteChunks) or chunk in self._known_statistics:
+            return
+        if crc32c(self._statistics.stored(chunk)) != self.checksums["statistics"][chunk]:
+            raise self._statistics_damage(run, DamagedChunk(chunk))
+        self._known_statistics.add(chunk)
+
+    def _runs_without_scale(self, runs: np.ndarray) -> list[int]:
+        """Which of some runs of integers cannot be read because their row of `statistics` is damaged."""
+        lost = []
+        for run in runs.tolist() if self.dtype.kind == "i" else []:
+            try:
+                self._row(run)
+            except StoreUnavailable:
+                raise
+            except StoreError:
+                lost.append(run)
+        return lost
 
     def _with_whole_new_runs(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Some windows, those of runs whose checksums are still to be looked at as all chunks of the run."""
@@ -298,37 +418,51 @@ class BoldStore:
         begin, end = self.runs.start[runs] // rows * rows, -(-self.runs.end[runs] // rows) * rows
         return np.concatenate([starts[~new], begin]), np.concatenate([lengths[~new], end - begin])
 
-    def _damage(self, run: int, chunk: int) -> StoreError:
+    def _damage(self, run: int, chunk: int, reason: str = "wrong checksum") -> StoreError:
         grid = self.layout.bold_grid
         return StoreError(
             f"{self.path}: run {self.runs.key_of(run)}: chunk {chunk} "
-            f"({grid.shard_path(chunk // grid.chunks_per_shard)}) is damaged (wrong checksum); "
+            f"({grid.shard_path(chunk // grid.chunks_per_shard)}) is damaged ({reason}); "
             "`brainflow verify` lists all damage; restore the file from a copy"
         )
 
     def _row(self, run: int) -> np.ndarray:
         """Row of a run in `statistics`, float32 [statistics, networks]."""
+        self._check_statistics(run)
+        return self._read_row(run)
+
+    def _read_row(self, run: int) -> np.ndarray:
+        """As `_row`, of a run whose statistics have been checked."""
         try:
             return self._rows.row(int(self.runs.slot[run]))
         except DamagedChunk as error:
-            raise StoreError(
-                f"{self.path}: run {self.runs.key_of(run)}: chunk {error.chunk} of statistics is damaged "
-                "(wrong checksum); `brainflow verify` lists all damage; restore the file from a copy"
-            ) from error
+            raise self._statistics_damage(run, error) from error
 
-    def read_file(self, relative: str) -> np.ndarray:
-        """A file of the store: uint8 [bytes]."""
-        return self._files.read(relative)
+    def _statistics_damage(self, run: int, error: DamagedChunk) -> StoreError:
+        grid = self.layout.statistics_grid
+        return StoreError(
+            f"{self.path}: run {self.runs.key_of(run)}: chunk {error.chunk} of statistics "
+            f"({grid.shard_path(error.chunk // grid.chunks_per_shard)}) {error}; `brainflow verify` lists "
+            "all damage; restore the file from a copy"
+        )
 
-    def check_file(self, relative: str) -> np.ndarray:
+    def read_file(self, relative: str, limit: int) -> np.ndarray:
+        """A file of the store of at most `limit` bytes: uint8 [bytes]."""
+        return self.files.read(relative, limit)
+
+    def check_file(self, relative: str, manifest: Manifest | None = None) -> np.ndarray:
         """A file that the manifest lists, uint8 [bytes].
+
+        Parameters
+        ----------
+        manifest : of another generation; by default this one's
 
         Raises
         ------
         StoreError : if its size or checksum is not the listed one
         """
-        data = self.read_file(relative)
-        size, checksum = self.manifest.files.get(relative, [-1, -1])
+        size, checksum = (manifest or self.manifest).files.get(relative, [0, -1])
+        data = self.read_file(relative, size)
         if len(data) != size:
             raise StoreError(
                 f"{self.path}/{relative}: has {len(data)} bytes, expected {size}; restore it from a copy"
@@ -336,6 +470,10 @@ class BoldStore:
         if crc32c(data) != checksum:
             raise StoreError(f"{self.path}/{relative}: damaged (wrong checksum); restore it from a copy")
         return data
+
+    def is_newest(self) -> bool:
+        """Whether nobody has committed to the store since it was opened."""
+        return _root_bytes(self.files) == self.manifest_bytes
 
 
 def _reader(shards: MappedShards | RemoteChunks) -> MappedShards | DecodedRows:
@@ -345,10 +483,17 @@ def _reader(shards: MappedShards | RemoteChunks) -> MappedShards | DecodedRows:
     return DecodedRows(shards.grid, shards.fetch)
 
 
-def _manifest_bytes(where: str) -> bytes:
-    """The manifest as it stands, or nothing."""
+def _files_at(where: str) -> LocalFiles | RemoteFiles:
+    return RemoteFiles(where) if is_remote(where) else LocalFiles(where)
+
+
+def _rows(manifest: Manifest, grid: Grid) -> int:
+    return manifest.rows if grid.name == "bold" else manifest.slots
+
+
+def _root_bytes(files: LocalFiles | RemoteFiles) -> bytes:
+    """The root's `zarr.json` as it stands, or nothing."""
     try:
-        files = RemoteFiles(where) if is_remote(where) else LocalFiles(where)
-        return files.read(MANIFEST).tobytes()
+        return files.read(MANIFEST, MANIFEST_LIMIT).tobytes()
     except StoreError:
         return b""

@@ -1,16 +1,21 @@
-"""Reading all of a store and comparing it with its checksums."""
+"""Reading all of a store and comparing it with its checksums, and its tables with each other."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .errors import StoreError
-from .layout import Grid, crc32c
+from .decoding import DecodedRows
+from .errors import DamagedChunk, StoreError, StoreWarning
+from .index import directory_of
+from .layout import Grid, crc32c, group_metadata
+from .leftovers import unaccounted
+from .manifest import INDEX_GROUP, MANIFEST, MANIFEST_LIMIT, Manifest, manifest_copy, parse_manifest
+from .segments import RUN_STRINGS, decode_strings
 from .store import BoldStore
 
 
@@ -21,12 +26,14 @@ class VerifyReport:
     Attributes
     ----------
     errors : one line for each thing that is wrong
+    notes : one line for each thing that harms nobody, such as files that are not of the store
     bad_chunks : numbers of the damaged chunks of `bold`
     bad_runs : keys of the runs that they touch
     chunks : chunks read
     """
 
     errors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     bad_chunks: list[int] = field(default_factory=list)
     bad_runs: list[str] = field(default_factory=list)
     chunks: int = 0
@@ -41,7 +48,7 @@ _PROGRESS_BYTES = 16 * 2**20
 
 
 def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> VerifyReport:
-    """Read every chunk of a store and every file of its index, and compare them with their checksums.
+    """Read every byte of a store, compare it with its checksums, and the tables with each other.
 
     Parameters
     ----------
@@ -50,15 +57,17 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | 
 
     Returns
     -------
-    VerifyReport : a store that cannot be opened has the reason as its one error
+    VerifyReport : a store whose newest generation cannot be opened has the reason as its one error
     """
     report = VerifyReport()
     try:
-        store = BoldStore.open(path, check=False)
+        store = BoldStore.open(path, check=False, fallback=False)
     except StoreError as error:
         report.errors.append(str(error))
+        report.notes += _what_can_be_read(path)
         return report
-    report.errors += _bad_files(store)
+    report.errors += [*_bad_metadata(store), *_bad_copies(store), *_bad_texts(store)]
+    report.notes += unaccounted(store)
     runs = store.runs
     jobs = [
         (store.layout.bold_grid, runs.start, runs.length),
@@ -67,10 +76,11 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | 
     total = sum(int(grid.chunks_in_shards(s, n)[1].sum()) * grid.chunk_bytes for grid, s, n in jobs)
     done = shown = 0
     for grid, starts, lengths in jobs:
+        decode = DecodedRows(grid, lambda chunks: {}).decode
         for shard, chunks in zip(*grid.chunks_in_shards(starts, lengths), strict=True):
             first = int(shard) * grid.chunks_per_shard
             for chunk in range(first, first + int(chunks)):
-                reason = _fault(store, grid, chunk)
+                reason = _fault(store, grid, chunk, decode)
                 if reason:
                     _note(report, store, grid, chunk, reason, starts, lengths)
                 report.chunks += 1
@@ -81,39 +91,120 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | 
     return report
 
 
-def _bad_files(store: BoldStore) -> list[str]:
-    """What is wrong with the metadata and the index."""
-    errors = []
-    for relative in store.manifest.files:
+def _what_can_be_read(path: str | os.PathLike[str]) -> list[str]:
+    """The generation that a reader falls back to, if there is one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StoreWarning)
         try:
-            store.check_file(relative)
+            damage = BoldStore.open(path).damage
+        except StoreError:
+            return []
+    return [] if damage is None else [f"{path}: can be read in part: {damage}"]
+
+
+def _bad_metadata(store: BoldStore) -> Iterator[str]:
+    """What is wrong with the index of this generation and with the metadata of groups and arrays."""
+    if store.manifest_bytes != store.manifest.to_bytes(store.layout):
+        yield (
+            f"{store.path}/{MANIFEST}: not as brainflow writes it; restore this file from a copy of the store"
+            + (f", or copy {manifest_copy(store.generation)} over it" if store.manifest.copied else "")
+        )
+    yield from _bad_files(store, store.manifest)
+    if not store.manifest.copied and not _is_bare_group(store):
+        yield f"{store.path}/{INDEX_GROUP}: missing or damaged; restore it from a copy"
+    for grid in (store.layout.bold_grid, store.layout.statistics_grid):
+        try:
+            store.check_shape(grid)
         except StoreError as error:
-            errors.append(str(error))
-    for grid, rows in (
-        (store.layout.bold_grid, store.manifest.rows),
-        (store.layout.statistics_grid, store.manifest.slots),
-    ):
-        file = f"{grid.name}/zarr.json"
+            yield str(error)
+
+
+def _is_bare_group(store: BoldStore) -> bool:
+    """Whether the group of the indexes is as all versions wrote it; newer ones list it in the manifest."""
+    bare = group_metadata({})
+    try:
+        return store.read_file(INDEX_GROUP, len(bare)).tobytes() == bare
+    except StoreError:
+        return False
+
+
+def _bad_files(store: BoldStore, manifest: Manifest) -> Iterator[str]:
+    """Files of an index that are missing or damaged."""
+    for relative in manifest.files:
         try:
-            data = store.read_file(file).tobytes()
-            present = int(json.loads(data)["shape"][0])  # more than `rows` if somebody has appended since
-            good = present >= rows and data == store.layout.array_metadata(grid, present)
-        except (StoreError, ValueError, KeyError, TypeError, IndexError):
-            good = False
-        if not good:
-            errors.append(
-                f"{store.path}/{file}: missing or damaged; restore this file from a copy of the store"
-            )
-    return errors
+            store.check_file(relative, manifest)
+        except StoreError as error:
+            yield str(error)
 
 
-def _fault(store: BoldStore, grid: Grid, chunk: int) -> str:
+def _bad_copies(store: BoldStore) -> Iterator[str]:
+    """What is wrong with that which readers fall back to: the manifest's copy, and the generation before."""
+    if not store.manifest.copied:
+        return  # the writer of older versions left none
+    copy = manifest_copy(store.generation)
+    try:
+        same = store.read_file(copy, MANIFEST_LIMIT).tobytes() == store.manifest_bytes
+    except StoreError:
+        same = False
+    if not same:
+        yield f"{store.path}/{copy}: missing or damaged; copy {MANIFEST} over it"
+    errors = list(_bad_older_generation(store)) if store.generation else []
+    if errors and store.is_newest():  # else a writer has committed, and removed it, meanwhile
+        yield from errors
+
+
+def _bad_older_generation(store: BoldStore) -> Iterator[str]:
+    copy = manifest_copy(store.generation - 1)
+    try:
+        data = store.read_file(copy, MANIFEST_LIMIT).tobytes()
+    except StoreError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return  # of the writer of older versions, or not published
+        yield str(error)
+        return
+    try:
+        older, layout, _ = parse_manifest(data, f"{store.path}/{directory_of(store.generation - 1)}")
+    except StoreError:
+        older = None
+    if older is None or data != older.to_bytes(layout) or older.generation != store.generation - 1:
+        yield f"{store.path}/{copy}: damaged; the next commit but one removes it, or restore it from a copy"
+        return
+    yield from _bad_files(store, older)
+
+
+def _bad_texts(store: BoldStore) -> Iterator[str]:
+    """Texts of the runs that are not UTF-8, and keys that are empty or there twice."""
+    columns = store.columns("runs")
+    for name in RUN_STRINGS:
+        try:
+            texts = decode_strings(columns[name])
+        except StoreError as error:
+            yield f"{store.path}: runs/{name}: {error}"
+            continue
+        if name == "key" and len(np.unique(texts)) < len(texts):
+            yield f"{store.path}: runs/key: two runs have the same key"
+        if name == "key" and (texts == "").any():
+            yield f"{store.path}: runs/key: a run has no key"
+
+
+def _fault(store: BoldStore, grid: Grid, chunk: int, decode: Callable[[int, np.ndarray], np.ndarray]) -> str:
     """What is wrong with a chunk, or nothing."""
     try:
-        good = crc32c(store.stored(grid.name, chunk)) == store.checksums[grid.name][chunk]
-    except (StoreError, OSError) as error:
+        stored = store.stored(grid.name, chunk)
+        if crc32c(stored) != store.checksums[grid.name][chunk]:
+            raise DamagedChunk(chunk)
+        values = decode(chunk, stored)
+    except (StoreError, OSError, DamagedChunk) as error:
         return str(error)
-    return "" if good else "is damaged (wrong checksum)"
+    if values.dtype.kind == "f" and not _all_finite(values):
+        return "holds values that are not finite, so it was not written by brainflow: write the store anew"
+    return ""
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    """Whether all numbers are finite, by their exponents: NumPy's isfinite of float16 takes longer."""
+    bits, exponent = {2: ("<u2", 0x7C00), 4: ("<u4", 0x7F800000)}[values.itemsize]
+    return bool((np.bitwise_and(values.view(bits), exponent) != exponent).all())
 
 
 def _note(

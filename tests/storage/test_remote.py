@@ -312,7 +312,7 @@ def test_damage_on_the_server_is_found_and_can_be_left_out(pair):
     url = "memory://damaged"
     publish(local.path, url)
     files = remote.RemoteFiles(url)
-    data = bytearray(files.read("bold/c/0/0").tobytes())
+    data = bytearray(files.read("bold/c/0/0", 2**20).tobytes())
     data[3 * CHUNK * NETWORKS * 2 + 5] ^= 4
     files.write("bold/c/0/0", bytes(data))
     store = BoldStore.open(url)
