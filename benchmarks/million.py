@@ -98,6 +98,11 @@ def write_index_only(path: Path, runs: int) -> None:
         slots=len(sums["statistics"]) * attributes.statistics_grid.chunk_rows,
         files=files,
     )
+    for grid, total in (
+        (attributes.bold_grid, manifest.rows),
+        (attributes.statistics_grid, manifest.slots),
+    ):
+        (path / grid.name / "zarr.json").write_bytes(attributes.array_metadata(grid, total))
     (path / MANIFEST).write_bytes(manifest.to_bytes(attributes))
 
 
