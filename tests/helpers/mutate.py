@@ -68,7 +68,7 @@ def mutated_json(value, rng: random.Random):
             container.insert(key, copy.deepcopy(container[key]))
         elif kind == 1:
             container[rng.choice(["unknown", "", "manifest", "x" * 300])] = container[key]
-        elif kind == 2 and type(container[key]) in (int, float):
+        elif kind == 2 and type(container[key]) in (int, float) and abs(container[key]) < 2**64:
             container[key] = container[key] * rng.choice([-1, 2, 10**6]) + rng.choice([-1, 0, 1, 0.5])
         elif kind == 3 and isinstance(container[key], str):
             container[key] = rng.choice(
