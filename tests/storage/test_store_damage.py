@@ -331,6 +331,12 @@ def test_stores_of_older_versions_have_no_copies(two, generations):
     flip(group, 3)
     assert ["index/zarr.json" in error for error in verify(two).errors] == [True]
     rewrite(group, good)
+    whole = (two / "zarr.json").read_bytes()
+    rewrite(
+        two / "zarr.json", whole.replace(b"node_type", b"nodeXtype")
+    )  # the digest is of the attributes only
+    assert ["not as brainflow writes it" in error for error in verify(two).errors] == [True]
+    rewrite(two / "zarr.json", whole)
     rewrite(
         array, store.layout.array_metadata(store.layout.bold_grid, rows + 64)
     )  # of a writer that was killed
