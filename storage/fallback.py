@@ -6,6 +6,7 @@ Each index holds a copy of the root's `zarr.json` of its generation, and the ind
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ def older_manifests(files: LocalFiles | RemoteFiles, root: bytes) -> Iterator[by
 
 def remedy(read: Manifest, root: bytes, where: str) -> str:
     """What is read instead and how the store is mended, for the warning."""
-    copy = f"cp '{where}/{manifest_copy(read.generation)}' '{where}/{MANIFEST}'"
+    copy = shlex.join(["cp", f"{where}/{manifest_copy(read.generation)}", f"{where}/{MANIFEST}"])
     if _generation(root) is None:
         return f"Reading generation {read.generation} by the copy of its manifest; to mend the store: {copy}"
     return (

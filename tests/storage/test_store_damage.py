@@ -160,7 +160,7 @@ def generations(tmp_path_factory):
 
 @pytest.fixture
 def two(generations, tmp_path):
-    return shutil.copytree(generations[0], tmp_path / "s")
+    return shutil.copytree(generations[0], tmp_path / "its 'own' $place")
 
 
 def open_warned(path):
