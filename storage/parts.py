@@ -124,7 +124,7 @@ def gather(
     added = 0
     with writer:
         if appending:
-            opened = BoldStore.open(store)
+            opened = BoldStore.open(store, fallback=False)
             committed = {key: i for i, key in enumerate(opened.runs.key.tolist())}
         for done, (key, path) in enumerate(files):
             part = read_part(path)

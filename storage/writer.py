@@ -28,7 +28,7 @@ from .files import (
 )
 from .index import directory_of, write_index
 from .layout import CHUNK_ROWS, SHARD_ROWS, run_key
-from .manifest import MANIFEST, MANIFEST_COPY, Manifest, parse_manifest
+from .manifest import MANIFEST, MANIFEST_COPY, MANIFEST_LIMIT, Manifest, parse_manifest
 from .quantise import Overflow, encode, run_statistics
 from .remote import is_remote
 from .segments import Segment
@@ -330,6 +330,12 @@ class StoreWriter:
             files=files,
         )
         self._content = content = manifest.to_bytes(self._attributes)
+        if len(content) > MANIFEST_LIMIT:
+            raise StoreError(
+                f"{self._root}/{MANIFEST}: would have {len(content)} bytes, more than the {MANIFEST_LIMIT} that "
+                "readers take; shorten provenance and preprocessing, or use fewer label columns"
+            )
+        parse_manifest(content, str(self._root))  # what readers would refuse is not committed
         index = self._root / directory_of(generation)
         # A second copy: readers fall back to it where the root's file is damaged, and to that of the
         # generation before where more is. It also says what the shapes that are written next are for.

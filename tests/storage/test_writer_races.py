@@ -224,3 +224,10 @@ def test_a_writer_whose_disk_failed_is_closed_and_says_what_it_left(tmp_path, mo
         write(writer, 3)
     append(path, 2)
     assert BoldStore.open(path).runs.subject.tolist() == ["1", "2"]
+
+
+def test_what_readers_would_refuse_is_not_committed(tmp_path):
+    path = tmp_path / "s"
+    with pytest.raises(StoreError, match="shorten provenance"):
+        made(path, 1, provenance={"notes": "x" * 2**25})
+    assert os.listdir(tmp_path) == []
