@@ -332,8 +332,8 @@ class StoreWriter:
         self._content = content = manifest.to_bytes(self._attributes)
         if len(content) > MANIFEST_LIMIT:
             raise StoreError(
-                f"{self._root}/{MANIFEST}: would have {len(content)} bytes, more than the {MANIFEST_LIMIT} that "
-                "readers take; shorten provenance and preprocessing, or use fewer label columns"
+                f"{self._root}/{MANIFEST}: would have {len(content)} bytes, more than the {MANIFEST_LIMIT} "
+                "that readers take; shorten provenance and preprocessing, or use fewer label columns"
             )
         parse_manifest(content, str(self._root))  # what readers would refuse is not committed
         index = self._root / directory_of(generation)
