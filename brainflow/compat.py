@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainflow.models.pretrained import read_config
+from brainflow.models.privacy import without_paths
 from brainflow.storage import BoldStore
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,8 @@ def differences(trained: dict[str, Any], ours: dict[str, Any], t_rs: list[float]
     found = []
     for name, what in MUST_MATCH.items():
         theirs, mine = trained.get(name), ours.get(name)
+        if isinstance(mine, str):  # a model that was shared has none of the paths of a text
+            theirs, mine = (without_paths(str(text)) if text else text for text in (theirs, mine))
         if theirs and mine and theirs != mine:
             seen, other = _shown(theirs, mine), _shown(mine, theirs)
             found.append(f"{what}: the model saw {seen}, the data have {other}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 FrameworkName = Literal["csm", "seq-bert", "net-bert", "autoencoder"]
 PAIRED = ("seq-bert", "net-bert")  # they read two halves of a window and say whether these belong together
@@ -68,13 +69,17 @@ class ModelConfig:
     it ended with, the decoder from the encoder's; its first input is the pooled vector."""
 
     def __post_init__(self) -> None:
+        _check_finite(self, "model")
+        for name in ("networks", "width", "layers", "heads", "feedforward", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("max_seconds", "time_resolution"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"model.{name}: got {getattr(self, name)}, expected a positive number")
         if self.width % self.heads:
             raise ValueError(
                 f"model.width: got {self.width}, which is not divisible by model.heads={self.heads}"
             )
-        for name in ("networks", "width", "layers", "heads", "feedforward", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}: got {getattr(self, name)}, expected at least 1")
         if self.positions == "rotary" and self.width // self.heads % 2:
             raise ValueError(
                 f"model.positions: got rotary with {self.width // self.heads} values a head "
@@ -120,6 +125,7 @@ class DataConfig:
     """Fixed held-out batches at each validation."""
 
     def __post_init__(self) -> None:
+        _check_finite(self, "data")
         self.dataset_weights()
         if self.batch_size < 1:
             raise ValueError(f"data.batch_size: got {self.batch_size}, expected at least 1")
@@ -215,6 +221,7 @@ class TrainConfig:
     """Also send the metrics there (extra `tracking`); metrics.jsonl is written in any case."""
 
     def __post_init__(self) -> None:
+        _check_finite(self, "train")
         for part in filter(None, (word.strip() for word in self.freeze.split(","))):
             if part not in FREEZABLE:
                 raise ValueError(f"train.freeze: got {part!r}, expected some of {', '.join(FREEZABLE)}")
@@ -242,7 +249,7 @@ class TrainConfig:
                 f"train.warmup: got {self.warmup}, expected at most 0.9 with train.schedule=wsd, which "
                 "decays over the last tenth of the steps"
             )
-        if self.weight_decay < 0:
+        if not self.weight_decay >= 0:
             raise ValueError(f"train.weight_decay: got {self.weight_decay}, expected 0 or more")
         if not 0.0 <= self.warmup < 1.0:
             raise ValueError(f"train.warmup: got {self.warmup}, expected a share of the steps in [0, 1)")
@@ -295,6 +302,7 @@ class PretrainConfig:
             )
 
 
+MOST_FLOAT = 1.7e308  # what JSON calls a number may be an integer that no float holds
 SECTIONS: dict[str, type[ModelConfig] | type[DataConfig] | type[TrainConfig]] = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -307,15 +315,20 @@ def to_dict(config: Any) -> dict[str, Any]:
     return asdict(config)
 
 
-def from_dict(cls: Any, values: dict[str, Any]) -> Any:
-    """Build a config dataclass from nested dicts.
+def from_dict(cls: Any, values: Any) -> Any:
+    """Build a config dataclass from nested dicts that a file held.
 
     Raises
     ------
     ValueError
-        If a key is not a field of the dataclass; the message names the nearest field.
+        If a key is not a field of the dataclass, or a value is not of the field's type or not in its range;
+        the message names the field.
     """
     check_names(cls, values)
+    check_values(cls, values)
+    needed = [name for name in ("store", "out") if cls is PretrainConfig and name not in values]
+    if needed:
+        raise ValueError(f"{needed[0]}: is missing, expected a path")
     return cls(
         **{
             key: from_dict(SECTIONS[key], value) if key in SECTIONS and isinstance(value, dict) else value
@@ -324,7 +337,7 @@ def from_dict(cls: Any, values: dict[str, Any]) -> Any:
     )
 
 
-def check_names(cls: Any, values: dict[str, Any], prefix: str = "") -> None:
+def check_names(cls: Any, values: Any, prefix: str = "") -> None:
     """Check that every key of nested dicts is a field.
 
     Raises
@@ -332,16 +345,70 @@ def check_names(cls: Any, values: dict[str, Any], prefix: str = "") -> None:
     ValueError
         If one is not, or a section is not a table; the message gives its full name and the nearest field.
     """
+    if not isinstance(values, dict):
+        raise ValueError(f"settings: got {_short(values)}, expected a table of settings and their values")
     known = [f.name for f in fields(cls)]
     for key, value in values.items():
         if key not in known:
-            raise ValueError(f"unknown setting {prefix + key!r}; {_suggest(key, known, prefix)}")
+            raise ValueError(f"unknown setting {_short(prefix + key)}; {_suggest(key, known, prefix)}")
         section = SECTIONS.get(key) if not prefix else None
         if section is not None and isinstance(value, dict):
             check_names(section, value, prefix=f"{key}.")
         elif section is not None or isinstance(value, dict):
             kind = "a table" if section is not None else "a single value"
-            raise ValueError(f"{prefix + key}: got {value!r}, expected {kind}")
+            raise ValueError(f"{prefix + key}: got {_short(value)}, expected {kind}")
+
+
+def check_values(cls: Any, values: dict[str, Any]) -> None:
+    """Check that the values of nested dicts, whose keys are fields, are of the fields' types.
+
+    Raises
+    ------
+    ValueError
+        If one is not; the message gives its full name, what came and what was expected.
+    """
+    prefix = next((f"{name}." for name, section in SECTIONS.items() if section is cls), "")
+    types = _types(cls)
+    for key, value in values.items():
+        if key in SECTIONS and not prefix:
+            check_values(SECTIONS[key], value)
+            continue
+        fits, expected = _fits(types[key], value)
+        if not fits:
+            raise ValueError(f"{prefix + key}: got {_short(value)}, expected {expected}")
+
+
+def _types(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _fits(kind: Any, value: Any) -> tuple[bool, str]:
+    """Return whether a value is of the type of a field, and what that type is in words."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind), f"one of {', '.join(get_args(kind))}"
+    if kind is bool:
+        return isinstance(value, bool), "true or false"
+    if kind is str:
+        return isinstance(value, str), "text"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return number and isinstance(value, int) and abs(value) < 2**63, "a whole number"
+    return number and abs(value) <= MOST_FLOAT, "a finite number"
+
+
+def _check_finite(config: Any, prefix: str) -> None:
+    for name, kind in _types(type(config)).items():
+        if kind is float and not math.isfinite(getattr(config, name)):
+            raise ValueError(f"{prefix}.{name}: got {getattr(config, name)}, expected a finite number")
+
+
+def _short(value: Any) -> str:
+    """Return a value of any size for a message."""
+    try:
+        shown = ascii(value) if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        return f"a value of type {type(value).__name__}"
+    return shown if len(shown) <= 60 else f"{shown[:57]}…"
 
 
 def _suggest(key: str, known: list[str], prefix: str) -> str:

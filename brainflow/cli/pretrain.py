@@ -31,7 +31,6 @@ import dataclasses
 import faulthandler
 import json
 import sys
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,7 +38,16 @@ import tyro
 
 from brainflow.cli.slurm import SlurmConfig, requeue, started_again, submit
 from brainflow.cli.usage import WrongUsage
-from brainflow.config import DataConfig, FrameworkName, ModelConfig, PretrainConfig, TrainConfig, check_names
+from brainflow.config import (
+    DataConfig,
+    FrameworkName,
+    ModelConfig,
+    PretrainConfig,
+    TrainConfig,
+    check_names,
+    check_values,
+)
+from brainflow.models.files import read_toml
 from brainflow.recipes import PresetName, preset
 
 
@@ -187,7 +195,7 @@ def run(args: Args) -> int:
 def _submit(args: Args, config: PretrainConfig) -> int:
     """Hand the run in with its whole configuration, as it would be run here."""
     folder = Path(args.out) / "slurm"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # submitit unpickles the jobs that it keeps there
     words = [config.store, "--out", args.out, "--device", args.device]
     words += [] if args.resume else ["--no-resume"]
     for section in ("model", "data", "train"):
@@ -220,9 +228,10 @@ def _option(given: list[str], name: str) -> str | None:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    values = read_toml(path)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
         check_names(PretrainConfig, values)
-    except ValueError as error:  # not TOML, or a name that is no setting
+        check_values(PretrainConfig, values)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return values

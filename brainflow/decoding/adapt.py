@@ -18,6 +18,7 @@ from brainflow.decoding.result import Result, judge
 from brainflow.decoding.task import DecodingTask
 from brainflow.frameworks import build
 from brainflow.models.pretrained import load_pretrained, read_config
+from brainflow.models.privacy import seen
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -97,8 +98,8 @@ def adapt(
 
 def pretraining_saw(checkpoint: str | os.PathLike[str], task: DecodingTask) -> list[str]:
     """Return the tested subjects whose BOLD (never their labels) the model was pretrained on."""
-    known = (read_config(checkpoint).get("data") or {}).get("training_subjects") or []
-    return sorted(set(known) & {str(name) for name in task.subjects[task.tested]})
+    data = read_config(checkpoint).get("data") or {}
+    return seen(data, {str(name) for name in task.subjects[task.tested]})
 
 
 def load_module(checkpoint: str | os.PathLike[str], config: AdaptConfig, device: torch.device) -> Any:

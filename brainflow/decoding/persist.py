@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from brainflow.decoding.adapt import Device, load_module, pick_device
@@ -19,7 +17,13 @@ from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.heads import Neighbours, make_head
 from brainflow.decoding.result import Result
 from brainflow.decoding.task import DecodingTask, check_classes
-from brainflow.models.pretrained import load_pretrained, read_config, save_pretrained
+from brainflow.models.pretrained import (
+    TensorFile,
+    check_digest,
+    load_pretrained,
+    read_config,
+    save_pretrained,
+)
 from brainflow.sharing import write_card
 
 HEAD = "head.safetensors"
@@ -55,11 +59,8 @@ def save_decoder(
         "classes": list(classes),
         "examples": len(head.keys) if isinstance(head, Neighbours) else 0,
     }
-    target = save_pretrained(decoder.module, folder, {**(facts or {}), "decoder": section})
-    tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
-    save_file(tensors, target / f"{HEAD}.tmp", metadata={"format": "pt"})
-    os.replace(target / f"{HEAD}.tmp", target / HEAD)
-    return target
+    extra = {**(facts or {}), "decoder": section}
+    return save_pretrained(decoder.module, folder, extra, {HEAD: head.state_dict()})
 
 
 def load_decoder(folder: str | os.PathLike[str]) -> tuple[Decoder, dict[str, Any]]:
@@ -73,24 +74,28 @@ def load_decoder(folder: str | os.PathLike[str]) -> tuple[Decoder, dict[str, Any
     config = read_config(folder)
     section = config.get("decoder")
     path = Path(folder) / HEAD
-    if section is None or not path.is_file():
+    if section is None or not path.exists():
         raise ValueError(
             f"{folder}: holds a pretrained model but no decoder; fit one with `brainflow adapt --save` or "
             "MentalStateDecoder.save"
         )
     module: Any = load_pretrained(folder)
-    head = _head(section, module.config.width)
-    try:
-        head.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path}: does not fit the decoder's configuration ({error})") from error
+    with TensorFile(path) as tensors:
+        with torch.device("meta"):  # no memory before the sizes are those of the file
+            tensors.check(_head(section, module.config.width).state_dict())
+        check_digest(path, config)
+        head = _head(section, module.config.width)
+        head.load_state_dict(tensors.read())
     return Decoder(module, head, pooling=section["pooling"]).eval(), config
 
 
 def _head(section: dict[str, Any], width: int) -> nn.Module:
-    return make_head(
-        section["mode"], width=width, classes=len(section["classes"]), examples=section["examples"]
-    )
+    try:
+        return make_head(
+            section["mode"], width=width, classes=len(section["classes"]), examples=section["examples"]
+        )
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"decoder: no head can be as large as the configuration says ({error})") from None
 
 
 def check_decoder_classes(checkpoint: str | os.PathLike[str], task: DecodingTask) -> None:

@@ -5,16 +5,17 @@ Weights are read from safetensors files only: nothing is unpickled, and no code 
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from brainflow.config import FREEZABLE, ModelConfig
+from brainflow.models.facts import is_count
+from brainflow.models.files import read_json
 from brainflow.models.hub import fetch
 from brainflow.models.legacy_names import rules
-from brainflow.models.pretrained import CONFIG, WEIGHTS, load_tensors
+from brainflow.models.pretrained import CONFIG, WEIGHTS, TensorFile, check_digest, read_config
 
 PARTS = {
     "embedder": ("embedding.", "mask_token", "cls_token", "sep_token"),
@@ -76,47 +77,56 @@ def load_initial(module: Any, source: str) -> None:
             f"init: no {CONFIG} and {WEIGHTS} in {folder}; other files, such as pytorch_model.bin, are not "
             "read (save the model with safetensors, or `brainflow import-checkpoint` the weights of 2022)"
         )
-    config = json.loads(path.read_text(encoding="utf-8"))
-    tensors = load_file(folder / WEIGHTS)
-    if isinstance(config.get("model"), dict):
-        load_tensors(module, tensors, str(folder / WEIGHTS))
+    if isinstance(read_json(path).get("model"), dict):
+        config = read_config(folder)
+        with TensorFile(folder / WEIGHTS) as tensors:
+            tensors.check(module.state_dict())
+            check_digest(folder / WEIGHTS, config)
+            module.load_state_dict(tensors.read())
     else:
-        _load_language(module, config, tensors, source)
+        _load_language(module, folder, source)
 
 
-def _load_language(module: Any, config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> None:
+def _load_language(module: Any, folder: Path, source: str) -> None:
     c: ModelConfig = module.config
+    config = read_json(folder / CONFIG)
     kind = config.get("model_type")
     if c.framework not in STYLES.get(str(kind), ()):
         raise ValueError(
-            f"init: {source} is a {kind!r} model, but model.framework={c.framework}; expected gpt2 for csm, "
-            "bert for seq-bert and net-bert"
+            f"init: {source} is a {ascii(kind)[:60]} model, but model.framework={c.framework}; expected gpt2 "
+            "for csm, bert for seq-bert and net-bert"
         )
     _check_sizes(c, config, source)
-    own, found = module.state_dict(), {_plain(name): value for name, value in tensors.items()}
-    for rule in rules(c):
-        if not rule.ours.startswith(("transformer.", "is_next.pooler.")):
-            continue
-        names = [name.removeprefix("decoder.transformer.") for name in rule.theirs]
-        if not found.keys() >= set(names):
-            if rule.ours.startswith("is_next."):  # a model that was saved without its pooler
+    with TensorFile(folder / WEIGHTS) as tensors:
+        found = {_plain(name): name for name in tensors.shapes}
+        own = module.state_dict()
+        for rule in rules(c):
+            if not rule.ours.startswith(("transformer.", "is_next.pooler.")):
                 continue
-            raise ValueError(f"init: {source} has nothing for {rule.ours} ({', '.join(rule.theirs)})")
-        values = [found[name].float() for name in names]
-        if rule.ours == "transformer.positions.weight":
-            values = [values[0][: c.max_positions]]
-        own[rule.ours] = rule.to_ours(values, own[rule.ours].shape)
+            names = [name.removeprefix("decoder.transformer.") for name in rule.theirs]
+            if not found.keys() >= set(names):
+                if rule.ours.startswith("is_next."):  # a model that was saved without its pooler
+                    continue
+                raise ValueError(f"init: {source} has nothing for {rule.ours} ({', '.join(rule.theirs)})")
+            read = tensors.read(dict.fromkeys(found[name] for name in names))
+            values = [read[found[name]] for name in names]
+            if rule.ours == "transformer.positions.weight":
+                values = [values[0][: c.max_positions]]
+            own[rule.ours] = rule.to_ours(values, own[rule.ours].shape)
     module.load_state_dict(own)
 
 
 def _check_sizes(c: ModelConfig, config: dict[str, Any], source: str) -> None:
-    names = {
-        "layers": ("n_layer", "num_hidden_layers"),
-        "width": ("n_embd", "hidden_size"),
-        "heads": ("n_head", "num_attention_heads"),
-    }
-    theirs = {ours: next(config[n] for n in both if n in config) for ours, both in names.items()}
-    places = next(config[n] for n in ("n_positions", "max_position_embeddings") if n in config)
+    layers, width, heads, places = (
+        _size(config, names, source)
+        for names in (
+            ("n_layer", "num_hidden_layers"),
+            ("n_embd", "hidden_size"),
+            ("n_head", "num_attention_heads"),
+            ("n_positions", "max_position_embeddings"),
+        )
+    )
+    theirs = {"layers": layers, "width": width, "heads": heads}
     wrong = [f"--model.{k} {v}" for k, v in theirs.items() if getattr(c, k) != v]
     if c.max_positions > places:
         wrong.append(f"--model.max-positions {places}")
@@ -125,6 +135,17 @@ def _check_sizes(c: ModelConfig, config: dict[str, Any], source: str) -> None:
             wrong.append(f"--model.{name} {published}")
     if wrong:
         raise ValueError(f"init: the weights of {source} need {' '.join(wrong)}")
+
+
+def _size(config: dict[str, Any], names: tuple[str, str], source: str) -> int:
+    """Return a size of a language model that GPT-2 calls by the first name and BERT by the second."""
+    value = next((config[name] for name in names if name in config), None)
+    if not isinstance(value, int) or not is_count(value):
+        raise ValueError(
+            f"init: {CONFIG} of {source} has no whole number for {names[0]} or {names[1]}; expected the "
+            "config.json of a GPT-2 or BERT"
+        )
+    return value
 
 
 def _plain(name: str) -> str:

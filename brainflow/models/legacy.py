@@ -17,12 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from brainflow.config import ModelConfig
+from brainflow.models.files import beside, open_regular
 from brainflow.models.legacy_names import Rule, head_rules, rules
-from brainflow.models.pretrained import build, load_pretrained, read_config, save_pretrained
+from brainflow.models.pretrained import (
+    TensorFile,
+    build,
+    check_digest,
+    load_pretrained,
+    outline,
+    read_config,
+    save_pretrained,
+)
 
 HEAD, CARRIED = "head.safetensors", "legacy.safetensors"
 BUFFERS = re.compile(r"(\.attn\.(bias|masked_bias)|embeddings\.(position_ids|token_type_ids))$")
@@ -74,31 +82,37 @@ def import_checkpoint(
     """
     state = read_state(path)
     config = infer_config(state, heads)
-    module = build(config)
     found = rules(config, state.__contains__)
-    tensors, missing = _convert(state, found, module)
+    missing = [rule.ours for rule in found if not state.keys() >= set(rule.theirs)]
     fatal = [name for name in missing if not OPTIONAL.match(name)]
     if fatal:
         raise ValueError(
             f"{path}: looks like {config.framework} with {config.layers} layers, but has nothing for "
             f"{', '.join(fatal[:5])}" + (f" and {len(fatal) - 5} more" if len(fatal) > 5 else "")
         )
+    tensors = _convert(state, found, outline(config, str(path)))
     used = {name for rule in found for name in rule.theirs if rule.ours not in missing}
     head = "decoder.decoding_head.0.weight" in state
     if head:
         used |= {name for rule in head_rules(config) for name in rule.theirs if name in state}
+    for name in sorted(used):
+        if not state[name].is_floating_point():
+            raise ValueError(f"{path}: {name}: holds {state[name].dtype}, expected floating-point weights")
+    module = build(config)
     ignored = sorted(name for name in state if BUFFERS.search(name) and name not in used)
     carried = sorted(state.keys() - used - set(ignored))
     module.load_state_dict({**module.state_dict(), **tensors})
     dtype = str(next(iter(state[name] for name in sorted(used))).dtype).removeprefix("torch.")
     extra: dict[str, Any] = {"legacy": {"dtype": dtype, "missing": missing, "names": sorted(used)}}
+    files = {CARRIED: {name: _own(state[name]) for name in carried}} if carried else {}
     if head:  # what brainflow.decoding.persist reads
         classes = list(range(len(state["decoder.decoding_head.0.weight"])))
         mode = "linear" if config.framework == "autoencoder" else "finetune"
         extra["decoder"] = {"mode": mode, "pooling": "cls", "classes": classes, "examples": 0}
-    folder = save_pretrained(module, out, extra)
-    _write(folder / HEAD, _head(config, state) if head else {})
-    _write(folder / CARRIED, {name: state[name].contiguous() for name in carried})
+        files[HEAD] = _head(config, state)
+    folder = save_pretrained(module, out, extra, files)
+    for name in {HEAD, CARRIED} - files.keys():  # of an earlier import
+        (folder / name).unlink(missing_ok=True)
     return Report(
         config=config, used=sorted(used), carried=carried, ignored=ignored, missing=missing, head=head
     )
@@ -120,17 +134,25 @@ def export_checkpoint(directory: str | os.PathLike[str], path: str | os.PathLike
     for rule in rules(config, names.__contains__):
         if rule.ours not in legacy.get("missing", ()):
             state.update(zip(rule.theirs, rule.to_theirs(own[rule.ours].to(dtype)), strict=True))
-    if (folder / HEAD).is_file():
-        head = load_file(folder / HEAD)
-        for rule in head_rules(config):
-            if rule.ours in head:
-                state[rule.theirs[0]] = head[rule.ours]
-    if (folder / CARRIED).is_file():
-        state.update(load_file(folder / CARRIED))
+    saved = {name: _saved(folder, name) for name in (HEAD, CARRIED)}
+    for rule in head_rules(config):
+        if rule.ours in saved[HEAD]:
+            state[rule.theirs[0]] = saved[HEAD][rule.ours]
+    state.update(saved[CARRIED])
     if not legacy:
         state.update(_placeholders(config))
-    torch.save(state, path)
+    with beside(path) as partial:
+        torch.save(state, partial)
     return sorted(state)
+
+
+def _saved(folder: Path, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a file beside the weights, none where it is not there."""
+    if not (folder / name).exists():
+        return {}
+    check_digest(folder / name, read_config(folder))
+    with TensorFile(folder / name) as tensors:
+        return tensors.read(exact=True)
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -141,8 +163,9 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     ValueError
         If it holds anything else.
     """
+    open_regular(path).close()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _unpacked(path)
     except OSError:
         raise
     except Exception as error:  # the loader refuses in several types, of modules that we do not import
@@ -153,9 +176,50 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{path}: not a file of plain tensors, so it was not loaded ({reason}); expected a "
             "pytorch_model.bin"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()) or not state:
+    if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{path}: expected a dict of tensors by name, got something else")
+    for name, value in state.items():
+        _check_tensor(path, name, value)
+    there, said = os.path.getsize(path), sum(v.numel() * v.element_size() for v in state.values())
+    if said > 2 * there + 2**20:  # twice: weights may be tied
+        raise ValueError(
+            f"{path}: has {there} bytes, but its tensors would take {said} (many names for the same values); "
+            "expected a pytorch_model.bin"
+        )
     return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _unpacked(path: str | os.PathLike[str]) -> Any:
+    """Return what a file holds; its bytes are mapped, so that nothing is unpacked to more than it is."""
+    with open_regular(path) as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    # the format before PyTorch 1.6 cannot be mapped
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def _check_tensor(path: str | os.PathLike[str], name: str, value: Any) -> None:
+    """Refuse a tensor that is not dense, or says that it is larger than its bytes.
+
+    Raises
+    ------
+    ValueError
+        Naming file and tensor.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{path}: expected a dict of tensors by name, got something else for {name!a}")
+    plain = value.device.type == "cpu" and value.layout == torch.strided and not value.is_quantized
+    if not plain or value.is_complex():
+        kind = f"{value.layout}, {value.dtype}, {value.device}"
+        raise ValueError(
+            f"{path}: {name!a}: got a tensor that is {kind}, expected a dense one of real numbers"
+        )
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(
+            f"{path}: {name!a}: has shape {list(value.shape)} but only {value.untyped_storage().nbytes()} "
+            "bytes (one value repeated); expected every value in the file"
+        )
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        raise ValueError(f"{path}: {name!a}: holds NaN or infinity; expected finite weights")
 
 
 def infer_config(state: dict[str, Tensor], heads: int | None = None) -> ModelConfig:
@@ -167,13 +231,22 @@ def infer_config(state: dict[str, Tensor], heads: int | None = None) -> ModelCon
         If they belong to none of the four frameworks.
     """
     try:
-        width, networks = state["embedder.embed_model.model.0.weight"].shape
-        rows = state["embedder.wt_re.weight"].shape[0]
-    except KeyError as error:
+        return _infer_config(state, heads)
+    except (KeyError, IndexError) as error:
         raise ValueError(
             f"checkpoint: no tensor {error}; expected the state dict of a model published in 2022 "
             "(one embedding layer, TR embedding)"
         ) from error
+
+
+def _infer_config(state: dict[str, Tensor], heads: int | None) -> ModelConfig:
+    first = state["embedder.embed_model.model.0.weight"]
+    if first.dim() != 2:
+        raise ValueError(
+            f"checkpoint: the embedding has shape {list(first.shape)}, expected [width, networks]"
+        )
+    width, networks = first.shape
+    rows = state["embedder.wt_re.weight"].shape[0]
     common: dict[str, Any] = {"networks": networks, "width": width, "max_seconds": (rows - 1) * 0.2}
     common["heads"] = heads or max(1, width // 64)
     layers = _count(state, r"decoder\.encoder\.lstms\.(\d+)\.")
@@ -204,22 +277,22 @@ def _count(state: dict[str, Tensor], pattern: str) -> int:
     return len({m[1] for name in state if (m := re.match(pattern, name))})
 
 
-def _convert(
-    state: dict[str, Tensor], found: list[Rule], module: nn.Module
-) -> tuple[dict[str, Tensor], list[str]]:
-    own, tensors, missing = module.state_dict(), {}, []
-    for rule in found:
-        parts = [state[name] for name in rule.theirs if name in state]
-        if len(parts) < len(rule.theirs):
-            missing.append(rule.ours)
-        else:
-            target = own[rule.ours]
-            tensors[rule.ours] = rule.to_ours(parts, target.shape).to(target.dtype)
-    return tensors, missing
+def _convert(state: dict[str, Tensor], found: list[Rule], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return our tensors of those that a checkpoint has, each checked against our shape."""
+    return {
+        rule.ours: rule.to_ours([state[name] for name in rule.theirs], own[rule.ours].shape).to(torch.float32)
+        for rule in found
+        if state.keys() >= set(rule.theirs)
+    }
 
 
 def _head(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {r.ours: state[r.theirs[0]].contiguous() for r in head_rules(config) if r.theirs[0] in state}
+    return {r.ours: _own(state[r.theirs[0]]) for r in head_rules(config) if r.theirs[0] in state}
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return a copy, which shares no memory with other tensors of the file."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _placeholders(config: ModelConfig) -> dict[str, Tensor]:
@@ -227,13 +300,6 @@ def _placeholders(config: ModelConfig) -> dict[str, Tensor]:
         return {}
     name = "wte" if config.framework == "csm" else "embeddings.word_embeddings"
     return {f"decoder.transformer.{name}.weight": torch.zeros(1, config.width)}
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    if tensors:
-        save_file(tensors, path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def report_json(report: Report) -> str:

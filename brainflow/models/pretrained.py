@@ -6,22 +6,31 @@ import importlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from brainflow.config import ModelConfig, from_dict
+from brainflow.models.facts import check_facts
+from brainflow.models.files import beside, digest, open_regular, read_json, write_text
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, DIGESTS = "model.safetensors", "config.json", "sha256"
 FORMAT = 1
+FLOATS = {"F64", "F32", "F16", "BF16"}
+"""Element types of weights in safetensors files; all of ours are F32."""
 
 
 def save_pretrained(
-    module: nn.Module, directory: str | os.PathLike[str], extra: Mapping[str, Any] | None = None
+    module: nn.Module,
+    directory: str | os.PathLike[str],
+    extra: Mapping[str, Any] | None = None,
+    files: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
     """Write a framework module in release form; files of an earlier save are replaced one by one.
 
@@ -33,7 +42,9 @@ def save_pretrained(
         Folder; made if absent.
     extra
         JSON-ready facts that whoever uses the weights needs: TR, normalisation, parcellation, training data.
-        They stand in `config.json` beside "model" and "format".
+        They stand in `config.json` beside "model", "format" and "sha256".
+    files
+        More safetensors files for the folder, by name: the head of a decoder.
 
     Returns
     -------
@@ -43,22 +54,53 @@ def save_pretrained(
     Raises
     ------
     ValueError
-        If `extra` has a key "model" or "format".
+        If `extra` has a key "model", "format" or "sha256".
+    OSError
+        If a file cannot be written, as on a full disk; it is named.
     """
     extra = dict(extra or {})
-    for key in ("model", "format"):
+    for key in ("model", "format", DIGESTS):
         if key in extra:
             raise ValueError(f"extra: got a key {key!r}, which config.json uses itself; rename it")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"format": FORMAT, "model": asdict(module.config), **extra}  # type: ignore[call-overload]
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    save_file(tensors, folder / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
-    os.replace(folder / f"{WEIGHTS}.tmp", folder / WEIGHTS)
-    (folder / f"{CONFIG}.tmp").write_text(text, encoding="utf-8")
-    os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
+    earlier = _earlier_digests(folder)
+    new: dict[str, str] = {}
+    with ExitStack() as renames:  # all files are whole on disk before the first is renamed
+        for name, tensors in {WEIGHTS: module.state_dict(), **(files or {})}.items():
+            partial = renames.enter_context(beside(folder / name))
+            _save_tensors(partial, tensors)
+            new[name] = digest(partial)
+        # whoever is killed between two renames leaves a folder that loads, with the old weights or the new
+        both = {name: [new[name], *earlier.get(name, ())] for name in new}
+        write_text(folder / CONFIG, _config_text({**config, DIGESTS: both}))
+    write_text(folder / CONFIG, _config_text({**config, DIGESTS: new}))
     return folder
+
+
+def _config_text(config: dict[str, Any]) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    try:
+        save_file(plain, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its way to say that the disk is full
+        raise OSError(
+            f"{path.parent / WEIGHTS}: could not be written ({error}); free space, then run the same "
+            "command again"
+        ) from error
+
+
+def _earlier_digests(folder: Path) -> dict[str, list[str]]:
+    """Return the digests of the files that an earlier save left, none where it recorded none."""
+    try:
+        found = read_config(folder).get(DIGESTS, {})
+    except (ValueError, OSError):  # nothing there that could be loaded
+        return {}
+    return {name: [one] if isinstance(one, str) else one for name, one in found.items()}
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -69,25 +111,27 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     FileNotFoundError
         If the folder holds no saved model.
     ValueError
-        If the file is no model configuration that this version reads.
+        If the file is no model configuration that this version reads; the message names what is wrong in it.
     """
     path = Path(directory) / CONFIG
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"{directory}: no {CONFIG} there; expected a folder that `brainflow pretrain` or "
             "`brainflow import-checkpoint` wrote"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+    config = read_json(path)
+    if not isinstance(config.get("model"), dict):
         raise ValueError(f"{path}: no 'model' section; expected the config.json of a brainflow model")
     if config.get("format") != FORMAT:
         raise ValueError(
-            f"{path}: got format {config.get('format')!r}, but this version reads format {FORMAT}; "
+            f"{path}: got format {ascii(config.get('format'))[:60]}, but this version reads format {FORMAT}; "
             "use the version of brainflow that wrote it"
         )
+    check_facts(config, path)
+    try:
+        from_dict(ModelConfig, config["model"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; use the file as it was written") from None
     return config
 
 
@@ -99,20 +143,144 @@ def load_pretrained(directory: str | os.PathLike[str]) -> nn.Module:
     FileNotFoundError
         If the folder holds no saved model.
     ValueError
-        If configuration and weights do not fit together; the message names the tensors.
+        If configuration and weights do not fit together, or the weights are not those that the configuration
+        was written with; the message names the tensors or the file.
     """
     folder = Path(directory)
-    config = from_dict(ModelConfig, read_config(folder)["model"])
+    saved = read_config(folder)
+    config = from_dict(ModelConfig, saved["model"])
     path = folder / WEIGHTS
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{folder}: no {WEIGHTS} beside {CONFIG}; copy both files of a model")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
-    module = build(config)
-    load_tensors(module, tensors, str(path))
+    with TensorFile(path) as tensors:
+        if config.layers > len(tensors.shapes):
+            raise ValueError(
+                f"{path}: weights do not fit the model's configuration: {len(tensors.shapes)} tensors for "
+                f"{config.layers} layers"
+            )
+        tensors.check(outline(config, str(path)))
+        check_digest(path, saved)
+        module = build(config)
+        module.load_state_dict(tensors.read())
     return module.eval()
+
+
+def outline(config: ModelConfig, origin: str) -> dict[str, Tensor]:
+    """Return a model's state without values, which needs no memory however large it says that it is.
+
+    Raises
+    ------
+    ValueError
+        If there can be no such model; `origin` is named.
+    """
+    try:
+        with torch.device("meta"):
+            return build(config).state_dict()
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"{origin}: no model can be as large as the configuration says ({error})") from None
+
+
+def check_digest(path: Path, config: Mapping[str, Any]) -> None:
+    """Compare a file with its SHA-256 in `config.json`; models of older versions have none.
+
+    Raises
+    ------
+    ValueError
+        If it is another file.
+    """
+    wanted = config.get(DIGESTS, {}).get(path.name)
+    if wanted is None:
+        return
+    if digest(path) not in ([wanted] if isinstance(wanted, str) else wanted):
+        raise ValueError(
+            f"{path}: is not the file that {CONFIG} was written with (another SHA-256): it was damaged or "
+            f"replaced; copy {path.name} and {CONFIG} again from where they came"
+        )
+
+
+class TensorFile:
+    """A safetensors file, of which the header is read and compared before any tensor is.
+
+    Parameters
+    ----------
+    path
+        The file; its header says names, shapes and element types, which must add up to its size.
+
+    Attributes
+    ----------
+    shapes
+        Name → shape.
+
+    Raises
+    ------
+    ValueError
+        If it is no regular file or no safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        open_regular(path).close()
+        self.path = path
+        try:
+            self._file = safe_open(path, "pt")
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+            self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            self._types = {name: str(part.get_dtype()) for name, part in slices.items()}
+        except (SafetensorError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.__exit__(*error)
+
+    def check(self, expected: Mapping[str, Tensor]) -> None:
+        """Compare the header with a model's state.
+
+        Raises
+        ------
+        ValueError
+            Naming what is missing, unknown, of another shape, or not of floating-point numbers.
+        """
+        found = self.shapes
+        problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+        problems += [f"unknown {name}" for name in sorted(found.keys() - expected.keys())]
+        for name in sorted(expected.keys() & found.keys()):
+            shape = tuple(expected[name].shape)
+            if found[name] != shape:
+                problems.append(f"{name} has shape {list(found[name])}, expected {list(shape)}")
+            elif self._types[name] not in FLOATS:
+                problems.append(f"{name} has type {self._types[name]}, expected F32")
+        if problems:
+            _do_not_fit(self.path, problems)
+
+    def read(self, names: Mapping[str, Any] | None = None, *, exact: bool = False) -> dict[str, Tensor]:
+        """Return the tensors, or those of some names: weights as float32, or all as they are (`exact`).
+
+        Raises
+        ------
+        ValueError
+            If one holds a value that is not finite, or is not of floating-point numbers.
+        """
+        tensors, problems = {}, []
+        for name in self.shapes if names is None else names:
+            if exact:
+                tensors[name] = self._file.get_tensor(name)
+                continue
+            if self._types[name] not in FLOATS:
+                problems.append(f"{name} has type {self._types[name]}, expected F32")
+                continue
+            tensors[name] = self._file.get_tensor(name).float()
+            if not torch.isfinite(tensors[name]).all():
+                problems.append(f"{name} holds NaN or infinity")
+        if problems:
+            _do_not_fit(self.path, problems)
+        return tensors
+
+
+def _do_not_fit(origin: object, problems: list[str]) -> NoReturn:
+    shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+    raise ValueError(f"{origin}: weights do not fit the model's configuration: {shown}")
 
 
 def build(config: ModelConfig) -> nn.Module:
@@ -122,25 +290,3 @@ def build(config: ModelConfig) -> nn.Module:
     """
     module: nn.Module = importlib.import_module("brainflow.frameworks").build(config)
     return module
-
-
-def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Copy tensors into a module that has exactly these names and shapes.
-
-    Raises
-    ------
-    ValueError
-        Naming what is missing, unknown or of another shape.
-    """
-    own = module.state_dict()
-    problems = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
-    problems += [f"unknown {name}" for name in sorted(tensors.keys() - own.keys())]
-    problems += [
-        f"{name} has shape {list(tensors[name].shape)}, expected {list(own[name].shape)}"
-        for name in sorted(own.keys() & tensors.keys())
-        if own[name].shape != tensors[name].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ValueError(f"{origin}: weights do not fit the model's configuration: {shown}")
-    module.load_state_dict(dict(tensors))

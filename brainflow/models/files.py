@@ -1,0 +1,153 @@
+"""Reading and writing the files of a folder that a stranger may have filled.
+
+What is read must be a regular file (links are followed: the hub's cache is made of them) of a size that fits
+its kind; what is damaged is a ValueError that names the file. What is written is written beside and renamed
+into place, so that a link is replaced and never followed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import secrets
+import stat
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+Name = str | os.PathLike[str]
+MOST_TEXT = 16 * 2**20
+"""Bytes of the largest JSON or TOML file that is read: parsed, it can take 30 times as much memory."""
+
+
+def open_regular(path: Name) -> io.FileIO:
+    """Open a file for reading; a pipe or a device, which may never end, is refused without waiting for it.
+
+    Raises
+    ------
+    ValueError
+        If it is no regular file.
+    OSError
+        If it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path}: is no regular file, expected one; remove it, or copy the file itself here")
+    return io.FileIO(descriptor, "rb")
+
+
+def read_text(path: Name, *, most: int = MOST_TEXT) -> str:
+    """Return a text of at most `most` bytes.
+
+    Raises
+    ------
+    ValueError
+        If it is larger, no regular file, or not UTF-8.
+    """
+    with open_regular(path) as file:
+        data = io.BufferedReader(file).read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path}: has more than {most} bytes, expected a smaller file; restore or delete it")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); restore or delete it") from None
+
+
+def read_json(path: Name) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged or holds anything but an object.
+    """
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, where: object) -> dict[str, Any]:
+    """Return the object in a JSON text; `where` it stands is named if it holds anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{where}: not valid JSON ({reason}); restore or delete it") from None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{where}: holds a {type(value).__name__}, expected a JSON object; restore or delete it"
+        )
+    return value
+
+
+def read_toml(path: Name) -> dict[str, Any]:
+    """Return the tables of a TOML file.
+
+    Raises
+    ------
+    ValueError
+        If it is no TOML.
+    """
+    try:
+        return tomllib.loads(read_text(path))
+    except RecursionError:
+        raise ValueError(f"{path}: not valid TOML (nested too deeply)") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not valid TOML ({error})") from None
+
+
+@contextmanager
+def beside(path: Name) -> Iterator[Path]:
+    """Give a new file beside `path`; once the block has filled it, it takes the place of `path`.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written: `path` is as it was, and is the error's file name.
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename, error.filename2 = os.fspath(target), None
+        raise
+
+
+def write_text(path: Name, text: str) -> None:
+    """Put a text in place of a file in one step; see :func:`beside`."""
+    with beside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def own_folder(path: Path) -> Path:
+    """Return a folder inside one of ours, made if absent.
+
+    Raises
+    ------
+    ValueError
+        If it is a link, through which files would be written elsewhere.
+    """
+    if path.is_symlink():
+        raise ValueError(
+            f"{path}: is a link, through which nothing is written; delete it, or move what it names here"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def digest(path: Name) -> str:
+    """Return the SHA-256 of a regular file in hexadecimal digits."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
