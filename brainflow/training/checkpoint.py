@@ -35,6 +35,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from brainflow.models.facts import is_count
+from brainflow.models.files import read_json
+
 from .parallel import Ranks
 
 COMPLETE = "COMPLETE"
@@ -192,7 +195,7 @@ def damaged(path: Path, ranks: Ranks | None = None) -> list[str]:
 
 def names(path: Path) -> set[str]:
     """Return the names of the tensors in a checkpoint."""
-    return set(dcp.HuggingFaceStorageReader(str(_whole(path))).read_metadata().state_dict_metadata)
+    return set(_metadata(path))
 
 
 def read_into(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -209,7 +212,10 @@ def read_into(path: Path, tensors: dict[str, Tensor]) -> None:
         dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=True)
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
-        raise ValueError(f"checkpoint: {path} does not fit this run: {reason}") from error
+        raise ValueError(
+            f"checkpoint: {path} does not fit this run: {_shown(reason)}; delete it, and the run goes on "
+            "from the checkpoint before"
+        ) from error
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -218,18 +224,49 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If the checkpoint is not complete.
+        If the checkpoint is not complete, or `step`, `best` and `stale` are no numbers.
     """
-    state: dict[str, Any] = json.loads((_whole(path) / _STATE).read_text(encoding="utf-8"))
+    state = read_json(_whole(path) / _STATE)
+    wrong: list[str] = [name for name in ("step", "stale") if name in state and not is_count(state[name])]
+    best = state.get("best", 0.0)
+    if isinstance(best, bool) or not isinstance(best, int | float):  # infinite before the first validation
+        wrong.append("best")
+    if wrong:
+        raise ValueError(
+            f"checkpoint: {path / _STATE}: {wrong[0]} is no number; delete {path}, and the run goes on "
+            "from the checkpoint before"
+        )
     return state
 
 
 def load(path: Path) -> dict[str, Tensor]:
     """Return all tensors of a checkpoint, whole, on the CPU."""
-    found = dcp.HuggingFaceStorageReader(str(_whole(path))).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in found.items()}  # type: ignore[union-attr]
+    found = _metadata(path)
+    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in found.items()}
     read_into(path, tensors)
     return tensors
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """Return name → what the shards' headers say of a tensor.
+
+    Raises
+    ------
+    ValueError
+        If they cannot be read.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(_whole(path)))
+    try:
+        return dict(reader.read_metadata().state_dict_metadata)
+    except Exception as error:  # torch raises whatever a damaged header leads to
+        raise ValueError(
+            f"checkpoint: the headers in {path} cannot be read ({_shown(error)}); delete it, and the run "
+            "goes on from the checkpoint before"
+        ) from error
+
+
+def _shown(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:200]
 
 
 def _write_shard(partial: Path, tensors: Mapping[str, Tensor], rank: int) -> None:
@@ -284,14 +321,28 @@ def _step(path: Path) -> int | None:
     try:
         files = _files(path).items()
         whole = match and all((path / name).stat().st_size == size for name, (size, _) in files)
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return None
     return int(match[1]) if match and whole else None
 
 
 def _files(path: Path) -> dict[str, list[int]]:
-    """Return name → [bytes, crc32c] of the files of a checkpoint."""
-    files: dict[str, list[int]] = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+    """Return name → [bytes, crc32c] of the files of a checkpoint.
+
+    Raises
+    ------
+    ValueError
+        If COMPLETE is damaged, or names a file that is not in the checkpoint's folder.
+    """
+    files = read_json(path / COMPLETE)
+    for name, found in files.items():
+        inside = name not in ("", ".", "..") and "/" not in name and not (path / name).is_symlink()
+        if not (inside and isinstance(found, list) and len(found) == 2 and all(map(is_count, found))):
+            raise ValueError(
+                f"{path / COMPLETE}: damaged at {name[:60]!r}, expected files with size and checksum"
+            )
+    if _STATE not in files:
+        raise ValueError(f"{path / COMPLETE}: does not list {_STATE}")
     return files
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from brainflow.models.files import write_text
+
 MARKER = "PREEMPTED"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -63,6 +65,4 @@ class StopRequest:
 
 def mark(folder: Path, stopped: Preempted) -> None:
     """Write RUN/PREEMPTED for schedulers: torchrun's exit code does not tell a preemption from a failure."""
-    (folder / MARKER).write_text(
-        json.dumps({"signal": stopped.signal, "step": stopped.step}) + "\n", encoding="utf-8"
-    )
+    write_text(folder / MARKER, json.dumps({"signal": stopped.signal, "step": stopped.step}) + "\n")

@@ -36,7 +36,7 @@ from .optimizer import learning_rate
 from .progress import TrainingProgress
 from .reconstruction import draw
 from .release import facts
-from .run_dir import BEST, CHECKPOINTS, RECONSTRUCTIONS, SPLIT, Resume, exclusive
+from .run_dir import BEST, CHECKPOINTS, RECONSTRUCTIONS, SPLIT, Resume, exclusive, saved_config
 from .setup import (
     begin_together,
     collecting_rarely,
@@ -99,6 +99,8 @@ def pretrain(config: PretrainConfig, *, resume: Resume = "auto", quiet: bool = F
     store = BoldStore.open(config.store)
     config = fit_to_store(config, store)
     folder = Path(config.out)
+    if resume == "auto":
+        saved_config(folder)  # damage is named before anything reads it
     config = cut_into_parts(config, folder, ranks.world, resume=resume)
     writer = Writer()
     try:
@@ -153,7 +155,7 @@ class _Run:
         if start_from is not None:
             self.one_step.restore(start_from)
             state = checkpoint.read_state(start_from)
-            self.step, self.best, self.stale = int(state["step"]), float(state["best"]), int(state["stale"])
+            self.step, self.best, self.stale = state["step"], float(state["best"]), state["stale"]
             _log.info("resumed from %s", start_from)
         self.peak = peak_flops(device, train.precision) if ranks.first else math.inf
         self.log = RunLog(folder, step=self.step) if ranks.first else None

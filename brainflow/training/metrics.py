@@ -23,6 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from brainflow.models.facts import is_count, is_number
+from brainflow.models.files import parse_json, read_text, write_text
+
 # Keys that differ between two runs of the same configuration.
 TIMING = (
     "trs_per_s",
@@ -34,6 +37,7 @@ TIMING = (
     "seconds",
 )
 METRICS, TRAIN_CSV, EVAL_CSV = "metrics.jsonl", "train_history.csv", "eval_history.csv"
+MOST_LOG, BY_NETWORK = 2**30, "val_network_correlation"
 _HEADERS = {TRAIN_CSV: "step,loss,lr\n", EVAL_CSV: "step,loss,accuracy\n"}
 
 
@@ -50,9 +54,11 @@ class RunLog:
 
     def __init__(self, folder: Path, *, step: int) -> None:
         self.folder = folder
-        _keep(folder / METRICS, lambda line: json.loads(line)["step"] <= step)
+        _keep(folder / METRICS, lambda line, where: _metrics(line, where)["step"] <= step)
         for name, header in _HEADERS.items():
-            _keep(folder / name, lambda line: line.startswith("step,") or int(line.split(",")[0]) <= step)
+            _keep(
+                folder / name, lambda line, where: line.startswith("step,") or _row_step(line, where) <= step
+            )
             if not (folder / name).exists():
                 _append(folder / name, header)
 
@@ -76,13 +82,34 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     ------
     FileNotFoundError
         If the folder holds none.
+    ValueError
+        If a line is damaged; the message gives its number.
     """
     path = folder / METRICS
     if not path.exists():
         raise FileNotFoundError(
             f"{folder} holds no {METRICS}; expected the directory of a `brainflow pretrain` run"
         )
-    return [json.loads(line) for line in _lines(path)]
+    return [_metrics(line, f"{path}, line {i}") for i, line in enumerate(_lines(path), 1)]
+
+
+def _metrics(line: str, where: str) -> dict[str, Any]:
+    """Return a line of `metrics.jsonl`: numbers or null by name, the step among them."""
+    found = parse_json(line, where)
+    if not is_count(found.get("step")):
+        raise ValueError(f"{where}: has no step, expected a line of a run's metrics; delete this line")
+    for name, value in found.items():
+        many = value if name == BY_NETWORK and isinstance(value, list) else [value]
+        if not all(one is None or is_number(one) for one in many):
+            raise ValueError(f"{where}: {name[:60]!r} is no number, expected one or null; delete this line")
+    return found
+
+
+def _row_step(line: str, where: str) -> int:
+    try:
+        return int(line.split(",")[0])
+    except ValueError:
+        raise ValueError(f"{where}: does not begin with a step, expected one; delete this line") from None
 
 
 def _clean(value: Any) -> Any:
@@ -93,23 +120,20 @@ def _clean(value: Any) -> Any:
 
 def _lines(path: Path) -> list[str]:
     """Return the lines that end in a newline: a process killed while writing may leave a piece of one."""
-    return [
-        line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-    ]
+    return [line for line in read_text(path, most=MOST_LOG).splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _keep(path: Path, wanted: Callable[[str], bool]) -> None:
-    if not path.exists():
-        return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line for line in _lines(path) if wanted(line)), encoding="utf-8")
-    partial.replace(path)
+def _keep(path: Path, wanted: Callable[[str, str], bool]) -> None:
+    """Rewrite a log with the lines that are wanted, which is asked with each line and where it stands."""
+    if path.exists():
+        lines = [line for i, line in enumerate(_lines(path), 1) if wanted(line, f"{path}, line {i}")]
+        write_text(path, "".join(lines))
 
 
 def _append(path: Path, line: str) -> None:
     data = line.encode()
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         try:
             written = os.write(handle, data)
         finally:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from brainflow.models.files import beside, own_folder
+
 from .validation import Example
 
 SHOWN = 4  # networks drawn as curves
@@ -50,6 +52,7 @@ def draw(path: Path, example: Example, step: int) -> bool:
             axes.legend(loc="upper right", fontsize=7)
         if i == SHOWN - 1:
             axes.set_xlabel("seconds")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=80)
+    own_folder(path.parent)
+    with beside(path) as partial:
+        figure.savefig(partial, dpi=80, format="png")
     return True

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from brainflow.config import PretrainConfig, to_dict
+from brainflow.config import PretrainConfig, check_names, check_values, to_dict
+from brainflow.models.files import read_json, write_text
 from brainflow.storage.files import output_folder
 
 from .checkpoint import latest, remove_partial
@@ -51,14 +54,28 @@ def exclusive(folder: Path) -> Iterator[None]:
         If it is a file, or a store.
     """
     output_folder(folder, "run")
-    with (folder / ".lock").open("w") as handle:
+    descriptor = _open_lock(folder / ".lock")
+    try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Busy(
                 f"out: another process is training in {folder}; stop it or choose another --out"
             ) from None
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    """Open the lock file, which nobody reads or writes; what a link in its place names is not touched."""
+    flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"out: {path} is a link, expected a file of the run; delete it") from None
+        raise
 
 
 def begin(folder: Path, config: PretrainConfig, *, snapshot: str, resume: Resume) -> Path | None:
@@ -85,6 +102,12 @@ def begin(folder: Path, config: PretrainConfig, *, snapshot: str, resume: Resume
     """
     wanted = {**flatten(to_dict(config)), "store_snapshot": snapshot}
     path = folder / CONFIG
+    for name in (CHECKPOINTS, BEST, RECONSTRUCTIONS):
+        if (folder / name).is_symlink():
+            raise ValueError(
+                f"out: {folder / name} is a link, through which a run writes nothing; delete it, or choose "
+                "as --out the folder that it stands for"
+            )
     if resume == "never":
         for name in (CONFIG, SPLIT, METRICS, TRAIN_CSV, EVAL_CSV, "model.safetensors", "config.json"):
             (folder / name).unlink(missing_ok=True)
@@ -92,12 +115,17 @@ def begin(folder: Path, config: PretrainConfig, *, snapshot: str, resume: Resume
             shutil.rmtree(folder / name, ignore_errors=True)
     (folder / MARKER).unlink(missing_ok=True)
     remove_partial(folder / CHECKPOINTS)
+    for left in [
+        *folder.glob(".*.partial"),
+        *(folder / BEST).glob(".*.partial"),
+    ]:  # by a process that was killed
+        left.unlink()
     if path.exists() and not _begun(folder):
         path.unlink()  # it failed before its first step: nothing to continue, nothing to lose
     if path.exists():
         # A run of an older version lacks settings that are younger: it had what is their default.
         younger = flatten(to_dict(PretrainConfig(store="", out="")))
-        found = younger | flatten(json.loads(path.read_text(encoding="utf-8")))
+        found = younger | flatten(saved_config(folder))
         changed = [
             f"{key} is {wanted.get(key)!r}, was {found.get(key)!r}"
             for key in sorted(wanted.keys() | found.keys())
@@ -110,12 +138,32 @@ def begin(folder: Path, config: PretrainConfig, *, snapshot: str, resume: Resume
             )
         return latest(folder / CHECKPOINTS)
     (folder / SPLIT).unlink(missing_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(
-        json.dumps({**to_dict(config), "store_snapshot": snapshot}, indent=1) + "\n", encoding="utf-8"
-    )
-    partial.replace(path)
+    write_text(path, json.dumps({**to_dict(config), "store_snapshot": snapshot}, indent=1) + "\n")
     return None
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration that a run began with, as nested dicts; empty if there is none.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged; the message names it and what to do.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        return {}
+    try:
+        values = read_json(path)
+        settings = {name: value for name, value in values.items() if name != "store_snapshot"}
+        check_names(PretrainConfig, settings)
+        check_values(PretrainConfig, settings)
+    except ValueError as error:
+        raise ValueError(
+            f"out: the configuration of this run cannot be read ({error}); put a copy of {path} back, choose "
+            "another --out, or --no-resume to delete the run and start over"
+        ) from None
+    return values
 
 
 def _begun(folder: Path) -> bool:

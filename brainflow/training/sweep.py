@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import secrets
-import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -29,7 +27,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from brainflow.config import SECTIONS, PretrainConfig, check_names, from_dict
+from brainflow.config import SECTIONS, PretrainConfig, check_names, check_values, from_dict
+from brainflow.models.facts import is_number
+from brainflow.models.files import read_json, read_toml, write_text
 from brainflow.storage.files import output_folder
 
 from .metrics import read_metrics
@@ -56,8 +56,8 @@ def read_space(name: str) -> Space:
     """
     if name == "published":
         return PUBLISHED
+    space = read_toml(name)
     try:
-        space = tomllib.loads(Path(name).read_text(encoding="utf-8"))
         _check(space)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
@@ -70,6 +70,9 @@ def _check(space: Space) -> None:
         raise ValueError(f"{TOGETHER}: got {sets!r}, expected tables, as in [[{TOGETHER}]]")
     for settings in sets:
         check_names(PretrainConfig, settings)
+        check_values(PretrainConfig, settings)
+        if outside := settings.keys() - SECTIONS.keys():
+            raise ValueError(f"{TOGETHER}: got {min(outside)}, expected settings of {', '.join(SECTIONS)}")
     for section, settings in space.items():
         if section == TOGETHER:
             continue
@@ -79,12 +82,30 @@ def _check(space: Space) -> None:
             check_names(PretrainConfig, {section: {name: 0}})
             wrong = f"{section}.{name}: got {values!r}, expected choices [a, b, …] or {{low = a, high = b}}"
             if isinstance(values, dict):
-                if not {"low", "high"} <= values.keys() <= {"low", "high", "log", "step"}:
-                    raise ValueError(wrong + " with log = true or step = c")
+                _check_range(f"{section}.{name}", values, wrong)
             elif not isinstance(values, list) or not values:
                 raise ValueError(wrong)
+            else:
+                for value in values:
+                    check_values(PretrainConfig, {section: {name: value}})
     if not space:
         raise ValueError("space: is empty, expected at least one setting that varies")
+
+
+def _check_range(name: str, values: dict[str, Any], wrong: str) -> None:
+    if not {"low", "high"} <= values.keys() <= {"low", "high", "log", "step"}:
+        raise ValueError(wrong + " with log = true or step = c")
+    for key in values.keys() - {"log"}:
+        if not is_number(values[key]):
+            raise ValueError(f"{name}.{key}: got {values[key]!r}, expected a number")
+    if not isinstance(values.get("log", False), bool):
+        raise ValueError(f"{name}.log: got {values['log']!r}, expected true or false")
+    if not values["low"] <= values["high"] or values.get("step", 1) <= 0:
+        raise ValueError(f"{name}: got {values!r}, expected low <= high and a positive step")
+    if values.get("log") and (values["low"] <= 0 or "step" in values):
+        raise ValueError(f"{name}: got {values!r}, expected low > 0 and no step with log = true")
+    section, _, key = name.partition(".")
+    check_values(PretrainConfig, {section: {key: values["low"]}})
 
 
 def grid(space: Space) -> list[dict[str, Any]]:
@@ -139,12 +160,7 @@ def sweep(
         raise ValueError("trials: got 0, but the space has a range; say how many runs you want")
     _record(folder, base, space, metric)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name="sweep",
-        storage=storage or _journal(folder / STUDY),
-        load_if_exists=True,
-        direction="minimize",
-    )
+    study = _study(storage, folder)
     for trial, params in _trials(study, space, trials):
         config = _configure(base, space, params, folder / f"trial-{trial.number:04d}")
         try:
@@ -265,11 +281,39 @@ def _words(space: Space, params: dict[str, Any]) -> str:
     )
 
 
-def _journal(path: Path) -> Any:
+def _study(storage: str, folder: Path) -> Any:
+    """Open the study, or make it.
+
+    Raises
+    ------
+    ValueError
+        If the journal is damaged, or there is no such database.
+    """
+    import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    return JournalStorage(JournalFileBackend(str(path)))
+    path = folder / STUDY
+    if not storage and path.is_symlink():
+        raise ValueError(f"out: {path} is a link, expected a file of the sweep; delete it")
+    try:
+        return optuna.create_study(
+            study_name="sweep",
+            storage=storage or JournalStorage(JournalFileBackend(str(path))),
+            load_if_exists=True,
+            direction="minimize",
+        )
+    except Exception as error:  # SQLAlchemy, its drivers and the journal's reader raise types of their own
+        reason = (str(error).splitlines() or [""])[0][:200]
+        if storage:
+            raise ValueError(
+                f"storage: got {storage!r}, which cannot be opened ({type(error).__name__}: {reason}); "
+                "expected Optuna's URL of a database that is there, as in sqlite:///study.db"
+            ) from error
+        raise ValueError(
+            f"out: {path} is damaged ({type(error).__name__}: {reason}); put a copy back, or choose another "
+            "--out. The runs in its folders are whole"
+        ) from error
 
 
 def _record(folder: Path, base: PretrainConfig, space: Space, metric: str) -> None:
@@ -278,10 +322,8 @@ def _record(folder: Path, base: PretrainConfig, space: Space, metric: str) -> No
     mine = {"base": asdict(replace(base, out="", store="")), "space": space, "metric": metric}
     path = folder / RECORD
     if not path.exists():
-        partial = path.with_name(f"{RECORD}.{secrets.token_hex(4)}.partial")
-        partial.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    theirs = json.loads(path.read_text(encoding="utf-8"))
+        write_text(path, json.dumps(mine, indent=1) + "\n")
+    theirs = read_json(path)
     ours, found = flatten(json.loads(json.dumps(mine))), flatten(theirs)
     changed = sorted(k for k in ours.keys() | found.keys() if ours.get(k) != found.get(k))
     if changed:
