@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from brainflow.cli.progress import progress_bar
@@ -133,6 +134,7 @@ def run(args: Args) -> int:
     from brainflow.decoding.task import load_task
     from brainflow.sharing import fetch
     from brainflow.storage.files import output_folder
+    from brainflow.storage.text import printable
 
     counts = _numbers(args.learning_curve)
     if not args.report and (args.mask or args.labels or args.maps):
@@ -187,8 +189,8 @@ def run(args: Args) -> int:
     title = (
         f"{args.target}: {len(task.classes)} classes, {len(task.tested)} tested windows, {task_config.split}"
     )
-    Console().print(scores_table([result, *others], title=title))
-    print(f"chance {result.scores.chance:.3f}; classes: {', '.join(task.classes)}")
+    Console().print(scores_table([result, *others], title=escape(printable(title))))
+    print(f"chance {result.scores.chance:.3f}; classes: {printable(', '.join(task.classes))}")
     print(f"intervals: 95 %, bootstrap over {len(set(task.groups[task.tested]))} {task.group_kind}s")
     if within_subject(task):
         print("decoding within subjects: other runs of the tested subjects train")
@@ -198,7 +200,7 @@ def run(args: Args) -> int:
         print(f"pretraining read the BOLD, not the labels, of {len(saw)} of the {count} tested subjects")
     if counts:
         Console().print(curve_table(extra["learning_curve"]))
-    print(f"written to {args.out}" + (f"; page: {page}" if page else ""))
+    print(printable(f"written to {args.out}" + (f"; page: {page}" if page else "")))
     return 0
 
 

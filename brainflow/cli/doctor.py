@@ -72,13 +72,17 @@ def run(args: Args) -> int:
     from rich.markup import escape
     from rich.table import Table
 
+    from brainflow.storage.text import printable
+
     if rows:
-        table = Table(title=f"{args.store} for {args.for_}", title_justify="left", title_style="bold")
+        table = Table(
+            title=escape(printable(f"{args.store} for {args.for_}")), title_justify="left", title_style="bold"
+        )
         for name in ("what", "the model saw", "the store has", "", "what to do"):
             table.add_column(name)
         for row in rows:
             cells = (row.what, row.model, row.store, row.verdict, row.advice)
-            table.add_row(*(escape(cell) for cell in cells))
+            table.add_row(*(escape(printable(cell)) for cell in cells))
         Console().print(table)
     else:
         for name, value in facts.items():

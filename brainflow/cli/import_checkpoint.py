@@ -37,6 +37,7 @@ def run(args: Args) -> int:
     if not args.checkpoint.is_file():
         raise FileNotFoundError(f"{args.checkpoint}: no such file; expected a pytorch_model.bin")
     from brainflow.models.legacy import import_checkpoint, report_json
+    from brainflow.storage.text import printable
 
     report = import_checkpoint(args.checkpoint, args.out, heads=args.heads)
     if args.json:
@@ -50,7 +51,7 @@ def run(args: Args) -> int:
         ("ignored", report.ignored),
         ("not in the file, freshly initialised", report.missing),
     ):
-        shown = "" if title == "used" else f": {', '.join(names)}" if names else ""
+        shown = "" if title == "used" else f": {printable(', '.join(names))}" if names else ""
         print(f"{len(names):4d} tensors {title}{shown}")
     if report.head:
         print("decoding head: head.safetensors")

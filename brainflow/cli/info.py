@@ -15,9 +15,11 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from brainflow.storage import BoldStore
+from brainflow.storage.text import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +34,17 @@ class Args:
 
 def run(args: Args) -> int:
     """Print the description of the store."""
-    facts = describe(BoldStore.open(args.store))
+    store = BoldStore.open(args.store)
+    facts = describe(store)
     if args.json:
         print(json.dumps(facts, indent=1))
         return 0
     console = Console()
-    table = Table(title=args.store, title_justify="left", show_header=False)
+    if facts["damage"]:
+        console.print(_plain(f"an earlier state is shown: {facts['damage']}"))
+    table = Table(title=_plain(args.store), title_justify="left", show_header=False)
     for name, value in facts.items():
-        if name != "datasets" and value not in (None, "", {}, []):
+        if name not in ("datasets", "damage") and value not in (None, "", {}, []):
             table.add_row(name.replace("_", " "), _text(value))
     console.print(table)
     datasets = Table(title="datasets", title_justify="left")
@@ -49,7 +54,7 @@ def run(args: Args) -> int:
         t_r = ", ".join(f"{value:g}" for value in row["t_r"])
         spread = f"{row['shortest']}–{row['longest']}"
         datasets.add_row(
-            row["dataset"],
+            _plain(row["dataset"]),
             f"{row['runs']:,}",
             f"{row['subjects']:,}",
             f"{row['tasks']}",
@@ -66,6 +71,7 @@ def describe(store: BoldStore) -> dict[str, Any]:
     runs, attributes = store.runs, store.attributes
     return {
         "generation": store.generation,
+        "damage": getattr(store, "damage", None),
         "snapshot": store.snapshot,
         "runs": len(runs),
         "time_points": int(runs.length.sum()),
@@ -111,8 +117,13 @@ def _datasets(store: BoldStore) -> list[dict[str, Any]]:
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return "\n".join(f"{key}: {item}" for key, item in value.items())
+        return "\n".join(_plain(f"{key}: {item}") for key, item in value.items())
     if isinstance(value, list):
-        shown = ", ".join(map(str, value[:4]))
+        shown = _plain(", ".join(map(str, value[:4])))
         return shown + (f", … ({len(value)})" if len(value) > 4 else "")
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else _plain(str(value))
+
+
+def _plain(text: str) -> str:
+    """Return a text of the store that rich takes for text: no markup, no control characters."""
+    return escape(printable(text))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import logging
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -106,7 +108,7 @@ def _dispatch(verb: str, rest: list[str], verbose: bool) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        if verbose or not isinstance(error, (ValueError, OSError, ImportError)):  # a fault of our own
+        if verbose:
             traceback.print_exc()
         print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, WrongUsage) else 1
@@ -123,7 +125,7 @@ def _parse(module: Any, prog: str, rest: list[str]) -> Any:
     except BrokenPipeError:  # the reader of --help left
         raise
     except (ValueError, OSError) as error:
-        raise WrongUsage(str(error)) from error
+        raise WrongUsage(_said(error)) from error
 
 
 def _exit_code(stop: SystemExit) -> int:
@@ -133,8 +135,51 @@ def _exit_code(stop: SystemExit) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
+    """Return what went wrong and what to do, without what could steer a terminal."""
+    from brainflow.storage.text import printable  # numpy comes with it, which `brainflow --help` need not pay
+
+    return printable(" ".join(_said(error).split())) or type(error).__name__
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.errno is not None:
+        return _file_error(error)
+    if isinstance(error, ValueError | OSError | ImportError):
+        return str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        return f"out of memory ({error or 'no more to be had'}); take smaller batches, or a larger machine"
+    if isinstance(error, RecursionError):
+        return "an input is nested too deeply; BRAINFLOW_DEBUG=1 shows where"
+    return (
+        f"{type(error).__name__}: {error}. This is a fault of brainflow: please report it with what "
+        "BRAINFLOW_DEBUG=1 before the same command shows"
+    )
+
+
+def _file_error(error: OSError) -> str:
+    """Return an error of the operating system: file first, and for the common ones what to do."""
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}the disk is full{_free(error.filename)}; free space, then run the same command again"
+    remedies = {
+        errno.ENOENT: "check the path",
+        errno.EACCES: "ask its owner for access, or choose another path",
+        errno.EROFS: "choose a path on a disk that can be written to",
+        errno.EMFILE: "raise the limit on open files (ulimit -n)",
+        errno.EIO: "the disk or the network failed; check it, then run the same command again",
+    }
+    remedy = remedies.get(error.errno or 0)
+    return f"{where}{error.strerror}" + (f"; {remedy}" if remedy else "")
+
+
+def _free(name: object) -> str:
+    """Return how much space is left beside a file, nothing where that cannot be told."""
+    if not isinstance(name, str):
+        return ""
+    try:
+        return f" ({shutil.disk_usage(os.path.dirname(name) or '.').free / 2**20:.1f} MiB free)"
+    except OSError:
+        return ""
 
 
 def _take_verbose(args: list[str]) -> bool:

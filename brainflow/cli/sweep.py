@@ -57,6 +57,7 @@ class Args(pretrain.Settings):
 
 def run(args: Args) -> int:
     """Run trials, print the best and return the exit code."""
+    from brainflow.storage.text import printable
     from brainflow.training.interrupt import Preempted
     from brainflow.training.loop import pretrain as train
     from brainflow.training.parallel import from_environment
@@ -77,7 +78,7 @@ def run(args: Args) -> int:
             metric=args.metric,
             storage=args.storage,
             train=train,
-            said=lambda text: print(text, file=sys.stderr),
+            said=lambda text: print(printable(text), file=sys.stderr),
         )
     except Preempted as stopped:
         print(f"brainflow sweep: {stopped}", file=sys.stderr)

@@ -17,6 +17,7 @@ import tyro
 
 from brainflow.cli.progress import progress_bar
 from brainflow.storage import verify
+from brainflow.storage.text import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +38,14 @@ def run(args: Args) -> int:
         print(json.dumps({"store": args.store, "ok": report.ok, **dataclasses.asdict(report)}, indent=1))
     else:
         for error in report.errors:
-            print(f"BAD {error}")
+            print(f"BAD {printable(error)}")
+        for note in getattr(report, "notes", ()):
+            print(f"note: {printable(note)}")
+        store = printable(args.store)
         if report.ok:
-            print(f"{args.store}: good, {report.chunks} chunks read")
+            print(f"{store}: good, {report.chunks} chunks read")
         elif not report.chunks:
-            print(f"{args.store}: {len(report.errors)} errors; no chunk was read")
+            print(f"{store}: {len(report.errors)} errors; no chunk was read")
         else:
-            print(f"{args.store}: {len(report.errors)} errors; {len(report.bad_runs)} runs are touched")
+            print(f"{store}: {len(report.errors)} errors; {len(report.bad_runs)} runs are touched")
     return 0 if report.ok else 1

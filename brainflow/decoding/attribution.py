@@ -15,6 +15,7 @@ from torch import Tensor
 from brainflow.decoding.finetune import Decoder
 from brainflow.decoding.task import DecodingTask
 from brainflow.decoding.windows import ArrayWindows
+from brainflow.models.files import beside
 
 Method = Literal["integrated-gradients", "occlusion"]
 STEPS = 32
@@ -54,7 +55,8 @@ class Attribution:
         """Write all arrays as NPZ, under their names."""
         texts = {name: np.array(getattr(self, name)) for name in ("classes", "network_names")}
         arrays: dict[str, Any] = {**vars(self), **texts}
-        np.savez(path, **arrays)
+        with beside(path) as partial, partial.open("wb") as file:
+            np.savez(file, **arrays)
 
 
 def attribute(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from brainflow.decoding.result import Result
+from brainflow.decoding.result import Result, write_csv
 from brainflow.decoding.splits import Fold
 from brainflow.decoding.task import DecodingTask
 
@@ -98,8 +97,6 @@ def curve_dict(task: DecodingTask, points: Sequence[Point]) -> dict[str, Any]:
 
 def write_curve(curve: dict[str, Any], path: Path) -> None:
     """Write `learning_curve.csv`: a row a point with its 95 % interval."""
-    with path.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["decoder", f"train_{curve['unit']}s", "accuracy", "low", "high", "chance"])
-        for p in curve["points"]:
-            writer.writerow([p["decoder"], p["train"], p["value"], p["low"], p["high"], p["chance"]])
+    header = ["decoder", f"train_{curve['unit']}s", "accuracy", "low", "high", "chance"]
+    keys = ("decoder", "train", "value", "low", "high", "chance")
+    write_csv(path, header, [[point[key] for key in keys] for point in curve["points"]])

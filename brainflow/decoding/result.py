@@ -17,6 +17,8 @@ from brainflow.decoding.calibration import Calibration, calibration
 from brainflow.decoding.finetune import History
 from brainflow.decoding.scores import Interval, Scores, paired_difference, score
 from brainflow.decoding.task import DecodingTask
+from brainflow.models.files import beside, write_text
+from brainflow.storage.text import csv_cell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +160,8 @@ def write_results(
     }
     if "command" in summary:
         settings = json.dumps(summary["command"], indent=1)
-        (folder / "train_config.json").write_text(settings + "\n", encoding="utf-8")
-    (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / "train_config.json", settings + "\n")
+    write_text(folder / "scores.json", json.dumps(summary, indent=1) + "\n")
     metrics = {
         "test_accuracy": scores.accuracy.value,
         "test_balanced_accuracy": scores.balanced_accuracy.value,
@@ -169,25 +171,25 @@ def write_results(
         chances = result.probabilities[rows]
         chosen = chances[np.arange(len(rows)), labels]
         metrics["test_loss"] = float(-np.log(np.maximum(chosen, 1e-12)).mean())
-        np.save(folder / "test_predictions.npy", chances)
-    np.save(folder / "test_label_ids.npy", labels)
-    _write_csv(folder / "test_metrics.csv", list(metrics), [list(metrics.values())])
+        _write_array(folder / "test_predictions.npy", chances)
+    _write_array(folder / "test_label_ids.npy", labels)
+    write_csv(folder / "test_metrics.csv", list(metrics), [list(metrics.values())])
     counts = [[name, *row] for name, row in zip(task.classes, scores.confusion.tolist(), strict=True)]
-    _write_csv(folder / "confusion_matrix.csv", ["true class", *task.classes], counts)
+    write_csv(folder / "confusion_matrix.csv", ["true class", *task.classes], counts)
     per_subject = [[entry.name, *pair] for entry in (result, *others) for pair in entry.per_subject.items()]
-    _write_csv(folder / "per_subject.csv", ["decoder", "subject", "accuracy"], per_subject)
+    write_csv(folder / "per_subject.csv", ["decoder", "subject", "accuracy"], per_subject)
     header = ["decoder", "accuracy", "low", "high", "balanced_accuracy", "macro_f1", "chance", "p", "ece"]
-    _write_csv(folder / "scores.csv", header, [_row(entry) for entry in (result, *others)])
+    write_csv(folder / "scores.csv", header, [_row(entry) for entry in (result, *others)])
     steps = [
         [i + 1, loss, rate, seed, fold]
         for seed, fold, fit in result.histories
         for i, (loss, rate) in enumerate(zip(fit.losses, fit.rates, strict=True))
     ]
     if steps:
-        _write_csv(folder / "train_history.csv", ["step", "loss", "lr", "seed", "fold"], steps)
+        write_csv(folder / "train_history.csv", ["step", "loss", "lr", "seed", "fold"], steps)
     checks = [[*check, seed, fold] for seed, fold, fit in result.histories for check in fit.checks]
     if checks:
-        _write_csv(folder / "eval_history.csv", ["step", "loss", "accuracy", "seed", "fold"], checks)
+        write_csv(folder / "eval_history.csv", ["step", "loss", "accuracy", "seed", "fold"], checks)
     named = np.atleast_2d(result.predictions)
     windows = [
         [
@@ -201,7 +203,7 @@ def write_results(
         for seed, one in enumerate(named)
         for row in rows
     ]
-    _write_csv(folder / "predictions.csv", ["run", "subject", "fold", "seed", "label", "prediction"], windows)
+    write_csv(folder / "predictions.csv", ["run", "subject", "fold", "seed", "label", "prediction"], windows)
 
 
 def within_subject(task: DecodingTask) -> bool:
@@ -240,8 +242,14 @@ def _row(entry: Result) -> list[Any]:
     ]
 
 
-def _write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as handle:
+def write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
+    """Write a table, whose texts no spreadsheet takes for formulas, in place of a file in one step."""
+    with beside(path) as partial, partial.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
-        writer.writerow(header)
-        writer.writerows(rows)
+        for row in (header, *rows):
+            writer.writerow([csv_cell(cell) if isinstance(cell, str) else cell for cell in row])
+
+
+def _write_array(path: Path, array: NDArray) -> None:
+    with beside(path) as partial, partial.open("wb") as handle:
+        np.save(handle, array)

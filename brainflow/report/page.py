@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from brainflow.decoding.extra import requires_report
+from brainflow.models.files import beside, write_text
 from brainflow.report.template import TEMPLATE
 from brainflow.storage.files import output_folder
 
@@ -104,9 +105,11 @@ def write_page(page: Page, folder: str | Path) -> Path:
     target = output_folder(Path(folder), "page")
     for section in page.sections:
         for picture in section.pictures:
-            (target / f"{picture.name}.png").write_bytes(picture.png)
+            with beside(target / f"{picture.name}.png") as partial:
+                partial.write_bytes(picture.png)
         for name, volume in section.volumes.items():
+            (target / name).unlink(missing_ok=True)  # a link would be followed
             volume.to_filename(target / name)
     path = target / "index.html"
-    path.write_text(render(page), encoding="utf-8")
+    write_text(path, render(page))
     return path

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from brainflow.models.files import write_text
 from brainflow.report.page import Page, Picture, Section, Table, render
 from brainflow.report.quality_figures import carpet, correlation, framewise_displacement, run_overview
 
@@ -65,7 +66,7 @@ def write_quality_report(
         footer=_recipe(done),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(page), encoding="utf-8")
+    write_text(path, render(page))
     return path
 
 

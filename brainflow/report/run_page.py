@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,16 @@ import numpy as np
 
 from brainflow.data.splits import Split
 from brainflow.decoding.baselines import DESCRIPTIONS
+from brainflow.models.files import beside, open_regular, own_folder, read_json
 from brainflow.models.pretrained import CONFIG, load_pretrained, read_config
 from brainflow.report import figures
 from brainflow.report.page import Page, Picture, Section, Table, write_page
 from brainflow.report.reconstruction import reconstruct
 from brainflow.storage import BoldStore
+from brainflow.training.metrics import METRICS, read_metrics
 from brainflow.training.run_dir import SPLIT
 
-PRETRAINING, DECODING, MAPS = "metrics.jsonl", "scores.json", "attributions.npz"
+DECODING, MAPS = "scores.json", "attributions.npz"
 FITS, CHECKS, RECONSTRUCTION = "train_history.csv", "eval_history.csv", "reconstruction.npz"
 
 
@@ -39,41 +43,62 @@ def run_page(folder: Path, *, masker: Any = None) -> Page:
     """
     sections: list[Section] = []
     facts: list[tuple[str, str]] = []
-    if (folder / PRETRAINING).is_file():
+    if (folder / METRICS).is_file():
         found, facts = _pretraining(folder, masker)
         sections += found
     if (folder / DECODING).is_file():
-        summary = json.loads((folder / DECODING).read_text(encoding="utf-8"))
-        sections += _decoding(folder, summary)
-        sections += _explained(folder, masker, summary["groups"]["kind"])
-        value = summary["decoder"]["accuracy"]["value"]
-        facts += [(f"{value:.1%}", f"named rightly (chance {summary['decoder']['chance']:.1%})")]
-        facts += [(str(summary["tested"]), f"tested windows of {len(summary['classes'])} classes")]
+        summary = read_json(folder / DECODING)
+        with _shaped(folder / DECODING):
+            sections += _decoding(folder, summary)
+            value = summary["decoder"]["accuracy"]["value"]
+            facts += [(f"{value:.1%}", f"named rightly (chance {summary['decoder']['chance']:.1%})")]
+            facts += [(str(summary["tested"]), f"tested windows of {len(summary['classes'])} classes")]
+            kind = str(summary["groups"]["kind"])
+        sections += _explained(folder, masker, kind)
     if not sections:
         raise FileNotFoundError(
-            f"{folder}: neither {PRETRAINING} nor {DECODING} there; expected what `brainflow pretrain` or "
+            f"{folder}: neither {METRICS} nor {DECODING} there; expected what `brainflow pretrain` or "
             "`brainflow adapt` wrote"
         )
+    with _shaped(folder / (DECODING if (folder / DECODING).is_file() else CONFIG)):
+        about, settings = _data(folder), _configuration(folder)
     return Page(
         title=f"brainflow report: {folder.resolve().name}",
         lead="What a run read, did and reached. Every figure comes from the files of the run.",
         facts=facts,
-        sections=[*_data(folder), *sections, *_configuration(folder)],
+        sections=[*about, *sections, *settings],
         footer=["Made by brainflow report; the page holds everything itself and fetches nothing."],
     )
 
 
 def write_report(folder: Path, *, masker: Any = None, out: Path | None = None) -> Path:
     """Write the page of :func:`run_page`, by default to `folder`/report; return its path."""
-    return write_page(run_page(folder, masker=masker), out or folder / "report")
+    page = run_page(folder, masker=masker)
+    return write_page(page, out or own_folder(folder / "report"))
+
+
+@contextmanager
+def _shaped(path: Path) -> Iterator[None]:
+    """Name the file whose content the block takes apart, where it is not what brainflow writes."""
+    try:
+        yield
+    except (
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise ValueError(
+            f"{path}: is not what brainflow writes ({type(error).__name__}: {error}); restore it, or run the "
+            "command that wrote it again"
+        ) from error
 
 
 def _pretraining(folder: Path, masker: Any) -> tuple[list[Section], list[tuple[str, str]]]:
-    lines = [
-        json.loads(line)
-        for line in (folder / PRETRAINING).read_text(encoding="utf-8").splitlines()
-        if line.strip()
-    ]
+    lines = read_metrics(folder)
     train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     held_out = [(line["step"], line["val_l1"]) for line in lines if line.get("val_l1") is not None]
     last: dict[str, Any] = next((line for line in reversed(lines) if "val_loss" in line), {})
@@ -101,8 +126,9 @@ def _reconstruction(folder: Path, masker: Any) -> list[Section]:
         return []
     config = read_config(folder)
     pretrained = config.get("pretrain") or {}
-    path, title = str(pretrained.get("store", "")), "Masked reconstruction"
-    if not Path(path).is_dir() or BoldStore.open(path).snapshot != config["data"]["store_snapshot"]:
+    path, title = pretrained.get("store") or "", "Masked reconstruction"
+    snapshot = (config.get("data") or {}).get("store_snapshot")
+    if not path or not Path(path).is_dir() or BoldStore.open(path).snapshot != snapshot:
         note = f"The training store is not at {path} any more, or has changed: nothing was predicted."
         return [Section(title=title, notes=[note])]
     store = BoldStore.open(path)
@@ -112,9 +138,13 @@ def _reconstruction(folder: Path, masker: Any) -> list[Section]:
         note = "The split has no validation run that is free of damage: nothing was predicted."
         return [Section(title=title, notes=[note])]
     runs = tuple(store.runs.key[ids].tolist())
-    length = int((pretrained.get("data") or {}).get("seq_max", 50)) - 1
+    longest = (pretrained.get("data") or {}).get("seq_max", 50)
+    if not isinstance(longest, int) or longest < 2:
+        raise ValueError(f"{folder / CONFIG}: pretrain.data.seq_max: got {longest!r}, expected at least 2")
+    length = longest - 1
     r = reconstruct(store, load_pretrained(folder), runs, length=length)
-    np.savez(folder / RECONSTRUCTION, error=r.error, mean_error=r.mean_error, explained=r.explained)
+    with beside(folder / RECONSTRUCTION) as partial, partial.open("wb") as file:
+        np.savez(file, error=r.error, mean_error=r.mean_error, explained=r.explained)
     picture = Picture(
         name="reconstruction",
         png=figures.reconstruction(r.truth, r.prediction, t_r=r.t_r),
@@ -253,7 +283,10 @@ def _explained(folder: Path, masker: Any, kind: str) -> list[Section]:
     """Return attributions: which networks, when, and on the brain if there is a masker."""
     if not (folder / MAPS).is_file():
         return []
-    with np.load(folder / MAPS, allow_pickle=False) as saved:
+    with _shaped(folder / MAPS), open_regular(folder / MAPS) as file:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in zipfile.ZipFile(file).infolist()):
+            raise ValueError("has compressed arrays, expected plain ones")
+    with _shaped(folder / MAPS), np.load(folder / MAPS, allow_pickle=False) as saved:
         names, mean, error = saved["classes"].tolist(), saved["network_mean"], saved["network_error"]
         networks = saved["network_names"].tolist()
         over_time = np.nansum(np.abs(saved["mean"]), axis=2)
@@ -290,7 +323,7 @@ def _explained(folder: Path, masker: Any, kind: str) -> list[Section]:
 def _data(folder: Path) -> list[Section]:
     """Return what was read: by the decoding, or else by the pretraining."""
     if (folder / DECODING).is_file():
-        facts = json.loads((folder / DECODING).read_text(encoding="utf-8")).get("data") or {}
+        facts = read_json(folder / DECODING).get("data") or {}
     elif (folder / CONFIG).is_file():
         facts = dict(read_config(folder).get("data") or {})
         people = facts.pop("training_subjects", None) or []
@@ -310,11 +343,10 @@ def _configuration(folder: Path) -> list[Section]:
     rows = []
     for file in ("train_config.json", "config.json"):
         if (folder / file).is_file():
-            saved = json.loads((folder / file).read_text(encoding="utf-8"))
-            rows += _flat(saved)
+            rows += _flat(read_json(folder / file))
             break
     if (folder / DECODING).is_file():
-        summary = json.loads((folder / DECODING).read_text(encoding="utf-8"))
+        summary = read_json(folder / DECODING)
         rows += _flat({"adapt": summary["decoder"].get("adapt", {}), "store": summary["store_snapshot"]})
     return [Section(title="Configuration", table=Table(header=["setting", "value"], rows=rows))]
 
@@ -334,7 +366,7 @@ def _mean_by_step(path: Path) -> tuple[list[float], list[float]]:
     """Return the steps of a history and the mean loss of its fits at each; empty without the file."""
     losses: dict[int, list[float]] = {}
     if path.is_file():
-        with path.open(encoding="utf-8", newline="") as handle:
+        with _shaped(path), path.open(encoding="utf-8", newline="") as handle:
             for row in csv.DictReader(handle):
                 losses.setdefault(int(row["step"]), []).append(float(row["loss"]))
     return [float(step) for step in losses], [float(np.mean(found)) for found in losses.values()]
