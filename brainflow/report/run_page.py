@@ -82,15 +82,7 @@ def _shaped(path: Path) -> Iterator[None]:
     """Name the file whose content the block takes apart, where it is not what brainflow writes."""
     try:
         yield
-    except (
-        KeyError,
-        TypeError,
-        IndexError,
-        AttributeError,
-        ValueError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ValueError(
             f"{path}: is not what brainflow writes ({type(error).__name__}: {error}); restore it, or run the "
             "command that wrote it again"

@@ -242,6 +242,13 @@ def read_state(path: Path) -> dict[str, Any]:
 def load(path: Path) -> dict[str, Tensor]:
     """Return all tensors of a checkpoint, whole, on the CPU."""
     found = _metadata(path)
+    said = sum(m.size.numel() * m.properties.dtype.itemsize for m in found.values())
+    there = sum(size for size, _ in _files(path).values())
+    if said > there:
+        raise ValueError(
+            f"checkpoint: {path} has {there} bytes, but its headers name tensors of {said}; delete it, and "
+            "the run goes on from the checkpoint before"
+        )
     tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in found.items()}
     read_into(path, tensors)
     return tensors
@@ -261,7 +268,7 @@ def _metadata(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises whatever a damaged header leads to
         raise ValueError(
             f"checkpoint: the headers in {path} cannot be read ({_shown(error)}); delete it, and the run "
-            "goes on from the checkpoint before"
+            "the run goes on from the checkpoint before"
         ) from error
 
 

@@ -37,7 +37,8 @@ TIMING = (
     "seconds",
 )
 METRICS, TRAIN_CSV, EVAL_CSV = "metrics.jsonl", "train_history.csv", "eval_history.csv"
-MOST_LOG, BY_NETWORK = 2**30, "val_network_correlation"
+MOST_LOG = 2**30
+MANY = ("val_network_correlation", "val_by_dataset")  # keys with more than one number
 _HEADERS = {TRAIN_CSV: "step,loss,lr\n", EVAL_CSV: "step,loss,accuracy\n"}
 
 
@@ -99,10 +100,17 @@ def _metrics(line: str, where: str) -> dict[str, Any]:
     if not is_count(found.get("step")):
         raise ValueError(f"{where}: has no step, expected a line of a run's metrics; delete this line")
     for name, value in found.items():
-        many = value if name == BY_NETWORK and isinstance(value, list) else [value]
-        if not all(one is None or is_number(one) for one in many):
+        if not all(one is None or is_number(one) for one in _leaves(value, deep=name in MANY)):
             raise ValueError(f"{where}: {name[:60]!r} is no number, expected one or null; delete this line")
     return found
+
+
+def _leaves(value: Any, *, deep: bool) -> list[Any]:
+    """Return the values in lists and objects, if there may be such, else the value itself."""
+    if not deep or not isinstance(value, list | dict):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value
+    return [leaf for one in inside for leaf in _leaves(one, deep=deep)]
 
 
 def _row_step(line: str, where: str) -> int:
