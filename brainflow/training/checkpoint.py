@@ -268,7 +268,7 @@ def _metadata(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises whatever a damaged header leads to
         raise ValueError(
             f"checkpoint: the headers in {path} cannot be read ({_shown(error)}); delete it, and the run "
-            "the run goes on from the checkpoint before"
+            "goes on from the checkpoint before"
         ) from error
 
 
