@@ -19,7 +19,7 @@ from brainflow.models import hub
 from brainflow.models.facts import is_number
 from brainflow.models.files import open_regular, parse_json, read_text, write_text
 from brainflow.models.pretrained import CONFIG, WEIGHTS, load_pretrained, read_config, save_pretrained
-from brainflow.models.privacy import HASHED, Subjects, hub_name, published
+from brainflow.models.privacy import HASHED, Subjects, published
 from brainflow.storage.text import printable
 
 __all__ = ["from_pretrained", "model_card", "push_to_hub", "save_pretrained", "write_card"]
@@ -128,12 +128,12 @@ def prepare_upload(
     own_card = _own_card(source / CARD)
     if own_card:
         files[CARD] = source / CARD
-    for path in (source / CONFIG, *files.values()):
-        _stays(path)
     if HEAD in files:  # decoders stand above this module, as frameworks do
         importlib.import_module("brainflow.decoding.persist").load_decoder(source)
     else:
         load_pretrained(source)
+    for path in (source / CONFIG, *files.values()):
+        _stays(path)
     seen = published(config, subjects)
     texts = {CONFIG: json.dumps(seen.config, indent=2, ensure_ascii=False) + "\n"}
     if not own_card:
@@ -355,7 +355,7 @@ def _front_matter(
         "license": license,
         "tags": ["fmri", "neuroimaging", "brainflow"],
         "datasets": [one for one in data.get("datasets") or {} if re.fullmatch(r"\w[\w./-]*", one)],
-        "base_model": _base_model(config),
+        "base_model": config.get("base_model"),
     }
     if decoding:
         scores = {key: decoding[key]["value"] for key in ("accuracy", "balanced_accuracy", "macro_f1")}
@@ -378,13 +378,6 @@ def _front_matter(
         front["metrics"] = sorted({str(metric["type"]) for metric in metrics})
         front["model-index"] = [{"name": name, "results": [result]}]
     return ["---", *(f"{key}: {_yaml(value)}" for key, value in front.items() if value), "---"]
-
-
-def _base_model(config: dict[str, Any]) -> str | None:
-    """Return the model of the hub that training began from, where that is known."""
-    begun = (config.get("pretrain") or {}).get("train")
-    places = [(config.get("estimator") or {}).get("checkpoint"), (begun or {}).get("init")]
-    return next(filter(None, map(hub_name, places)), None)
 
 
 def _yaml(value: Any) -> str:

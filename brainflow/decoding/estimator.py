@@ -23,6 +23,7 @@ from brainflow.decoding.fit import AdaptConfig, Mode, fit_decoder
 from brainflow.decoding.persist import load_decoder, save_decoder
 from brainflow.decoding.windows import ArrayWindows, as_windows, cut_events
 from brainflow.frameworks import build
+from brainflow.models.hub import base_model
 from brainflow.models.pretrained import load_pretrained, read_config
 from brainflow.sharing import fetch
 
@@ -276,6 +277,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         parameters = {k: v for k, v in self.get_params(deep=False).items() if k not in UNSAVED}
         parameters["checkpoint"] = None if self.checkpoint is None else os.fspath(self.checkpoint)
         facts: dict[str, Any] = {"estimator": parameters, "data": self.trained_on_}
+        facts |= base_model(self.checkpoint)
         classes = tuple(name.item() for name in self.classes_)
         save_decoder(self.decoder_, folder, mode=self.mode, classes=classes, facts=facts)
 

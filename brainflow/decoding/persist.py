@@ -136,7 +136,9 @@ def save_for_task(
         device=where,
     )
     saved = read_config(checkpoint)
-    facts: dict[str, Any] = {name: saved[name] for name in ("data", "pretrain", "step") if name in saved}
+    facts: dict[str, Any] = {
+        name: saved[name] for name in ("data", "pretrain", "base_model", "step") if name in saved
+    }
     scores = result.to_dict()
     facts["decoding"] = {
         "target": task.config.target,

@@ -149,6 +149,7 @@ REQUIRED = {
     "decoding": ("split", "interval_over", "accuracy", "balanced_accuracy", "macro_f1", "chance"),
 }
 TOP: dict[str, Check] = {
+    "base_model": (_is_text, "the name of a model of the hub"),
     "step": (is_count, "a whole number from 0"),
     "sha256": (_digests, "a digest by file"),
 }

@@ -55,6 +55,13 @@ def fetch(
         ) from error
 
 
+def base_model(name: str | os.PathLike[str] | None) -> dict[str, str]:
+    """Return what `config.json` records of a model that training began from: its name, if it is the hub's."""
+    if not name or (Path(name) / CONFIG).is_file():
+        return {}
+    return {"base_model": str(name)}
+
+
 def _may_be_a_repository(name: str | os.PathLike[str], ownerless: bool) -> bool:
     """Whether a name is one of the hub and no mistyped path, such as one beside a folder that is there."""
     if not isinstance(name, str) or name.startswith((".", "/", "~")) or Path(name).is_dir():

@@ -129,10 +129,10 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         )
     check_facts(config, path)
     try:
-        from_dict(ModelConfig, config["model"])
+        model = from_dict(ModelConfig, config["model"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}; use the file as it was written") from None
-    return config
+    return {**config, "model": asdict(model)}  # with the defaults of settings that are younger than the file
 
 
 def load_pretrained(directory: str | os.PathLike[str]) -> nn.Module:

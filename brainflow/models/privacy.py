@@ -8,7 +8,7 @@ import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 HASHED = "sha256:"
@@ -61,7 +61,7 @@ def published(config: dict[str, Any], subjects: Subjects = "hash") -> Published:
     paths: list[str] = []
     for place in _OWN_FILES:
         owner, name = _owner(shown, place)
-        if owner and owner.get(name) and hub_name(owner[name]) is None:
+        if owner and owner.get(name) and owner[name] != config.get("base_model"):
             owner[name] = None if place[0] == "estimator" else ""
             paths.append(".".join(place))
     shown = _without_paths(shown, (), paths)
@@ -102,16 +102,6 @@ def _salt(config: dict[str, Any]) -> str | None:
     """Return the salt of names that were hashed already, in a model that was shared and adapted."""
     data = config.get("data")
     return data.get("subjects_salt") if isinstance(data, dict) else None
-
-
-def hub_name(value: Any) -> str | None:
-    """Return the name of a model of the hub that weights came from; None if it is a path of this machine."""
-    ownerless = ("gpt2", "distilgpt2", "bert-")
-    if not isinstance(value, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value):
-        return None
-    if "/" not in value:
-        return value if value.startswith(ownerless) else None
-    return value if not Path(value).parent.exists() else None
 
 
 def without_paths(text: str) -> str | None:

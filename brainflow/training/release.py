@@ -10,6 +10,7 @@ import numpy as np
 from brainflow.compat import fingerprint
 from brainflow.config import PretrainConfig, to_dict
 from brainflow.data.splits import Split
+from brainflow.models.hub import base_model
 from brainflow.storage import BoldStore
 
 # Attributes of the store that whoever feeds the model must match.
@@ -19,11 +20,11 @@ _MATCH = ("parcellation", "network_names", "network_coordinates", "normalisation
 def facts(config: PretrainConfig, store: BoldStore, split: Split, step: int) -> dict[str, Any]:
     """Return what `config.json` says beside the architecture.
 
-    Keys: `pretrain` (the run's configuration), `step`, and `data`: the store's snapshot, parcellation,
-    network names and coordinates, normalisation and preprocessing, and of the training runs the repetition
-    times in seconds, the number of runs by dataset, the subjects, so that nobody evaluates on them unawares,
-    and what the signal is like (`fingerprint`; None where every training run has damage), for
-    `brainflow doctor`.
+    Keys: `pretrain` (the run's configuration), `base_model` (where it began from one of the hub), `step`, and
+    `data`: the store's snapshot, parcellation, network names and coordinates, normalisation and
+    preprocessing, and of the training runs the repetition times in seconds, the number of runs by dataset,
+    the subjects, so that nobody evaluates on them unawares, and what the signal is like (`fingerprint`; None
+    where every training run has damage), for `brainflow doctor`.
     """
     runs = store.runs
     train = split.part("train", runs)
@@ -39,4 +40,4 @@ def facts(config: PretrainConfig, store: BoldStore, split: Split, step: int) -> 
         "training_subjects": sorted({split.subjects[key] for key in split.parts["train"]}),
         "fingerprint": fingerprint(store, read) if len(read) else None,
     }
-    return {"pretrain": to_dict(config), "step": step, "data": data}
+    return {"pretrain": to_dict(config), **base_model(config.train.init), "step": step, "data": data}

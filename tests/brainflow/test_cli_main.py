@@ -136,21 +136,43 @@ sys.exit(cli.main(["faulty"]))
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "traceback"),
+    ("error", "code", "said"),
     [
-        ("KeyboardInterrupt", 130, False),
-        ("ValueError('x: got 1,\\n expected 2')", 1, False),
-        ("FileNotFoundError(2, 'No such file or directory', 'x')", 1, False),
-        ("ZeroDivisionError('ours')", 1, True),
+        ("KeyboardInterrupt", 130, "interrupted"),
+        ("ValueError('x: got 1,\\n expected 2')", 1, "x: got 1, expected 2"),
+        ("ValueError('\\x1b[2J')", 1, r"\x1b[2J"),
+        ("FileNotFoundError(2, 'No such file or directory', 'x')", 1, "x: No such file or directory; check"),
+        (
+            "OSError(28, 'No space left on device', '/proc/x')",
+            1,
+            "/proc/x: the disk is full (0.0 MiB free); free",
+        ),
+        ("OSError('the checkpoint could not be written')", 1, "the checkpoint could not be written"),
+        ("MemoryError()", 1, "out of memory"),
+        ("RecursionError()", 1, "nested too deeply"),
+        ("ZeroDivisionError('ours')", 1, "ZeroDivisionError: ours. This is a fault of brainflow"),
     ],
 )
-def test_exit_codes(error, code, traceback):
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS.format(error=error)], capture_output=True, text=True, timeout=60
-    )
+def test_exit_codes(error, code, said):
+    command = [sys.executable, "-c", FAULTS.format(error=error)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == code
-    assert ("Traceback" in done.stderr) is traceback
-    assert "faulty" in done.stderr.splitlines()[-1]
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("brainflow faulty: ")
+    assert said in line
+
+
+def test_a_fault_of_ours_has_a_traceback_for_those_who_ask():
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS.format(error="ZeroDivisionError('ours')")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "BRAINFLOW_DEBUG": "1"},
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ZeroDivisionError: ours" in done.stderr.splitlines()[-1]
 
 
 def test_a_reader_that_leaves_is_no_error():

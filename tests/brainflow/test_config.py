@@ -58,6 +58,10 @@ def run(framework="csm", *, data=None, train=None, **model):
         (lambda: TrainConfig(schedule="wsd", warmup=0.95), "train.warmup"),
         (lambda: TrainConfig(ema=1.0), "train.ema"),
         (lambda: TrainConfig(patience=-1), "train.patience"),
+        (lambda: TrainConfig(weight_decay=float("nan")), "train.weight_decay"),
+        (lambda: TrainConfig(lr=float("inf")), "train.lr"),
+        (lambda: ModelConfig(max_seconds=0.0), "model.max_seconds"),
+        (lambda: ModelConfig(heads=0), "model.heads"),
         (lambda: run(data=DataConfig(seq_max=600)), "data.seq_max"),
         (lambda: run("seq-bert", data=DataConfig(seq_max=511)), "data.seq_max: .* 3 special tokens"),
         (lambda: run("net-bert", data=DataConfig(seq_min=5)), "data.seq_min: .* 6 .*net-bert"),
@@ -70,6 +74,26 @@ def run(framework="csm", *, data=None, train=None, **model):
 def test_a_wrong_value_is_refused_by_name(build, name):
     with pytest.raises(ValueError, match=f"^{name}"):
         build()
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "expected"),
+    [
+        ("model", "width", "768", "a whole number"),
+        ("model", "width", True, "a whole number"),
+        ("model", "width", 10**30, "a whole number"),
+        ("model", "norm", "evil", "one of layer, rms"),
+        ("model", "coordinates", 1, "true or false"),
+        ("train", "lr", "1e-4", "a finite number"),
+        ("train", "lr", 10**400, "a finite number"),
+        ("train", "init", None, "text"),
+        ("data", "batch_size", [64], "a whole number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(section, name, value, expected):
+    with pytest.raises(ValueError, match=f"^{section}.{name}: got .*, expected {expected}"):
+        from_dict(PretrainConfig, {"store": "s", "out": "r", section: {name: value}})
+    from_dict(PretrainConfig, {"store": "s", "out": "r", "train": {"lr": 1}})  # a whole number is a number
 
 
 def test_round_trip_through_json():
