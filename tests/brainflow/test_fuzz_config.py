@@ -75,7 +75,7 @@ model = {width = 384, heads = 6}
 
 
 def test_configurations_of_models(tmp_path):
-    path, read = tmp_path / "config.json", 0
+    path, read, refusals = tmp_path / "config.json", 0, []
     check_facts(MODEL, "the config.json that is mutated")
     for number, rng in rounds(600):
         if number % 4:
@@ -86,7 +86,7 @@ def test_configurations_of_models(tmp_path):
         try:
             config = read_config(tmp_path)
         except ValueError as error:
-            assert "config.json" in str(error), number
+            refusals.append((number, str(error)))
             continue
         read += 1
         assert to_dict(from_dict(ModelConfig, config["model"])).keys() == MODEL["model"].keys()
@@ -96,6 +96,7 @@ def test_configurations_of_models(tmp_path):
             card = model_card(shown)
             assert not set(card) & set("\x1b\x00"), number
             assert "<script" not in card
+    assert [one for one in refusals if "config.json" not in one[1]] == []
     assert read > 20
 
 
@@ -111,13 +112,14 @@ def test_settings_of_a_training_and_a_sweep(tmp_path, text, read):
     path = tmp_path / "settings.toml"
     path.write_text(text)
     read(path)
-    good = 0
+    good, refusals = 0, []
     for number, rng in rounds(300):
         path.write_bytes(mutated_bytes(text.encode(), rng))
         try:
             read(path)
         except ValueError as error:
-            assert "settings.toml" in str(error), number
+            refusals.append((number, str(error)))
             continue
         good += 1
+    assert [one for one in refusals if "settings.toml" not in one[1]] == []
     assert good > 0
