@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import io
 import logging
 import os
 import shutil
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 1: the verb failed; 2: the command line is wrong; 130: Ctrl-C; 143: stopped by SIGTERM or SIGUSR1
     after a checkpoint.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is not UTF-8 must not end what has been done
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
