@@ -17,6 +17,7 @@ from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.heads import Neighbours, make_head
 from brainflow.decoding.result import Result
 from brainflow.decoding.task import DecodingTask, check_classes
+from brainflow.models.files import own_folder
 from brainflow.models.pretrained import (
     TensorFile,
     check_digest,
@@ -135,6 +136,7 @@ def save_for_task(
         classes=len(task.classes),
         device=where,
     )
+    own_folder(folder)
     saved = read_config(checkpoint)
     facts: dict[str, Any] = {
         name: saved[name] for name in ("data", "pretrain", "base_model", "step") if name in saved

@@ -57,22 +57,26 @@ def _distinct(value: list[Any]) -> bool:
 
 
 def _score(value: Any) -> bool:
-    if not isinstance(value, dict) or not is_number(value.get("value")):
+    if not isinstance(value, dict) or not value.keys() >= {"value", "low", "high"}:
         return False
-    ends = (value.get("low"), value.get("high"))
-    return ends == (None, None) or all(is_number(end) for end in ends)
+    ends = (value["low"], value["high"])
+    return is_number(value["value"]) and (ends == (None, None) or all(map(is_number, ends)))
 
 
 def _fingerprint(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
-    length = value.get("length", [0, 0])
+    length = value.get("length")
     return (
         isinstance(length, list)
         and len(length) == 2
         and all(is_count(n) for n in length)
-        and all(is_number(value.get(name, 0)) for name in ("variance", "spectrum", "correlation"))
+        and all(is_number(value.get(name)) for name in ("variance", "spectrum", "correlation"))
     )
+
+
+def _windows(value: Any) -> bool:
+    return isinstance(value, dict) and all(is_count(value.get(name, 0)) for name in ("seq_min", "seq_max"))
 
 
 def _coordinates(value: Any) -> bool:
@@ -90,6 +94,7 @@ def _digests(value: Any) -> bool:
 _TEXT: Check = (_maybe(_is_text), "text")
 _TEXTS: Check = (_maybe(_texts), "a list of texts")
 _TABLE: Check = (_maybe(_is_table), "a table")
+_RUN_DATA: Check = (_maybe(_windows), "a table, seq_min and seq_max as whole numbers")
 _ONE: Check = (is_number, "a number")
 _SCORE: Check = (_score, "value, low and high as numbers")
 
@@ -142,7 +147,7 @@ SECTIONS: dict[str, dict[str, Check]] = {
         "names": (_texts, "a list of names"),
         "missing": (_texts, "a list of names"),
     },
-    "pretrain": {"store": _TEXT, "out": _TEXT, "model": _TABLE, "data": _TABLE, "train": _TABLE},
+    "pretrain": {"store": _TEXT, "out": _TEXT, "model": _TABLE, "data": _RUN_DATA, "train": _TABLE},
 }
 REQUIRED = {
     "decoder": ("mode", "pooling", "classes", "examples"),

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import stat
 import tomllib
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 Name = str | os.PathLike[str]
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MOST_TEXT = 16 * 2**20
 """Bytes of the largest JSON or TOML file that is read: parsed, it can take 30 times as much memory."""
 
@@ -74,6 +76,8 @@ def parse_json(text: str, where: object) -> dict[str, Any]:
     """Return the object in a JSON text; `where` it stands is named if it holds anything else."""
     try:
         value = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()  # half a pair can be neither written nor hashed
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"{where}: not valid JSON ({reason}); restore or delete it") from None

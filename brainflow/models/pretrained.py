@@ -70,7 +70,7 @@ def save_pretrained(
     with ExitStack() as renames:  # all files are whole on disk before the first is renamed
         for name, tensors in {WEIGHTS: module.state_dict(), **(files or {})}.items():
             partial = renames.enter_context(beside(folder / name))
-            _save_tensors(partial, tensors)
+            _save_tensors(partial, tensors, folder / name)
             new[name] = digest(partial)
         # whoever is killed between two renames leaves a folder that loads, with the old weights or the new
         both = {name: [new[name], *earlier.get(name, ())] for name in new}
@@ -83,14 +83,13 @@ def _config_text(config: dict[str, Any]) -> str:
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor], target: Path) -> None:
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
         save_file(plain, path, metadata={"format": "pt"})
     except SafetensorError as error:  # its way to say that the disk is full
         raise OSError(
-            f"{path.parent / WEIGHTS}: could not be written ({error}); free space, then run the same "
-            "command again"
+            f"{target}: could not be written ({error}); free space, then run the same command again"
         ) from error
 
 
@@ -160,8 +159,9 @@ def load_pretrained(directory: str | os.PathLike[str]) -> nn.Module:
             )
         tensors.check(outline(config, str(path)))
         check_digest(path, saved)
-        module = build(config)
-        module.load_state_dict(tensors.read())
+        weights = tensors.read()
+    module = build(config)
+    module.load_state_dict(weights)
     return module.eval()
 
 
@@ -240,7 +240,7 @@ class TensorFile:
         Raises
         ------
         ValueError
-            Naming what is missing, unknown, of another shape, or not of floating-point numbers.
+            Naming what is missing, unknown or of another shape.
         """
         found = self.shapes
         problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
@@ -249,8 +249,6 @@ class TensorFile:
             shape = tuple(expected[name].shape)
             if found[name] != shape:
                 problems.append(f"{name} has shape {list(found[name])}, expected {list(shape)}")
-            elif self._types[name] not in FLOATS:
-                problems.append(f"{name} has type {self._types[name]}, expected F32")
         if problems:
             _do_not_fit(self.path, problems)
 

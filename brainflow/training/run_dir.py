@@ -115,11 +115,8 @@ def begin(folder: Path, config: PretrainConfig, *, snapshot: str, resume: Resume
             shutil.rmtree(folder / name, ignore_errors=True)
     (folder / MARKER).unlink(missing_ok=True)
     remove_partial(folder / CHECKPOINTS)
-    for left in [
-        *folder.glob(".*.partial"),
-        *(folder / BEST).glob(".*.partial"),
-    ]:  # by a process that was killed
-        left.unlink()
+    for left in [*folder.glob("*.partial"), *(folder / BEST).glob("*.partial")]:
+        left.unlink()  # by a process that was killed, or a link where a file is going to be written
     if path.exists() and not _begun(folder):
         path.unlink()  # it failed before its first step: nothing to continue, nothing to lose
     if path.exists():
