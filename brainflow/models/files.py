@@ -22,8 +22,11 @@ from typing import Any
 
 Name = str | os.PathLike[str]
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-MOST_TEXT = 16 * 2**20
-"""Bytes of the largest JSON or TOML file that is read: parsed, it can take 30 times as much memory."""
+MOST_TEXT = 40 * 2**20
+"""Bytes of the largest JSON file that is read; the coordinates of 2**18 networks take half of it."""
+MOST_TABLES = 2**20
+"""Lists and objects in a JSON text: an empty one of two bytes takes 64 in memory."""
+MOST_TOML = 2**20
 
 
 def open_regular(path: Name) -> io.FileIO:
@@ -74,6 +77,8 @@ def read_json(path: Name) -> dict[str, Any]:
 
 def parse_json(text: str, where: object) -> dict[str, Any]:
     """Return the object in a JSON text; `where` it stands is named if it holds anything else."""
+    if text.count("[") + text.count("{") > MOST_TABLES:
+        raise ValueError(f"{where}: has more than {MOST_TABLES} lists and objects; restore or delete it")
     try:
         value = json.loads(text)
         if _SURROGATE.search(text):
@@ -97,7 +102,7 @@ def read_toml(path: Name) -> dict[str, Any]:
         If it is no TOML.
     """
     try:
-        return tomllib.loads(read_text(path))
+        return tomllib.loads(read_text(path, most=MOST_TOML))
     except RecursionError:
         raise ValueError(f"{path}: not valid TOML (nested too deeply)") from None
     except tomllib.TOMLDecodeError as error:

@@ -272,6 +272,7 @@ HUGE = {
     "a million classes": put("decoder", "classes", [str(i) for i in range(10**6)]),
     "a header of 10 GB": content(WEIGHTS, struct.pack("<Q", 10**10) + b"{}"),
     "config.json: 64 MiB": lambda folder: os.truncate(folder / CONFIG, 2**26),
+    "config.json: ten million lists": content(CONFIG, b"[" + b"[]," * 10**7 + b"[]]"),
     "config.json: /dev/zero": instead(CONFIG, lambda path: path.symlink_to("/dev/zero")),
     "weights: /dev/zero": instead(WEIGHTS, lambda path: path.symlink_to("/dev/zero")),
     "head: /dev/zero": instead(HEAD, lambda path: path.symlink_to("/dev/zero")),
