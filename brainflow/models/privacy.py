@@ -75,8 +75,9 @@ def published(config: dict[str, Any], subjects: Subjects = "hash") -> Published:
             owner["people"] = len(names)  # the card says how many
         elif owner and names and subjects == "hash":
             owner[name] = sorted(p if p.startswith(HASHED) else hashed(p, salt) for p in names)
-            shown.setdefault("data", {})["subjects_salt"] = salt
-    return Published(config=shown, paths=sorted(paths), people=len(everybody))
+            shown["data"] = {**(shown.get("data") or {}), "subjects_salt": salt}
+    counted = [owner.get("people") or 0 for place in _PEOPLE if (owner := _owner(config, place)[0])]
+    return Published(config=shown, paths=sorted(paths), people=max([len(everybody), *counted]))
 
 
 def hashed(person: str, salt: str) -> str:

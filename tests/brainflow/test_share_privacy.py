@@ -18,7 +18,7 @@ from brainflow.decoding.heads import make_head
 from brainflow.decoding.persist import HEAD, load_decoder, save_decoder
 from brainflow.frameworks import build
 from brainflow.models.pretrained import load_pretrained
-from brainflow.models.privacy import hashed, seen
+from brainflow.models.privacy import hashed, published, seen
 
 PEOPLE = ["lab/sub-ann", "lab/sub-bob", "lab/sub-eve"]
 SCORE = {"value": 0.8, "low": 0.7, "high": 0.9}
@@ -107,11 +107,11 @@ def test_neither_paths_nor_people_are_published(folder, hub):
     assert {"pretrain.store", "pretrain.out", "estimator.checkpoint", "data.parcellation"} <= set(
         upload.paths
     )
-    published = (hub.files["config.json"] + hub.files["README.md"]).decode()
+    sent = (hub.files["config.json"] + hub.files["README.md"]).decode()
     for secret in ("/home", "~/", "ann", "sub-bob", "sub-eve", "runs/"):
-        assert secret not in published, secret
-    assert "/vis/1" in published  # a network's name is no path
-    assert "four.nii.gz" in published
+        assert secret not in sent, secret
+    assert "/vis/1" in sent  # a network's name is no path
+    assert "four.nii.gz" in sent
     assert {name: contents(folder)[name] for name in before} == before  # nothing but a card was written
     assert (folder / "README.md").read_bytes() == hub.files["README.md"]
 
@@ -136,6 +136,10 @@ def test_what_is_published_still_loads_and_knows_whom_it_saw(folder, hub, tmp_pa
 
 @pytest.mark.parametrize("subjects", ["keep", "hash", "drop"])
 def test_names_of_people(folder, subjects):
+    config = json.loads((folder / "config.json").read_text())
+    only = {"model": config["model"], "data": None, "decoding": config["decoding"]}
+    once = published(only, subjects)
+    assert (once.people, published(once.config, subjects).people) == (2, 2)
     uploads = [sharing.prepare_upload(folder, subjects=subjects) for _ in range(2)]
     configs = [json.loads(upload.texts["config.json"]) for upload in uploads]
     shown = configs[0]["data"]["training_subjects"]
