@@ -94,7 +94,10 @@ def test_a_wrong_file_is_named(tmp_path, capsys, text, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("[model]\nwidth = 'x'\n", "--model.width"), ("[model]\nwidth = 100\n", "not divisible")],
+    [
+        ("[model]\nwidth = 'x'\n", "model.width: got 'x', expected a whole number"),
+        ("[model]\nwidth = 100\n", "not divisible"),
+    ],
 )
 def test_a_wrong_value_in_a_file_is_a_usage_error(tmp_path, capsys, text, message):
     path = tmp_path / "bad.toml"
