@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -86,8 +87,11 @@ def _coordinates(value: Any) -> bool:
 
 
 def _digests(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(one, str) or (_texts(one) and bool(one)) for one in value.values()
+    if not isinstance(value, dict):
+        return False
+    listed = [one if isinstance(one, list) else [one] for one in value.values()]
+    return all(
+        _texts(few) and few and all(re.fullmatch("[0-9a-f]{64}", one) for one in few) for few in listed
     )
 
 
@@ -154,9 +158,9 @@ REQUIRED = {
     "decoding": ("split", "interval_over", "accuracy", "balanced_accuracy", "macro_f1", "chance"),
 }
 TOP: dict[str, Check] = {
-    "base_model": (_is_text, "the name of a model of the hub"),
+    "base_model": (_maybe(_is_text), "the name of a model of the hub"),
     "step": (is_count, "a whole number from 0"),
-    "sha256": (_digests, "a digest by file"),
+    "sha256": (_digests, "a SHA-256 of 64 digits, or a list of them, by file"),
 }
 
 

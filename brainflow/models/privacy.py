@@ -23,7 +23,7 @@ _OWN_FILES = (
     ("estimator", "checkpoint"),
 )
 # Names that a store is compared with, or that a decoder answers with, are no paths whatever they look like.
-_VOCABULARY = (("data", "network_names"), ("decoder", "classes"))
+_VOCABULARY = (("data", "network_names"), ("decoder", "classes"), ("legacy", "names"), ("legacy", "missing"))
 _PEOPLE = (("data", "training_subjects"), ("decoding", "subjects"))
 
 

@@ -16,7 +16,7 @@ from brainflow.training.sweep import grid, read_space
 MODEL = {
     "format": 1,
     "model": to_dict(ModelConfig(networks=4, width=8, heads=2)),
-    "sha256": {"model.safetensors": "00"},
+    "sha256": {"model.safetensors": "00" * 32},
     "step": 3,
     "pretrain": {**to_dict(PretrainConfig(store="/a/store", out="/a/run")), "store_snapshot": "s"},
     "data": {
