@@ -1,1 +1,1 @@
-"""Throughput benchmarks; `python -m benchmarks` in a checkout, `brainflow bench` where it is installed."""
+"""Throughput benchmarks: `brainflow bench`, in a checkout also `python -m benchmarks`."""

@@ -10,23 +10,57 @@ Examples
   brainflow bench kernels --only 'masked_loss/*'
   brainflow bench kernels --static          # registers, spills, load widths: needs no GPU
   brainflow bench all --quick --gate
-  brainflow bench all --json today.json --report page
-  brainflow bench frameworks --time-to-loss --store rest.store
-  brainflow bench --compare 2 1             # the run before the last with the last
+  brainflow bench all --device cuda --json gpu.json
+  brainflow bench frameworks --store rest.store
+  brainflow bench loader --compare yesterday.json
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib
+import importlib.metadata
+import json
+import math
+import multiprocessing
+import os
+import platform
+import signal
 import sys
-from dataclasses import dataclass, field
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from . import gate, history
-from .registry import ALL, SUITES, measure
+if TYPE_CHECKING:
+    from .timing import Row
+
+SUITES: dict[str, tuple[str, ...]] = {
+    "ceilings": ("roofline",),
+    "loader": ("loader", "storage"),
+    "kernels": ("kernels", "attention"),
+    "frameworks": ("recipe", "training", "learning"),
+    "scaling": ("scaling",),
+    "prepare": ("prepare",),
+}
+"""Suite → modules of this package, each with a function `measurements(quick, device)`."""
+ALL = ("ceilings", "loader", "kernels", "frameworks", "scaling")
+"""Suites of `all`: what is run for every training; a dataset is prepared once."""
+PROCESSES = 3
+"""How many processes measure each suite in a full run; what they disagree about is printed as a range."""
+PACKAGES = (
+    *("torch", "triton", "numpy", "zarr", "numcodecs", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+    *("flash-attn", "flash-attn-4", "transformers", "webdataset", "zarrs", "tensorstore"),
+)
+_SET_SIGNAL_AT_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +68,12 @@ class Args:
     """Arguments of `brainflow bench`."""
 
     suite: Annotated[
-        Literal["loader", "kernels", "frameworks", "scaling", "prepare", "all"], tyro.conf.Positional
+        Literal["loader", "kernels", "frameworks", "scaling", "prepare", "all"],
+        tyro.conf.Positional,
     ] = "all"
-    """Suite to run; `all` are the first four."""
+    """Suite to run; `all` are the others but `prepare`."""
     quick: bool = False
-    """Small inputs and few repeats: minutes instead of tens of minutes."""
+    """Small inputs, few repeats, one process: at most minutes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     threads: int = 0
@@ -46,27 +81,14 @@ class Args:
     the cores: with several threads it decides the figures."""
     only: str | None = None
     """Run only measurements whose name fits this pattern, e.g. 'masked_loss/*'."""
-    loop: bool = False
-    """`frameworks` only: the overhead of the training loop over the bare model step, and nothing else."""
-    time_to_loss: bool = False
-    """`frameworks` only: how much sooner dense CSM reaches single-position CSM's loss, and nothing else."""
     store: str | None = None
-    """With --time-to-loss: train on this store, for longer, instead of on the example recordings."""
+    """`frameworks` only: race dense against single-position CSM on this store, and nothing else."""
     json: Path | None = None
     """Write the rows to this file (a list of objects, each with the environment)."""
     gate: bool = False
     """Exit with 1 if a ratio is below its floor in benchmarks/floors.json."""
-    report: Path | None = None
-    """Write a page with the charts into this folder: index.html, which needs no network, and its PNGs."""
-    table: Path | None = None
-    """Put the rows as Markdown tables between the marks of this page, e.g. benchmarks/README.md."""
-    rows: Path | None = None
-    """Measure nothing: take the rows from this file, for --gate, --report and --table."""
-    compare: tuple[str, str] | None = None
-    """Measure nothing: print what changed beyond noise from run A to B. A run is a file that --json wrote,
-    or how many runs back in the history: 1 is the newest."""
-    history: Path = field(default_factory=history.default_path)
-    """File to which each run is added as one line."""
+    compare: Path | None = None
+    """Also print which ratios moved since the run whose --json this file is."""
     static: bool = False
     """`kernels` only: compile for sm_80, 90, 100 and print registers, spills and load widths."""
 
@@ -75,57 +97,21 @@ class Args:
             raise ValueError(
                 f"--threads: got {self.threads}, expected 0 (a core each) or a number of threads"
             )
-        for name in ("loop", "time_to_loss"):
-            if getattr(self, name) and self.suite != "frameworks":
-                raise ValueError(f"--{name.replace('_', '-')}: belongs to the suite frameworks")
-        if self.store is not None and not self.time_to_loss:
-            raise ValueError("--store: got a store without --time-to-loss, which is what uses it")
+        for name, suite in (("store", "frameworks"), ("static", "kernels")):
+            if getattr(self, name) and self.suite != suite:
+                raise ValueError(f"--{name}: got the suite {self.suite}, expected `brainflow bench {suite}`")
 
 
 def run(args: Args) -> int:
     """Run the suites, print a table each, and return the exit code."""
     if args.static:
         return _static()
-    if args.compare is not None:
-        from .show import print_changes
-
-        print_changes(*(history.read(source, args.history) for source in args.compare))
-        return 0
-    failures: list[str] = []
-    if args.rows is not None:
-        rows = history.read(str(args.rows), args.history)
-    else:
-        rows = _measure(args, failures)
-        if rows:
-            history.append(args.history, rows, " ".join(sys.argv[1:]))
-    if args.json is not None:
-        history.write_json(args.json, rows)
-    if args.table is not None:
-        from .show import write_table
-
-        write_table(args.table, rows)
-    if args.report is not None:
-        from .report import write_report
-
-        print(f"report: {write_report(rows, args.report)}", file=sys.stderr)
-    if args.gate:
-        missed = gate.failures(rows, complete=not (args.only or args.loop or args.time_to_loss))
-        failures += [f"gate: {line}" for line in missed]
-        print(f"gate: {'failed' if failures else 'passed'}", file=sys.stderr)
-    for line in failures:
-        print(line, file=sys.stderr)
-    return 1 if failures else 0
-
-
-def _measure(args: Args, failures: list[str]) -> history.Rows:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every look at memory prints two lines
     import torch
 
-    from .allocator import keep_memory
-    from .environment import environment
-    from .show import print_rows
+    from . import show
 
-    keep_memory()
-
+    before = None if args.compare is None else show.read_rows(args.compare)
     device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: got cuda, but torch sees no CUDA device; use --device cpu")
@@ -133,47 +119,188 @@ def _measure(args: Args, failures: list[str]) -> history.Rows:
         torch.set_num_threads(args.threads)
     env = environment(device)
     print(", ".join(f"{k} {v}" for k, v in env.items() if v is not None), file=sys.stderr)
-    if args.store is not None:
-        from . import time_to_loss
-
-        steps = time_to_loss.QUICK_STEPS if args.quick else time_to_loss.STORE_STEPS
-        raced = time_to_loss.measure(steps, device, args.store)
-        rows = [row.to_dict(env) for row in raced]
-        print_rows("frameworks", rows)
-        return rows
-    rows = []
-    for suite, measured in measure(_plan(args), args.quick, device, args.only, failures).items():
-        found = [row.to_dict(env) for row in measured]
-        print_rows(suite, found)
-        rows += found
+    failures: list[str] = []
+    found = _measure(args, device, failures)
+    rows = [row for suite in found.values() for row in suite]
     if args.only and not rows and not failures:
         raise ValueError(
             f"--only: got {args.only!r}, which gave no row in {args.suite}; expected a pattern of names"
         )
-    return rows
+    if args.json is not None:
+        _write(args.json, [row.to_dict(env) for row in rows])
+    for suite, measured in found.items():
+        show.print_rows(suite, measured)
+    if before is not None:
+        show.print_changes(before, rows)
+    if args.gate:
+        failures += [
+            f"gate: {line}" for line in show.below_floors(rows, complete=not (args.only or args.store))
+        ]
+        print(f"gate: {'failed' if failures else 'passed'}", file=sys.stderr)
+    for line in failures:
+        print(line, file=sys.stderr)
+    return 1 if failures else 0
 
 
-def _plan(args: Args) -> dict[str, tuple[str, ...]]:
-    """Return suite → modules to run, the machine's ceilings first."""
-    if args.loop:
-        return {"frameworks": ("loop",)}
-    if args.time_to_loss:
-        return {"frameworks": ("time_to_loss",)}
-    if args.suite == "all":
-        return {suite: SUITES[suite] for suite in ALL}
-    chosen: dict[str, tuple[str, ...]] = {args.suite: SUITES[args.suite]}
-    return chosen if args.only else {"ceilings": SUITES["ceilings"], **chosen}
+def _measure(args: Args, device: str, failures: list[str]) -> dict[str, list[Row]]:
+    """Return suite → rows; a full run goes over the suites again and again, each time in new processes."""
+    from .timing import merge
+
+    if args.store is not None:
+        from .learning import time_to_loss
+
+        rows = time_to_loss(240 if args.quick else 6000, device, args.store)
+        return {"frameworks": _finite(rows)}
+    suites = ALL if args.suite == "all" else (args.suite,) if args.only else ("ceilings", args.suite)
+    if args.quick:
+        passes = [{suite: measure(suite, True, device, args.only, failures) for suite in suites}]
+    else:
+        passes = [
+            {suite: _in_a_process(suite, device, args.only, failures) for suite in suites}
+            for _ in range(PROCESSES)
+        ]
+    failed = {line.partition(": ")[0] for line in failures}
+    found: dict[str, list[Row]] = {}
+    for suite in suites:
+        names = [name for name in passes[0][suite] if name not in failed]
+        found[suite] = [row for name in names for row in merge([done[suite][name] for done in passes])]
+    failures[:] = dict.fromkeys(failures)  # one line, though it failed in every process
+    return found
+
+
+def measure(
+    suite: str, quick: bool, device: str, only: str | None, failures: list[str]
+) -> dict[str, list[Row]]:
+    """Run the measurements of a suite, one by one, and return name → rows.
+
+    A measurement that raises gives no row: it is named on stderr and in `failures`, and the others go on. A
+    row whose value is not finite (what was to be reached was not) is left out: JSON has no such number.
+    """
+    from .timing import WrongResultError
+
+    found: dict[str, list[Row]] = {}
+    for name, function in load(suite, quick, device).items():
+        if only is not None and not fnmatch(name, only):
+            continue
+        began = time.perf_counter()
+        try:
+            found[name] = _finite(function())
+        except WrongResultError as error:
+            failures.append(f"{name}: wrong result, so no speed: {error}")
+        except Exception as error:
+            traceback.print_exc()
+            failures.append(f"{name}: failed, so no speed: {type(error).__name__}: {error}")
+        gc.collect()  # a large model must be gone before the next one comes
+        print(f"{suite}: {name}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def _finite(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if math.isfinite(row.value)]
+
+
+def load(suite: str, quick: bool, device: str) -> Mapping[str, Callable[[], list[Row]]]:
+    """Return name → what measures it, of the modules of a suite; nothing is measured before it is called."""
+    found: dict[str, Callable[[], list[Row]]] = {}
+    for module in SUITES[suite]:
+        found |= importlib.import_module(f".{module}", __package__).measurements(quick, device)
+    return found
+
+
+def _in_a_process(suite: str, device: str, only: str | None, failures: list[str]) -> dict[str, list[Row]]:
+    """Measure a suite in a new process, in which no other suite has computed or allocated before."""
+    import torch
+
+    context = multiprocessing.get_context("spawn")
+    threads = torch.get_num_threads()
+    with ProcessPoolExecutor(1, context, initializer=_begin, initargs=(threads,)) as pool:
+        found, failed = pool.submit(_measure_there, suite, device, only).result()
+    failures += failed
+    return found
+
+
+def _measure_there(suite: str, device: str, only: str | None) -> tuple[dict[str, list[Row]], list[str]]:
+    failures: list[str] = []
+    return measure(suite, False, device, only, failures), failures
+
+
+def _begin(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    if sys.platform == "linux":  # a killed run must leave nothing that computes beside the next one
+        ctypes.CDLL(None).prctl(_SET_SIGNAL_AT_PARENTS_DEATH, signal.SIGKILL)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Return CPU, GPU, threads and package versions as a JSON-ready dict."""
+    import torch
+
+    env: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": device,
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+    if device == "cuda":
+        driver = Path("/proc/driver/nvidia/version")
+        version = driver.read_text().splitlines()[0] if driver.exists() else None
+        env |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": version}
+    return env | {name: version for name in PACKAGES if (version := _version(name)) is not None}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows as a JSON list, complete or not at all."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _static() -> int:
-    from rich.console import Console
+    """Print what every production configuration of the Triton kernels compiles to."""
     from rich.table import Table
 
-    rows: list[dict[str, Any]] = importlib.import_module(".static", __package__).table(("80", "90", "100"))
+    from brainflow.kernels import aot
+
+    from .show import console
+
+    def widths(accesses: Mapping[str, Mapping[int, int]], names: tuple[str, ...]) -> str:
+        """Return for example "store 8×128" for eight accesses of 128 bits."""
+        return ", ".join(
+            f"{name} " + "+".join(f"{n}×{width}" for width, n in sorted(accesses[name].items()))
+            for name in names
+            if name in accesses
+        )
+
+    columns = ("kernel", "sm", "warps", "registers", "spills", "shared", "loads", "stores", "check")
     table = Table(title="Triton kernels compiled ahead of time")
-    for column in rows[0]:
+    for column in columns:
         table.add_column(column, no_wrap=True)
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console(width=None if sys.stdout.isatty() else 180).print(table)
+    for config, report in aot.compile_all([80, 90, 100]):
+        numbers = (report.arch, report.num_warps, report.registers, report.spills, report.shared)
+        table.add_row(
+            report.name,
+            *map(str, numbers),
+            widths(report.loads, config.wide),
+            widths(report.stores, config.wide),
+            "; ".join(aot.problems(config, report)) or "ok",
+        )
+    console().print(table)
     return 0

@@ -1,12 +1,17 @@
 """Masking, masked loss and projection + masked loss, forward and backward, beside what a user would write.
 
-Shapes are those of a usual batch: 64 windows × 50 time points × 1,024 networks, hidden width 768, float32.
-Every case is compared with the naive form first; a case that differs raises and prints no speed.
+Shapes are those of a usual batch: 64 windows × 50 time points × 1,024 networks, hidden width 768; float32,
+on CUDA bf16, too. `naive` is an int64 mask of the data's size, as in 2022, with two `masked_select`.
+`compile` is what `torch.compile` makes of that: the sizes depend on the data, so its graph breaks.
+`compile_weighted` is what somebody would write for the compiler: the mask as a factor. Every form is first
+compared with the naive one in float32; a case that differs raises and gets no speed.
 """
 
 from __future__ import annotations
 
 import itertools
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,34 +20,42 @@ import torch
 from torch import Tensor
 
 from brainflow.kernels import MaskSpec, linear_masked_loss, mask_tokens, masked_loss
-from brainflow.kernels.testing import error_ratio
 
-from . import kernels_attention
-from .allocator import fresh_memory
-from .ceilings import floor, roofline_rows
-from .fresh import in_a_fresh_process
-from .kernels_bytes import bytes_rows, fused_linear_bytes, fused_loss_bytes, memory_rows
-from .timing import Row, Timing, WrongResultError, interleave, speed_rows
+from . import timing
+from .roofline import TYPES, floor, roofline_rows
+from .timing import Row, Timing, peak_bytes, require_close, speed_rows
 
 WINDOWS, TIME, NETWORKS, WIDTH = 64, 50, 1024, 768
-TOKENS = WINDOWS * TIME
 MASKS = {
     "time": MaskSpec.time_points(0.2, seed=1),
     "network": MaskSpec.networks(0.2, seed=1),
     "position": MaskSpec.position(seed=1),
 }
+LOSS_BOUND = {"fp32": 1e-5, "bf16": 1e-2}
+GRADIENT_BOUND = {"fp32": 2e-6, "bf16": 1e-2}
+LINEAR_GRADIENT_BOUND = {"fp32": 5e-3, "bf16": 1e-1}
+"""A difference near 0 can fall on either side of the kink of L1; in bf16 more of them do."""
+Outputs = tuple[Tensor, ...]
 
 
 def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
-    """Return name → what measures it; `quick` takes fewer repeats."""
-    seconds = 1.0 if quick else 1.5  # a full run has many processes
+    """Return name → what measures it; with `quick` `torch.compile` for one mask alone: compiling is slow."""
+    seconds = 1.0 if quick else 2.0
     found: dict[str, Callable[[], list[Row]]] = {}
-    for name, mask in MASKS.items():
-        found[f"masked_loss/{name}"] = partial(_masked_loss, name, mask, seconds, device)
-    for name in ("time", "position"):
-        found[f"linear_masked_loss/{name}"] = partial(_linear, name, MASKS[name], seconds, device)
-    found["mask_tokens/time"] = partial(_mask_tokens, "time", MASKS["time"], seconds, device)
-    return found | kernels_attention.measurements(quick, device)
+    for kind in ("fp32", "bf16") if device == "cuda" else ("fp32",):
+        for name, mask in MASKS.items():
+            compiled = _compiles(device) and (name == "time" or not quick)
+            found[_case("masked_loss", name, kind)] = partial(
+                _masked_loss, name, mask, kind, seconds, device, compiled=compiled
+            )
+        for name in ("time", "position"):
+            found[_case("linear_masked_loss", name, kind)] = partial(
+                _linear, name, MASKS[name], kind, seconds, device
+            )
+        found[_case("mask_tokens", "time", kind)] = partial(
+            _mask_tokens, "time", MASKS["time"], kind, seconds, device
+        )
+    return found
 
 
 def naive_loss(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -52,140 +65,150 @@ def naive_loss(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (a - b).abs().mean()
 
 
-def fresh(mask: MaskSpec) -> Callable[[], MaskSpec]:
+def weighted_loss(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Return the L1 mean with the int64 mask as a factor."""
+    return ((pred - target).abs() * mask).sum() / mask.sum()
+
+
+def _masked_loss(
+    name: str, mask: MaskSpec, kind: str, seconds: float, device: str, *, compiled: bool
+) -> list[Row]:
+    pred, target = (_random(WINDOWS * TIME, NETWORKS, kind, device) for _ in range(2))
+    pred.requires_grad_()
+    bounds, step = _bounds(device), _following(mask)
+    dense = mask.dense(bounds, NETWORKS)
+    expand = _expander(mask, dense)
+
+    def ours(chosen: MaskSpec | None = None) -> Outputs:
+        return _with_gradient(masked_loss(pred, target, chosen or step(), cu_seqlens=bounds), pred)
+
+    losses = {"naive": lambda: naive_loss(pred, target, expand())}
+    if compiled:
+        torch._dynamo.reset()  # else an earlier case's graphs count against this one's limit
+        losses["compile"] = torch.compile(losses["naive"])
+        losses["compile_weighted"] = torch.compile(lambda: weighted_loss(pred, target, expand()))
+    theirs = {who: partial(_step, loss, pred) for who, loss in losses.items()}
+    case = _case("masked_loss", name, kind)
+    exact = pred.detach().float().requires_grad_()
+    expected = _with_gradient(naive_loss(exact, target.float(), expand()), exact)
+    for form in (partial(ours, mask), *theirs.values()):
+        require_close(case, form(), expected, (LOSS_BOUND[kind], GRADIENT_BOUND[kind]))
+    share = float(dense.float().mean()) if mask.by_rows else 1.0  # columns share cache lines: all are read
+    least = pred.element_size() * pred.numel() * (2 * share + 1)
+    times = timing.interleave({"ours": ours, **theirs}, device=device, seconds=seconds)
+    memory = _memory_row(case, ours, theirs["naive"], "naive", device)
+    return [*_rows(case, times, kind, device, least), memory]
+
+
+def _linear(name: str, mask: MaskSpec, kind: str, seconds: float, device: str) -> list[Row]:
+    tokens = WINDOWS * TIME
+    hidden, weight = _random(tokens, WIDTH, kind, device), _random(NETWORKS, WIDTH, kind, device) / WIDTH**0.5
+    inputs = (hidden, weight, torch.zeros(NETWORKS, device=device, dtype=hidden.dtype))
+    for leaf in inputs:
+        leaf.requires_grad_()
+    target, step, host = _random(tokens, NETWORKS, kind, device), _following(mask), _bounds("cpu")
+    expand = _expander(mask, mask.dense(_bounds(device), NETWORKS))
+
+    def project_all(inputs: Outputs = inputs, target: Tensor = target) -> Outputs:
+        return _with_gradient(naive_loss(torch.nn.functional.linear(*inputs), target, expand()), *inputs)
+
+    def ours(chosen: MaskSpec | None = None) -> Outputs:
+        rows = (chosen or step()).rows(host).to(device, non_blocking=True)
+        return _with_gradient(linear_masked_loss(*inputs, target, None, rows=rows), *inputs)
+
+    case = _case("linear_masked_loss", name, kind)
+    exact = tuple(leaf.detach().float().requires_grad_() for leaf in inputs)
+    bounds = (LOSS_BOUND[kind], *[LINEAR_GRADIENT_BOUND[kind]] * len(inputs))
+    require_close(case, ours(mask), project_all(exact, target.float()), bounds)
+    masked = int(mask.rows(host).numel())
+    least = masked * (2 * WIDTH + NETWORKS) + tokens * WIDTH + 3 * NETWORKS * WIDTH
+    times = timing.interleave({"ours": ours, "project_all": project_all}, device=device, seconds=seconds)
+    flops = 6 * masked * WIDTH * NETWORKS
+    memory = _memory_row(case, ours, project_all, "project_all", device)
+    return [*_rows(case, times, kind, device, hidden.element_size() * least, flops), memory]
+
+
+def _mask_tokens(name: str, mask: MaskSpec, kind: str, seconds: float, device: str) -> list[Row]:
+    x, upstream = (_random(WINDOWS * TIME, NETWORKS, kind, device) for _ in range(2))
+    bounds, step = _bounds(device), _following(mask)
+    token = torch.randn(NETWORKS, device=device, dtype=x.dtype, requires_grad=True)
+    dense = mask.dense(bounds, NETWORKS)
+    expand = _expander(mask, dense)
+
+    def naive(token: Tensor = token, x: Tensor = x, upstream: Tensor = upstream) -> Outputs:
+        out = torch.where(expand() == 1, token.expand(*x.shape), x)
+        return out, torch.autograd.grad(out, token, upstream)[0]
+
+    def ours(chosen: MaskSpec | None = None) -> Outputs:
+        out = mask_tokens(x, chosen or step(), token, cu_seqlens=bounds)
+        return out, torch.autograd.grad(out, token, upstream)[0]
+
+    case = _case("mask_tokens", name, kind)
+    exact = token.detach().float().requires_grad_()
+    bounds_of = (LOSS_BOUND[kind], GRADIENT_BOUND[kind])
+    require_close(case, ours(mask), naive(exact, x.float(), upstream.float()), bounds_of)
+    least = x.element_size() * x.numel() * (2 + float(dense.float().mean()))
+    times = timing.interleave({"ours": ours, "naive": naive}, device=device, seconds=seconds)
+    return _rows(case, times, kind, device, least)
+
+
+def _rows(
+    case: str, times: dict[str, Timing], kind: str, device: str, nbytes: float, flops: float = 0.0
+) -> list[Row]:
+    found = speed_rows("kernels", case, times, floor=floor(nbytes, flops, device, TYPES[kind]))
+    return found + roofline_rows(case, times["ours"], nbytes, flops, device, TYPES[kind])
+
+
+def _memory_row(
+    case: str, ours: Callable[[], object], theirs: Callable[[], object], baseline: str, device: str
+) -> Row:
+    mine, other = peak_bytes(ours, device), peak_bytes(theirs, device)
+    return Row(
+        suite="kernels", case=case, metric="peak_memory", value=mine / 1e6, unit="MB", baseline=baseline,
+        ratio=other / mine,
+    )  # fmt: skip
+
+
+def _case(operator: str, mask: str, kind: str) -> str:
+    return f"{operator}/{mask}" if kind == "fp32" else f"{operator}/{mask}/{kind}"
+
+
+def _compiles(device: str) -> bool:
+    if device == "cpu" and shutil.which("g++") is None:
+        print("kernels: torch.compile is left out, on the CPU it needs g++", file=sys.stderr)
+        return False
+    return True
+
+
+def _random(rows: int, columns: int, kind: str, device: str) -> Tensor:
+    return torch.randn(rows, columns, device=device).to(TYPES[kind])
+
+
+def _bounds(device: str) -> Tensor:
+    return torch.arange(0, WINDOWS * TIME + 1, TIME, dtype=torch.int32, device=device)
+
+
+def _following(mask: MaskSpec) -> Callable[[], MaskSpec]:
     """Return a function that gives the mask of the next step, so that no draw is ever reused."""
     steps = itertools.count(1)
     return lambda: replace(mask, offset=next(steps))
 
 
-def _bounds(device: str) -> Tensor:
-    return torch.arange(0, TOKENS + 1, TIME, dtype=torch.int32, device=device)
-
-
-def expander(mask: MaskSpec, dense: Tensor, time: int) -> Callable[[], Tensor]:
-    """Return what makes the int64 mask of the data's size, as the naive form does in every step.
-
-    `dense` [tokens, networks] is the mask, `time` the length of each window.
-    """
-    tokens, networks = dense.shape
-    small = dense[:, :1].clone() if mask.by_rows else dense.view(-1, time, networks)[:, 0].clone()
+def _expander(mask: MaskSpec, dense: Tensor) -> Callable[[], Tensor]:
+    """Return what makes the int64 mask of the data's size, as the naive form does in every step."""
+    small = dense[:, :1].clone() if mask.by_rows else dense.view(WINDOWS, TIME, NETWORKS)[:, 0].clone()
 
     def expand() -> Tensor:
         if mask.by_rows:
-            return small.long().repeat(1, networks)
-        return small[:, None].long().repeat(1, time, 1).view(tokens, networks)
+            return small.long().repeat(1, NETWORKS)
+        return small[:, None].long().repeat(1, TIME, 1).view(WINDOWS * TIME, NETWORKS)
 
     return expand
 
 
-def _loss_functions(
-    name: str, mask: MaskSpec, device: str
-) -> tuple[dict[str, Callable[[], tuple[Tensor, Tensor]]], float]:
-    """Return ours and the naive form, which give loss and gradient, and the share of values that is read."""
-    pred = torch.randn(TOKENS, NETWORKS, device=device, requires_grad=True)
-    target, bounds, step = torch.randn(TOKENS, NETWORKS, device=device), _bounds(device), fresh(mask)
-    dense = mask.dense(bounds, NETWORKS)
-    expand = expander(mask, dense, TIME)
-
-    def naive() -> tuple[Tensor, Tensor]:
-        value = naive_loss(pred, target, expand())
-        return value, torch.autograd.grad(value, pred)[0]
-
-    def ours(chosen: MaskSpec | None = None) -> tuple[Tensor, Tensor]:
-        value = masked_loss(pred, target, chosen or step(), cu_seqlens=bounds)
-        return value, torch.autograd.grad(value, pred)[0]
-
-    _require_equal(f"masked_loss/{name}", ours(mask), naive())
-    share = float(dense.float().mean()) if mask.by_rows else 1.0  # columns share cache lines: all are read
-    return {"ours": ours, "naive": naive}, share
+def _step(loss: Callable[[], Tensor], *inputs: Tensor) -> Outputs:
+    return _with_gradient(loss(), *inputs)
 
 
-def _times_in_fresh_memory(name: str, mask: MaskSpec, seconds: float) -> dict[str, Timing]:
-    fresh_memory()
-    return interleave(_loss_functions(name, mask, "cpu")[0], seconds=seconds)
-
-
-def _masked_loss(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]:
-    functions, share = _loss_functions(name, mask, device)
-    ours, naive = functions["ours"], functions["naive"]
-    case, element, gradient = f"masked_loss/{name}", 4, 4 * TOKENS * NETWORKS
-    least = element * TOKENS * NETWORKS * (2 * share + 1)
-    times = interleave(functions, device=device, seconds=seconds)
-    fused = fused_loss_bytes(share, TOKENS, NETWORKS, element)
-    rows = [*_rows(case, times, device, least), *bytes_rows(case, naive, "naive", fused, least)]
-    if device == "cpu":
-        times = in_a_fresh_process(_times_in_fresh_memory, name, mask, seconds)
-        rows += speed_rows("kernels", case, times, metric="time_fresh_memory", floor=floor(least, 0, device))
-        rows += memory_rows(case, ours, naive, gradient)
-    return rows
-
-
-def _linear(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]:
-    hidden = torch.randn(TOKENS, WIDTH, device=device, requires_grad=True)
-    weight = (torch.randn(NETWORKS, WIDTH, device=device) / WIDTH**0.5).requires_grad_()
-    bias = torch.zeros(NETWORKS, device=device, requires_grad=True)
-    inputs = (hidden, weight, bias)
-    target, step = torch.randn(TOKENS, NETWORKS, device=device), fresh(mask)
-    host, bounds = _bounds("cpu"), _bounds(device)
-    small = mask.dense(bounds, 1)
-
-    def project_all() -> tuple[Tensor, ...]:
-        pred = torch.nn.functional.linear(hidden, weight, bias)
-        value = naive_loss(pred, target, small.long().repeat(1, NETWORKS))
-        return (value, *torch.autograd.grad(value, inputs))
-
-    def ours(chosen: MaskSpec | None = None) -> tuple[Tensor, ...]:
-        rows = (chosen or step()).rows(host).to(device, non_blocking=True)
-        value = linear_masked_loss(*inputs, target, None, rows=rows)
-        return (value, *torch.autograd.grad(value, inputs))
-
-    # A difference near 0 can fall on either side of the kink of L1: the bound on gradients allows for a few.
-    _require_equal(f"linear_masked_loss/{name}", ours(mask), project_all(), gradient_bound=5e-3)
-    masked = int(mask.rows(host).numel())
-    least = 4 * (masked * (2 * WIDTH + NETWORKS) + TOKENS * WIDTH + 3 * NETWORKS * WIDTH)
-    flops = 6 * masked * WIDTH * NETWORKS
-    times = interleave({"ours": ours, "project_all": project_all}, device=device, seconds=seconds)
-    fused = fused_linear_bytes(masked, TOKENS, WIDTH, NETWORKS)
-    return [
-        *_rows(f"linear_masked_loss/{name}", times, device, least, flops),
-        *bytes_rows(f"linear_masked_loss/{name}", project_all, "project_all", fused, least),
-    ]
-
-
-def _mask_tokens(name: str, mask: MaskSpec, seconds: float, device: str) -> list[Row]:
-    x, bounds, step = torch.randn(TOKENS, NETWORKS, device=device), _bounds(device), fresh(mask)
-    token = torch.randn(NETWORKS, device=device, requires_grad=True)
-    upstream = torch.randn_like(x)
-    small = mask.dense(bounds, 1)
-
-    def naive() -> tuple[Tensor, Tensor]:
-        dense = small.long().repeat(1, NETWORKS)
-        out = torch.where(dense == 1, token.expand(TOKENS, NETWORKS), x)
-        return out, torch.autograd.grad(out, token, upstream)[0]
-
-    def ours(chosen: MaskSpec | None = None) -> tuple[Tensor, Tensor]:
-        out = mask_tokens(x, chosen or step(), token, cu_seqlens=bounds)
-        return out, torch.autograd.grad(out, token, upstream)[0]
-
-    _require_equal(f"mask_tokens/{name}", ours(mask), naive())
-    least = 4 * TOKENS * NETWORKS * (2 + float(small.float().mean()))
-    times = interleave({"ours": ours, "naive": naive}, device=device, seconds=seconds)
-    return [
-        *_rows(f"mask_tokens/{name}", times, device, least),
-        *bytes_rows(f"mask_tokens/{name}", naive, "naive", least, least),
-    ]
-
-
-def _require_equal(
-    case: str, actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], gradient_bound: float = 2e-6
-) -> None:
-    for a, e, bound in zip(actual, expected, [1e-5] + [gradient_bound] * len(expected), strict=False):
-        if error_ratio(a, e) > bound:
-            raise WrongResultError(f"{case}: error {error_ratio(a, e):.1e} above {bound:.0e}")
-
-
-def _rows(
-    case: str, times: dict[str, Timing], device: str, least_bytes: float, flops: float = 0.0
-) -> list[Row]:
-    found = speed_rows("kernels", case, times, floor=floor(least_bytes, flops, device))
-    return found + roofline_rows(case, times["ours"], least_bytes, flops, device)
+def _with_gradient(loss: Tensor, *inputs: Tensor) -> Outputs:
+    return (loss, *torch.autograd.grad(loss, inputs))

@@ -1,4 +1,4 @@
-"""The data path: windows a second from a warm and a cold store, and what a million runs cost.
+"""The data path: windows a second from a warm and a cold store, beside other readers and loaders.
 
 All ways read windows of 10 to 49 time points, 64 a batch, in one interleaved run. `memmap` copies the same
 windows from one .npy file into a reused packed batch; it is the baseline of the reader and of the loaders.
@@ -10,38 +10,29 @@ import gc
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from brainflow.data import dali_installed, make_loader
 from brainflow.data.sampler import WindowSampler
 from brainflow.storage import BoldStore, StoreWriter
-from brainflow.storage.buffers import aligned_empty
-from brainflow.storage.segments import RunTable, encode_strings
 
-from . import encodings, million
-from .baselines import loaders as baselines
-from .timing import Row, Timing, interleave, speed_rows
+from . import baselines, timing
+from .storage import BATCH, SEQ_MAX, SEQ_MIN, drawn
+from .timing import Row, WrongResultError, speed_rows
 
-BATCH, SEQ_MIN, SEQ_MAX = 64, 10, 50
 _FAST = 128
-_SLOW = {
-    "webdataset": 1, "zarr": 1, "zarrs": 1, "tensorstore": 4, "litdata": 2, "streaming": 1, "dali_numpy": 16,
-}  # fmt: skip
+_SLOW = {"webdataset": 1, "zarr": 1, "zarrs": 1, "tensorstore": 4}
 """Batches a call of the slow ways. The others read `_FAST`: far more than a loader has ready beforehand."""
 
-_HOW = {
-    "litdata": " (it asks for torchvision, which must belong to your torch: pip install --no-deps litdata)",
-    "streaming": " (mosaicml-streaming asks for numpy < 2.2: pip install --no-deps, with torchvision)",
-}
+
+NETWORKS, RUNS, QUICK_RUNS = 1024, 600, 64
 
 
 def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
-    """Return name → what measures it.
+    """Return what reads one store in every way, warm and cold.
 
     Parameters
     ----------
@@ -50,29 +41,25 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
     device
         "cpu", or "cuda" to let the loaders deliver onto the GPU.
     """
-    return {
-        "store": lambda: _store_rows(quick, device),
-        "encodings": lambda: encodings.run_rows(seconds=1.0 if quick else 2.5, repeats=3 if quick else 7),
-        "runs_1e6_over_1e3": lambda: _many_runs(repeats=5 if quick else 15),
-        "open_1e6_runs": lambda: million.run_rows(runs=1_000_000, repeats=2 if quick else 5),
-    }
+    return {"store": lambda: _store(quick, device)}
 
 
-def _store_rows(quick: bool, device: str) -> list[Row]:
-    """Readers and loaders of one store, warm and cold."""
+def _store(quick: bool, device: str) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="brainflow-bench-") as folder:
-        store_path, npy, urls = _prepare(Path(folder), runs=64 if quick else 600)
-        found = _warm(store_path, npy, urls, device, repeats=3 if quick else 5)
-        return found + _cold(store_path, npy, repeats=3 if quick else 9)
+        path, npy, urls = _prepare(Path(folder), runs=QUICK_RUNS if quick else RUNS)
+        found = _warm(path, npy, urls, device, repeats=3 if quick else 5)
+        return found + _cold(path, npy, repeats=6 if quick else 18)
 
 
 def _prepare(folder: Path, *, runs: int) -> tuple[Path, Path, list[str]]:
     """Write the same runs as a store and a .npy file, and some of them as tars."""
     rng = np.random.default_rng(0)
-    noise = rng.standard_normal((2048, 1024), np.float32)
+    noise = rng.standard_normal((2048, NETWORKS), np.float32)
     lengths = rng.integers(600, 2000, runs).tolist() if runs > 100 else [800] * runs
     tars = []
-    with StoreWriter.create(folder / "store", networks=1024, dtype="float16", parcellation="noise") as writer:
+    with StoreWriter.create(
+        folder / "store", networks=NETWORKS, dtype="float16", parcellation="noise"
+    ) as writer:
         for i, length in enumerate(lengths):
             bold = np.roll(noise[:length], i, axis=1)
             writer.append(bold, t_r=2.0, dataset="bench", subject=f"{i:04d}", task="rest", run="1")
@@ -81,64 +68,70 @@ def _prepare(folder: Path, *, runs: int) -> tuple[Path, Path, list[str]]:
     urls = baselines.write_tars(folder / "tars", tars)
     store = BoldStore.open(folder / "store")
     end = int(store.runs.start[-1] + store.runs.length[-1])
-    flat = np.lib.format.open_memmap(folder / "flat.npy", "w+", np.float16, (end, 1024))
+    flat = np.lib.format.open_memmap(folder / "flat.npy", "w+", np.float16, (end, NETWORKS))
     for i, start in enumerate(store.runs.start.tolist()):
         flat[start : start + store.runs.length[i]] = store.run(i)
     flat.flush()
     return folder / "store", folder / "flat.npy", urls
 
 
-def _batches(store: BoldStore, count: int) -> list[baselines.Batch]:
-    sampler = WindowSampler(store.runs, batch=BATCH, seq_min=SEQ_MIN, seq_max=SEQ_MAX)
-    drawn = [sampler.batch(step) for step in range(count)]
-    return [(w.starts, w.lengths) for w in drawn]
-
-
 def _warm(path: Path, npy: Path, urls: list[str], device: str, *, repeats: int) -> list[Row]:
     store = BoldStore.open(path)
     for i in range(len(store.runs)):  # checks every run's checksums and warms the page cache
         store.run(i)
-    batches = _batches(store, 256)
-    following = baselines.turns(batches)
-    out = store.buffer(BATCH * SEQ_MAX)
-    some = [store.run(i) for i in range(min(64, len(store.runs)))]
-    window = {"batch": BATCH, "seq_min": SEQ_MIN, "seq_max": SEQ_MAX}
-    ways: dict[str, Callable[[], object]] = {
-        "memmap": baselines.memmap(npy, batches, store.networks),
-        "reader": lambda: store.windows(*following(), out=out),
-    }
+    batches = drawn(store, 256)
+    following, out = baselines.turns(batches), store.buffer(BATCH * SEQ_MAX)
+    _require_same(store, npy, batches[0], out)
+    ours: dict[str, Callable[[], object]] = {"reader": lambda: store.windows(*following(), out=out)}
     for kind in ("host", "dali"):
         if kind == "host" or dali_installed():
             sampler = WindowSampler(store.runs, batch=BATCH, seq_min=SEQ_MIN, seq_max=SEQ_MAX)
             loader = make_loader(store, sampler, kind=kind, device=device)
-            ways[kind] = loader.__next__
-    ways["zarr"] = baselines.zarr_python(path, batches)
-    optional = {
+            ours[kind] = loader.__next__
+    others = _others(store, path, npy, urls, batches)
+    source = np.ones((int(np.mean([n.sum() for _, n in batches])), store.networks), store.dtype)
+    ways = {**others, **ours, "memcpy": lambda: np.copyto(out[: len(source)], source)}
+    times = timing.interleave(
+        {name: _repeat(way, _SLOW.get(name, _FAST)) for name, way in ways.items()}, repeats=repeats
+    )
+    times = {name: timed.per(_SLOW.get(name, _FAST)) for name, timed in times.items()}
+    found = []
+    for name in ours:
+        found += speed_rows(
+            "loader", name, times, ours=name, baselines=tuple(others), metric="windows_per_s",
+            unit="windows/s", work=BATCH, floor=times["memcpy"].p50,
+        )  # fmt: skip
+    return found
+
+
+def _others(
+    store: BoldStore, path: Path, npy: Path, urls: list[str], batches: list[baselines.Batch]
+) -> dict[str, Callable[[], object]]:
+    """Return every other way that is installed; those that are not are named on stderr."""
+    window = {"batch": BATCH, "seq_min": SEQ_MIN, "seq_max": SEQ_MAX}
+    ways: dict[str, Callable[[], object]] = {
+        "memmap": baselines.memmap(npy, batches, store.networks),
+        "zarr": baselines.zarr_python(path, batches),
+    }
+    optional: dict[str, Callable[[], Callable[[], object]]] = {
         "webdataset": lambda: baselines.webdataset(urls, **window),
         "zarrs": lambda: baselines.zarr_python(path, batches, pipeline="zarrs.ZarrsCodecPipeline"),
         "tensorstore": lambda: baselines.tensorstore(path, batches),
-        "litdata": lambda: baselines.litdata(npy.with_name("litdata"), some, **window),
-        "streaming": lambda: baselines.streaming(npy.with_name("streaming"), some, **window),
-        "nvidia.dali": lambda: baselines.dali_numpy(npy.with_name("runs"), some, **window),
     }
-    for module, build in optional.items():
-        if reason := baselines.missing(module):
-            print(f"loader: {module} {reason}, left out{_HOW.get(module, '')}", file=sys.stderr)
+    for name, build in optional.items():
+        if reason := baselines.missing(name):
+            print(f"loader: {name} is left out, it {reason}", file=sys.stderr)
         else:
-            ways[{"nvidia.dali": "dali_numpy"}.get(module, module)] = build()
-    source = np.ones((int(np.mean([n.sum() for _, n in batches])), store.networks), store.dtype)
-    ways["memcpy"] = lambda: np.copyto(out[: len(source)], source)
-    times = interleave({n: _repeat(way, _SLOW.get(n, _FAST)) for n, way in ways.items()}, repeats=repeats)
-    times = {name: timing.per(_SLOW.get(name, _FAST)) for name, timing in times.items()}
-    ways_of_ours = [name for name in ("reader", "host", "dali") if name in times]
-    others = [name for name in times if name not in (*ways_of_ours, "memcpy")]
-    found = []
-    for name in ways_of_ours:
-        found += speed_rows(
-            "loader", name, times, ours=name, baselines=others, metric="windows_per_s", unit="windows/s",
-            work=BATCH, floor=times["memcpy"].p50,
-        )  # fmt: skip
-    return found
+            ways[name] = build()
+    return ways
+
+
+def _require_same(store: BoldStore, npy: Path, batch: baselines.Batch, out: np.ndarray) -> None:
+    expected = np.zeros_like(out)
+    baselines.gather(np.load(npy, mmap_mode="r"), *batch, expected)
+    tokens = int(batch[1].sum())
+    if not np.array_equal(store.windows(*batch, out=out)[:tokens], expected[:tokens]):
+        raise WrongResultError("reader: its windows differ from those of the .npy file")
 
 
 def _repeat(function: Callable[[], object], count: int) -> Callable[[], None]:
@@ -161,70 +154,33 @@ def _drop(folder: Path) -> None:
 
 def _cold(path: Path, npy: Path, *, repeats: int) -> list[Row]:
     """One batch at a time from files whose pages were dropped just before; maps are made anew each time."""
-    batches = _batches(BoldStore.open(path), 2 * repeats)
-    out = aligned_empty(BATCH * SEQ_MAX, 1024, np.dtype(np.float16))
-    seconds: dict[str, list[float]] = {"memmap": [], "reader": []}
-    gc.collect()  # pages that anything still maps are not dropped
-    for starts, lengths in batches:
-        _drop(npy)
-        rows = np.load(npy, mmap_mode="r").view(np.ndarray)
-        began = time.perf_counter()
-        baselines.gather(rows, starts, lengths, out)
-        seconds["memmap"].append(time.perf_counter() - began)
-        del rows
-        _drop(path / "bold")
-        store = BoldStore.open(path, check=False)
-        began = time.perf_counter()
-        store.advise(starts, lengths)
-        store.windows(starts, lengths, out=out)
-        seconds["reader"].append(time.perf_counter() - began)
-        del store
-    times = {name: Timing(seconds=tuple(values)) for name, values in seconds.items()}
+    batches = drawn(BoldStore.open(path), 64)
+    mine, theirs = baselines.turns(batches), baselines.turns(batches)
+    opened: dict[str, object] = {}
+    out = BoldStore.open(path).buffer(BATCH * SEQ_MAX)
+
+    def drop(name: str, files: Path, reopen: Callable[[], object]) -> None:
+        opened.clear()  # pages that anything still maps are not dropped
+        gc.collect()
+        _drop(files)
+        opened[name] = reopen()
+
+    def reader() -> None:
+        store, batch = opened["reader"], mine()
+        assert isinstance(store, BoldStore)
+        store.advise(*batch)
+        store.windows(*batch, out=out)
+
+    def memmap() -> None:
+        rows = opened["memmap"]
+        assert isinstance(rows, np.ndarray)
+        baselines.gather(rows, *theirs(), out)
+
+    before = {
+        "memmap": lambda: drop("memmap", npy, lambda: np.load(npy, mmap_mode="r").view(np.ndarray)),
+        "reader": lambda: drop("reader", path / "bold", lambda: BoldStore.open(path, check=False)),
+    }
+    times = timing.interleave({"memmap": memmap, "reader": reader}, repeats=repeats, before=before)
     return speed_rows(
         "loader", "reader_cold", times, ours="reader", metric="windows_per_s", unit="windows/s", work=BATCH
     )
-
-
-def _table(runs: int) -> RunTable:
-    """A run table without any data: runs of 60 to 600 time points."""
-    length = np.random.default_rng(0).integers(60, 600, runs).astype(np.int32)
-    text = encode_strings(["x"])
-    columns: dict[str, Any] = {
-        "start": np.concatenate([[0], np.cumsum(length.astype(np.int64))[:-1]]),
-        "length": length,
-        "t_r": np.full(runs, 2.0),
-        "slot": np.arange(runs),
-        "censor": np.full(runs, -1),
-        "censor_bits": np.zeros(0, np.uint8),
-    }
-    for name in ("dataset", "subject", "session", "task", "run", "key"):
-        columns[name] = np.broadcast_to(text, (runs, text.shape[1]))
-    return RunTable(columns)
-
-
-def _many_runs(*, repeats: int) -> list[Row]:
-    """Cost of a window (drawn, found in the index, copied) with 10^6 runs over that with 10^3."""
-    data = np.ones((65_536, 1024), np.float16)
-    out = np.empty((BATCH * SEQ_MAX, 1024), np.float16)
-
-    def step(runs: int, copy: bool) -> Callable[[], None]:
-        table = _table(runs)
-        sampler = WindowSampler(table, batch=BATCH)
-        number = iter(range(10**12))
-
-        def read() -> None:
-            windows = sampler.batch(next(number))
-            table.locate(windows.starts, windows.lengths.astype(np.int64))
-            if copy:
-                baselines.gather(data, windows.starts % (len(data) - SEQ_MAX), windows.lengths, out)
-
-        return _repeat(read, 64)
-
-    names = {("index", False), ("window", True)}
-    ways = {f"{name}_{runs}": step(runs, copy) for name, copy in names for runs in (1_000, 1_000_000)}
-    times = interleave(ways, repeats=repeats)
-    found = []
-    for name, case in (("window", "runs_1e6_over_1e3"), ("index", "index_1e6_over_1e3")):
-        both = {"ours": times[f"{name}_1000000"].per(64), "1e3_runs": times[f"{name}_1000"].per(64)}
-        found += speed_rows("loader", case, both)
-    return found

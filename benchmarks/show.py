@@ -1,31 +1,46 @@
-"""Rows as tables: on the terminal, and as Markdown in a page."""
+"""Rows on the terminal, beside an earlier run's, and against the floors of `floors.json`."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from .compare import changes, only_in_one
-from .history import Rows
+from .timing import WIDE, Row
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+FLOORS = Path(__file__).with_name("floors.json")
+HEADER = ("case", "metric", "value", "p20–p80 ms", "baseline", "ratio", "of the ceiling")
+FIELDS = ("suite", "case", "metric", "value", "unit", "baseline", "ratio", "env")
 
 
-def figures(row: dict[str, Any]) -> list[str]:
+def print_rows(suite: str, rows: Iterable[Row]) -> None:
+    """Print the rows of a suite as a table; a figure that several processes disagree about as a range."""
+    table = Table(title=f"{suite}: medians; ratio = ours over the baseline, larger is better")
+    for column in HEADER:
+        table.add_column(column, justify="left" if column in ("case", "metric", "baseline") else "right")
+    for row in rows:
+        table.add_row(*figures(row))
+    console().print(table)
+
+
+def figures(row: Row) -> list[str]:
     """Return case, metric, value, spread, baseline, ratio and share of the ceiling of a row as text."""
-    p20, p80, ratio, share = row["p20"], row["p80"], row["ratio"], row["floor_share"]
+    figure = number(row.figure)
+    if row.wide and row.range is not None:
+        figure = f"{number(row.range[0])}–{number(row.range[1])}"
     return [
-        row["case"],
-        row["metric"],
-        f"{number(row['value'])} {row['unit']}",
-        "" if p20 is None or p80 is None else f"{number(p20 * 1e3)}–{number(p80 * 1e3)}",
-        row["baseline"],
-        "" if ratio is None else f"{number(ratio)}×",
-        "" if share is None else f"{share:.0%}",
+        row.case,
+        row.metric,
+        f"{figure if row.ratio is None else number(row.value)} {row.unit}",
+        "" if row.p20 is None or row.p80 is None else f"{number(row.p20 * 1e3)}–{number(row.p80 * 1e3)}",
+        row.baseline,
+        "" if row.ratio is None else f"{figure}×",
+        "" if row.floor_share is None else f"{row.floor_share:.0%}",
     ]
 
 
@@ -37,76 +52,65 @@ def number(value: float) -> str:
     return f"{float(digits):,.0f}" if abs(value) >= 100 else digits if "e" not in digits else f"{value:.6f}"
 
 
-HEADER = ["case", "metric", "value", "p20–p80 ms", "baseline", "ratio", "of the ceiling"]
-
-
-def print_rows(suite: str, rows: Rows) -> None:
-    """Print the rows of a suite as a table."""
-    table = Table(title=f"{suite}: medians; ratio = ours over the baseline, larger is better")
-    for column in HEADER:
-        table.add_column(column, justify="left" if column in ("case", "metric", "baseline") else "right")
-    for row in rows:
-        table.add_row(*figures(row))
-    _console().print(table)
-
-
-def print_changes(a: Rows, b: Rows) -> None:
-    """Print what changed from run `a` to run `b` beyond noise, and how much did not."""
-    found = changes(a, b)
-    real = [change for change in found if change.real]
-    table = Table(title=f"{len(real)} of {len(found)} figures changed beyond noise")
-    for column in ("figure", "before", "after", "change", "noise"):
-        table.add_column(column, justify="left" if column == "figure" else "right")
-    for change in real:
-        verdict = "better" if change.better > 1 else "worse"
-        times = max(change.better, 1 / change.better)
-        table.add_row(
-            change.name,
-            f"{number(change.before)} {change.unit}",
-            f"{number(change.after)} {change.unit}",
-            f"{times:.2f}× {verdict}",
-            f"{change.noise:.0%}",
-        )
-    console = _console()
-    console.print(table if real else table.title)
-    for which, names in zip(("first", "second"), only_in_one(a, b), strict=True):
-        if names:
-            console.print(f"only in the {which} run: {', '.join(names)}", highlight=False)
-
-
-def markdown(rows: Rows) -> str:
-    """Return the rows as Markdown, a table for each suite, under the machine's name."""
-    env = rows[0]["env"]
-    machine = ", ".join(f"{key} {value}" for key, value in env.items() if value is not None)
-    place = "on a CPU only" if env.get("device") == "cpu" else f"on {env.get('gpu')}"
-    lines = [f"Measured {place}: {machine}.", ""]
-    for suite in dict.fromkeys(row["suite"] for row in rows):
-        lines += [f"### {suite}", ""]
-        lines += [_line(HEADER), _line(["---"] * 2 + ["--:", "--:", "---", "--:", "--:"])]
-        lines += [_line(figures(row)) for row in rows if row["suite"] == suite]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def write_table(page: Path, rows: Rows) -> None:
-    """Put the rows between the marks of a Markdown page.
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file that `--json` wrote.
 
     Raises
     ------
     ValueError
-        If the page has not both marks once, in their order.
+        If the file holds something else.
     """
-    text = page.read_text(encoding="utf-8")
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"--table: {page} has no lines {BEGIN} and {END}, between which the table goes")
-    page.write_text(f"{head}{BEGIN}\n\n{markdown(rows)}\n{END}{tail}", encoding="utf-8")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not a file that --json wrote: {error}") from error
+    if not (isinstance(rows, list) and all(isinstance(r, dict) and set(FIELDS) <= r.keys() for r in rows)):
+        raise ValueError(f"{path}: is not a list of rows as --json writes them")
+    return rows
 
 
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def print_changes(before: list[dict[str, Any]], now: Iterable[Row]) -> None:
+    """Print the ratios that moved by more than 20 % from an earlier run; values belong to their machine."""
+    earlier = {_name(row): row["ratio"] for row in before if row["ratio"]}
+    both = {name: row.ratio for row in now if row.ratio and (name := _name(row.to_dict({}))) in earlier}
+    table = Table(title=f"of {len(both)} ratios those that moved by more than {WIDE:.0%}")
+    for column in ("ratio of", "before", "now", "now ÷ before"):
+        table.add_column(column, justify="left" if column == "ratio of" else "right")
+    for name, ratio in both.items():
+        moved = ratio / earlier[name]
+        if max(moved, 1 / moved) > 1 + WIDE:
+            table.add_row(name, f"{number(earlier[name])}×", f"{number(ratio)}×", number(moved))
+    console().print(table)
 
 
-def _console() -> Console:
+def below_floors(rows: Iterable[Row], *, complete: bool) -> list[str]:
+    """Return a line for every floor that is not reached.
+
+    Parameters
+    ----------
+    rows
+        What was measured.
+    complete
+        Whether the rows are those of whole suites: a floor of such a suite without a row is then a failure.
+    """
+    rows = list(rows)
+    measured = {_name(row.to_dict({})): row.ratio for row in rows if row.ratio is not None}
+    suites = {row.suite for row in rows}
+    found = []
+    for floor in json.loads(FLOORS.read_text(encoding="utf-8")):
+        ratio = measured.get(_name(floor))
+        if ratio is None:
+            if complete and floor["suite"] in suites:
+                found.append(f"{_name(floor)}: no figure, expected a ratio of at least {floor['ratio']}")
+        elif not ratio >= floor["ratio"]:
+            found.append(f"{_name(floor)}: ratio {ratio:.3g}, expected at least {floor['ratio']}")
+    return found
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['suite']} {row['case']} {row['metric']} over {row['baseline']}"
+
+
+def console() -> Console:
+    """Return the terminal, or a wide page where the output goes into a file."""
     return Console(width=None if sys.stdout.isatty() else 150)

@@ -17,12 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from brainflow.kernels.testing import error_ratio
 
 MOST_ROUNDS = 500
 MOST_CALLS = 200
 TURN = 0.1
 """Seconds that a function's turn lasts, or a call of the slowest function if that takes less."""
-STANDARD_ERROR = 0.03
+WIDE = 0.2
+"""A row that lies further than this share from its median in any process is printed as a range."""
 
 
 class WrongResultError(Exception):
@@ -65,7 +70,8 @@ class Row:
     """One figure of record. Its field names are stable: other tools read them.
 
     `ratio` is ours over `baseline` with larger = better; `floor_share` the share of the hardware
-    floor that was reached (1.0 = at the floor). p20, p50, p80 are seconds per call.
+    floor that was reached (1.0 = at the floor). p20, p50, p80 are seconds per call. `range` is the lowest and
+    highest :attr:`figure` of several processes.
     """
 
     suite: str
@@ -79,14 +85,27 @@ class Row:
     p20: float | None = None
     p50: float | None = None
     p80: float | None = None
+    range: tuple[float, float] | None = None
+
+    @property
+    def figure(self) -> float:
+        """The ratio where there is one, else the value: what a reader compares."""
+        return self.value if self.ratio is None else self.ratio
+
+    @property
+    def wide(self) -> bool:
+        """Whether the processes disagree about the figure by more than 20 % of it."""
+        return (
+            self.range is not None and max(abs(end - self.figure) for end in self.range) > WIDE * self.figure
+        )
 
     def to_dict(self, env: Mapping[str, Any]) -> dict[str, Any]:
         """Return the row as a JSON-ready dict with the environment that it was measured in."""
         return {**asdict(self), "env": dict(env)}
 
 
-def medians(runs: Sequence[Sequence[Row]]) -> list[Row]:
-    """Return the rows of all runs of a measurement, one of each, with the median of each number."""
+def merge(runs: Sequence[Sequence[Row]]) -> list[Row]:
+    """Return one row for each row of several processes: the median of each number, and the figure's range."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in itertools.chain(*runs):
         found.setdefault((row.suite, row.case, row.metric, row.baseline), []).append(row)
@@ -95,8 +114,13 @@ def medians(runs: Sequence[Sequence[Row]]) -> list[Row]:
         values = [value for row in rows if (value := getattr(row, name)) is not None]
         return statistics.median(values) if values else None
 
-    numbers = ("value", "ratio", "floor_share", "p20", "p50", "p80")
-    return [replace(rows[0], **{name: middle(rows, name) for name in numbers}) for rows in found.values()]
+    merged = []
+    for rows in found.values():
+        figures = sorted(row.figure for row in rows)
+        ends = (figures[0], figures[-1]) if len(figures) > 1 else None
+        numbers = {n: middle(rows, n) for n in ("value", "ratio", "floor_share", "p20", "p50", "p80")}
+        merged.append(replace(rows[0], **numbers, range=ends))
+    return merged
 
 
 def speed_rows(
@@ -165,7 +189,7 @@ def interleave(
     warmup: int = 1,
     device: str = "cpu",
     seconds: float = 0.0,
-    lockstep: bool = False,
+    before: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, Timing]:
     """Time several functions against each other, each in its turn.
 
@@ -179,16 +203,16 @@ def interleave(
     functions
         Name → callable without arguments. What a callable returns is dropped.
     repeats
-        Timed rounds at least; in every round each function has a turn, in alternating order. If it is 7 or
-        more and a ratio has not settled, there are up to three times as many: see :func:`settled`.
+        Timed rounds at least; in every round each function has a turn, in alternating order.
     warmup
         Rounds that are run first and not counted.
     device
         "cpu" reads the wall clock; "cuda" uses device events around each call.
     seconds
         Go on with more rounds until so much time was spent: for calls of a few milliseconds.
-    lockstep
-        Exactly `repeats` rounds of one call a turn: for processes that must all do the same.
+    before
+        Name → what is called, untimed, right before each call. There are then exactly `repeats` rounds of one
+        call a turn and no warm-up.
 
     Returns
     -------
@@ -205,52 +229,79 @@ def interleave(
         raise ValueError(f"repeats: got {repeats}, expected at least 1")
     clock = _cuda_seconds if device == "cuda" else _wall_seconds
     names = list(functions)
-    once = dict.fromkeys(names, 0.0)
-    for _ in range(warmup):
-        once = {name: clock(function) for name, function in functions.items()}
     calls = dict.fromkeys(names, 1)
-    if len(names) > 1 and not lockstep:
-        # A first call may be slow for once; one that takes longer than a turn need not be known better.
-        once = {name: took if took > TURN else clock(functions[name]) for name, took in once.items()}
-        length = min(TURN, max(once.values()))
-        calls = {name: min(MOST_CALLS, max(1, round(length / once[name]))) for name in names}
+    if before is None:
+        once = dict.fromkeys(names, 0.0)
+        for _ in range(warmup):
+            once = {name: clock(function) for name, function in functions.items()}
+        if len(names) > 1:
+            calls = _calls_a_turn(functions, once, clock)
     turns = {name: _turn(function, calls[name]) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        round_, end = 0, time.perf_counter() + seconds
-        while (
-            round_ < repeats
-            or (round_ < MOST_ROUNDS and time.perf_counter() < end)
-            or (repeats >= 7 and round_ < 3 * repeats and not (lockstep or settled(samples)))
-        ):
-            for name in names if round_ % 2 == 0 else reversed(names):
-                if len(names) > 1:
+        done, end = 0, time.perf_counter() + seconds
+        while done < repeats or (done < MOST_ROUNDS and time.perf_counter() < end):
+            for name in names if done % 2 == 0 else reversed(names):
+                if before is not None:
+                    before[name]()
+                elif len(names) > 1:
                     functions[name]()
                 samples[name].append(clock(turns[name]) / calls[name])
-            round_ += 1
+            done += 1
     finally:
         if collecting:
             gc.enable()
     return {name: Timing(seconds=tuple(values)) for name, values in samples.items()}
 
 
-def settled(samples: Mapping[str, Sequence[float]]) -> bool:
-    """Whether the ratios to the first function are known well enough that another run would give the same.
+def _calls_a_turn(
+    functions: Mapping[str, Callable[[], object]],
+    once: Mapping[str, float],
+    clock: Callable[[Callable[[], object]], float],
+) -> dict[str, int]:
+    # A first call may be slow for once; one that takes longer than a turn need not be known better.
+    again = {name: took if took > TURN else clock(functions[name]) for name, took in once.items()}
+    length = min(TURN, max(again.values()))
+    return {name: min(MOST_CALLS, max(1, round(length / took))) for name, took in again.items()}
 
-    That is if the standard error of the median of their logarithms is at most 3 %, with the standard
-    deviation from the median absolute deviation: two runs then differ by 15 % in 1 of 1,000 cases. What slows
-    the machine for longer than the measurement lasts is not in it.
+
+def require_close(
+    case: str, actual: Sequence[Tensor], expected: Sequence[Tensor], bounds: Sequence[float]
+) -> None:
+    """Raise :class:`WrongResultError` unless each tensor's relative error (L2) is within its bound."""
+    for got, want, bound in zip(actual, expected, bounds, strict=True):
+        if not (error := error_ratio(got, want)) <= bound:
+            raise WrongResultError(f"{case}: error {error:.1e} above {bound:.0e}")
+
+
+def peak_bytes(step: Callable[[], object], device: str) -> int:
+    """Return how far tensor memory rises above its level before a call, in bytes, what it returns included.
+
+    On the CPU from the profiler's record of every allocation, on CUDA from the allocator's own peak.
     """
-    first, *others = (np.log(values) for values in samples.values())
-    for other in others:
-        ratios = other - first
-        deviation = 1.4826 * np.median(np.abs(ratios - np.median(ratios)))
-        if 1.2533 * deviation / np.sqrt(len(ratios)) > STANDARD_ERROR:
-            return False
-    return True
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        result = step()
+    returned = sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+    del result
+    level = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    # A gradient may lie in a map of its own, which the allocator, hence the profiler, does not see.
+    return peak if peak >= returned else peak + returned
 
 
 def _turn(function: Callable[[], object], calls: int) -> Callable[[], None]:

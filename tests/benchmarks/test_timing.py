@@ -1,7 +1,7 @@
 import math
 import re
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,14 +9,23 @@ import pytest
 import torch
 
 from brainflow.benchmarks import timing
-from brainflow.benchmarks.timing import Row, Timing, interleave, speed_rows
+from brainflow.benchmarks.timing import (
+    Row,
+    Timing,
+    WrongResultError,
+    interleave,
+    merge,
+    peak_bytes,
+    require_close,
+    speed_rows,
+)
 
 
 def test_functions_take_turns():
     calls: list[str] = []
     both = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    interleave(both, repeats=4, warmup=1, lockstep=True)
-    assert calls == ["a", "b"] + ["a", "a", "b", "b", "b", "b", "a", "a"] * 2  # each turn's first: uncounted
+    interleave(both, repeats=4, before={"a": lambda: calls.append("-"), "b": lambda: None})
+    assert calls == ["-", "a", "b", "b", "-", "a"] * 2
 
 
 def test_turns_of_a_fast_function_are_several_calls(monkeypatch):
@@ -48,28 +57,19 @@ def test_what_another_function_leaves_behind_is_not_counted(monkeypatch):
         last[0] = name
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-    found = interleave({name: partial(call, name) for name in ("other", "steady")}, repeats=4, lockstep=True)
+    found = interleave({name: partial(call, name) for name in ("other", "steady")}, repeats=4)
     assert found["steady"].seconds == pytest.approx([0.01] * 4)
 
 
-def test_more_rounds_until_the_time_is_spent():
-    timing = interleave({"sleep": lambda: time.sleep(0.001)}, repeats=2, seconds=0.05)["sleep"]
-    assert len(timing.seconds) > 5
-    assert 0.001 <= timing.p20 <= timing.p50 <= timing.p80
+def test_more_rounds_until_the_time_is_spent(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
+    def call():
+        now[0] += 0.25
 
-def test_a_ratio_that_has_not_settled_gets_more_rounds():
-    steady = [0.010, 0.030, 0.010, 0.009, 0.010, 0.020, 0.011]
-    assert timing.settled({"a": steady, "b": [2 * value for value in steady]}), "both slow down together"
-    assert timing.settled({"a": steady})
-    assert not timing.settled({"a": steady, "b": [0.02, 0.01, 0.04, 0.02, 0.03, 0.01, 0.05]})
-
-
-@pytest.mark.parametrize(("repeats", "rounds"), [(3, 3), (7, 21)])
-def test_only_with_enough_repeats_and_never_without_end(monkeypatch, repeats, rounds):
-    monkeypatch.setattr(timing, "settled", lambda samples: False)
-    found = interleave({"a": lambda: None, "b": lambda: None}, repeats=repeats)
-    assert len(found["a"].seconds) == len(found["b"].seconds) == rounds
+    assert len(interleave({"a": call}, repeats=2)["a"].seconds) == 2
+    assert interleave({"a": call}, repeats=2, seconds=2.0)["a"].seconds == (0.25,) * 8
 
 
 def test_no_repeats_are_refused():
@@ -117,15 +117,56 @@ def test_a_row_carries_its_environment():
     assert entry["env"] == {"cpu": "here"}
     assert set(entry) == {
         *("suite", "case", "metric", "value", "unit", "baseline", "ratio"),
-        *("floor_share", "p20", "p50", "p80", "env"),
+        *("floor_share", "p20", "p50", "p80", "range", "env"),
     }
+
+
+def _over_processes(*ratios, value=1.0):
+    row = Row(suite="kernels", case="mask", metric="time", value=value, unit="s", baseline="naive")
+    return merge([[replace(row, ratio=ratio)] for ratio in ratios])[0]
+
+
+def test_rows_of_several_processes_become_one():
+    row = _over_processes(3.0, 9.0, 5.0)
+    assert (row.ratio, row.range, row.value, row.p50) == (5.0, (3.0, 9.0), 1.0, None)
+    bare = Row(suite="kernels", case="mask", metric="memory", value=2.0, unit="MB")
+    assert merge([[bare]]) == [bare], "one process has no range"
+    assert merge([[bare], [replace(bare, value=4.0)], [replace(bare, value=3.0)]])[0].range == (2.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "wide"),
+    [((2.0, 2.1, 1.9), False), ((2.0, 2.5, 2.0), True), ((1.5, 2.0, 2.0), True), ((2.0,), False)],
+)
+def test_a_row_is_wide_where_a_process_is_more_than_a_fifth_away(ratios, wide):
+    assert _over_processes(*ratios).wide == wide
+
+
+def test_what_differs_from_its_specification_is_wrong():
+    one = torch.ones(3)
+    require_close("mask", [one, one], [one, one * (1 + 1e-6)], [1e-9, 1e-5])
+    for wrong in (one * 1.1, one * math.nan):
+        with pytest.raises(WrongResultError, match=r"mask: error .* above 1e-05"):
+            require_close("mask", [one, wrong], [one, one], [1e-5, 1e-5])
+
+
+def test_peak_memory_is_what_is_held_at_once():
+    first = torch.empty(1_000_000)
+
+    def twice():
+        a = first + 1
+        return a + 1
+
+    assert peak_bytes(twice, "cpu") == pytest.approx(8_000_000, rel=1e-4)
+    assert peak_bytes(lambda: (first + 1) is None, "cpu") == pytest.approx(4_000_000, rel=1e-4)
+    assert peak_bytes(lambda: first, "cpu") == 4_000_000, "what is returned counts, wherever it lies"
 
 
 def test_the_example_of_the_page_measures():
     page = Path(timing.__file__).with_name("README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     (example,) = (block for block in blocks if "def measurements" in block)
-    names = {**vars(timing), "Callable": Callable, "torch": torch}
+    names = {**vars(timing), "timing": timing, "Callable": Callable, "torch": torch}
     exec(example, names)
     (row,) = names["_double"](0.01, "cpu")
     assert (row.case, row.baseline) == ("double", "naive")

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import brainflow
-from brainflow.benchmarks.training_step import random_batch
+from brainflow.benchmarks.training import random_batch
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from brainflow.frameworks import build
 from brainflow.storage import StoreWriter

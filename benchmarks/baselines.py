@@ -1,12 +1,13 @@
-"""What users would otherwise read windows with: each a function that returns "read the next batch"."""
+"""What users would read windows with otherwise: each a function that returns "read the next batch"."""
 
 from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import pickle  # noqa: TID251 - the baseline IS the released format: pickles in tars, written here by ourselves
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,8 @@ def missing(module: str) -> str:
 
 def turns(batches: Sequence[Batch]) -> Callable[[], Batch]:
     """Return a function that gives the batches in turn, again and again."""
-    state = iter(_cycle(batches))
+    state = itertools.cycle(batches)
     return lambda: next(state)
-
-
-def _cycle(batches: Sequence[Batch]) -> Iterator[Batch]:
-    while True:
-        yield from batches
 
 
 def gather(rows: NDArray[Any], starts: NDArray[Any], lengths: NDArray[Any], out: NDArray[Any]) -> None:
@@ -103,79 +99,6 @@ def zarr_python(path: Path, batches: Sequence[Batch], *, pipeline: str | None = 
     def read() -> object:
         with zarr.config.set(settings):
             return [array[s : s + n] for s, n in zip(*(c.tolist() for c in following()), strict=True)]
-
-    return read
-
-
-def litdata(folder: Path, runs: Sequence[NDArray[Any]], batch: int, seq_min: int, seq_max: int) -> Read:
-    """LitData, one run a sample: read it from its chunk, crop a window, pack the batch."""
-    from litdata import StreamingDataset
-    from litdata.streaming.cache import Cache
-
-    cache = Cache(str(folder), chunk_bytes=2**26)
-    for i, bold in enumerate(runs):
-        cache._add_item(i, {"bold": bold})
-    cache.done()
-    cache.merge()
-    return _crops(StreamingDataset(str(folder)), batch, seq_min, seq_max)
-
-
-def streaming(folder: Path, runs: Sequence[NDArray[Any]], batch: int, seq_min: int, seq_max: int) -> Read:
-    """MosaicML Streaming, one run a sample: read it from its shard, crop a window, pack the batch."""
-    from streaming import LocalDataset, MDSWriter
-
-    with MDSWriter(out=str(folder), columns={"bold": f"ndarray:{runs[0].dtype.name}"}) as writer:
-        for bold in runs:
-            writer.write({"bold": bold})
-    return _crops(LocalDataset(str(folder)), batch, seq_min, seq_max)
-
-
-def _crops(dataset: Any, batch: int, seq_min: int, seq_max: int) -> Read:
-    """Random samples of a dataset of whole runs, a window of each."""
-    rng = np.random.default_rng(0)
-
-    def read() -> object:
-        windows = []
-        samples, lengths = rng.integers(0, len(dataset), batch), rng.integers(seq_min, seq_max, batch)
-        for i, length in zip(samples.tolist(), lengths.tolist(), strict=True):
-            bold = dataset[i]["bold"]
-            onset = int(rng.integers(0, len(bold) - length))
-            windows.append(bold[onset : onset + length])
-        return np.concatenate(windows)
-
-    return read
-
-
-def dali_numpy(folder: Path, runs: Sequence[NDArray[Any]], batch: int, seq_min: int, seq_max: int) -> Read:
-    """DALI's own reader: one .npy a run, in its own random order, a random region of each, into torch."""
-    from nvidia.dali import fn, pipeline_def
-
-    folder.mkdir()
-    for i, bold in enumerate(runs):
-        np.save(folder / f"{i:04d}.npy", bold)
-    longest = min(len(bold) for bold in runs) - seq_max
-    rng = np.random.default_rng(0)
-
-    def region(_: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        return rng.integers(0, longest, (batch, 1), np.int32), rng.integers(
-            seq_min, seq_max, (batch, 1), np.int32
-        )
-
-    @pipeline_def(batch_size=batch, num_threads=2, device_id=None, prefetch_queue_depth=2, exec_dynamic=False)
-    def windows() -> Any:
-        start, length = fn.external_source(source=region, num_outputs=2, batch=True, batch_info=False)
-        return fn.readers.numpy(
-            file_root=str(folder), file_filter="*.npy", random_shuffle=True, initial_fill=len(runs),
-            roi_start=start, roi_shape=length, roi_axes=[0], cache_header_information=True,
-        )  # fmt: skip
-
-    pipeline = windows()
-    networks = runs[0].shape[1]
-
-    def read() -> object:
-        output = pipeline.run()[0]
-        tokens = sum(shape[0] for shape in output.shape())
-        return torch.from_dlpack(output.as_reshaped_tensor([tokens, networks]))
 
     return read
 

@@ -1,25 +1,164 @@
-"""The training recipe of 2022, made again independently from its description: what `frameworks` runs against.
+"""The training recipe of 2022, made again independently from its description, and our steps against it.
 
 Hugging Face's GPT-2 and BERT on batches padded to 50 time points; int64 masks of the data's size;
 `masked_select` on input and prediction after projecting every position; positions drawn and special tokens
 inserted sample by sample, with lengths that are counted entry by entry in the mask; LSTMs over the padding,
 and a decoder that runs one step at a time, also under teacher forcing. For a batch of 64 that is 3,734
 operators and 129 host reads for CSM's masking, 6,356 and 192 for SEP and CLS (the recipe itself was counted
-at 3,922 and 193, 5,516 and 768). Today's attention (SDPA) and a fused AdamW are on its side. Needs the
-package `transformers`.
+at 3,922 and 193, 5,516 and 768). Today's attention (SDPA) and a fused AdamW are on its side.
+
+CSM is compared by predicted time points a second, since dense CSM predicts every time point of a window and
+the recipe one; the others by steps a second. The autoencoder's step time is the mean of a step with and one
+without teacher forcing, which is what a training run consists of.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
+
+from brainflow.config import PAIRED, ModelConfig
+from brainflow.data.batch import PackedBatch
+from brainflow.frameworks import build
+
+from . import timing
+from .baselines import missing
+from .timing import Row, Timing, peak_bytes, speed_rows
+from .training import T_R, loss_of, random_batch, train_step
+
+PADDED = 50
+RECIPES = ("csm", "seq-bert", "net-bert", "autoencoder")
+"""Frameworks that the recipe of 2022 has."""
+
+
+def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
+    """Return framework → what measures it, nothing without `transformers`; `quick` takes a quarter batch."""
+    if reason := missing("transformers"):
+        print(f"frameworks: the recipe of 2022 is left out, transformers {reason}", file=sys.stderr)
+        return {}
+    sizes = Sizes(batch=16) if quick else Sizes()
+    return {name: partial(_against_recipe, name, sizes, device) for name in RECIPES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes of model and batch in the comparison with the recipe."""
+
+    networks: int = 1024
+    width: int = 256
+    layers: int = 4
+    heads: int = 4
+    batch: int = 64
+    dropout: float = 0.1
+
+
+def padded(batch: PackedBatch, windows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a batch in the recipe's form; where it holds pairs their halves lie end to end.
+
+    Returns
+    -------
+    tuple
+        bold [windows, 50, networks], seconds, int64 attention mask and token types [windows, 50].
+    """
+    device = batch.bold.device
+    parts = batch.lengths.reshape(windows, -1)
+    bold = batch.bold.new_zeros(windows, PADDED, batch.bold.shape[1])
+    attention = torch.zeros(windows, PADDED, dtype=torch.int64, device=device)
+    for i, window in enumerate(batch.bold.split(parts.sum(1).tolist())):
+        bold[i, : len(window)] = window
+        attention[i, : len(window)] = 1
+    seconds = (torch.arange(PADDED, device=device) * T_R).expand(windows, PADDED)
+    types = (torch.arange(PADDED) >= torch.from_numpy(parts[:, :1])).long().to(device)
+    return bold, seconds, attention, types
+
+
+Steps = dict[str, list[Callable[[], None]]]
+
+
+def _against_recipe(name: str, sizes: Sizes, device: str) -> list[Row]:
+    """Speed and memory rows of one framework; with dense CSM also those of `csm-single`."""
+    batch = random_batch(sizes.batch, sizes.networks, pairs=name in PAIRED, device=device)
+    steps, targets = _recipe_steps(name, sizes, batch, device)
+    parts = {f"{who} {i}": step for who, both in steps.items() for i, step in enumerate(both)}
+    timed = timing.interleave(parts, repeats=2, device=device)
+    times = {who: _mean([timed[f"{who} {i}"] for i in range(len(both))]) for who, both in steps.items()}
+    peak = {who: max(peak_bytes(step, device) for step in both) for who, both in steps.items()}
+    work: dict[str, dict[str, int]] = {
+        "steps": dict.fromkeys(steps, 1),
+        "targets": targets,
+        "tokens": dict.fromkeys(steps, batch.tokens),
+    }
+    cases = {name: "ours"} | ({"csm-single": "single"} if "single" in steps else {})
+    found = []
+    for case, ours in cases.items():
+        others = [who for who in steps if who not in (ours, "ours")]
+        for what, amount in work.items():
+            found += speed_rows(
+                "frameworks", case, times, ours=ours, baselines=others, metric=f"{what}_per_s",
+                unit=f"{what}/s", work=amount,
+            )  # fmt: skip
+        found += [
+            Row(
+                suite="frameworks", case=case, metric="peak_memory", value=peak[ours] / 2**20, unit="MiB",
+                baseline=other, ratio=peak[other] / peak[ours],
+            )
+            for other in others
+        ]  # fmt: skip
+    return found
+
+
+def _recipe_steps(name: str, sizes: Sizes, batch: PackedBatch, device: str) -> tuple[Steps, dict[str, int]]:
+    """Return name → training steps (ours, the published recipe's, …), and name → targets of one step.
+
+    A target is a predicted time point; Net-BERT's are the share of the time points' values that it predicts.
+    """
+    torch.manual_seed(0)
+    common: dict[str, Any] = {
+        "networks": sizes.networks, "width": sizes.width, "layers": sizes.layers, "dropout": sizes.dropout,
+    }  # fmt: skip
+    bold, seconds, attention, types = padded(batch, sizes.batch)
+
+    def ours(**changes: Any) -> Callable[[], None]:
+        config = ModelConfig(framework=name, heads=sizes.heads, **common, **changes)  # type: ignore[arg-type]
+        module = build(config).to(device)
+        return train_step(module, partial(loss_of, module, batch))
+
+    def theirs(module: nn.Module, *inputs: Any) -> Callable[[], None]:
+        return train_step(module.to(device), partial(module, *inputs))
+
+    if name == "autoencoder":
+        recipe = PublishedAutoencoder(**common)
+        steps = {
+            "ours": [ours(teacher_forcing=p) for p in (1.0, 0.0)],
+            "published": [theirs(recipe, bold, seconds, attention, forced) for forced in (True, False)],
+        }
+        return steps, dict.fromkeys(steps, batch.tokens)
+    if name == "csm":
+        published = theirs(PublishedCSM(**common, heads=sizes.heads), bold, seconds, attention)
+        steps = {"ours": [ours()], "published": [published], "single": [ours(masking="single")]}
+        return steps, {"ours": batch.tokens - batch.windows, "published": sizes.batch, "single": sizes.batch}
+    bert = PublishedBERT(**common, heads=sizes.heads, by="time" if name == "seq-bert" else "network")
+    steps = {"ours": [ours()], "published": [theirs(bert, bold, seconds, attention, types, batch.is_next)]}
+    return steps, dict.fromkeys(steps, round(ModelConfig().mask_rate * batch.tokens))
+
+
+def _mean(parts: list[Timing]) -> Timing:
+    """Return the mean step, round by round."""
+    return Timing(seconds=tuple(float(np.mean(s)) for s in zip(*(t.seconds for t in parts), strict=True)))
+
 
 DUMMY_TIME = 1500
 
 
-class Base(nn.Module):
+class _Published(nn.Module):
     """Embedder and unembedder that all four share."""
 
     def __init__(self, networks: int, width: int, dropout: float) -> None:
@@ -44,10 +183,12 @@ def counted(row: Tensor) -> int:
     return int(sum(row == 1))
 
 
-class CSM(Base):
+class PublishedCSM(_Published):
     """One masked time point a sequence, everything after it hidden."""
 
     def __init__(self, networks: int, width: int, layers: int, heads: int, dropout: float) -> None:
+        import transformers
+
         super().__init__(networks, width, dropout)
         self.mask_token = nn.Parameter(torch.randn(1, 1, networks))
         self.model = transformers.GPT2Model(
@@ -95,10 +236,12 @@ class CSM(Base):
         return torch.where(shown == 1, masked, torch.zeros_like(masked)), mask, target, attention
 
 
-class BERT(Base):
+class PublishedBERT(_Published):
     """Masked time points (`by="time"`) or networks (`by="network"`), two halves, is-next."""
 
     def __init__(self, networks: int, width: int, layers: int, heads: int, dropout: float, by: str) -> None:
+        import transformers
+
         super().__init__(networks, width, dropout)
         self.by = by
         shape = (1, 1, networks) if by == "time" else (1, 512, 1)
@@ -188,7 +331,7 @@ def _padded_left(x: Tensor, count: int, value: int) -> Tensor:
     return torch.cat([filling, x], 1).to(torch.int64)
 
 
-class Autoencoder(Base):
+class PublishedAutoencoder(_Published):
     """LSTM encoder over the padded batch; the decoder runs step by step."""
 
     def __init__(self, networks: int, width: int, layers: int, dropout: float) -> None:
