@@ -32,6 +32,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -162,8 +163,9 @@ def _measure(args: Args, device: str, failures: list[str]) -> dict[str, list[Row
     failed = {line.partition(": ")[0] for line in failures}
     found: dict[str, list[Row]] = {}
     for suite in suites:
-        names = [name for name in passes[0][suite] if name not in failed]
-        found[suite] = [row for name in names for row in merge([done[suite][name] for done in passes])]
+        names = dict.fromkeys(name for done in passes for name in done[suite] if name not in failed)
+        runs = ([done[suite][name] for done in passes if name in done[suite]] for name in names)
+        found[suite] = [row for run in runs for row in merge(run)]
     failures[:] = dict.fromkeys(failures)  # one line, though it failed in every process
     return found
 
@@ -214,7 +216,10 @@ def _in_a_process(suite: str, device: str, only: str | None, failures: list[str]
     context = multiprocessing.get_context("spawn")
     threads = torch.get_num_threads()
     with ProcessPoolExecutor(1, context, initializer=_begin, initargs=(threads,)) as pool:
-        found, failed = pool.submit(_measure_there, suite, device, only).result()
+        try:
+            found, failed = pool.submit(_measure_there, suite, device, only).result()
+        except BrokenProcessPool:  # what other processes measured is kept
+            found, failed = {}, [f"{suite}: its process ended at once, e.g. because memory ran out"]
     failures += failed
     return found
 

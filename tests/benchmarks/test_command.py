@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,31 @@ def test_a_suite_of_a_full_run_has_a_process_of_its_own(monkeypatch):
     found = command._in_a_process("ceilings", "cpu", "memcpy", failures)
     assert failures == []
     assert [(name, row.metric) for name, rows in found.items() for row in rows] == [("memcpy", "bytes_per_s")]
+
+
+def test_a_process_that_dies_takes_no_figure_of_the_others_with_it(monkeypatch, tmp_path, capsys):
+    class Pool:
+        def __init__(self, *_, **__): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+        def submit(self, function, suite, *_):
+            made.append(suite)
+            return self
+
+        def result(self):
+            if len(made) == 2:
+                raise BrokenProcessPool("killed")
+            return {"mask": _row(float(len(made)))()} if made[-1] == "kernels" else {}, []
+
+    made = []
+    monkeypatch.setattr(command, "ProcessPoolExecutor", Pool)
+    out = tmp_path / "rows.json"
+    assert _run(quick=False, json=out) == 1
+    (row,) = json.loads(out.read_text())
+    assert (row["ratio"], row["range"]) == (5.0, [4.0, 6.0])
+    assert "kernels: its process ended" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
