@@ -115,27 +115,28 @@ def gather_windows(
     kind, threshold, span, seed, offset = mask or [NO_MASK, 0, 0, 0, 0]
     rows = _rows(store.dtype, kind)
     grid = (starts.numel(), math.ceil(longest / rows), math.ceil(networks / TILE.value))
-    gather_kernel[grid](
-        store,
-        starts,
-        cu_seqlens,
-        store if scale is None else scale,
-        out if mask_token is None else mask_token,
-        out,
-        time,
-        networks,
-        store.stride(0),
-        threshold,
-        seed,
-        offset,
-        R=rows,
-        SCALE=0 if scale is None else scale.ndim,
-        KIND=kind,
-        SPAN=span,
-        BY_POSITION=mask_token is not None and mask_token.ndim == 2,
-        COLUMN_KIND=COLUMNS,
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(store):
+        gather_kernel[grid](
+            store,
+            starts,
+            cu_seqlens,
+            store if scale is None else scale,
+            out if mask_token is None else mask_token,
+            out,
+            time,
+            networks,
+            store.stride(0),
+            threshold,
+            seed,
+            offset,
+            R=rows,
+            SCALE=0 if scale is None else scale.ndim,
+            KIND=kind,
+            SPAN=span,
+            BY_POSITION=mask_token is not None and mask_token.ndim == 2,
+            COLUMN_KIND=COLUMNS,
+            num_warps=WARPS,
+        )
     return out
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import custom_op, wrap_triton
+from torch.library import custom_op
 
 from .. import masks
 from ..dispatch import AotConfig, accumulator
@@ -136,7 +136,7 @@ def forward_impl(
         h = hidden[block] if rows is None else hidden.index_select(0, rows[block])
         pred = _wide_product(h, weight.t(), acc)
         slope = pred if hidden.dtype == acc else torch.empty_like(pred, dtype=hidden.dtype)
-        wrap_triton(compare)[(triton.cdiv(size, tile), columns)](
+        compare[(triton.cdiv(size, tile), columns)](
             pred, pred if bias is None else bias, target, slope, bounds if rows is None else rows[block],
             sums if row_weights is None else row_weights[block], bounds,
             sums[done:], weights[done:], first, size, networks, **scalars, **constants,
@@ -153,7 +153,7 @@ def forward_impl(
         grad_weight.add_(_wide_product(slope.t(), h, acc))
         if bias is not None:
             grad_bias.add_(slope.sum(0, dtype=acc))
-    wrap_triton(finish)[(1,)](sums, weights, value, inverse, done, LANES=LANES, num_warps=4)
+    finish[(1,)](sums, weights, value, inverse, done, LANES=LANES, num_warps=4)
     return value, inverse, grad_hidden, grad_weight, grad_bias
 
 
@@ -188,7 +188,7 @@ def linear_masked_loss(
     gradients: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (mean loss, 1 / Σ weights, and gradients of hidden, weight and bias that lack that factor)."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
         return forward_impl(
             hidden, weight, bias, target, rows, row_weights, bounds, period, mask, loss, gradients
         )

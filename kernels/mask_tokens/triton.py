@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import custom_op, wrap_triton
+from torch.library import custom_op
 
 from .. import masks
 from ..dispatch import AotConfig, accumulator
@@ -144,10 +144,11 @@ def forward_impl(
         return out
     scalars, constants = launch_arguments(bounds, period, mask)
     tile = tile_rows(mask[0], x.dtype)
-    wrap_triton(replace)[(triton.cdiv(rows, tile), triton.cdiv(networks, SUBTILE.value))](
-        x, mask_token, bounds, out, rows, networks, mask_token.shape[0], **scalars, **constants,
-        BY_POSITION=mask_token.ndim == 2, R=tile, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        replace[(triton.cdiv(rows, tile), triton.cdiv(networks, SUBTILE.value))](
+            x, mask_token, bounds, out, rows, networks, mask_token.shape[0], **scalars, **constants,
+            BY_POSITION=mask_token.ndim == 2, R=tile, num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -172,20 +173,22 @@ def backward_impl(
     groups = triton.cdiv(tiles, per_group)
     partial = grad.new_empty((blocks, rows) if positions else (groups, networks), dtype=acc)
     scalars, constants = launch_arguments(bounds, period, mask)
-    wrap_triton(gradients)[(groups, blocks)](
-        grad, bounds, grad_x, partial, rows, networks, per_group, **scalars, **constants,
-        BY_POSITION=positions > 0, NEED_X=need_x, NEED_TOKEN=need_token, ACC=acc_type(grad.dtype),
-        R=tile_rows(mask[0], grad.dtype), num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(grad):
+        gradients[(groups, blocks)](
+            grad, bounds, grad_x, partial, rows, networks, per_group, **scalars, **constants,
+            BY_POSITION=positions > 0, NEED_X=need_x, NEED_TOKEN=need_token, ACC=acc_type(grad.dtype),
+            R=tile_rows(mask[0], grad.dtype), num_warps=4,
+        )  # fmt: skip
     if not need_token:
         return grad_x, grad.new_empty(0, dtype=acc)
     if not positions:
         return grad_x, partial.sum(0)
     grad_token = grad.new_empty(shape, dtype=acc)
-    wrap_triton(sum_positions)[(triton.cdiv(positions, 128),)](
-        partial, bounds, grad_token, rows, positions, period, scalars["windows"], blocks,
-        PADDED=period > 0, ACC=acc_type(grad.dtype), LANES=128, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(grad):
+        sum_positions[(triton.cdiv(positions, 128),)](
+            partial, bounds, grad_token, rows, positions, period, scalars["windows"], blocks,
+            PADDED=period > 0, ACC=acc_type(grad.dtype), LANES=128, num_warps=4,
+        )  # fmt: skip
     return grad_x, grad_token
 
 

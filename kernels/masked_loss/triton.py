@@ -4,6 +4,10 @@ Forward: each program sums a tile of 4 rows × 1,024 networks, then one program 
 fixed order. Backward: the mask is drawn again, the gradient is written once. Masked-out rows are not read;
 a column mask is applied to values and never used as load predicate, which would make loads scalar.
 
+Triton launches on the current device, whatever its arguments' is: every launch here and in the other ops
+stands under `torch.cuda.device_of`. It is a plain `kernel[grid](…)`: `torch.library.wrap_triton` is for
+`triton_op`; in a `custom_op` it traces every launch and keeps its constants for ever.
+
 Legend: rows = tokens (packed) or W · T (padded), N networks.
 """
 
@@ -12,7 +16,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import custom_op, wrap_triton
+from torch.library import custom_op
 
 from .. import masks
 from ..dispatch import AotConfig, accumulator
@@ -168,11 +172,12 @@ def forward_impl(
     sums = pred.new_empty(programs, dtype=value.dtype)
     weights = pred.new_empty(programs, dtype=torch.int32)
     scalars, constants = launch_arguments(bounds, period, mask)
-    wrap_triton(partial_sums)[grid](
-        pred, target, bounds, sums, weights, rows, networks, **scalars, **constants,
-        LOSS=loss, ACC=acc_type(pred.dtype), R=tile, num_warps=4,
-    )  # fmt: skip
-    wrap_triton(finish)[(1,)](sums, weights, value, inverse, programs, LANES=LANES, num_warps=4)
+    with torch.cuda.device_of(pred):
+        partial_sums[grid](
+            pred, target, bounds, sums, weights, rows, networks, **scalars, **constants,
+            LOSS=loss, ACC=acc_type(pred.dtype), R=tile, num_warps=4,
+        )  # fmt: skip
+        finish[(1,)](sums, weights, value, inverse, programs, LANES=LANES, num_warps=4)
     return value, inverse
 
 
@@ -193,10 +198,11 @@ def backward_impl(
         return grad
     scalars, constants = launch_arguments(bounds, period, mask)
     tile = tile_rows(mask[0], pred.dtype)
-    wrap_triton(gradient)[(triton.cdiv(rows, tile), triton.cdiv(networks, TILE.value))](
-        pred, target, bounds, upstream, inverse, grad, rows, networks, **scalars, **constants,
-        LOSS=loss, ACC=acc_type(pred.dtype), R=tile, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(pred):
+        gradient[(triton.cdiv(rows, tile), triton.cdiv(networks, TILE.value))](
+            pred, target, bounds, upstream, inverse, grad, rows, networks, **scalars, **constants,
+            LOSS=loss, ACC=acc_type(pred.dtype), R=tile, num_warps=4,
+        )  # fmt: skip
     return grad
 
 
