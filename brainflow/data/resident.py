@@ -15,6 +15,7 @@ from brainflow.data.packing import packed_fields
 from brainflow.data.windows import Sampler
 from brainflow.kernels.gather_windows import gather_windows
 from brainflow.storage import StoreError
+from brainflow.upload import upload
 
 _LOAD_ROWS = 65_536
 
@@ -78,11 +79,11 @@ class ResidentLoader(Loader):
     def _take(self, step: int) -> PackedBatch:
         began = time.perf_counter()
         windows = self.sampler.batch(step)
-        fields = {name: torch.from_numpy(array) for name, array in packed_fields(windows).items()}
+        fields = packed_fields(windows)
         # starts and lengths stay on the host: their sum and range are known there without a sync.
         bold = gather_windows(self._bold, windows.starts, windows.lengths, out_dtype=self.dtype)
         moved = time.perf_counter()
-        fields = {name: value.to(self.device) for name, value in fields.items()}
+        sent = upload(self.device, **fields)
         self._skipped += windows.skipped
         self._gather_s += moved - began
         self._transfer_s += time.perf_counter() - moved
@@ -92,7 +93,7 @@ class ResidentLoader(Loader):
             lengths=windows.lengths,
             runs=windows.runs,
             step=step,
-            **fields,
+            **sent,
         )
 
     def _seek(self, step: int) -> None:

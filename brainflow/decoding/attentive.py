@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from brainflow.models.packing import upload, window_of
+from brainflow.models.packing import window_of
+from brainflow.upload import upload
 
 
 class AttentiveHead(nn.Module):

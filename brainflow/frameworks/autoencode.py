@@ -16,7 +16,7 @@ from brainflow.config import ModelConfig
 from brainflow.frameworks.base import Pooling, StepOutput, at_least_float, pool, whole_loss
 from brainflow.models.autoencoder import Decoder, Encoder, Steps, time_major
 from brainflow.models.embedding import BoldEmbedding
-from brainflow.models.packing import upload
+from brainflow.upload import upload
 
 if TYPE_CHECKING:
     from brainflow.data.batch import PackedBatch

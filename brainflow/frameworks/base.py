@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from brainflow.config import ModelConfig
 from brainflow.kernels import MaskSpec, linear_masked_loss
-from brainflow.models.packing import offsets, upload, window_of
+from brainflow.models.packing import offsets, window_of
+from brainflow.upload import upload
 
 if TYPE_CHECKING:
     from brainflow.data.batch import PackedBatch

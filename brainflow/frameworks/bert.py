@@ -18,8 +18,9 @@ from brainflow.config import ModelConfig
 from brainflow.frameworks.base import Pooling, StepOutput, pool
 from brainflow.models.embedding import BoldEmbedding
 from brainflow.models.heads import IsNextHead
-from brainflow.models.packing import Ints, offsets, positions, upload
+from brainflow.models.packing import Ints, offsets, positions
 from brainflow.models.transformer import Layout, Transformer
+from brainflow.upload import upload
 
 if TYPE_CHECKING:
     from brainflow.data.batch import PackedBatch

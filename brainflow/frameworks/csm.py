@@ -27,8 +27,9 @@ from brainflow.config import ModelConfig
 from brainflow.frameworks.base import Pooling, StepOutput, at_least_float, drawn_rows, pool, whole_loss
 from brainflow.kernels import MaskSpec, linear_masked_loss
 from brainflow.models.embedding import BoldEmbedding
-from brainflow.models.packing import offsets, positions, upload, window_of
+from brainflow.models.packing import offsets, positions, window_of
 from brainflow.models.transformer import Layout, Transformer
+from brainflow.upload import upload
 
 if TYPE_CHECKING:
     from brainflow.data.batch import PackedBatch

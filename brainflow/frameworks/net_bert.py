@@ -17,7 +17,8 @@ from brainflow.frameworks.base import StepOutput, at_least_float
 from brainflow.frameworks.bert import BertFramework
 from brainflow.kernels import MaskSpec, linear_masked_loss, mask_tokens
 from brainflow.models.embedding import cast_input
-from brainflow.models.packing import offsets, upload
+from brainflow.models.packing import offsets
+from brainflow.upload import upload
 
 if TYPE_CHECKING:
     from brainflow.data.batch import PackedBatch

@@ -17,7 +17,8 @@ from brainflow.config import ModelConfig
 from brainflow.frameworks.base import StepOutput, at_least_float, drawn_rows, whole_loss
 from brainflow.frameworks.bert import BertFramework
 from brainflow.kernels import MaskSpec
-from brainflow.models.packing import offsets, upload
+from brainflow.models.packing import offsets
+from brainflow.upload import upload
 
 if TYPE_CHECKING:
     from brainflow.data.batch import PackedBatch

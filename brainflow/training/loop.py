@@ -15,6 +15,7 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from brainflow.config import PAIRED, PretrainConfig
@@ -26,6 +27,7 @@ from brainflow.data.windows import Sampler
 from brainflow.frameworks import build
 from brainflow.models.pretrained import save_pretrained
 from brainflow.storage import BoldStore
+from brainflow.upload import upload
 
 from . import checkpoint, parallel
 from .flops import peak_flops
@@ -273,7 +275,7 @@ class _Run:
         """Send the numbers of the steps since the last line on their way to the host."""
         step = self.one_step
         flops = step.weights.flops(step.tokens, step.trs)
-        counts = torch.tensor([step.trs, step.tokens], dtype=torch.float64).to(self.device, non_blocking=True)
+        counts = upload(self.device, counts=np.array([step.trs, step.tokens], np.float64))["counts"]
         step.trs = step.tokens = 0
         read = torch.stack([numbers.norm, *numbers.metrics.values()]).double()
         values = torch.cat([step.meters.read(), self.ranks.sum(counts), read])

@@ -21,6 +21,7 @@ from brainflow.data.batch import PackedBatch
 from brainflow.frameworks import build
 from brainflow.models.initial import freeze, load_initial
 from brainflow.models.transformer import Transformer
+from brainflow.upload import upload
 
 from . import checkpoint, parallel
 from .flops import matrix_weights
@@ -259,7 +260,7 @@ class TrainingStep:
         return sums[0], metrics, sums[count]
 
     def _total(self, counts: Tensor) -> Tensor:
-        return self.ranks.sum(counts.to(self.device))
+        return self.ranks.sum(upload(self.device, counts=counts.numpy())["counts"])
 
     def _part_seed(self, purpose: str, step: int, part: int) -> int:
         return derive_seed(self.config.train.seed, purpose, step, *([part] if part else []))

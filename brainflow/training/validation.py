@@ -29,6 +29,7 @@ from torch import Tensor
 from brainflow.data import make_loader
 from brainflow.data.windows import Windows
 from brainflow.storage import BoldStore
+from brainflow.upload import upload
 
 from .parallel import Ranks
 
@@ -138,8 +139,8 @@ class Validator:
             bold, prediction = batch.bold.float(), prediction.float()
             target = bold[rows]
             given = prediction.isnan()  # values of a row that were not masked, as in Net-BERT
-            dataset = torch.from_numpy(np.repeat(self._dataset[batch.runs], batch.lengths))
-            dataset = dataset.to(self.device)[rows]
+            of_tokens = np.repeat(self._dataset[batch.runs], batch.lengths)
+            dataset = upload(self.device, of_tokens=of_tokens)["of_tokens"][rows]
             last = self._last(bold, rows, batch.cu_seqlens)
             for i, guess in enumerate((prediction, self.mean.expand_as(target), last)):
                 errors[:, i].index_add_(0, dataset, _error_sums((guess - target).masked_fill(given, 0)))

@@ -96,7 +96,7 @@ def gather_windows(
                 "(a factor a network, or one a window and network)"
             )
     code = _check_masking(mask, mask_token, store, longest)
-    begin, cu_seqlens = (x.to(store.device, non_blocking=True) for x in (begin, cu_seqlens))
+    begin, cu_seqlens = _on_device(begin, cu_seqlens, store.device)
     face = pick(impl, store.device)
     if face == "naive":
         return naive.gather_windows(store, begin, cu_seqlens, scale, out_dtype, mask, mask_token)
@@ -111,6 +111,20 @@ def _integers(name: str, values: Integers) -> torch.Tensor:
     if tensor.ndim != 1:
         raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected [windows]")
     return tensor.to(torch.int64)
+
+
+def _on_device(
+    starts: torch.Tensor, cu_seqlens: torch.Tensor, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both on `device`; what lies on the host goes to a GPU as one copy from pinned memory."""
+    if device.type != "cuda" or "cuda" in (starts.device.type, cu_seqlens.device.type):
+        return starts.to(device, non_blocking=True), cu_seqlens.to(device, non_blocking=True)
+    windows = starts.numel()
+    host = torch.empty(windows + windows // 2 + 1, dtype=torch.int64, pin_memory=True)
+    host[:windows] = starts
+    host[windows:].view(torch.int32)[: windows + 1] = cu_seqlens
+    sent = host.to(device, non_blocking=True)
+    return sent[:windows], sent[windows:].view(torch.int32)[: windows + 1]
 
 
 def _check_range(starts: torch.Tensor, lengths: torch.Tensor, time: int) -> None:

@@ -5,7 +5,7 @@ import torch
 from brainflow.config import ModelConfig
 from brainflow.models.embedding import BoldEmbedding
 from brainflow.models.heads import DecodingHead
-from brainflow.models.packing import upload
+from brainflow.upload import upload
 
 
 def make(**changes):
