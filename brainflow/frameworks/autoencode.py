@@ -31,6 +31,8 @@ class Autoencoder(nn.Module):
         Reads networks, width, layers, dropout, encoding of time, loss, teacher_forcing and chained_states.
     """
 
+    untrained: tuple[nn.Parameter, ...] = ()
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config

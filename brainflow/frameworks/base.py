@@ -42,6 +42,11 @@ class Framework(Protocol):
 
     config: ModelConfig
 
+    @property
+    def untrained(self) -> tuple[nn.Parameter, ...]:
+        """Parameters that the loss never reads: they wait for the decoding that follows."""
+        ...
+
     def __call__(self, batch: PackedBatch, *, seed: int) -> StepOutput:
         """Return loss and metrics; masks are drawn from (`seed`, `batch.step`)."""
         ...

@@ -103,6 +103,8 @@ class BertFramework(nn.Module):
         Reads all of the architecture, loss, mask_rate, mask_span and late_read.
     """
 
+    untrained: tuple[nn.Parameter, ...] = ()
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config

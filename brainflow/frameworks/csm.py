@@ -54,6 +54,11 @@ class CSM(nn.Module):
         self.transformer = Transformer("gpt", c)
         self.unembedding = nn.Linear(c.width, c.networks)
 
+    @property
+    def untrained(self) -> tuple[nn.Parameter, ...]:
+        """The CLS token, which decoding appends; predicting the next time point has no mask token either."""
+        return (self.cls_token, self.mask_token) if self.config.masking == "next" else (self.cls_token,)
+
     def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
         """Return the loss of one batch.
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from brainflow.frameworks import Framework
 from brainflow.models.transformer import Transformer
 
 # What gloo's errors say (NCCL's are DistErrors).
@@ -152,8 +153,10 @@ def spread(module: nn.Module, ranks: Ranks, how: str, device: torch.device) -> n
     if ranks.world == 1:
         return module
     if how == "ddp":
-        # CSM's CLS token, for one, is trained only by the decoding that follows.
-        return DistributedDataParallel(module, find_unused_parameters=True)
+        # To look for parameters without a gradient stops the GPU once a step. TrainingStep has taken those out
+        # that never have one; the pooler of the autoencoder of 2022 has one in some steps.
+        changing = cast(Framework, module).config.chained_states
+        return DistributedDataParallel(module, find_unused_parameters=changing)
     shape: tuple[int, ...] = (ranks.world,)
     names: tuple[str, ...] = ("shard",)
     if how == "hsdp":

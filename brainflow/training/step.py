@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from brainflow.config import PretrainConfig
 from brainflow.data.batch import PackedBatch
-from brainflow.frameworks import build
+from brainflow.frameworks import Framework, build
 from brainflow.models.initial import freeze, load_initial
 from brainflow.models.transformer import Transformer
 from brainflow.upload import upload
@@ -99,6 +99,8 @@ class TrainingStep:
         if train.init and fresh:
             load_initial(self.module, train.init)
         freeze(self.module, train.freeze)
+        for parameter in cast(Framework, self.module).untrained:
+            parameter.requires_grad_(False)
         if not any(p.requires_grad for p in self.module.parameters()):
             raise ValueError(f"train.freeze: got {train.freeze}, which leaves nothing to train")
         self.module.to(device)

@@ -207,3 +207,21 @@ def test_masked_values_never_reach_the_encoder(framework):
 def test_unknown_pooling_is_named():
     with pytest.raises(ValueError, match="pooling: got 'max'"):
         make_model("csm", {}).features(make_batch([4]), "max")
+
+
+@pytest.mark.parametrize(
+    ("framework", "changes"),
+    [
+        *CASES,
+        ("csm", {"layers": 1, "coordinates": True, "time_encoding": "fourier", "positions": "rotary"}),
+        ("autoencoder", {"chained_states": True, "teacher_forcing": 0.0, "layers": 1}),
+    ],
+)
+def test_every_parameter_gets_a_gradient_but_those_that_are_said_not_to(framework, changes):
+    """Data parallel training waits for a gradient of each parameter that it was not told to leave out."""
+    sizes = {"networks": 5, "width": 16, "layers": 2, "heads": 2}
+    module = build(ModelConfig(framework=framework, **(sizes | changes))).double()
+    module(make_batch(HALVES, pairs="bert" in framework), seed=0).loss.backward()
+    without = {name for name, p in module.named_parameters() if p.grad is None}
+    untrained = {id(p) for p in module.untrained}
+    assert without == {name for name, p in module.named_parameters() if id(p) in untrained}

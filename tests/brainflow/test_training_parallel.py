@@ -134,6 +134,15 @@ def test_two_ranks_have_the_losses_of_one_process(store, tmp_path, framework, pa
     assert_close(curve(tmp_path / "two"), curve(one))
 
 
+def test_a_parameter_without_a_gradient_in_some_steps_does_not_stop_two_ranks(store, tmp_path):
+    """The decoder of 2022 leaves the pooler out where it is teacher-forced: in the third step of these."""
+    settings = {"model": {"chained_states": True}, "steps": 3}
+    one = pretrain(tiny(store, tmp_path / "one", "autoencoder", micro_batches=2, **settings), quiet=True)
+    two = tiny(store, tmp_path / "two", "autoencoder", **settings)
+    on_ranks(2, lambda: pretrain(two, quiet=True), tmp_path)
+    assert_close(curve(tmp_path / "two"), curve(one))
+
+
 @pytest.mark.parametrize(
     ("framework", "parallel"),
     [("csm", "ddp"), ("seq-bert", "hsdp"), ("net-bert", "fsdp"), ("autoencoder", "ddp")],
