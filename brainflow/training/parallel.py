@@ -153,8 +153,8 @@ def spread(module: nn.Module, ranks: Ranks, how: str, device: torch.device) -> n
     if ranks.world == 1:
         return module
     if how == "ddp":
-        # To look for parameters without a gradient stops the GPU once a step. TrainingStep has taken those out
-        # that never have one; the pooler of the autoencoder of 2022 has one in some steps.
+        # To look for parameters without a gradient stops the GPU once a step. TrainingStep has taken out
+        # those that never have one; the pooler of the autoencoder of 2022 has one in some steps.
         changing = cast(Framework, module).config.chained_states
         return DistributedDataParallel(module, find_unused_parameters=changing)
     shape: tuple[int, ...] = (ranks.world,)

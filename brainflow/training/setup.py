@@ -178,6 +178,12 @@ def split_of(config: PretrainConfig, store: BoldStore, path: Path) -> Split:
     return split
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Let GPUs round inputs of float32 products to 10 bits, or not: those of cuBLAS and of cuDNN's LSTMs."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def seed_dropout(seed: int, device: torch.device) -> None:
     """Seed the generator that dropout draws from (torch.manual_seed would seed every backend, each step)."""
     if device.type == "cuda":

@@ -34,7 +34,7 @@ from .optimizer import (
     make_optimizer,
     optimizer_tensors,
 )
-from .setup import derive_seed, rank_parts, seed_dropout
+from .setup import allow_tf32, derive_seed, rank_parts, seed_dropout
 from .shares import PairGradient, PartSampler, Share, part_shares
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,7 +94,7 @@ class TrainingStep:
         train = config.train
         self.parts = rank_parts(train.micro_batches, ranks)
         torch.manual_seed(derive_seed(train.seed, "weights"))
-        torch.set_float32_matmul_precision("high" if train.precision == "tf32" else "highest")
+        allow_tf32(train.precision == "tf32")
         self.module: nn.Module = build(config.model)
         if train.init and fresh:
             load_initial(self.module, train.init)

@@ -1,8 +1,8 @@
 """PyTorch's own variable-length attention (torch.nn.attention.varlen), CUDA only, without dropout.
 
 Causal is a window of (-1, 0). The documentation gives lse as [tokens, heads]; the operator returns
-[heads, tokens]. The backward pass is the operator behind the public function's gradient, because the second
-stream must hand in a merged output and log-sum-exp.
+[heads, tokens], which is checked: torch 2.14 sends some shapes to cuDNN. The backward pass is the operator
+behind the public function's gradient, because the second stream must hand in a merged output and log-sum-exp.
 """
 
 from __future__ import annotations
@@ -55,6 +55,12 @@ def forward(
         scale=softmax_scale,
         window_size=(-1, 0) if causal else (-1, -1),
     )
+    if lse.shape != (q.shape[1], q.shape[0]):  # it is handed back in the backward pass
+        raise ValueError(
+            f'impl="torch": got a log-sum-exp of shape {tuple(lse.shape)} from torch {torch.__version__}, '
+            f"expected [heads, tokens], {(q.shape[1], q.shape[0])}: another kernel ran than the tested one; "
+            'choose impl="fa2" or impl="fallback" (--model.attention)'
+        )
     return out, lse.t(), q.new_empty(0, dtype=torch.int64)
 
 

@@ -260,3 +260,16 @@ def test_recomputing_activations_changes_no_number(store, tmp_path, precision):
     ]
     one, other = ([line["loss"] for line in read_metrics(run) if "loss" in line] for run in runs)
     assert one == other
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("bf16", False), ("tf32", True)])
+def test_only_tf32_lets_products_round_their_inputs_those_of_cudnn_too(store, tmp_path, precision, allowed):
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = not allowed
+        pretrain(tiny(store, tmp_path / "run", steps=1, precision=precision), quiet=True)
+        assert torch.backends.cudnn.allow_tf32 == allowed
+        assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -269,6 +269,19 @@ def test_only_flash_attention_2_drops_weights_and_its_backward_replays_them(back
     assert abs(float((out.double().sum() - (grad.double() * v.double()).sum()).detach())) < 0.5
 
 
+def test_a_log_sum_exp_of_another_shape_is_refused_by_name(monkeypatch):
+    """As cuDNN's statistics have: [tokens, heads, 1]."""
+    import torch.nn.attention.varlen as varlen
+
+    def other(query, **given):
+        return query, query.new_zeros(*query.shape[:2], 1)
+
+    monkeypatch.setattr(varlen, "varlen_attn", other)
+    q = torch.zeros(4, 2, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"log-sum-exp of shape \(4, 2, 1\) from .*, expected .* \(2, 4\)"):
+        torch_varlen.forward(q, q, q, cumulative([4]), 4, True, 0.0, 1.0)
+
+
 def test_compiles_without_graph_breaks(backend):
     tensors = draw(3)
     windows = cumulative(LENGTHS)
