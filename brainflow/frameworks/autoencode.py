@@ -45,12 +45,23 @@ class Autoencoder(nn.Module):
     def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
         """Return the loss over all values of all windows; `seed` decides about teacher forcing."""
         forced = self.training and _uniform(seed, batch.step) < self.config.teacher_forcing
-        loss = whole_loss(self._decoded(batch, forced), self.unembedding, batch.bold, self.config.loss)
-        return StepOutput(loss=loss, metrics={"reconstruction": loss.detach()})
+        return self._output(batch, self._decoded(batch, forced))
 
     def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
         """Return all values decoded freely, float32 [tokens, networks], and all rows, whatever the `seed`."""
-        values = self.unembedding(self._decoded(batch, forced=False))
+        return self._values(batch, self._decoded(batch, forced=False))
+
+    def score(self, batch: PackedBatch, *, seed: int) -> tuple[StepOutput, Tensor, Tensor]:
+        """Return the output, and all values and all rows, from one encoding that is decoded freely."""
+        decoded = self._decoded(batch, forced=False)
+        return self._output(batch, decoded), *self._values(batch, decoded)
+
+    def _output(self, batch: PackedBatch, decoded: Tensor) -> StepOutput:
+        loss = whole_loss(decoded, self.unembedding, batch.bold, self.config.loss)
+        return StepOutput(loss=loss, metrics={"reconstruction": loss.detach()})
+
+    def _values(self, batch: PackedBatch, decoded: Tensor) -> tuple[Tensor, Tensor]:
+        values = self.unembedding(decoded)
         return at_least_float(values), torch.arange(batch.tokens, device=values.device)
 
     def features(self, batch: PackedBatch, pooling: Pooling = "cls") -> Tensor:

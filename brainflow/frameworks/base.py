@@ -55,6 +55,10 @@ class Framework(Protocol):
         """Return predictions, float32 [masked rows, networks], and their rows of `batch.bold`, int64."""
         ...
 
+    def score(self, batch: PackedBatch, *, seed: int) -> tuple[StepOutput, Tensor, Tensor]:
+        """Return what the call and `reconstruct` return, from one encoding of the batch."""
+        ...
+
     def features(self, batch: PackedBatch, pooling: Pooling = "last") -> Tensor:
         """Return one vector a window, [windows, width], for decoding; "tokens": one a time point."""
         ...

@@ -69,7 +69,18 @@ class CSM(nn.Module):
         seed
             Seed of the masks; (`seed`, `batch.step`) fixes them.
         """
-        hidden, rows, weights = self._predicting(batch, seed)
+        return self._output(batch, *self._predicting(batch, seed))
+
+    def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
+        """Return predicted values, float32 [masked rows, networks], and their rows of `batch.bold`."""
+        return self._values(*self._predicting(batch, seed))
+
+    def score(self, batch: PackedBatch, *, seed: int) -> tuple[StepOutput, Tensor, Tensor]:
+        """Return the output, and the predicted values and their rows, from one encoding."""
+        found = self._predicting(batch, seed)
+        return self._output(batch, *found), *self._values(*found)
+
+    def _output(self, batch: PackedBatch, hidden: Tensor, rows: Tensor, weights: Tensor | None) -> StepOutput:
         weight, bias, kind = self.unembedding.weight, self.unembedding.bias, self.config.loss
         if weights is None:
             loss = whole_loss(hidden, self.unembedding, batch.bold.index_select(0, rows), kind)
@@ -79,9 +90,7 @@ class CSM(nn.Module):
             )
         return StepOutput(loss=loss, metrics={"reconstruction": loss.detach()})
 
-    def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
-        """Return predicted values, float32 [masked rows, networks], and their rows of `batch.bold`."""
-        hidden, rows, weights = self._predicting(batch, seed)
+    def _values(self, hidden: Tensor, rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         chosen = hidden if weights is None else hidden.index_select(0, rows)
         return at_least_float(self.unembedding(chosen)), rows
 

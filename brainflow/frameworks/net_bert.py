@@ -33,7 +33,26 @@ class NetBERT(BertFramework):
 
     def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
         """Return loss and metrics; (`seed`, `batch.step`) fix the masks."""
+        return self._output(batch, seed, *self._predicting(batch, seed))
+
+    def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
+        """Return predicted values and their rows of `batch.bold`.
+
+        The values are float32 [tokens, networks], NaN where a network was not masked: those were given, not
+        predicted. The rows are all tokens.
+        """
+        _, read, cu_seqlens = self._predicting(batch, seed)
+        return self._values(batch, seed, read, cu_seqlens)
+
+    def score(self, batch: PackedBatch, *, seed: int) -> tuple[StepOutput, Tensor, Tensor]:
+        """Return the output, and the predicted values and their rows, from one encoding."""
         first, read, cu_seqlens = self._predicting(batch, seed)
+        output = self._output(batch, seed, first, read, cu_seqlens)
+        return output, *self._values(batch, seed, read, cu_seqlens)
+
+    def _output(
+        self, batch: PackedBatch, seed: int, first: Tensor, read: Tensor, cu_seqlens: Tensor
+    ) -> StepOutput:
         loss = linear_masked_loss(
             read,
             self.unembedding.weight,
@@ -45,13 +64,9 @@ class NetBERT(BertFramework):
         )
         return self.output(batch, first, loss)
 
-    def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
-        """Return predicted values and their rows of `batch.bold`.
-
-        The values are float32 [tokens, networks], NaN where a network was not masked: those were given, not
-        predicted. The rows are all tokens.
-        """
-        _, read, cu_seqlens = self._predicting(batch, seed)
+    def _values(
+        self, batch: PackedBatch, seed: int, read: Tensor, cu_seqlens: Tensor
+    ) -> tuple[Tensor, Tensor]:
         masked = self._mask(batch, seed).dense(cu_seqlens, self.config.networks)
         values = at_least_float(self.unembedding(read)).masked_fill(~masked, torch.nan)
         return values, torch.arange(batch.tokens, device=values.device)

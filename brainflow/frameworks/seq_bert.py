@@ -33,15 +33,22 @@ class SeqBERT(BertFramework):
 
     def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
         """Return loss and metrics; (`seed`, `batch.step`) fix the masks."""
-        first, chosen, rows = self._predicting(batch, seed)
-        target = batch.bold.index_select(0, rows)
-        loss = whole_loss(chosen, self.unembedding, target, self.config.loss)
-        return self.output(batch, first, loss)
+        return self._output(batch, *self._predicting(batch, seed))
 
     def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
         """Return predicted values, float32 [masked rows, networks], and their rows of `batch.bold`."""
         _, chosen, rows = self._predicting(batch, seed)
         return at_least_float(self.unembedding(chosen)), rows
+
+    def score(self, batch: PackedBatch, *, seed: int) -> tuple[StepOutput, Tensor, Tensor]:
+        """Return the output, and the predicted values and their rows, from one encoding."""
+        first, chosen, rows = self._predicting(batch, seed)
+        return self._output(batch, first, chosen, rows), at_least_float(self.unembedding(chosen)), rows
+
+    def _output(self, batch: PackedBatch, first: Tensor, chosen: Tensor, rows: Tensor) -> StepOutput:
+        target = batch.bold.index_select(0, rows)
+        loss = whole_loss(chosen, self.unembedding, target, self.config.loss)
+        return self.output(batch, first, loss)
 
     def _predicting(self, batch: PackedBatch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the hidden states of the first seats, those that predict, and the rows that they predict."""

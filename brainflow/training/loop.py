@@ -169,6 +169,7 @@ class _Run:
             batches=config.data.validation_batches,
             device=device,
             ranks=ranks,
+            precision=train.precision,
         )
 
     def _sampler(self, part: str, seed: int, *, share: int = 0, shares: int = 1) -> WindowSampler:

@@ -172,7 +172,7 @@ def spread(module: nn.Module, ranks: Ranks, how: str, device: torch.device) -> n
             for block in part.blocks:
                 fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
-    register_fsdp_forward_method(module, "reconstruct")
+    register_fsdp_forward_method(module, "score")
     return module
 
 

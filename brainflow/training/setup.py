@@ -7,9 +7,9 @@ import gc
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -176,6 +176,14 @@ def split_of(config: PretrainConfig, store: BoldStore, path: Path) -> Split:
         )
     split.save(path)
     return split
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """Return a context in which a model runs in the element type of `train.precision`."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return cast(
+        AbstractContextManager[None], torch.autocast(device.type, dtype=half, enabled=half is not None)
+    )
 
 
 def allow_tf32(allowed: bool) -> None:

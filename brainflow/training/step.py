@@ -34,10 +34,8 @@ from .optimizer import (
     make_optimizer,
     optimizer_tensors,
 )
-from .setup import allow_tf32, derive_seed, rank_parts, seed_dropout
+from .setup import allow_tf32, autocast, derive_seed, rank_parts, seed_dropout
 from .shares import PairGradient, PartSampler, Share, part_shares
-
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -241,8 +239,7 @@ class TrainingStep:
         self.trs += batch.tokens
         self._pair_gradient.scale = None if share is None else share.pairs / share.values
         with parallel.accumulating(self.model, last=last):
-            half = HALF.get(train.precision)
-            with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
+            with autocast(self.device, train.precision):
                 out = self.model(batch, seed=seed)
             loss = out.loss if share is None else out.loss * (share.values * self.ranks.world)
             (loss if self.scale is None else loss * self.scale.values[0]).backward()

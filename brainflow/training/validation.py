@@ -32,6 +32,7 @@ from brainflow.storage import BoldStore
 from brainflow.upload import upload
 
 from .parallel import Ranks
+from .setup import autocast
 
 # Masks of validation are drawn with a seed of their own, the same at every validation of every run.
 MASK_SEED = 20_220_611
@@ -92,6 +93,8 @@ class Validator:
         Where the module lives.
     ranks
         Who shares the work; alone if absent.
+    precision
+        `train.precision`, in which the module runs.
     """
 
     def __init__(
@@ -103,7 +106,9 @@ class Validator:
         batches: int,
         device: torch.device,
         ranks: Ranks | None = None,
+        precision: str = "fp32",
     ) -> None:
+        self.precision = precision
         self.store, self.batches, self.device, self.ranks = store, batches, device, ranks or Ranks()
         self.held_out = _Share(held_out, batches, self.ranks)
         self.datasets, self._dataset = np.unique(np.asarray(store.runs.dataset), return_inverse=True)
@@ -127,8 +132,8 @@ class Validator:
         moments = torch.zeros(6, networks, dtype=torch.float64, device=self.device)
         windows = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch, counts in self._draw(self.held_out):
-            out = module(batch, seed=MASK_SEED)
-            prediction, rows = module.reconstruct(batch, seed=MASK_SEED)
+            with autocast(self.device, self.precision):
+                out, prediction, rows = module.score(batch, seed=MASK_SEED)
             for name, value in {"loss": out.loss, **out.metrics}.items():
                 before = reported.setdefault(name, torch.zeros_like(value, dtype=torch.float64))
                 if counts:

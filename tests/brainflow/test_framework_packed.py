@@ -187,6 +187,26 @@ def test_evaluation_is_deterministic(framework):
     assert torch.equal(model(batch, seed=5).loss, model(batch, seed=5).loss)
 
 
+@pytest.mark.parametrize(("framework", "changes"), CASES)
+def test_a_score_is_loss_and_reconstruction_from_one_encoding(framework, changes, monkeypatch):
+    batch = make_batch(HALVES, pairs="bert" in framework)
+    model = make_model(framework, changes).eval()
+    expected = (model(batch, seed=5).loss, *model.reconstruct(batch, seed=5))
+    encodings = []
+    monkeypatch.setattr(type(model.embedding), "finish", count_calls(encodings, type(model.embedding).finish))
+    output, values, rows = model.score(batch, seed=5)
+    torch.testing.assert_close((output.loss, values, rows), expected, rtol=0, atol=0, equal_nan=True)
+    assert len(encodings) == 1
+
+
+def count_calls(calls, function):
+    def counted(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return counted
+
+
 @pytest.mark.parametrize("framework", ["seq-bert", "net-bert"])
 def test_masked_values_never_reach_the_encoder(framework):
     batch = make_batch(HALVES, pairs=True)

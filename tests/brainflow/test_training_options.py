@@ -16,6 +16,7 @@ import brainflow
 from brainflow.benchmarks.training import random_batch
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from brainflow.frameworks import build
+from brainflow.frameworks.csm import CSM
 from brainflow.storage import StoreWriter
 from brainflow.training import checkpoint
 from brainflow.training.flops import matrix_weights
@@ -273,3 +274,17 @@ def test_only_tf32_lets_products_round_their_inputs_those_of_cudnn_too(store, tm
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_validation_runs_in_the_precision_of_the_training(store, tmp_path, monkeypatch):
+    seen = []
+    real = CSM.score
+
+    def score(self, batch, *, seed):
+        seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return real(self, batch, seed=seed)
+
+    monkeypatch.setattr(CSM, "score", score)
+    for precision in ("fp32", "bf16"):
+        pretrain(tiny(store, tmp_path / precision, steps=1, precision=precision), quiet=True)
+    assert seen == [False, torch.bfloat16]
