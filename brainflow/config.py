@@ -48,6 +48,10 @@ class ModelConfig:
     points. 0 is as published: single time points, networks over the whole window."""
     teacher_forcing: float = 0.5
     """Autoencoder: probability that a batch is decoded from the true values before each time point."""
+    attention: Literal["auto", "fa4", "fa2", "torch", "fallback"] = "auto"
+    """Attention kernel on GPUs: flash-attn 4 or 2, torch's own, or plain PyTorch, many times as slow. `auto`
+    takes the best flash kernel that is installed, one that can drop attention weights first; where it cannot,
+    none are dropped. All but `fallback` need bf16 or fp16."""
     recompute: bool = False
     """Activation checkpointing of the transformer: less memory, about a third more time."""
     positions: Literal["learned", "rotary"] = "learned"
@@ -188,9 +192,10 @@ class TrainConfig:
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """Learning rate after the warm-up: linear decay to 0 (as published), half a cosine to 0, constant, or
     warm-up–stable–decay: constant, then linear decay over the last tenth of the steps."""
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
-    """`bf16` and `fp16` run the forward pass under autocast, `fp16` with a loss scale; `tf32` lets GPUs
-    round the inputs of matrix products to 10 bits."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 on GPUs that have it, else fp32; a run continues in what it began with. `bf16` and `fp16`
+    run the forward pass under autocast, `fp16` with a loss scale; `tf32` lets GPUs round the inputs of matrix
+    products to 10 bits."""
     micro_batches: int = 0
     """Parts that the batch of a step is cut into, over all ranks: gradient accumulation where there are more
     parts than ranks. 0: one a rank, or as the run began. The numbers do not depend on who computes a part."""

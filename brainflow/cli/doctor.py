@@ -106,10 +106,24 @@ def environment() -> dict[str, str]:
         "CPU cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}"
         f", torch uses {torch.get_num_threads()} threads",
     }
+    facts["attention"] = _attention()
     for package, use in OPTIONAL.items():
         found = _version(package)
         facts[package] = found or f"not installed ({use})"
     return facts
+
+
+def _attention() -> str:
+    """Return the kernel that a model of common size would take here, in training with dropout."""
+    import torch
+
+    from brainflow.kernels.varlen_attention import backends
+
+    if not torch.cuda.is_available():
+        return "plain PyTorch (no GPU)"
+    q = torch.empty(2, 12, 64, dtype=torch.bfloat16, device="cuda")
+    reasons = backends.no_flash(q, 1, 0.0)
+    return f"fallback ({reasons})" if reasons else f"{backends.settle(q, 1, 0.1, None)[0]}, in bf16 and fp16"
 
 
 def _version(package: str) -> str | None:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from brainflow.config import ModelConfig
 from brainflow.kernels import attention, shifted_attention
+from brainflow.kernels.varlen_attention import settle
 from brainflow.models.dropout import Dropout
 
 Style = Literal["gpt", "bert"]
@@ -57,6 +58,7 @@ class Attention(nn.Module):
     def __init__(self, style: Style, c: ModelConfig) -> None:
         super().__init__()
         self.heads, self.dropout, self.causal = c.heads, c.dropout, style == "gpt"
+        self.backend = None if c.attention == "auto" else c.attention
         self.qkv = nn.Linear(c.width, 3 * c.width)
         self.out = nn.Linear(c.width, c.width)
 
@@ -73,23 +75,26 @@ class Attention(nn.Module):
         cu, longest = layout.cu_seqlens, layout.max_seqlen
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         if rotation is not None:
-            qkv = torch.cat((_rotate(qkv[:, :2], rotation), qkv[:, 2:]), 1)
+            qkv = torch.cat((_rotate(qkv[:, :2], rotation).to(qkv.dtype), qkv[:, 2:]), 1)
+        impl, p = settle(qkv[:, 0], cu.shape[0] - 1, p, self.backend)
         if streams == "one":
             q, k, v = qkv.unbind(1)
-            mixed = _attend(q, k, v, cu, longest, self.causal, p)
+            mixed = _attend(q, k, v, cu, longest, self.causal, p, impl)
         else:
             points, queries = qkv.unflatten(0, (2, -1)).unbind(0)
             q, k, v = points.unbind(1)
             q2, k2, v2 = queries.unbind(1)
-            mixed = shifted_attention(q2, k, v, k2, v2, cu, longest, dropout_p=p)
+            mixed = shifted_attention(q2, k, v, k2, v2, cu, longest, dropout_p=p, impl=impl)
             if streams == "two":
-                mixed = torch.cat((_attend(q, k, v, cu, longest, True, p), mixed))
+                mixed = torch.cat((_attend(q, k, v, cu, longest, True, p, impl), mixed))
         mixed = mixed if rows is None else mixed.index_select(0, rows)
         return self.out(mixed.flatten(1))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, causal: bool, p: float) -> Tensor:
-    return cast(Tensor, attention(q, k, v, cu, longest, causal=causal, dropout_p=p))
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, causal: bool, p: float, impl: str
+) -> Tensor:
+    return cast(Tensor, attention(q, k, v, cu, longest, causal=causal, dropout_p=p, impl=impl))
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:

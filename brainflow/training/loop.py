@@ -11,6 +11,7 @@ import logging
 import math
 import secrets
 import signal
+import sys
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from brainflow.storage import BoldStore
 from brainflow.upload import upload
 
 from . import checkpoint, parallel
+from .compute import describe_compute, settle_precision
 from .flops import peak_flops
 from .interrupt import Preempted, StopRequest, mark
 from .meters import Clock, Meters, Readback
@@ -104,10 +106,15 @@ def pretrain(config: PretrainConfig, *, resume: Resume = "auto", quiet: bool = F
     if resume == "auto":
         saved_config(folder)  # damage is named before anything reads it
     config = cut_into_parts(config, folder, ranks.world, resume=resume)
+    config = settle_precision(config, folder, device, resume=resume)
+    computes = describe_compute(config, device)
     writer = Writer()
     try:
         with parallel.process_group(ranks, device), exclusive(folder) if ranks.first else nullcontext():
             start_from = begin_together(ranks, device, folder, config, snapshot=store.snapshot, resume=resume)
+            _log.info("compute: %s", computes)
+            if ranks.first and not quiet:
+                sys.stderr.write(f"computing on {computes}\n")
             with StopRequest() as stop, closing(writer):
                 # It has no name here, because the model must be gone before the process group is.
                 _Run(config, store, folder, start_from, ranks, device, writer).train(

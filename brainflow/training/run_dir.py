@@ -27,6 +27,7 @@ FREE = (
     "store",
     "out",
     "device",
+    "model.attention",
     "data.loader",
     "train.checkpoint_every",
     "train.keep",
@@ -117,7 +118,7 @@ def begin(folder: Path, config: PretrainConfig, *, snapshot: str, resume: Resume
     remove_partial(folder / CHECKPOINTS)
     for left in [*folder.glob("*.partial"), *(folder / BEST).glob("*.partial")]:
         left.unlink()  # by a process that was killed, or a link where a file is going to be written
-    if path.exists() and not _begun(folder):
+    if path.exists() and not begun(folder):
         path.unlink()  # it failed before its first step: nothing to continue, nothing to lose
     if path.exists():
         # A run of an older version lacks settings that are younger: it had what is their default.
@@ -163,7 +164,7 @@ def saved_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _begun(folder: Path) -> bool:
+def begun(folder: Path) -> bool:
     """Whether a run has left anything but its configuration."""
     metrics = folder / METRICS
     return (metrics.exists() and metrics.stat().st_size > 0) or (folder / CHECKPOINTS).exists()

@@ -7,9 +7,9 @@ import gc
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from brainflow.data.splits import Split, split_runs
 from brainflow.storage import BoldStore
 
 from .parallel import Ranks
-from .run_dir import CHECKPOINTS, CONFIG, Resume, begin
+from .run_dir import CHECKPOINTS, Resume, begin, begun, saved_config
 
 
 def fit_to_store(config: PretrainConfig, store: BoldStore) -> PretrainConfig:
@@ -72,10 +72,7 @@ def cut_into_parts(config: PretrainConfig, folder: Path, world: int, *, resume: 
     ValueError
         If ranks cannot share the parts equally or parts the windows.
     """
-    parts, saved = config.train.micro_batches, folder / CONFIG
-    if not parts and resume == "auto" and saved.exists():
-        parts = json.loads(saved.read_text(encoding="utf-8")).get("train", {}).get("micro_batches", 0)
-    parts = parts or world
+    parts = config.train.micro_batches or as_begun(folder, "micro_batches", resume) or world
     if parts % world or config.data.batch_size % parts:
         raise ValueError(
             f"train.micro_batches: got {parts} parts for {world} ranks and data.batch_size="
@@ -83,6 +80,13 @@ def cut_into_parts(config: PretrainConfig, folder: Path, world: int, *, resume: 
             "another number of ranks or of parts"
         )
     return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batches=parts))
+
+
+def as_begun(folder: Path, name: str, resume: Resume) -> Any:
+    """Return a training setting of the run that will be continued, or None."""
+    if resume != "auto" or not begun(folder):
+        return None
+    return saved_config(folder).get("train", {}).get(name)
 
 
 def begin_together(
@@ -176,20 +180,6 @@ def split_of(config: PretrainConfig, store: BoldStore, path: Path) -> Split:
         )
     split.save(path)
     return split
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """Return a context in which a model runs in the element type of `train.precision`."""
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return cast(
-        AbstractContextManager[None], torch.autocast(device.type, dtype=half, enabled=half is not None)
-    )
-
-
-def allow_tf32(allowed: bool) -> None:
-    """Let GPUs round inputs of float32 products to 10 bits, or not: those of cuBLAS and of cuDNN's LSTMs."""
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:

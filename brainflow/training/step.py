@@ -24,6 +24,7 @@ from brainflow.models.transformer import Transformer
 from brainflow.upload import upload
 
 from . import checkpoint, parallel
+from .compute import allow_tf32, autocast
 from .flops import matrix_weights
 from .meters import Meters
 from .optimizer import (
@@ -34,7 +35,7 @@ from .optimizer import (
     make_optimizer,
     optimizer_tensors,
 )
-from .setup import allow_tf32, autocast, derive_seed, rank_parts, seed_dropout
+from .setup import derive_seed, rank_parts, seed_dropout
 from .shares import PairGradient, PartSampler, Share, part_shares
 
 

@@ -31,8 +31,8 @@ from brainflow.data.windows import Windows
 from brainflow.storage import BoldStore
 from brainflow.upload import upload
 
+from .compute import autocast
 from .parallel import Ranks
-from .setup import autocast
 
 # Masks of validation are drawn with a seed of their own, the same at every validation of every run.
 MASK_SEED = 20_220_611

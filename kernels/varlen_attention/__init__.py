@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from . import naive, ops, shifted
-from .backends import choose
+from .backends import choose, settle
 from .checks import check_dropout, check_shapes
 
-__all__ = ["attention", "shifted_attention"]
+__all__ = ["attention", "settle", "shifted_attention"]
 
 
 def attention(

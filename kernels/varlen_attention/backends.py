@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -17,6 +19,8 @@ BACKENDS: dict[str, ModuleType] = {"fa4": fa4, "fa2": fa2, "torch": torch_varlen
 def choose(q: Tensor, windows: int, dropout_p: float, impl: str | None) -> str:
     """Return the name of the backend for q [tokens, heads, head_dim].
 
+    Left to itself on CUDA it warns, once for a reason, where only the fallback can compute this.
+
     Raises
     ------
     ValueError, TypeError
@@ -28,7 +32,9 @@ def choose(q: Tensor, windows: int, dropout_p: float, impl: str | None) -> str:
         if q.device.type != "cuda":
             impl = "fallback"
         else:
-            impl = next(name for name in BACKENDS if _can(name, q, windows, dropout_p))
+            impl = next(name for name in BACKENDS if why_not(name, q, windows, dropout_p) is None)
+            if impl == "fallback":
+                _warn(no_flash(q, windows, dropout_p))
     elif impl not in BACKENDS:
         expected = ", ".join(map(repr, ("naive", *BACKENDS)))
         raise ValueError(f"impl: got {impl!r}, expected one of {expected} or None")
@@ -40,11 +46,69 @@ def choose(q: Tensor, windows: int, dropout_p: float, impl: str | None) -> str:
     return impl
 
 
-def _can(name: str, q: Tensor, windows: int, dropout_p: float) -> bool:
+def settle(q: Tensor, windows: int, dropout_p: float, impl: str | None) -> tuple[str, float]:
+    """Return backend and dropout of a model that rather keeps all attention weights than miss a flash kernel.
+
+    Parameters
+    ----------
+    q
+        [tokens, heads, head_dim].
+    windows
+        Their number.
+    dropout_p
+        Probability with which a weight is dropped where that is possible; elsewhere none is.
+    impl
+        Backend on CUDA, or None: the best. On the CPU the fallback runs in any case.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`choose`.
+    """
+    if q.device.type != "cuda":
+        return choose(q, windows, dropout_p, None), dropout_p
+    if impl is not None:
+        p = dropout_p if impl not in BACKENDS or _limits(impl).dropout else 0.0
+        return choose(q, windows, p, impl), p
+    for p in (dropout_p, 0.0):
+        for name in BACKENDS:
+            if name != "fallback" and why_not(name, q, windows, p) is None:
+                return name, p
+    return choose(q, windows, dropout_p, None), dropout_p
+
+
+def why_not(name: str, q: Tensor, windows: int, dropout_p: float) -> str | None:
+    """Return why a backend cannot compute this here, or None if it can."""
     limits = _limits(name)
-    if refusal(limits, q, windows, dropout_p) is not None or not _installed(name):
-        return False
-    return limits.capability is None or _capability(q.device.index or 0) >= limits.capability
+    if not _installed(name):
+        return "it is not installed"
+    problem = refusal(limits, q, windows, dropout_p)
+    if problem is not None:
+        return str(problem)
+    if limits.capability is not None and _capability(q.device.index or 0) < limits.capability:
+        needed, has = (
+            ".".join(map(str, pair)) for pair in (limits.capability, _capability(q.device.index or 0))
+        )
+        return f"it needs compute capability {needed}, this GPU has {has}"
+    return None
+
+
+def no_flash(q: Tensor, windows: int, dropout_p: float) -> str | None:
+    """Return why no flash kernel can compute this, or None if one can."""
+    reasons = {name: why_not(name, q, windows, dropout_p) for name in BACKENDS if name != "fallback"}
+    if None in reasons.values():
+        return None
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _warn(reasons: str | None) -> None:
+    warnings.warn(
+        "attention: no flash kernel can compute this, so the fallback runs, which loops over windows, stops "
+        f"the GPU and is many times as slow ({reasons})",
+        stacklevel=2,
+    )
 
 
 def _limits(name: str) -> Limits:

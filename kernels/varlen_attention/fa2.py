@@ -7,6 +7,7 @@ stream's backward pass must hand in a merged output and log-sum-exp. lse is [hea
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ LIMITS = Limits(
 )
 
 
+@cache
 def installed() -> bool:
     """Whether flash-attn 2's compiled module can be found (flash-attn 4 shares its package name)."""
     return importlib.util.find_spec("flash_attn_2_cuda") is not None

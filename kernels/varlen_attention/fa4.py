@@ -7,6 +7,7 @@ the second stream must hand in a merged output and log-sum-exp. lse is [heads, t
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ LIMITS = Limits(
 )
 
 
+@cache
 def installed() -> bool:
     """Whether flash-attn 4 can be found."""
     if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("cutlass") is None:

@@ -8,6 +8,7 @@ behind the public function's gradient, because the second stream must hand in a 
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ LIMITS = Limits(
 )
 
 
+@cache
 def installed() -> bool:
     """Whether this PyTorch has it."""
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None

@@ -1,0 +1,85 @@
+"""In which precision and with which attention kernel a run computes, and what is said about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from brainflow.config import PretrainConfig
+from brainflow.kernels.varlen_attention import backends
+
+from .run_dir import Resume
+from .setup import as_begun
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def settle_precision(
+    config: PretrainConfig, folder: Path, device: torch.device, *, resume: Resume
+) -> PretrainConfig:
+    """Return the configuration with `train.precision`: as asked for, as the run began, or by the device."""
+    precision: Any = config.train.precision
+    if precision == "auto":
+        precision = as_begun(folder, "precision", resume) or _best_precision(device)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
+
+
+def _best_precision(device: torch.device) -> str:
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp32"
+
+
+def describe_compute(config: PretrainConfig, device: torch.device) -> str:
+    """Say on what, in which precision and with which attention kernel a run computes, and why.
+
+    Raises
+    ------
+    ValueError
+        If a transformer on a GPU would run without a flash kernel and nobody asked for that.
+    """
+    model, precision = config.model, config.train.precision
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    line = f"{name}, precision {precision}"
+    if model.framework == "autoencoder":
+        return f"{line}, LSTMs by {'cuDNN' if device.type == 'cuda' else 'PyTorch'}"
+    if device.type != "cuda":
+        return f"{line}, attention in plain PyTorch"
+    dtype = HALF.get(precision, torch.float32)
+    q = torch.empty(2, model.heads, model.width // model.heads, dtype=dtype, device=device)
+    asked = None if model.attention == "auto" else model.attention
+    if asked is None and (reason := backends.no_flash(q, 1, 0.0)):
+        raise ValueError(
+            f"model.attention: got auto with train.precision {precision} on {name}, where no flash kernel "
+            f"runs ({reason}); take --train.precision bf16 if the GPU has it, or --model.attention fallback, "
+            "which is many times as slow"
+        )
+    try:
+        backend, dropout = backends.settle(q, 1, model.dropout, asked)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model.attention: got {asked}; {error}") from error
+    why = "the first flash kernel that is installed and can" if asked is None else "as asked for"
+    line += f", attention {backend} ({why})"
+    if dropout != model.dropout:
+        line += f"; {backend} cannot drop attention weights, so dropout {model.dropout:g} is elsewhere only"
+    if backend == "fallback":
+        line += "; it stops the GPU and is many times as slow as a flash kernel"
+    return line
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """Return a context in which a model runs in the element type of `train.precision`."""
+    half = HALF.get(precision)
+    return cast(
+        AbstractContextManager[None], torch.autocast(device.type, dtype=half, enabled=half is not None)
+    )
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let GPUs round inputs of float32 products to 10 bits, or not: those of cuBLAS and of cuDNN's LSTMs."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
