@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from brainflow.data.windows import Sampler
 
 _RESIDENT_SHARE = 0.5
-"""A store is kept in device memory if it takes at most this share of what is free there."""
+"""A store is kept in device memory if it takes at most this share of what is free there.
+
+The training asks after it has run its largest batch: activations have their room, the rest is for AdamW's
+state and validation."""
 
 
 def make_loader(

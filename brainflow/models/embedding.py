@@ -143,7 +143,12 @@ class SecondsWaves(nn.Module):
 
 
 def cast_input(bold: Tensor, weight: Tensor) -> Tensor:
-    """Return `bold` in the element type that a product with `weight` runs in; under autocast unchanged."""
-    if torch.is_autocast_enabled(bold.device.type):
-        return bold
-    return bold.to(weight.dtype)
+    """Return `bold` in the element type that a product with `weight` runs in.
+
+    Under autocast that is autocast's, also for a store of float16: gradients of what is put into it must not
+    get that type's narrow range. float64 stays, as in PyTorch's own rule.
+    """
+    kind = bold.device.type
+    if not torch.is_autocast_enabled(kind):
+        return bold.to(weight.dtype)
+    return bold if bold.dtype == torch.float64 else bold.to(torch.get_autocast_dtype(kind))

@@ -10,11 +10,16 @@ from torch import nn
 
 from brainflow.models.transformer import Transformer
 
-# Dense peaks in TFLOP/s, from NVIDIA's data sheets (SXM parts): fp32, tf32, bf16 and fp16.
+# Dense peaks in TFLOP/s, from NVIDIA's data sheets: fp32, tf32, bf16 and fp16. The first that fits counts.
 _PEAKS = {
     "V100-SXM2": (15.7, 15.7, 125.0),
     "A100-SXM4": (19.5, 156.0, 312.0),
+    "A100-PCIE": (19.5, 156.0, 312.0),
+    "A100 80GB PCIe": (19.5, 156.0, 312.0),
     "H100 80GB HBM3": (67.0, 494.7, 989.4),
+    "H100 PCIe": (51.0, 378.0, 756.0),
+    "H100 NVL": (60.0, 417.5, 835.5),
+    "H200 NVL": (60.0, 417.5, 835.5),
     "H200": (67.0, 494.7, 989.4),
 }
 
@@ -66,6 +71,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
     size = 8192 if device.type == "cuda" else 384
     a = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
+    a @ a  # the first product on a GPU loads cuBLAS
     for _ in range(5):
         _wait(device)
         began = time.perf_counter()

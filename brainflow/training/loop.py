@@ -96,7 +96,8 @@ def pretrain(config: PretrainConfig, *, resume: Resume = "auto", quiet: bool = F
     OSError
         If the disk is full; the last checkpoint is intact.
     ConnectionError
-        If another rank died or does not answer; the last checkpoint is intact.
+        If another rank died or does not answer; the last checkpoint is intact. (NCCL's watchdog ends this
+        process before anything can be said; the same command continues from the last checkpoint, too.)
     """
     ranks = parallel.from_environment()
     device = device_of(config.device, ranks.local)
@@ -207,7 +208,9 @@ class _Run:
         """Run to the last step, then write the release form."""
         config = self.config.train
         readback = Readback()
-        loader = make_loader(
+        if self.step < config.steps and not self._stale():
+            self._rehearse()
+        loader = make_loader(  # after the rehearsal: what is free on a GPU then is free
             self.store,
             PartSampler(self._part_samplers()),
             kind=self.config.data.loader,
@@ -219,10 +222,6 @@ class _Run:
         progress = TrainingProgress(config.steps, done=self.step, quiet=quiet)
         first = self.step
         with closing_loader(loader) as batches, progress, collecting_rarely():
-            if self.step < config.steps and not self._stale():
-                part = self._part_samplers()[0]
-                rehearsal = largest_batch(part, self.store, batch_dtype(self.store))
-                self.one_step.rehearse(rehearsal.to(self.device))
             clock = Clock(loader)
             while self.step < config.steps and not self._stale():
                 lr = learning_rate(self.step, config)
@@ -260,6 +259,10 @@ class _Run:
                 report["skipped_windows"],
             )
         self._release(self.folder)
+
+    def _rehearse(self) -> None:
+        largest = largest_batch(self._part_samplers()[0], self.store, batch_dtype(self.store))
+        self.one_step.rehearse(largest.to(self.device))
 
     def _stopping(self, stop: StopRequest, numbers: StepNumbers) -> bool:
         """Whether any rank was asked to stop; on GPUs the answer is read every `log_every` steps."""

@@ -67,10 +67,8 @@ class LossScale:
 
     def unscale(self, module: nn.Module) -> None:
         """Divide all gradients by the scale."""
-        inverse = 1 / self.values[0]
-        for parameter in module.parameters():
-            if parameter.grad is not None:
-                local(parameter.grad).mul_(inverse)
+        gradients = [local(p.grad) for p in module.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, 1 / self.values[0])
 
     def update(self, found_inf: Tensor) -> None:
         """Adapt the scale after a step."""
@@ -92,9 +90,10 @@ class MovingAverage:
     def update(self, module: nn.Module, found_inf: Tensor) -> None:
         """Move towards the module's parameters by 1 - decay, or not at all where `found_inf` is 1."""
         weight = (1 - self.decay) * (1 - found_inf)
-        for name, parameter in module.named_parameters():
-            average = local(self.values[name])
-            average.lerp_(local(parameter), weight.to(average.dtype))
+        named = dict(module.named_parameters())
+        averages = [local(self.values[name]) for name in named]
+        approach = approach_together if weight.is_cuda else approach_one_by_one
+        approach(averages, [local(parameter) for parameter in named.values()], weight)
 
     @contextmanager
     def swapped(self, module: nn.Module) -> Iterator[None]:
@@ -114,6 +113,19 @@ class MovingAverage:
             kept = here.clone()
             here.copy_(average)
             average.copy_(kept)
+
+
+def approach_one_by_one(averages: list[Tensor], values: list[Tensor], weight: Tensor) -> None:
+    """Move averages towards values by `weight`, 0-d."""
+    for average, value in zip(averages, values, strict=True):
+        average.lerp_(value, weight.to(average.dtype))
+
+
+def approach_together(averages: list[Tensor], values: list[Tensor], weight: Tensor) -> None:
+    """Do the same in a few launches on a GPU, where one for each parameter takes longer than what it does."""
+    ways = torch._foreach_sub(values, averages)
+    torch._foreach_mul_(ways, weight)
+    torch._foreach_add_(averages, ways)
 
 
 def local(value: Tensor) -> Tensor:

@@ -163,10 +163,16 @@ def backward(ctx, upstream, *_):
     factor = factor * upstream
     done = type(factor) is torch.Tensor and factor.device.type == "cpu" and factor.item() == 1.0
     grads = [
-        (grad if done else grad * factor).to(dtype) if needed else None
+        (grad if done else _scaled(grad, factor, dtype)).to(dtype) if needed else None
         for grad, dtype, needed in zip(saved, ctx.dtypes, ctx.needs_input_grad, strict=False)
     ]
     return (*once(value, *grads), *(None,) * 8)
+
+
+@torch.no_grad()
+def _scaled(grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return grad · factor in `dtype`; a factor without dimension would be rounded to 16 bits before."""
+    return torch.mul(grad, factor.view(1), out=torch.empty_like(grad, dtype=dtype))
 
 
 linear_masked_loss.register_autograd(backward, setup_context=setup_context)

@@ -3,6 +3,8 @@ import pytest
 import torch
 
 from brainflow.config import ModelConfig
+from brainflow.data.batch import PackedBatch
+from brainflow.frameworks.net_bert import NetBERT
 from brainflow.models.embedding import BoldEmbedding
 from brainflow.models.heads import DecodingHead
 from brainflow.upload import upload
@@ -46,3 +48,29 @@ def test_upload_keeps_types_shapes_and_empty_arrays():
 def test_a_head_needs_two_classes():
     with pytest.raises(ValueError, match="classes: got 1"):
         DecodingHead(8, 1)
+
+
+def test_a_store_of_float16_trains_a_mask_token_as_one_of_float32_does_under_bf16():
+    """What autocast casts anyway is cast before the token is put in: float16 lacks its gradient's range."""
+    torch.manual_seed(0)
+    config = ModelConfig(framework="net-bert", networks=4, width=8, layers=1, heads=2, dropout=0.0)
+    module, bold = NetBERT(config), torch.randn(12, 4).half()
+    grads = []
+    for store in (bold, bold.float()):
+        lengths = np.array([5, 7], np.int32)
+        batch = PackedBatch(
+            bold=store,
+            times=torch.zeros(12),
+            cu_seqlens=torch.tensor([0, 5, 12], dtype=torch.int32),
+            max_seqlen=7,
+            lengths=lengths,
+            runs=np.zeros(2, np.int32),
+            step=0,
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = module(batch, seed=3).loss
+        (1e-6 * loss).backward()
+        grads.append(module.mask_token.grad.clone())
+        module.zero_grad()
+    assert grads[0].any()
+    assert torch.equal(*grads)

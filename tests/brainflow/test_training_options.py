@@ -19,10 +19,16 @@ from brainflow.frameworks import build
 from brainflow.frameworks.csm import CSM
 from brainflow.storage import StoreWriter
 from brainflow.training import checkpoint
-from brainflow.training.flops import matrix_weights
+from brainflow.training.flops import matrix_weights, peak_flops
 from brainflow.training.loop import pretrain
 from brainflow.training.metrics import read_metrics
-from brainflow.training.optimizer import LossScale, MovingAverage, learning_rate
+from brainflow.training.optimizer import (
+    LossScale,
+    MovingAverage,
+    approach_one_by_one,
+    approach_together,
+    learning_rate,
+)
 from brainflow.training.step import TrainingStep
 from brainflow.training.trackers import make_tracker
 
@@ -288,3 +294,29 @@ def test_validation_runs_in_the_precision_of_the_training(store, tmp_path, monke
     for precision in ("fp32", "bf16"):
         pretrain(tiny(store, tmp_path / precision, steps=1, precision=precision), quiet=True)
     assert seen == [False, torch.bfloat16]
+
+
+def test_averages_move_as_far_together_as_one_by_one():
+    start, values = ([torch.randn(5, 3), torch.randn(7)] for _ in range(2))
+    for weight in (torch.tensor(0.1), torch.tensor(0.0)):
+        one, together = ([x.clone() for x in start] for _ in range(2))
+        approach_one_by_one(one, values, weight)
+        approach_together(together, values, weight)
+        torch.testing.assert_close(one, together)
+        assert (weight == 0) == torch.equal(together[0], start[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA A100-PCIE-40GB", 312.0),
+    ],
+)
+def test_the_peak_is_that_of_the_card(name, bf16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), "bf16") == 1e12 * bf16
