@@ -7,3 +7,21 @@ times as long), and sums of one thread are the same on every machine.
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch or numpy
+
+import pytest
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """Each kind of device in turn; a comparison is run on the GPU where there is one."""
+    return request.getfixturevalue("cuda") if request.param == "cuda" else "cpu"
+
+
+@pytest.fixture
+def cuda():
+    """The GPU; without one the test is skipped, and says so."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU: torch.cuda.is_available() is False")
+    return "cuda"
