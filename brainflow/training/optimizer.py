@@ -63,7 +63,8 @@ class LossScale:
     START, GROW_EVERY = 2.0**14, 2_000
 
     def __init__(self, device: torch.device) -> None:
-        self.values = torch.tensor([self.START, 0.0], device=device)
+        self.values = torch.zeros(2, device=device)
+        self.values[0].fill_(self.START)
 
     def unscale(self, module: nn.Module) -> None:
         """Divide all gradients by the scale."""
