@@ -61,7 +61,9 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(fold
 def test_json_is_all_that_stdout_holds(folder, capsys):
     arguments = ["--config", str(folder / "run.toml"), "--out", str(folder / "json"), "--json"]
     assert main(["pretrain", *arguments, "--framework", "csm"]) == 0
-    summary = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert printed.err.startswith("computing on CPU, precision fp32, attention in plain PyTorch\n")
+    summary = json.loads(printed.out)
     assert summary["run"] == str(folder / "json")
     assert summary["step"] == 4
     assert {"loss", "val_loss", "val_mean_l1", "val_last_l1"} <= summary.keys()

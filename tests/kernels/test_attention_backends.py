@@ -331,6 +331,7 @@ def fake_choice(monkeypatch, installed, capability=(9, 0), dtype=torch.bfloat16,
         return backends.choose(q, 2, dropout_p, None)
 
 
+@pytest.mark.filterwarnings("ignore:attention. no flash kernel:UserWarning")
 def test_choice_by_device_and_what_is_installed(monkeypatch):
     everything = {"fa4", "fa2", "torch", "fallback"}
     assert fake_choice(monkeypatch, everything) == "fa4"
