@@ -13,6 +13,11 @@ from .errors import StoreError
 from .segments import MISSING_INTEGER, NO_CENSOR, RUN_STRINGS, Label, Segment, decode_strings, encode_strings
 
 MAX_TEXT_BYTES = 255
+MAX_NAME_BYTES = 255  # a label's column is a directory
+MAX_LABEL_BYTES = 1024
+MAX_LABEL_COLUMNS = 1000  # each is a few files of every index
+EXACT = 2**53
+_SHOWN = 80
 RUN_NUMBERS = {"start": "<i8", "length": "<i4", "t_r": "<f8", "slot": "<i8", "censor": "<i8"}
 SEGMENT_NUMBERS = {"run": "<i4", "onset": "<i4", "length": "<i4"}
 
@@ -20,34 +25,142 @@ Columns = Mapping[str, np.ndarray]
 
 
 def check_segments(segments: Iterable[Segment], key: str, length: int) -> list[Segment]:
-    """The segments of a run, each checked to lie inside it.
+    """The segments of a run, each checked to lie inside it and to have labels that an index can hold.
 
     Raises
     ------
-    ValueError, TypeError : naming run and segment
+    ValueError, TypeError : naming run, segment and label
     """
     checked = list(segments)
     for i, segment in enumerate(checked):
+        where = f"run {shown(key)}: segment {i}"
+        for name in ("onset", "length"):
+            if not isinstance(value := getattr(segment, name), int | np.integer) or isinstance(value, bool):
+                raise TypeError(f"{where}: {name} is {shown(value)}, expected a whole number of time points")
         if segment.onset < 0 or segment.length < 1 or segment.onset + segment.length > length:
             raise ValueError(
-                f"run {key}: segment {i} (onset={segment.onset}, length={segment.length}) does not lie "
-                "inside the "
-                f"run of {length} time points"
+                f"{where} (onset={shown(segment.onset)}, length={shown(segment.length)}) does not lie inside "
+                f"the run of {length} time points"
             )
-        for name, value in segment.labels.items():
-            if not isinstance(value, str | int | float | np.integer | np.floating):
-                raise TypeError(
-                    f"run {key}: segment {i}: label {name!r} is a {type(value).__name__}, expected str, "
-                    "int or float"
-                )
-            if (
-                isinstance(value, int | np.integer)
-                and not MISSING_INTEGER < int(value) <= np.iinfo(np.int64).max
-            ):
-                raise ValueError(f"run {key}: segment {i}: label {name!r} = {value} does not fit 64 bits")
-            if isinstance(value, str) and "\0" in value:
-                raise ValueError(f"run {key}: segment {i}: label {name!r} holds a zero byte")
+        for label, value in segment.labels.items():
+            _check_name(label, where)
+            _check_value(value, f"{where}: label {shown(label)!r}")
     return checked
+
+
+def shown(value: object) -> str:
+    """A value for an error message: at most 80 characters of it."""
+    try:
+        text = str(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a huge number"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _check_name(name: object, where: str) -> None:
+    """Refuse a label whose column cannot be a directory of the index."""
+    if not isinstance(name, str):
+        raise TypeError(f"{where}: a label is named {shown(name)}, expected a text")
+    if not is_utf8(name) or name in ("", ".", "..", "zarr.json"):
+        raise ValueError(f"{where}: a label may not be named {shown(name)!r}; rename it in the source")
+    if len(column_name(name)) > MAX_NAME_BYTES:
+        raise ValueError(
+            f"{where}: the name of label {shown(name)!r} is too long, expected at most {MAX_NAME_BYTES} "
+            "bytes with all but letters and digits percent-encoded; rename it in the source"
+        )
+
+
+def _check_value(value: object, where: str) -> None:
+    if not isinstance(value, str | int | float | np.integer | np.floating):
+        raise TypeError(f"{where} is a {type(value).__name__}, expected str, int or float")
+    if isinstance(value, int | np.integer) and not MISSING_INTEGER < int(value) <= np.iinfo(np.int64).max:
+        raise ValueError(f"{where} = {shown(value)} does not fit 64 bits")
+    if not isinstance(value, str):
+        return
+    if "\0" in value or not is_utf8(value):
+        raise ValueError(f"{where} holds a zero byte, or is not Unicode text")
+    if len(value) > MAX_LABEL_BYTES or len(value.encode()) > MAX_LABEL_BYTES:
+        raise ValueError(
+            f"{where} is a text of {len(value)} characters, expected at most {MAX_LABEL_BYTES} bytes: a "
+            "column is as wide as its longest text; shorten it in the source"
+        )
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written in UTF-8: it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def column_name(label: str) -> str:
+    """The directory of a label's column in the index."""
+    return quote(label, safe=" ")
+
+
+class LabelKinds:
+    """What each label column holds so far: texts, floats, and whole numbers that float64 can hold or not.
+
+    A column is either all texts or all numbers, and a whole number that float64 would round is in no column
+    with floats, which would make it one.
+    """
+
+    def __init__(self, columns: Columns | None = None) -> None:
+        self._kinds = {unquote(name): _column_kinds(column) for name, column in (columns or {}).items()}
+
+    def check(self, segments: Iterable[Segment], key: str) -> None:
+        """Refuse labels that do not fit their columns.
+
+        Raises
+        ------
+        ValueError : naming run and label
+        """
+        new: dict[str, set[str]] = {}
+        for name, value in ((name, value) for segment in segments for name, value in segment.labels.items()):
+            kinds = new.get(name)
+            if kinds is None:
+                kinds = new[name] = set(self._kinds.get(name, ()))
+            kinds.add(_kind(value))
+            where = f"run {shown(key)}: label {shown(name)!r} = {shown(value)!r}"
+            if "text" in kinds and len(kinds) > 1:
+                elsewhere = "numbers" if isinstance(value, str) else "texts"
+                raise ValueError(f"{where}: this column holds {elsewhere} elsewhere; make it one of them")
+            if kinds >= {"float", "long"}:
+                raise ValueError(
+                    f"{where}: this column holds floats and whole numbers that these would round; write them "
+                    "as texts, or all as floats"
+                )
+        columns = len(self._kinds.keys() | new.keys())
+        if columns > MAX_LABEL_COLUMNS and not new.keys() <= self._kinds.keys():
+            raise ValueError(
+                f"run {shown(key)}: the store would have {columns} label columns, expected at most "
+                f"{MAX_LABEL_COLUMNS}; make what differs from segment to segment a value, not a name"
+            )
+
+    def add(self, segments: Iterable[Segment]) -> None:
+        """Note labels that have been checked."""
+        for segment in segments:
+            for name, value in segment.labels.items():
+                self._kinds.setdefault(name, set()).add(_kind(value))
+
+
+def _kind(value: Label) -> str:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, float | np.floating):
+        return "float"
+    return "whole" if int(float(value)) == int(value) else "long"
+
+
+def _column_kinds(column: np.ndarray) -> set[str]:
+    """Kinds of the labels of a committed column."""
+    if column.dtype.kind != "i":
+        return {"text" if column.dtype == np.uint8 else "float"}
+    present = column[column != MISSING_INTEGER]
+    far = present[(present > EXACT) | (present < -EXACT)].tolist()
+    return {"whole", *map(_kind, far)}
 
 
 class PendingRuns:
@@ -68,8 +181,7 @@ class PendingRuns:
             self._runs = len(committed["runs"]["start"])
             self._segments = len(committed["segments"]["run"])
             self._censor_bytes = len(committed["runs"]["censor_bits"])
-        labels = self._committed["labels"].items()
-        self._texts = {unquote(name): column.dtype == np.uint8 for name, column in labels}
+        self._labels = LabelKinds(self._committed["labels"])
         self._clear()
 
     def _clear(self) -> None:
@@ -105,24 +217,21 @@ class PendingRuns:
         """
         for name, text in {"key": key, **entities}.items():
             if not isinstance(text, str):
-                raise TypeError(f"run {key}: {name} must be a str, got {type(text).__name__}")
-            if len(text.encode()) > MAX_TEXT_BYTES or "\0" in text:
+                raise TypeError(f"run {shown(key)}: {name} must be a str, got {type(text).__name__}")
+            if not is_utf8(text) or len(text.encode()) > MAX_TEXT_BYTES or "\0" in text:
                 raise ValueError(
-                    f"run {key}: {name} must have at most {MAX_TEXT_BYTES} bytes and no zero byte"
+                    f"run {shown(key)}: {name} must be Unicode text of at most {MAX_TEXT_BYTES} bytes and "
+                    "hold no zero byte"
                 )
         if not key:
             raise ValueError("key: must not be empty")
         if not math.isfinite(t_r) or t_r <= 0:
-            raise ValueError(f"run {key}: t_r must be a positive number of seconds, got {t_r}")
+            raise ValueError(f"run {shown(key)}: t_r must be a positive number of seconds, got {t_r}")
         if censor is not None and np.shape(censor) != (length,):
-            raise ValueError(f"run {key}: censor must have shape [{length}], got {list(np.shape(censor))}")
-        texts = dict(self._texts)
-        for name, value in ((name, value) for segment in segments for name, value in segment.labels.items()):
-            if texts.setdefault(name, isinstance(value, str)) != isinstance(value, str):
-                raise ValueError(
-                    f"run {key}: label {name!r} = {value!r}: this column holds "
-                    f"{'texts' if texts[name] else 'numbers'} elsewhere; make it one of them"
-                )
+            raise ValueError(
+                f"run {shown(key)}: censor must have shape [{length}], got {list(np.shape(censor))}"
+            )
+        self._labels.check(segments, key)
         self.check_new(key)
 
     def check_new(self, key: str) -> None:
@@ -151,7 +260,7 @@ class PendingRuns:
             self._new_segments["onset"].append(int(segment.onset))
             self._new_segments["length"].append(int(segment.length))
             self._new_labels.append(segment.labels)
-            self._texts.update((name, isinstance(value, str)) for name, value in segment.labels.items())
+        self._labels.add(segments)
         self._keys.add(key)
         self._runs += 1
         self._segments += len(segments)
@@ -174,7 +283,7 @@ class PendingRuns:
             new["segments"][name] = np.array(self._new_segments[name], dtype)
         names = sorted({name for labels in self._new_labels for name in labels})
         for name in names:
-            new["labels"][quote(name, safe=" ")] = _label_column(
+            new["labels"][column_name(name)] = _label_column(
                 name, [row.get(name) for row in self._new_labels]
             )
         merged = {

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+
+NEGLIGIBLE = 1e-3
+"""Change by rounding, relative to the standard deviation of a network, that is not worth a word."""
+_ROWS = 256
 
 
 def run_statistics(bold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -52,6 +58,57 @@ def encode(bold: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray | 
     divisor = np.where(scale > 0, scale, np.float32(1)).astype(np.float64)
     values = np.clip(np.rint(bold / divisor), -largest, largest).astype(dtype)
     return values, scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What rounding did to a run, in the network that it changed most.
+
+    Attributes
+    ----------
+    network : its number
+    change : root mean square of the change over its standard deviation; infinite where that is 0
+    zeros : values of the run that were not 0 and are now
+    """
+
+    network: int
+    change: float
+    zeros: int
+
+    def __str__(self) -> str:
+        change = (
+            f" by {self.change:.2%} of its standard deviation" if self.change < np.inf else ", a constant"
+        )
+        zeros = f"; {self.zeros} values of the run became 0" if self.zeros else ""
+        return f"rounding changed network {self.network}{change}{zeros}"
+
+
+def rounding(bold: np.ndarray, values: np.ndarray, std: np.ndarray) -> Rounding | None:
+    """What rounding to floats did to a run, if that is more than `NEGLIGIBLE`.
+
+    Z-scored runs lose some 0.02 % to float16, runs with a mean of 10,000 and a standard deviation of 100 some
+    2 %. Integer types round by design, to 1/254 or 1/65,534 of the range of a network.
+
+    Parameters
+    ----------
+    bold : real [time, networks]
+    values : the same from `encode`
+    std : [networks], from `run_statistics`
+    """
+    if values.dtype.kind != "f" or values.dtype == bold.dtype:
+        return None
+    squares = np.zeros(bold.shape[1])
+    for start in range(0, len(bold), _ROWS):  # in pieces that a cache holds
+        before, after = bold[start : start + _ROWS], values[start : start + _ROWS]
+        error = np.subtract(after, before, dtype=np.result_type(before.dtype, np.float32))
+        squares += np.einsum("tn,tn->n", error, error)
+    root = np.sqrt(squares / len(bold))
+    change = np.divide(root, std, out=np.where(root > 0, np.inf, 0.0), where=std > 0)
+    network = int(np.argmax(change))
+    if change[network] <= NEGLIGIBLE:
+        return None
+    zeros = int(((np.asarray(bold) != 0) & (values == 0)).sum())
+    return Rounding(network=network, change=float(change[network]), zeros=zeros)
 
 
 class Overflow(ValueError):

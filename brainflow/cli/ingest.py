@@ -24,6 +24,10 @@ from brainflow.storage import BoldStore
 from brainflow.storage.ingest.arrays import ingest_arrays
 from brainflow.storage.ingest.report import IngestReport
 from brainflow.storage.ingest.webdataset import ingest_tar
+from brainflow.storage.text import printable
+
+_SHOWN = 10
+"""Runs that were rounded, by name; there may be thousands, and --json lists all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +137,15 @@ def _show(report: IngestReport, store: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"store": store, "ok": report.ok, **dataclasses.asdict(report)}, indent=1))
         return
-    for source, reason in report.failures.items():
-        print(f"FAILED {reason if source in reason else f'{source}: {reason}'}")
+    for reason in report.failures.values():
+        print(f"FAILED {printable(reason)}")
+    for key, what in list(report.rounded.items())[:_SHOWN]:
+        print(f"ROUNDED {printable(key)}: {what}")
+    if report.rounded:
+        print(
+            f"{len(report.rounded)} of {len(report.runs)} runs lost more than 0.1 % of a standard deviation to "
+            "rounding; z-score the runs, or choose --dtype float32 (dtype in the TOML file)"
+        )
     print(
         f"{len(report.runs)} runs written to {store} from {report.sources} files; {len(report.failures)} bad"
     )

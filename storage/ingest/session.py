@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
+from ..columns import LabelKinds
 from ..errors import StoreError
-from ..writer import StoreWriter
+from ..quantise import rounding
+from ..text import printable
+from ..writer import PreparedRun, StoreWriter
 from .report import IngestReport
+
+_LONGEST_REASON = 500
 
 
 class IngestSession:
@@ -31,6 +38,8 @@ class IngestSession:
         self._path = Path(path)
         self._create = create
         self._overwrite = overwrite
+        named = create.get("network_names") or create.get("network_coordinates")
+        self._networks = len(named) if named is not None and len(named) else None
         self._writer: StoreWriter | None = None
         self.report = IngestReport()
 
@@ -56,22 +65,28 @@ class IngestSession:
         Parameters
         ----------
         source : file name
-        runs : keyword arguments of `StoreWriter.append` for each run; ValueError, TypeError and OSError
-            raised by iterating count as the source's failure
+        runs : keyword arguments of `StoreWriter.append` for each run; whatever iterating raises is the
+            source's failure, except what stops the program
+
+        Raises
+        ------
+        StoreError, OSError : if the store itself cannot be made or written
         """
-        made: StoreWriter | None = None
         try:
             collected = list(runs)
-            if not collected:
-                raise ValueError(f"{source}: holds no run")
-            if self._writer is None:
-                networks = int(collected[0]["bold"].shape[1])
-                self._writer = made = StoreWriter.create(
-                    self._path, networks=networks, overwrite=self._overwrite, **self._create
-                )
-            prepared = [self._writer.prepare(**run) for run in collected]
-        except (ValueError, TypeError, OSError) as error:
-            self.report.failures[source] = " ".join(str(error).split())
+            networks = _networks(collected)
+        except Exception as error:  # a damaged file fails in any way
+            self._fail(source, error)
+            return
+        made: StoreWriter | None = None
+        if self._writer is None:
+            self._writer = made = StoreWriter.create(
+                self._path, networks=self._networks or networks, overwrite=self._overwrite, **self._create
+            )
+        try:
+            prepared = self._prepare(self._writer, collected)
+        except Exception as error:
+            self._fail(source, error)
             if made is not None:  # a bad source neither makes (or replaces) a store nor says how wide it is
                 made.__exit__(type(error), error, None)
                 self._writer = None
@@ -80,3 +95,42 @@ class IngestSession:
             self._writer.write(run)
             self.report.runs.append(run.row["key"])
         self.report.sources += 1
+
+    def _prepare(self, writer: StoreWriter, runs: Iterable[Mapping[str, Any]]) -> list[PreparedRun]:
+        """Check and round the runs of a source, each alone and all together."""
+        prepared: list[PreparedRun] = []
+        labels, rounded = LabelKinds(), {}
+        for run in runs:
+            one = writer.prepare(**run)
+            key, segments = one.row["key"], one.row["segments"]
+            if any(key == other.row["key"] for other in prepared):
+                raise ValueError(f"run {key}: is there twice")
+            labels.check(segments, key)
+            labels.add(segments)
+            if change := rounding(run["bold"], one.values, one.statistics[0, 1]):
+                rounded[key] = str(change)
+            prepared.append(one)
+        self.report.rounded |= rounded
+        return prepared
+
+    def _fail(self, source: str, error: Exception) -> None:
+        """Note why a source was left out, in one line that names it."""
+        text = str(error)
+        if isinstance(error, MemoryError):
+            text = "needs more memory than there is"
+        elif not isinstance(error, ValueError | OSError | TypeError):
+            text = f"cannot be read ({type(error).__name__}: {text})"
+        reason = " ".join(text.split())
+        if source not in reason:
+            reason = f"{source}: {reason}"
+        self.report.failures[source] = printable(reason[: len(source) + _LONGEST_REASON])
+
+
+def _networks(runs: Sequence[Mapping[str, Any]]) -> int:
+    """Networks of the first run of a source."""
+    if not runs:
+        raise ValueError("holds no run")
+    shape = np.shape(runs[0]["bold"])
+    if len(shape) != 2 or shape[1] < 1:
+        raise ValueError(f"bold must have shape [time, networks], got {list(shape)}")
+    return shape[1]

@@ -1,9 +1,10 @@
 """A reader of pickles that holds numbers, texts and numeric numpy arrays, and that runs no code from them.
 
-Two fences. First the opcodes are walked without executing any: kinds that such pickles do not need, lengths
-beyond the data and far memo slots are refused. Then the pickle is loaded by an unpickler that knows a handful
-of names, each bound to a function of this file and not to numpy's; any other name is refused before it is
-imported.
+Two fences. First the opcodes are walked without executing any: kinds that such pickles do not need, more of
+them than these need, lengths beyond the data and far memo slots are refused. Then the pickle is loaded by an
+unpickler that knows a handful of names, each bound to a function of this file and not to numpy's; any other
+name is refused before it is imported. What these functions build is counted: a pickle that names one text a
+thousand times would otherwise become a thousand arrays.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pickle  # noqa: TID251  the one place: every name is resolved by `_Restri
 import pickletools
 import re
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -78,12 +80,37 @@ _OPCODES = frozenset(
 )
 _PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 _MEMO_SLACK = 4096
+_MOST_OPCODES = 1000  # an array takes some 50; each empty list takes one byte and becomes 64
+_BUILT = 2  # bytes built a byte of the pickle: latin-1 text, the bytes that it stands for, the array
+_BUILT_SLACK = 4096
 _DTYPE = re.compile(r"[<>=|]?(?:f[248]|i[1248]|u[1248]|b1)")
 _SHOWN = 80
 
 
 class _Refused(Exception):
     """What is wrong with a pickle."""
+
+
+class _Account:
+    """Bytes that one pickle may still build."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def take(self, count: int) -> None:
+        """Note bytes that are about to be built.
+
+        Raises
+        ------
+        _Refused : if they are too many
+        """
+        self.left -= count
+        if self.left < 0:
+            raise _Refused("builds far more bytes than it holds")
+
+
+_account: ContextVar[_Account] = ContextVar("_account")
+"""Of the pickle that is being loaded: the unpickler calls the stand-ins below and passes nothing on."""
 
 
 class _DType:
@@ -137,7 +164,7 @@ def _build(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     if not isinstance(dtype, _DType):
         raise _Refused("a numpy array has no numpy dtype")
     if isinstance(data, str):  # written by Python 2
-        data = data.encode("latin-1")
+        data = _encode(data, "latin1")
     if not isinstance(data, bytes | bytearray):
         raise _Refused(f"the data of a numpy array are a {type(data).__name__}, expected bytes")
     if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in shape):
@@ -145,6 +172,7 @@ def _build(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     declared = math.prod(shape) * dtype.value.itemsize
     if declared != len(data):
         raise _Refused(f"a numpy array declares {float(declared):.4g} bytes and has {len(data)}")
+    _account.get().take(len(data))
     return np.frombuffer(data, dtype.value).reshape(shape, order="F" if order == "F" else "C").copy()
 
 
@@ -161,6 +189,7 @@ def _scalar(dtype: Any, data: Any) -> np.ndarray:
 def _encode(text: Any, encoding: Any) -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise _Refused("_codecs.encode is read for latin1 only")
+    _account.get().take(len(text))
     return text.encode("latin-1")
 
 
@@ -212,6 +241,7 @@ def restricted_loads(data: bytes, where: str) -> Value:
     """
     try:
         _walk(data)
+        _account.set(_Account(_BUILT * len(data) + _BUILT_SLACK))
         value = _Restricted(io.BytesIO(data)).load()
     except _Refused as error:
         raise StoreError(f"{where}: refused: {error}") from None
@@ -237,8 +267,12 @@ def _walk(data: bytes) -> None:
     _Refused : if one is of a kind that numbers, texts and arrays do not need
     """
     last = None
-    for opcode, argument, _ in pickletools.genops(data):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         last = opcode.name
+        if count == _MOST_OPCODES:
+            raise _Refused(
+                f"holds more than {_MOST_OPCODES} opcodes, which numbers, texts and arrays do not need"
+            )
         if opcode.name == "GLOBAL":
             module, _, name = str(argument).partition(" ")
             _Restricted(io.BytesIO()).find_class(module, name)

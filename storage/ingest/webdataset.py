@@ -13,12 +13,14 @@ import numpy as np
 
 from ..errors import StoreError
 from ..segments import Label, Segment
+from .limits import regular_size
 from .report import IngestReport
 from .session import IngestSession
 from .unpickle import Value, restricted_loads
 
 PICKLES = (".pyd", ".pickle", ".pkl")
 _TRIAL = re.compile(r"(?P<run>.+)_sample[_-](?P<number>\d{1,9})")
+_LONGEST_PADDING = 16 * 2**20  # tar fills its last record with zeros, usually to 10 KiB
 _ENTITIES = {"ds": "dataset", "sub": "subject", "ses": "session", "task": "task", "run": "run"}
 
 
@@ -106,7 +108,7 @@ def parse_key(key: str) -> dict[str, str]:
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of each member of a tar that is complete to its end."""
-    size = path.stat().st_size
+    size = regular_size(path)
     try:
         with tarfile.open(path, "r:") as tar:
             end = 0
@@ -120,15 +122,19 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
                 file = tar.extractfile(member)
                 assert file is not None
                 yield member.name, file.read()
+                tar.members.clear()  # type: ignore[attr-defined]  # a tar of empty members would take twice
     except StoreError:
         raise
     except Exception as error:  # a damaged header fails in any way
         raise StoreError(f"{path}: not a readable tar ({type(error).__name__}: {error})") from None
-    with open(path, "rb") as file:
-        file.seek(end)
-        rest = file.read()
-    if len(rest) < tarfile.BLOCKSIZE or any(rest):
+    if not tarfile.BLOCKSIZE <= size - end <= _LONGEST_PADDING or any(_read_from(path, end)):
         raise StoreError(f"{path}: the tar is truncated or damaged behind byte {end}; download it again")
+
+
+def _read_from(path: Path, begin: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(begin)
+        return file.read()
 
 
 def _assemble(where: str, run: str, trials: Mapping[int | None, Mapping[str, bytes]]) -> dict[str, Any]:

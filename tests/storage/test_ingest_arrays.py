@@ -69,13 +69,11 @@ def test_files_of_several_kinds_become_runs(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("[[files]]\nglob = 'sub-1.npy'\ndataset = 'd'", "t_r"),
         ("[[files]]\nglob = 'sub-1.npy'\nt_r = 1", "dataset"),
-        ("[[files]]\nglob = 'sub-1.npy'\nt_r = 1\ndataset = 'd'\nlayout = 'x'", "layout"),
         ("[[files]]\nglob = 'sub-1.npy'\nt_r = 1\ndataset = 'd'\npattern = 'no'", "pattern"),
         (
             "[[files]]\nglob = 'pickled.npy'\nt_r = 1\ndataset = 'd'\nsubject = '1'",
-            "pickled.npy: cannot be read",
+            "pickled.npy: holds object",
         ),
         ("[[files]]\nglob = 'two.npz'\nt_r = 1\ndataset = 'd'\nsubject = '1'", "choose one of a, b"),
         ("[[files]]\nglob = 'sub-1.npy'\nt_r = 1\ndataset = 'd'\nsegments = 'bad.csv'", "bad.csv"),
@@ -97,7 +95,9 @@ def test_a_file_that_cannot_be_used_is_reported(tmp_path, text, reason):
     [
         ("nonsense", "TOML"),
         ("", "at least one"),
-        ("[[files]]\nglob = '*.nothing'", "finds no file"),
+        ("[[files]]\nglob = '*.nothing'\nt_r = 1", "finds no file"),
+        ("[[files]]\nglob = 'sub-1.npy'\ndataset = 'd'", "t_r: the repetition time in seconds is not given"),
+        ("[[files]]\nglob = 'sub-1.npy'\nt_r = 1\nlayout = 'x'", "layout: got 'x'"),
         ("[[files]]\nglob = '*'\ntr = 2", "unknown key 'tr'"),
         ("[store]\nnetworks = 3", "unknown key 'networks'"),
     ],
