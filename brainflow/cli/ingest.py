@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from brainflow.cli.prepare_output import print_rounded
 from brainflow.cli.progress import progress_bar
 from brainflow.cli.usage import WrongUsage
 from brainflow.data.splits import split_runs
@@ -25,9 +26,6 @@ from brainflow.storage.ingest.arrays import ingest_arrays
 from brainflow.storage.ingest.report import IngestReport
 from brainflow.storage.ingest.webdataset import ingest_tar
 from brainflow.storage.text import printable
-
-_SHOWN = 10
-"""Runs that were rounded, by name; there may be thousands, and --json lists all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,13 +137,7 @@ def _show(report: IngestReport, store: str, as_json: bool) -> None:
         return
     for reason in report.failures.values():
         print(f"FAILED {printable(reason)}")
-    for key, what in list(report.rounded.items())[:_SHOWN]:
-        print(f"ROUNDED {printable(key)}: {what}")
-    if report.rounded:
-        print(
-            f"{len(report.rounded)} of {len(report.runs)} runs lost more than 0.1 % of a standard deviation to "
-            "rounding; z-score the runs, or choose --dtype float32 (dtype in the TOML file)"
-        )
+    print_rounded(report)
     print(
         f"{len(report.runs)} runs written to {store} from {report.sources} files; {len(report.failures)} bad"
     )

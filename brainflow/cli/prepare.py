@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from brainflow.cli.prepare_cluster import submitted, write_slurm
-from brainflow.cli.prepare_output import Progress, counts, print_left_out, print_plan
+from brainflow.cli.prepare_output import Progress, counts, print_left_out, print_plan, print_rounded
 from brainflow.cli.progress import progress_bar
 from brainflow.cli.usage import WrongUsage
 
@@ -189,15 +189,20 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
         print_left_out(records)
     specs = atlases or [saved_atlas(label, _work(args)) for label in gather.check_recipes(records)["atlases"]]
     dataset = "-".join(sorted({record["dataset"] for record in records}))
-    stores = {}
+    stores, failures = {}, dict[str, str]()
     for atlas in specs:
         path = gather.store_path(args.output_dir, dataset, atlas.label)
         with progress_bar(f"gather {atlas.label}") as progress:
-            count = gather.gather(records, atlas, path, work=_work(args), dtype=args.dtype, progress=progress)
+            done = gather.gather(records, atlas, path, work=_work(args), dtype=args.dtype, progress=progress)
+        failures |= {key: f"atlas {atlas.label}: {reason}" for key, reason in done.failures.items()}
+        print_rounded(done)
         stores[atlas.label] = BoldStore.open(path)
-        print(f"{path}: {count} runs, {stores[atlas.label].networks} networks, atlas {atlas.label}")
+        print(f"{path}: {len(done.runs)} runs, {stores[atlas.label].networks} networks, atlas {atlas.label}")
         if stores[atlas.label].attributes["network_coordinates"] is None:
             print(f"atlas {atlas.label}: its mesh is not known, so no coordinates are stored; see --surfaces")
+    if failures:
+        gather.demote(records, failures)
+        gather.write_table(records, args.output_dir / "runs.tsv")
     if args.report:
         from brainflow.report.quality import write_quality_report
 

@@ -8,12 +8,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from brainflow.storage.text import printable
+
 if TYPE_CHECKING:
     from brainflow.storage.ingest.prepare.run import Job
+    from brainflow.storage.ingest.report import IngestReport
 
+_SHOWN = 10
 _OUTCOMES = {"done": "prepared", "excluded": "excluded", "failed": "failed"}
 
 
@@ -29,7 +34,7 @@ def print_plan(jobs: Sequence[Job], todo: Sequence[Job], processes: int) -> None
             name for name, there in (("confounds", files.confounds), ("sidecar", files.sidecars)) if not there
         ]
         note = f"  (no {', no '.join(lacks)})" if lacks else ""
-        print(f"{state:8} {files.key}  {files.images[0].name}{note}")
+        print(f"{state:8} {printable(files.key)}  {printable(files.images[0].name)}{note}")
     print(
         f"{len(todo)} of {len(jobs)} runs to prepare, atlas {', '.join(jobs[0].atlas_labels)}; "
         f"{processes} processes of at most {worker_bytes(jobs) / 1e9:.1f} GB each; nothing was done"
@@ -51,8 +56,19 @@ def print_left_out(records: Sequence[dict[str, Any]]) -> bool:
         width = max(len(record["key"]) for record in left_out)
         print(f"\n{'status':8}  {'run':{width}}  reason")
         for record in sorted(left_out, key=lambda record: (record["status"], record["key"])):
-            print(f"{record['status']:8}  {record['key']:{width}}  {record['reason']}")
+            print(f"{record['status']:8}  {printable(record['key']):{width}}  {printable(record['reason'])}")
     return any(record["status"] == "failed" for record in left_out)
+
+
+def print_rounded(report: IngestReport) -> None:
+    """Print the runs that rounding to the element type of the store changed; at most ten by name."""
+    for key, what in list(report.rounded.items())[:_SHOWN]:
+        print(f"ROUNDED {printable(key)}: {what}")
+    if report.rounded:
+        print(
+            f"{len(report.rounded)} of {len(report.runs)} runs lost more than 0.1 % of a standard deviation "
+            "to rounding; z-score the runs, or choose dtype float32"
+        )
 
 
 class Progress:
@@ -85,10 +101,12 @@ class Progress:
         """Count a run."""
         self._done += 1
         if self._bar:
-            self._bar.update(self._task, completed=self._done, description=record["key"])
+            self._bar.update(self._task, completed=self._done, description=escape(printable(record["key"])))
             return
-        reason = f": {record['reason']}" if record["reason"] else ""
+        reason = f": {printable(record['reason'])}" if record["reason"] else ""
         left = (time.monotonic() - self._began) / self._done * (self._total - self._done)
         eta = f"{left / 60:.0f} min left" if left >= 60 else f"{left:.0f} s left"
-        sys.stderr.write(f"{self._done}/{self._total} ({eta}) {record['status']} {record['key']}{reason}\n")
+        sys.stderr.write(
+            f"{self._done}/{self._total} ({eta}) {record['status']} {printable(record['key'])}{reason}\n"
+        )
         sys.stderr.flush()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .limits import regular_size
 from .prepare.timing import nifti_repetition_time
 
 
@@ -33,6 +35,8 @@ def bold_from_nifti(
     ImportError : if nibabel is not installed
     """
     nibabel = _nibabel()
+    regular_size(Path(image))
+    regular_size(Path(mask))
     volumes, inside = nibabel.load(image), nibabel.load(mask)
     if len(volumes.shape) != 4 or inside.shape != volumes.shape[:3]:
         raise ValueError(

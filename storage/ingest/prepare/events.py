@@ -14,6 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from ...columns import shown
 from ...segments import Segment
 from .errors import Unusable
 from .extra import need
@@ -163,7 +166,10 @@ def read_events(path: Path, column: str) -> list[Event]:
         )
     table = table.dropna(subset=["onset", column]).sort_values("onset", kind="stable")
     try:
-        rows = zip(table["onset"].astype(float), table["duration"].astype(float), table[column], strict=True)
+        onsets, durations = table["onset"].astype(float), table["duration"].astype(float)
+        if not np.isfinite(onsets).all() or np.isinf(durations).any():
+            raise ValueError("one is infinite")
+        rows = zip(onsets, durations, table[column], strict=True)
         return [
             Event(onset=onset, duration=0.0 if math.isnan(duration) else duration, label=str(label))
             for onset, duration, label in rows
@@ -226,14 +232,20 @@ def read_ev(path: Path, task: str) -> list[Event]:
     if state not in HCP_STATES.get(task.upper(), ()):
         return []
     events = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise Unusable(f"{path.name}: cannot be read as text ({error})") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            onset, duration, _ = map(float, line.split())
+            onset, duration, amplitude = map(float, line.split())
+            if not math.isfinite(onset + duration + amplitude):
+                raise ValueError
         except ValueError:
             raise Unusable(
-                f"{path.name}: line {number} is {line!r}, expected onset, duration, amplitude"
+                f"{path.name}: line {number} is {shown(line)!r}, expected onset, duration, amplitude"
             ) from None
         events.append(Event(onset=onset, duration=duration, label=state))
     return events

@@ -7,6 +7,7 @@ A run's folder holds its image (`<run>.nii.gz`, `<run>_Atlas*.dtseries.nii`), `M
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import Unusable
-from .names import make_key
+from .names import entries_of, make_key
 from .runfiles import Query, RunFiles
 
 RESULTS = ("MNINonLinear", "Results")
@@ -31,7 +32,8 @@ def is_hcp(root: Path) -> bool:
 
 
 def _subjects(root: Path) -> Iterator[Path]:
-    return (path for path in sorted(root.iterdir()) if path.joinpath(*RESULTS).is_dir())
+    paths = (Path(entry.path) for entry in entries_of(root))
+    return (path for path in paths if os.path.isdir(path.joinpath(*RESULTS)))
 
 
 def find_hcp_runs(root: Path, query: Query, dataset: str) -> list[RunFiles]:
@@ -57,7 +59,8 @@ def find_hcp_runs(root: Path, query: Query, dataset: str) -> list[RunFiles]:
         label = subject.name.removeprefix("sub-")
         if query.participants and label not in query.participants:
             continue
-        for folder in sorted(subject.joinpath(*RESULTS).iterdir()):
+        for entry in entries_of(subject.joinpath(*RESULTS)):
+            folder = Path(entry.path)
             name = _RUN.fullmatch(folder.name)
             if name is None or (query.tasks and name[1] not in query.tasks):
                 continue

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .hcp import find_hcp_runs, is_hcp
-from .names import RUN_ENTITIES, BidsFile, make_key, parse_name
+from .names import RUN_ENTITIES, BidsFile, entries_of, is_folder, make_key, parse_name
 from .runfiles import Query, RunFiles
 
 _SKIP = {
@@ -106,19 +106,18 @@ def _walk(root: Path, participants: Collection[str]) -> Iterator[Path]:
     home, linked = os.path.realpath(root), set[str]()
     while folders:
         subfolders = []
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                name = entry.name
-                if name.startswith(".") or name in _SKIP:
+        for entry in entries_of(folders.pop()):
+            name = entry.name
+            if name.startswith(".") or name in _SKIP:
+                continue
+            if is_folder(entry):
+                if name.startswith("sub-") and participants and name[4:] not in participants:
                     continue
-                if entry.is_dir():
-                    if name.startswith("sub-") and participants and name[4:] not in participants:
-                        continue
-                    if not (entry.is_symlink() and _leads_back(entry.path, home, linked)):
-                        subfolders.append(entry.path)
-                elif name.startswith(("sub-", "task-")) or name == "bold.json":
-                    yield Path(entry.path)
-        folders += sorted(subfolders, reverse=True)
+                if not (entry.is_symlink() and _leads_back(entry.path, home, linked)):
+                    subfolders.append(entry.path)
+            elif name.startswith(("sub-", "task-")) or name == "bold.json":
+                yield Path(entry.path)
+        folders += reversed(subfolders)
 
 
 def _leads_back(link: str, home: str, linked: set[str]) -> bool:

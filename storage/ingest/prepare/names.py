@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...text import printable
+
+_LOG = logging.getLogger(__name__)
 RUN_ENTITIES = ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run", "echo", "part")
 """Entities that tell one recording from another, in the order in which BIDS names have them."""
 _ENTITY = re.compile(r"([A-Za-z]+)-([A-Za-z0-9+.]+)")
@@ -50,6 +55,27 @@ def parse_name(path: Path) -> BidsFile | None:
     if not dot or "-" in suffix:
         return None
     return BidsFile(path=path, entities=entities, suffix=suffix, extension=f".{extension}")
+
+
+def entries_of(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """What a folder holds, by name; a folder that cannot be read is warned of, and stops nothing."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        _LOG.warning(
+            "%s: cannot be read (%s); runs in it are not found", printable(str(folder)), error.strerror
+        )
+        return []
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; a link that leads nowhere is not."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        _LOG.warning("%s: is passed over (%s)", printable(entry.path), error.strerror)
+        return False
 
 
 def _is_extension(text: str) -> bool:

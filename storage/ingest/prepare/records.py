@@ -53,7 +53,26 @@ def read_records(work: Path) -> list[dict[str, Any]]:
     paths = list((work / "runs").glob("*.json"))
     if not paths:
         raise FileNotFoundError(f"{work}: holds no prepared runs; run the participant level first")
-    return sorted((json.loads(path.read_text(encoding="utf-8")) for path in paths), key=lambda r: r["key"])
+    return sorted(map(_read_or_fail, paths), key=lambda record: record["key"])
+
+
+def _read_or_fail(path: Path) -> dict[str, Any]:
+    """A record, or that of a failed run where it is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["key"] and record["status"] and record["entities"] is not None and record["recipe"]:
+            return dict(record)
+        raise ValueError("lacks a value")
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        reason = f"{path}: its record is damaged ({type(error).__name__}); run the participant level again"
+        return {
+            "key": path.stem,
+            "dataset": "",
+            "entities": {},
+            "status": FAILED,
+            "reason": reason,
+            "notes": [],
+        }
 
 
 def forget(work: Path, key: str, atlases: Sequence[str]) -> None:

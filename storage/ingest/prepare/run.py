@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ...columns import check_segments
+from ...errors import StoreError
 from ...parts import write_part
+from ..limits import TEXT_BYTES, regular_size
 from . import surfaces, volumes
 from .atlas import AtlasSpec
 from .clean import clean, temporal_snr
@@ -26,6 +29,8 @@ from .runfiles import RunFiles
 from .settings import AUTO, Kind, Settings
 from .shear import is_sheared, wrongly_resampled
 from .timing import nifti_repetition_time, repetition_time
+
+_CONFOUNDS_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +110,7 @@ def _prepare(job: Job, record: dict[str, Any]) -> None:
     files, settings = job.files, job.settings
     if files.problem:
         raise Unusable(files.problem)
+    _check_files(files)
     image, length, header_t_r = _open(job)
     timing = repetition_time(files.sidecars, header_t_r)
     record |= {"t_r": timing.seconds, "t_r_source": timing.source, "volumes": length}
@@ -125,6 +131,11 @@ def _prepare(job: Job, record: dict[str, Any]) -> None:
             dropped=dropped,
         )
     )
+    try:
+        check_segments(segments, files.key, length - dropped)
+    except ValueError as error:
+        names = ", ".join(path.name for path in files.events)
+        raise Unusable(f"{names}: {error}") from error
     record["segments"] = len(segments)
     if job.kind == "volume":
         extracted = volumes.extract(image, job.atlases, settings.clean.smoothing_fwhm, dropped)
@@ -147,6 +158,17 @@ def _prepare(job: Job, record: dict[str, Any]) -> None:
             censor=confounds.censor,
             segments=segments,
         )
+
+
+def _check_files(files: RunFiles) -> None:
+    """Refuse what is no regular file (a FIFO is read forever), and tables far larger than any run's."""
+    texts = dict.fromkeys((*files.sidecars, *files.events), TEXT_BYTES)
+    tables = {files.confounds: _CONFOUNDS_BYTES} if files.confounds else {}
+    for path, largest in (dict.fromkeys(files.images, math.inf) | texts | tables).items():
+        try:
+            regular_size(path, largest)
+        except (OSError, StoreError) as error:
+            raise Unusable(f"{path.name}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
 def _open(job: Job) -> tuple[Any, int, float | None]:

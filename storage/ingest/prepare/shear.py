@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..limits import TEXT_BYTES, regular_size
 from .errors import Unusable
 from .extra import need
 
@@ -36,6 +37,7 @@ def wrongly_resampled(image: Path, source: Path | None) -> bool:
         return False
     nibabel = need("nibabel", "reading images")
     try:
+        regular_size(source)
         return is_sheared(nibabel.load(source).affine)
     except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
         raise Unusable(
@@ -57,10 +59,17 @@ def _fmriprep_version(image: Path) -> str:
 
 def _version_of(description: Path) -> str:
     try:
+        regular_size(description, TEXT_BYTES)
         content = json.loads(description.read_text(encoding="utf-8"))
         makers = [*content.get("GeneratedBy", []), content.get("PipelineDescription", {})]
         return next(
             (str(m.get("Version", "")) for m in makers if m.get("Name", "").lower() == "fmriprep"), ""
         )
-    except (OSError, ValueError, AttributeError, TypeError):  # other people's file: no version is no reason
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ):  # other people's file: no version is no reason
         return ""

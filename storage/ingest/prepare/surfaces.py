@@ -6,6 +6,7 @@ the geodesic distances of a mesh (`wb_command -cifti-smoothing` does it beforeha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from ..limits import budget, regular_size
 from .atlas import BACKGROUND, AtlasSpec, network_names
 from .errors import Unusable
 from .extra import need
+from .gifti import check_gifti
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,14 +151,19 @@ def _gifti_arrays(path: Path) -> np.ndarray:
         raise Unusable(f"{path.name}: holds no data arrays")
     try:
         return np.stack([np.asarray(array.data, np.float32).reshape(-1) for array in arrays])
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise Unusable(f"{path.name}: its data arrays differ in length ({error})") from error
 
 
 def _load(path: Path) -> Any:
     nibabel = need("nibabel", "reading surfaces")
     try:
+        regular_size(path)
+        if path.name.endswith(".gii"):
+            check_gifti(path)
         return nibabel.load(path)
+    except Unusable:
+        raise
     except Exception as error:  # expat, zlib and nibabel raise many kinds for a damaged file
         raise Unusable(f"{path.name}: cannot be opened ({' '.join(str(error).split())})") from error
 
@@ -163,13 +171,24 @@ def _load(path: Path) -> Any:
 def _axes(image: Any, path: Path) -> list[Any]:
     if type(image).__name__ != "Cifti2Image":
         raise Unusable(f"{path.name}: is no CIFTI-2 file")
-    return [image.header.get_axis(i) for i in range(image.ndim)]
+    if 4 * math.prod(image.shape) > budget(path.stat().st_size):
+        raise Unusable(f"{path.name}: declares shape {list(image.shape)}, more than its bytes can hold")
+    try:
+        for i, length in enumerate(image.shape):  # nibabel makes arrays of what the XML declares
+            models = list(image.header.matrix.get_index_map(i).brain_models)
+            if models and sum(int(model.index_count) for model in models) != length:
+                raise ValueError(f"its brain models do not cover axis {i} of length {length}")
+        return [image.header.get_axis(i) for i in range(image.ndim)]
+    except Exception as error:  # a header that contradicts itself fails in any way
+        raise Unusable(
+            f"{path.name}: its header cannot be understood ({' '.join(str(error).split())})"
+        ) from error
 
 
 def _data(image: Any, path: Path) -> np.ndarray:
     try:
         return np.asarray(image.dataobj, np.float32)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, OverflowError) as error:
         raise Unusable(
             f"{path.name}: cannot be read; the file is truncated or damaged ({' '.join(str(error).split())})"
         ) from error

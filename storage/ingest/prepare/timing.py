@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...columns import shown
 from .errors import Unusable
 
 _SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
@@ -42,7 +43,9 @@ def repetition_time(sidecars: Iterable[Path], header_seconds: float | None) -> R
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise Unusable(f"{path.name}: RepetitionTime is {value!r}, expected a positive number of seconds")
+            raise Unusable(
+                f"{path.name}: RepetitionTime is {shown(value)}, expected a positive number of seconds"
+            )
         note = ""
         if header_seconds is not None and abs(header_seconds - value) > TOLERANCE * value:
             note = (
@@ -66,6 +69,6 @@ def nifti_repetition_time(header: Any) -> float | None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Unusable(f"{path.name}: cannot be read as JSON ({error})") from error
     return content if isinstance(content, dict) else {}

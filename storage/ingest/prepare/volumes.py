@@ -9,6 +9,7 @@ float32, which was off by 3e-4 to 7e-4 of a standard deviation.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ..foreign import MAX_TIME
+from ..limits import budget, regular_size
 from .atlas import BACKGROUND, AtlasSpec, network_names, read_labels
 from .errors import Unusable
 from .extra import need
@@ -42,11 +45,21 @@ def open_volume(path: Path) -> Any:
     """
     nibabel = need("nibabel", "reading NIfTI images")
     try:
+        size = regular_size(path)
         image = nibabel.load(path, keep_file_open=True)
-    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        OverflowError,
+        zlib.error,
+        nibabel.filebasedimages.ImageFileError,
+    ) as error:
         raise Unusable(f"{path.name}: cannot be opened ({' '.join(str(error).split())})") from error
     if len(image.shape) != 4 or image.shape[3] < 2:
         raise Unusable(f"{path.name}: has shape {image.shape}, expected a 4-D image of several volumes")
+    if 8 * math.prod(image.shape[:3]) > budget(size) or image.shape[3] > MAX_TIME:
+        raise Unusable(f"{path.name}: declares shape {image.shape}, more than its {size} bytes can hold")
     return image
 
 
