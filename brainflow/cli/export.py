@@ -22,7 +22,7 @@ class Args:
     store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
     """Store to read."""
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT_DIR")]
-    """Directory to write `sub-…` folders into."""
+    """Directory to write `sub-…` folders into; files that another program wrote are not replaced."""
     format: Literal["tsv", "ptseries"] = "tsv"
     """`tsv`: one column a network, its name above; `ptseries`: CIFTI."""
     participant_label: tuple[str, ...] = ()
@@ -41,6 +41,7 @@ def run(args: Args) -> int:
     from brainflow.storage.ingest.prepare import find_atlas
     from brainflow.storage.ingest.prepare.export import export
     from brainflow.storage.ingest.prepare.gather import write_description
+    from brainflow.storage.text import printable
 
     store = BoldStore.open(args.store)
     files = export(
@@ -54,5 +55,5 @@ def run(args: Args) -> int:
     )
     count = sum(1 for _ in files)
     write_description(args.output)
-    print(f"{args.output}: {count} runs as {args.format}")
+    print(f"{printable(str(args.output))}: {count} runs as {args.format}")
     return 0

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import numpy as np
 
 from ...files import replace_durably
 from ...layout import to_json
 from ...store import BoldStore
+from ...text import csv_cell, printable
 from .atlas import BACKGROUND, AtlasSpec, read_labels
 from .extra import need
+from .gather import GENERATOR, is_ours
 
 Format = Literal["tsv", "ptseries"]
+_LONGEST_NAME = 230  # of 255 bytes; a file is written beside its place under a name that is a little longer
 _ENDINGS = {"tsv": "_timeseries.tsv", "ptseries": "_timeseries.ptseries.nii"}
 
 
@@ -51,10 +58,11 @@ def export(
 
     Raises
     ------
-    ValueError : if nothing is to be exported, or the geometry has other networks than the store
+    ValueError : if nothing is to be exported, the geometry has other networks than the store, a file would
+        lie outside `output`, or one is there that this function did not write
     """
     label = re.sub(r"[^A-Za-z0-9]", "", label or store.attributes["parcellation"]) or "unknown"
-    space = space or store.attributes["preprocessing"].get("space", "")
+    space = space or str(store.attributes["preprocessing"].get("space", ""))
     names = list(store.attributes["network_names"] or (str(i) for i in range(1, store.networks + 1)))
     axis = _parcels(names, geometry) if form == "ptseries" else None
     subjects, sessions, keys, datasets = (
@@ -68,24 +76,56 @@ def export(
         raise ValueError(
             f"participant_label: none of {', '.join(participants) or 'the runs'} is in the store"
         )
+    short = {i: keys[i].removeprefix(f"ds-{datasets[i]}_") for i in chosen}
+    known = Counter((subjects[i], sessions[i], short[i]) for i in chosen)
     for i in chosen:
-        folder = output / f"sub-{subjects[i]}"
-        folder = (folder / f"ses-{sessions[i]}" if sessions[i] else folder) / "func"
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = keys[i].removeprefix(f"ds-{datasets[i]}_") + (f"_space-{space}" if space else "")
-        path = folder / f"{stem}_atlas-{label}_stat-mean{_ENDINGS[form]}"
+        alone = known[subjects[i], sessions[i], short[i]] == 1  # or two datasets have one name for a run
+        stem = _part(short[i] if alone else keys[i]) + (f"_space-{_part(space)}" if space else "")
+        stem += f"_atlas-{label}_stat-mean"
+        folder = output / f"sub-{_part(subjects[i])}"
+        folder = (folder / f"ses-{_part(sessions[i])}" if sessions[i] else folder) / "func"
+        path, sidecar_path = folder / f"{stem}{_ENDINGS[form]}", folder / f"{stem}_timeseries.json"
+        _make_folder(output, folder, path)
+        _check_free(path, sidecar_path)
         bold, t_r = np.asarray(store.run(i), np.float32), float(store.runs.t_r[i])
         if axis is None:
             _write_tsv(path, bold, names)
         else:
             _write_ptseries(path, bold, axis, t_r)
         sidecar = {"RepetitionTime": t_r, "SkullStripped": True, "Atlas": label, "SamplingFrequency": 1 / t_r}
-        replace_durably(path.with_name(path.name.partition(".")[0] + ".json"), to_json(sidecar))
+        replace_durably(sidecar_path, to_json({**sidecar, "GeneratedBy": [GENERATOR]}))
         yield Exported(key=keys[i], path=path)
 
 
+def _part(text: str) -> str:
+    """A stranger's text as part of a file name: the characters of BIDS stay, others are percent-encoded."""
+    return quote(text, safe="+")
+
+
+def _make_folder(output: Path, folder: Path, path: Path) -> None:
+    """Make the folder of a file, unless links lead it out of `output` or its name is too long."""
+    if max(map(len, path.relative_to(output).parts)) > _LONGEST_NAME:
+        raise ValueError(
+            f"{path.name[:80]}…: the names of this run are too long for a file; leave it out by "
+            "participant_label"
+        )
+    if not folder.resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"{folder}: a link leads out of {output}; remove it, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _check_free(path: Path, sidecar: Path) -> None:
+    """Refuse to replace files that this command did not write: those have a sidecar that says so."""
+    for file in (path, sidecar):
+        if file.is_symlink() or (file.exists() and not (sidecar.exists() and is_ours(sidecar))):
+            raise ValueError(
+                f"{file}: is there already, and was not written by this command; remove it, or choose "
+                "another folder"
+            )
+
+
 def _write_tsv(path: Path, bold: np.ndarray, names: list[str]) -> None:
-    header = "\t".join(" ".join(name.split()) for name in names)
+    header = "\t".join(csv_cell(printable(" ".join(name.split()))) for name in names)
     rows = ("\t".join(map(str, row)) for row in bold)  # the shortest text that reads back as the same float32
     replace_durably(path, "\n".join([header, *rows, ""]).encode())
 
@@ -95,9 +135,9 @@ def _write_ptseries(path: Path, bold: np.ndarray, axis: Any, t_r: float) -> None
     series = nibabel.cifti2.SeriesAxis(start=0, step=t_r, size=len(bold), unit="SECOND")
     image = nibabel.Cifti2Image(bold, header=(series, axis), dtype=np.float32)
     image.nifti_header.set_intent("NIFTI_INTENT_CONNECTIVITY_PARCELLATED_SERIES")
-    temporary = path.with_name(f".{path.name}")
-    nibabel.save(image, temporary)
-    temporary.replace(path)
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:  # a name that nobody can link
+        nibabel.save(image, Path(folder) / path.name)
+        os.replace(Path(folder) / path.name, path)
 
 
 def _parcels(names: list[str], geometry: AtlasSpec | None) -> Any:
