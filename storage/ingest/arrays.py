@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -107,7 +108,7 @@ def _segments(path: Path) -> list[Segment]:
                     raise StoreError(f"{path}: has more than {MAX_SEGMENTS} segments")
                 if None in row:
                     raise ValueError(f"row {len(segments) + 1} has more cells than the header")
-                onset, length = int(row.pop("onset")), int(row.pop("length"))
+                onset, length = _whole(row.pop("onset")), _whole(row.pop("length"))
                 labels = {name: _parse(text) for name, text in row.items() if text not in (None, "", "n/a")}
                 segments.append(Segment(onset=onset, length=length, labels=labels))
     except StoreError:
@@ -118,10 +119,24 @@ def _segments(path: Path) -> list[Segment]:
     return segments
 
 
+def _whole(text: str) -> int:
+    if "_" in text:  # int() takes 1_0 for 10
+        raise ValueError(f"{shown(text)!r} is no whole number")
+    return int(text)
+
+
 def _parse(text: str) -> Label:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    """A label: a number where the text is one, as in 3, -1.5 or nan; `1_0` is none."""
+    if "_" in text:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    if math.isinf(value) and "inf" not in text.lower():
+        raise ValueError(f"{shown(text)} is too large for a number")
+    return value

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 MAX_TIME = 65_536
-MAX_NETWORKS = 2**20
+MAX_NETWORKS = 2**18  # all voxels of a brain at 2 mm; a store takes memory for 128 time points of them
 _WORD = 4  # what is narrower is wider in the store
 _SHOWN = 300
 _LIBRARIES = {"mat": "scipy.io", "hdf5": "h5py", "parquet": "pyarrow.parquet"}
@@ -60,6 +60,8 @@ def pick(names: Collection[str], wanted: str) -> str:
     """
     if not wanted and len(names) == 1:
         return next(iter(names))
+    if not names:
+        raise ValueError("holds no array")
     listed = ", ".join(sorted(names)[:20])
     if not wanted:
         raise ValueError(f'array: choose one of {listed} with array = "…"')

@@ -15,6 +15,7 @@ from ..errors import StoreError
 from ..quantise import rounding
 from ..text import printable
 from ..writer import PreparedRun, StoreWriter
+from .foreign import MAX_NETWORKS
 from .report import IngestReport
 
 _LONGEST_REASON = 500
@@ -127,10 +128,13 @@ class IngestSession:
 
 
 def _networks(runs: Sequence[Mapping[str, Any]]) -> int:
-    """Networks of the first run of a source."""
+    """Networks of the runs of a source."""
     if not runs:
         raise ValueError("holds no run")
-    shape = np.shape(runs[0]["bold"])
-    if len(shape) != 2 or shape[1] < 1:
-        raise ValueError(f"bold must have shape [time, networks], got {list(shape)}")
-    return shape[1]
+    for run in runs:
+        shape = np.shape(run["bold"])
+        if len(shape) != 2 or not 1 <= shape[1] <= MAX_NETWORKS:
+            raise ValueError(
+                f"bold must have shape [time, networks] with 1 to {MAX_NETWORKS} networks, got {list(shape)}"
+            )
+    return np.shape(runs[0]["bold"])[1]

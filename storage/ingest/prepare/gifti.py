@@ -8,10 +8,12 @@ import zlib
 from pathlib import Path
 from xml.parsers import expat
 
+from ...columns import shown
 from ..foreign import MAX_NETWORKS, MAX_TIME
 from ..limits import budget, regular_size
 from .errors import Unusable
 
+_ENCODINGS = ("ASCII", "Base64Binary", "GZipBase64Binary")  # nibabel takes more names, also for other files
 _MOST_ELEMENTS = 8 * MAX_TIME
 _WORD = 4  # all types of GIFTI's arrays but bytes
 _PIECE = 2**20
@@ -61,8 +63,10 @@ class _Scan:
 
     def _start_array(self, attributes: dict[str, str]) -> None:
         encoding = attributes.get("Encoding", "")
-        if attributes.get("ExternalFileName") or "external" in encoding.lower():
-            raise Unusable(f"{self._path.name}: an array lies in another file, which is not read")
+        if attributes.get("ExternalFileName") or encoding not in _ENCODINGS:
+            raise Unusable(
+                f"{self._path.name}: an array is encoded as {shown(encoding)!r}; arrays in other files are not read"
+            )
         lengths = [
             int(value) for name, value in attributes.items() if name.startswith("Dim") and name[3:].isdigit()
         ]
@@ -72,8 +76,7 @@ class _Scan:
         self._declared += self._left
         if self._declared > self._allowed:
             raise Unusable(f"{self._path.name}: declares more data than its bytes can hold")
-        # nibabel also takes the names that old writers gave
-        self._packed = encoding.lower().startswith("gzip")
+        self._packed = encoding == _ENCODINGS[-1]
 
     def text(self, characters: str) -> None:
         """Unpack a piece of an array and count it."""
