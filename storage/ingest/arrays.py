@@ -103,6 +103,8 @@ def _segments(path: Path) -> list[Segment]:
                     f"{path}: has {len(names)} columns, expected at most {MAX_LABEL_COLUMNS} labels, each "
                     "once"
                 )
+            if not {"onset", "length"} <= set(names):
+                raise ValueError("a column is missing")
             for row in rows:
                 if len(segments) == MAX_SEGMENTS:
                     raise StoreError(f"{path}: has more than {MAX_SEGMENTS} segments")

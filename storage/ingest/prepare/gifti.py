@@ -65,7 +65,8 @@ class _Scan:
         encoding = attributes.get("Encoding", "")
         if attributes.get("ExternalFileName") or encoding not in _ENCODINGS:
             raise Unusable(
-                f"{self._path.name}: an array is encoded as {shown(encoding)!r}; arrays in other files are not read"
+                f"{self._path.name}: an array is encoded as {shown(encoding)!r}; arrays in other files are "
+                "not read"
             )
         lengths = [
             int(value) for name, value in attributes.items() if name.startswith("Dim") and name[3:].isdigit()

@@ -93,7 +93,9 @@ def prepare_run(job: Job) -> dict[str, Any]:
         except ImportError:
             raise
         except Exception as error:  # a fault of ours or of a library: the other runs go on
-            record |= {"status": FAILED, "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            names = ", ".join(path.name for path in job.files.images)
+            record |= {"status": FAILED, "reason": f"{names}: cannot be prepared ({what})"}
         write_record(job.work, record)
     return record
 
