@@ -79,9 +79,9 @@ def load(images: tuple[Path, ...], table: Path | None, strategy: Strategy, volum
     raw = _read_table(table)
     if len(raw) != volumes:
         raise Unusable(f"{table.name}: has {len(raw)} rows for {volumes} volumes")
-    displacement = raw[FRAMEWISE_DISPLACEMENT].to_numpy(float) if FRAMEWISE_DISPLACEMENT in raw else None
+    displacement = _numbers(raw, FRAMEWISE_DISPLACEMENT, table) if FRAMEWISE_DISPLACEMENT in raw else None
     columns = [name for name in raw.columns if re.fullmatch(r"non_steady_state_outlier\d+", name)]
-    marked = np.flatnonzero(raw[columns].to_numpy(float).any(axis=1)) if columns else np.zeros(0, np.int64)
+    marked = np.flatnonzero(_numbers(raw, columns, table).any(axis=1)) if columns else np.zeros(0, np.int64)
     steady_from = int(marked[-1]) + 1 if len(marked) else 0
     censor = np.zeros(volumes, bool)
     if strategy == "none":
@@ -140,16 +140,25 @@ def _select(images: tuple[Path, ...], strategy: Strategy) -> tuple[Any, np.ndarr
                 chosen, kept = fmriprep.load_confounds(files, **wanted)
             else:
                 chosen, kept = fmriprep.load_confounds_strategy(files, denoise_strategy=_PRESETS[strategy])
-    except (ValueError, KeyError, OSError, IndexError) as error:
+    except (ValueError, KeyError, OSError, IndexError, TypeError) as error:
         raise Unusable(f"confounds {strategy!r}: {' '.join(str(error).split())}") from error
     if isinstance(chosen, list):
         chosen, kept = chosen[0], kept[0]
     return chosen, kept
 
 
+def _numbers(frame: Any, columns: str | list[str], table: Path) -> np.ndarray:
+    try:
+        return np.asarray(frame[columns].to_numpy(float))
+    except (ValueError, TypeError) as error:
+        raise Unusable(
+            f"{table.name}: column {columns} holds something that is no number ({error})"
+        ) from error
+
+
 def _check_finite(raw: Any, chosen: Any, table: Path) -> None:
     for name in chosen.columns:
-        column = raw[name].to_numpy(float) if name in raw else chosen[name].to_numpy(float)
+        column = _numbers(raw if name in raw else chosen, name, table)
         bad = np.flatnonzero(~np.isfinite(column))
         if len(bad) > 1 or (len(bad) == 1 and (bad[0] != 0 or len(column) == 1)):
             raise Unusable(

@@ -47,16 +47,12 @@ def open_volume(path: Path) -> Any:
     try:
         size = regular_size(path)
         image = nibabel.load(path, keep_file_open=True)
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        OverflowError,
-        zlib.error,
-        nibabel.filebasedimages.ImageFileError,
-    ) as error:
+        affine = np.asarray(image.affine, np.float64)
+    except Exception as error:  # nibabel, zlib and a header that contradicts itself raise many kinds
         raise Unusable(f"{path.name}: cannot be opened ({' '.join(str(error).split())})") from error
-    if len(image.shape) != 4 or image.shape[3] < 2:
+    if not np.isfinite(affine).all() or np.linalg.det(affine[:3, :3]) == 0:
+        raise Unusable(f"{path.name}: its affine says not where the voxels are ({affine[:3].tolist()})")
+    if len(image.shape) != 4 or image.shape[3] < 2 or min(image.shape) < 1:
         raise Unusable(f"{path.name}: has shape {image.shape}, expected a 4-D image of several volumes")
     if 8 * math.prod(image.shape[:3]) > budget(size) or image.shape[3] > MAX_TIME:
         raise Unusable(f"{path.name}: declares shape {image.shape}, more than its {size} bytes can hold")
