@@ -188,7 +188,7 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     if not any(record["status"] == "done" for record in records):
         print_left_out(records)
     specs = atlases or [saved_atlas(label, _work(args)) for label in gather.check_recipes(records)["atlases"]]
-    dataset = "-".join(sorted({record["dataset"] for record in records}))
+    dataset = "-".join(sorted({record["dataset"] for record in records} - {""}))
     stores, failures = {}, dict[str, str]()
     for atlas in specs:
         path = gather.store_path(args.output_dir, dataset, atlas.label)
@@ -217,9 +217,10 @@ def _unprepared(args: Args, records: list[dict[str, Any]]) -> list[dict[str, Any
     from brainflow.storage.ingest.prepare.gather import unprepared
 
     query = _query(args)
-    if records:  # the options that chose the images need not be given again
+    recipes = [record["recipe"] for record in records if "recipe" in record]
+    if recipes:  # the options that chose the images need not be given again
         names = ("kind", "space", "description")
-        query = dataclasses.replace(query, **{name: records[0]["recipe"][name] for name in names})
+        query = dataclasses.replace(query, **{name: recipes[0][name] for name in names})
     return unprepared(records, find_runs(args.bids_dir, query, derivatives=args.derivatives))
 
 

@@ -15,7 +15,7 @@ from .errors import Unusable
 
 _ENCODINGS = ("ASCII", "Base64Binary", "GZipBase64Binary")  # nibabel takes more names, also for other files
 _MOST_ELEMENTS = 8 * MAX_TIME
-_WORD = 4  # all types of GIFTI's arrays but bytes
+_WORD = 8  # no type that nibabel reads is wider
 _PIECE = 2**20
 
 
@@ -46,7 +46,7 @@ class _Scan:
 
     def __init__(self, path: Path, allowed: int) -> None:
         self._path, self._allowed = path, allowed
-        self._elements = self._declared = self._left = 0
+        self._elements = self._arrays = self._declared = self._left = 0
         self._packed = False
         self._unpack: zlib._Decompress | None = None
         self._base64 = ""
@@ -62,6 +62,9 @@ class _Scan:
             self._unpack, self._base64 = zlib.decompressobj(), ""
 
     def _start_array(self, attributes: dict[str, str]) -> None:
+        self._arrays += 1
+        if self._arrays > MAX_TIME:
+            raise Unusable(f"{self._path.name}: holds more than {MAX_TIME} arrays")
         encoding = attributes.get("Encoding", "")
         if attributes.get("ExternalFileName") or encoding not in _ENCODINGS:
             raise Unusable(

@@ -14,6 +14,7 @@ from typing import Any
 from ...files import replace_durably
 from ...layout import to_json
 from ...parts import part_path
+from .names import RUN_ENTITIES
 
 DONE, EXCLUDED, FAILED = "done", "excluded", "failed"
 
@@ -65,14 +66,14 @@ def _read_or_fail(path: Path) -> dict[str, Any]:
         raise ValueError("lacks a value")
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         reason = f"{path}: its record is damaged ({type(error).__name__}); run the participant level again"
-        return {
-            "key": path.stem,
-            "dataset": "",
-            "entities": {},
-            "status": FAILED,
-            "reason": reason,
-            "notes": [],
-        }
+        return {"key": path.stem, "status": FAILED, "reason": reason, "notes": [], **_names(path.stem)}
+
+
+def _names(key: str) -> dict[str, Any]:
+    """Dataset and entities from the key of a run."""
+    parts = dict(part.split("-", 1) for part in key.split("_") if "-" in part)
+    entities = {name: value for name, value in parts.items() if name in RUN_ENTITIES}
+    return {"dataset": parts.get("ds", ""), "entities": entities}
 
 
 def forget(work: Path, key: str, atlases: Sequence[str]) -> None:
