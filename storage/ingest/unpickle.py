@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ..columns import shown
 from ..errors import StoreError
 
 Value = np.ndarray | int | float | str
@@ -279,6 +280,6 @@ def _walk(data: bytes) -> None:
         elif opcode.name not in _OPCODES:
             raise _Refused(f"holds the opcode {opcode.name}, which numbers, texts and arrays do not need")
         elif opcode.name in _PUTS and isinstance(argument, int) and argument > len(data) + _MEMO_SLACK:
-            raise _Refused(f"uses memo slot {argument} in {len(data)} bytes")
+            raise _Refused(f"uses memo slot {shown(argument)} in {len(data)} bytes")
     if last != "STOP":
         raise _Refused("does not end")

@@ -61,6 +61,11 @@ def spliced(rng):
     return mutate.mutated_bytes(one, rng)
 
 
+def test_a_huge_slot_is_refused_in_a_short_line():
+    """Found by the rounds below, after a million."""
+    assert len(value_or_reason(b"Np" + b"1" * 2000 + b"\n.")[1]) < 200
+
+
 def value_or_reason(data):
     try:
         return restricted_loads(data, "member.pyd"), ""

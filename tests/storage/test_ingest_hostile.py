@@ -271,6 +271,8 @@ def tars():
         "kinds",
         tar_bytes([*run_of(key), *run_of(other), (f"{key}.z.txt", b"x"), (f"{other}.z.pyd", b"K\x01.")]),
     )
+    escape = "\x1b]0;x\x07.bold.pyd"
+    yield "escape", tar_bytes([(escape, b"K\1."), (escape, b"K\1.")])
     sound = tar_bytes(run_of(key))
     for cut in (0, 1, 511, 512, 700, 1600):
         yield f"cut-{cut}", sound[:cut]
@@ -328,6 +330,12 @@ def test_a_bad_tar_harms_only_itself(tmp_path, monkeypatch):
     alone = [path for path in bad if not path.name.startswith("beside")]
     assert sorted(ingest_tar(alone, tmp_path / "none").failures) == sorted(map(str, alone))
     assert files_of(tmp_path) == before, "bad sources alone have made something"
+
+
+def test_a_pickle_of_many_steps_is_not_taken():
+    """A hundred million lists of one byte each would take 64 times their pickle."""
+    with pytest.raises(StoreError, match="more than 1000 opcodes"):
+        restricted_loads(b"(" + b"]" * 5000 + b"t.", "x")
 
 
 @pytest.mark.parametrize("data", AMPLIFIED)
@@ -632,8 +640,8 @@ np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": Fal
 with zipfile.ZipFile(folder / "deflate.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
     with archive.open("bold.npy", "w") as member:
         member.write(head.getvalue())
-        for _ in range(920):
-            member.write(bytes(2**20))
+        for _ in range(60):
+            member.write(bytes(16_000_000))
 import base64
 array = '<DataArray DataType="NIFTI_TYPE_FLOAT32" Encoding="GZipBase64Binary" Dim0="9"><Data>'
 packed = base64.b64encode(zlib.compress(bytes(2**28), 1)).decode()

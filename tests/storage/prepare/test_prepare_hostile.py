@@ -317,6 +317,9 @@ def test_a_bad_cifti_is_refused(tmp_path):
         data = bytearray(sound)
         struct.pack_into(kind, data, offset, *values)
         cases.append(bytes(data))
+    path.write_bytes(with_xml(xml.replace('IndexCount="27"', 'IndexCount="9999999"')))
+    with pytest.raises(Unusable, match="declares 9999999 points"):
+        read_cifti(path)  # before nibabel makes arrays of the declared length
     for number, data in enumerate(cases):
         path.write_bytes(data)
         with pytest.raises(Unusable, match=r"hostile\.dtseries\.nii") as caught:
