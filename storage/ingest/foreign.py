@@ -8,6 +8,7 @@ SECONDS` writes the array to OUT as .npy, or prints why not and ends with exit c
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -154,9 +155,10 @@ def _limit(allowed: int, seconds: int) -> None:
     """Bound memory, time and output of this process, beyond what it has now."""
     import resource
 
-    with open("/proc/self/statm") as file:
-        held = int(file.read().split()[0]) * resource.getpagesize()
-    memory = held + 2 * allowed
+    memory = resource.RLIM_INFINITY  # other systems than Linux do not say what is held, nor keep the limit
+    if os.path.exists("/proc/self/statm"):
+        with open("/proc/self/statm") as file:
+            memory = int(file.read().split()[0]) * resource.getpagesize() + 2 * allowed
     for kind, most in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CPU, seconds),
