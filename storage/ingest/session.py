@@ -39,8 +39,8 @@ class IngestSession:
         self._path = Path(path)
         self._create = create
         self._overwrite = overwrite
-        named = create.get("network_names") or create.get("network_coordinates")
-        self._networks = len(named) if named is not None and len(named) else None
+        named = [create[n] for n in ("network_names", "network_coordinates") if create.get(n) is not None]
+        self._networks = len(named[0]) if named else None  # or the first good source says it
         self._writer: StoreWriter | None = None
         self.report = IngestReport()
 
@@ -82,7 +82,10 @@ class IngestSession:
         made: StoreWriter | None = None
         if self._writer is None:
             self._writer = made = StoreWriter.create(
-                self._path, networks=self._networks or networks, overwrite=self._overwrite, **self._create
+                self._path,
+                networks=networks if self._networks is None else self._networks,
+                overwrite=self._overwrite,
+                **self._create,
             )
         try:
             prepared = self._prepare(self._writer, collected)
