@@ -40,8 +40,6 @@ def run(args: Args) -> int:
         print(json.dumps(facts, indent=1))
         return 0
     console = Console()
-    if facts["damage"]:
-        console.print(_plain(f"an earlier state is shown: {facts['damage']}"))
     table = Table(title=_plain(args.store), title_justify="left", show_header=False)
     for name, value in facts.items():
         if name not in ("datasets", "damage") and value not in (None, "", {}, []):
@@ -71,7 +69,7 @@ def describe(store: BoldStore) -> dict[str, Any]:
     runs, attributes = store.runs, store.attributes
     return {
         "generation": store.generation,
-        "damage": getattr(store, "damage", None),
+        "damage": store.damage,
         "snapshot": store.snapshot,
         "runs": len(runs),
         "time_points": int(runs.length.sum()),

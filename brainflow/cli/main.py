@@ -11,7 +11,9 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from brainflow.cli.usage import WrongUsage
@@ -101,8 +103,10 @@ def _main(args: list[str]) -> int:
 def _dispatch(verb: str, rest: list[str], verbose: bool) -> int:
     prog = f"brainflow {verb}"
     try:
-        module = importlib.import_module(VERBS[verb][0])
-        return int(module.run(_parse(module, prog, rest)) or 0)
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, prog, warnings.showwarning)
+            module = importlib.import_module(VERBS[verb][0])
+            return int(module.run(_parse(module, prog, rest)) or 0)
     except SystemExit as stop:  # tyro: 0 after --help, 2 after a wrong command line
         return _exit_code(stop)
     except KeyboardInterrupt:
@@ -115,6 +119,18 @@ def _dispatch(verb: str, rest: list[str], verbose: bool) -> int:
             traceback.print_exc()
         print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, WrongUsage) else 1
+
+
+def _show_warning(
+    prog: str, usual: Callable[..., None], message: Warning, category: type[Warning], *where: Any
+) -> None:
+    """Print a warning of ours on one line; the place in the code that others have says nothing to a user."""
+    if category.__module__.startswith("brainflow."):
+        from brainflow.storage.text import printable
+
+        print(f"{prog}: warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+    else:
+        usual(message, category, *where)
 
 
 def _parse(module: Any, prog: str, rest: list[str]) -> Any:

@@ -39,7 +39,7 @@ def run(args: Args) -> int:
     else:
         for error in report.errors:
             print(f"BAD {printable(error)}")
-        for note in getattr(report, "notes", ()):
+        for note in report.notes:
             print(f"note: {printable(note)}")
         store = printable(args.store)
         if report.ok:

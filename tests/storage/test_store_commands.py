@@ -11,7 +11,7 @@ import pytest
 
 from brainflow.cli.main import main
 from brainflow.data.splits import Split
-from brainflow.storage import BoldStore
+from brainflow.storage import BoldStore, StoreWriter
 
 
 @pytest.fixture
@@ -105,3 +105,18 @@ def test_as_a_process_without_torch(tars, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 runs written" in done.stdout
     assert "tars: 100 %" in done.stderr
+
+
+def test_info_of_a_damaged_store_shows_what_is_whole_and_says_so(tmp_path, capsys):
+    path = tmp_path / "s"
+    with StoreWriter.create(path, networks=2) as writer:
+        writer.append(np.zeros((4, 2)), t_r=1.0, dataset="d", subject="1")
+    (path / "zarr.json").write_bytes(b"{")
+    assert main(["info", str(path)]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.startswith("brainflow info: warning: ")
+    assert shown.err.count("\n") == 1
+    assert "manifest.json" in shown.err
+    assert main(["info", str(path), "--json"]) == 0
+    assert "manifest.json" in json.loads(capsys.readouterr().out)["damage"]
+    assert main(["verify", str(path)]) == 1
