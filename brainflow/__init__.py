@@ -23,14 +23,14 @@ __all__ = ["BoldEncoder", "MentalStateDecoder", "__version__", "from_pretrained"
 _PLACES = {
     "MentalStateDecoder": "brainflow.decoding.estimator",
     "BoldEncoder": "brainflow.decoding.estimator",
-    "from_pretrained": "brainflow.sharing",
+    "from_pretrained": "brainflow.pretrained.hub",
     "push_to_hub": "brainflow.sharing",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from brainflow.models.pretrained import load_pretrained
+        from brainflow.pretrained.format import load_pretrained
 
         return load_pretrained
     if name in _PLACES:

@@ -132,7 +132,7 @@ def run(args: Args) -> int:
     from brainflow.decoding.persist import check_decoder_classes, save_for_task
     from brainflow.decoding.result import baselines, within_subject, write_results
     from brainflow.decoding.task import load_task
-    from brainflow.sharing import fetch
+    from brainflow.pretrained.hub import fetch
     from brainflow.storage.files import output_folder
     from brainflow.storage.text import printable
 
@@ -222,7 +222,7 @@ def _modes(args: Args, checkpoint: Path) -> list[str]:
     """Return the ways to adapt, the one whose files are written last."""
     from brainflow.decoding.fit import NAMES
     from brainflow.decoding.lora import has_blocks
-    from brainflow.models.pretrained import load_pretrained
+    from brainflow.pretrained.format import load_pretrained
 
     if args.mode != "all":
         return [args.mode]

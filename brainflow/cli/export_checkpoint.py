@@ -28,7 +28,7 @@ class Args:
 
 def run(args: Args) -> int:
     """Write the file and return the exit code."""
-    from brainflow.models.legacy import export_checkpoint
+    from brainflow.pretrained.legacy import export_checkpoint
 
     if args.out.is_dir() or not args.out.parent.is_dir():
         raise ValueError(f"FILE: got {args.out}, expected a file in a folder that exists")

@@ -36,7 +36,7 @@ def run(args: Args) -> int:
     """Import the checkpoint, print what was used, and return the exit code."""
     if not args.checkpoint.is_file():
         raise FileNotFoundError(f"{args.checkpoint}: no such file; expected a pytorch_model.bin")
-    from brainflow.models.legacy import import_checkpoint, report_json
+    from brainflow.pretrained.legacy import import_checkpoint, report_json
     from brainflow.storage.text import printable
 
     report = import_checkpoint(args.checkpoint, args.out, heads=args.heads)

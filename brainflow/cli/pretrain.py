@@ -47,7 +47,7 @@ from brainflow.config import (
     check_names,
     check_values,
 )
-from brainflow.models.files import read_toml
+from brainflow.files import read_toml
 from brainflow.recipes import PresetName, preset
 
 

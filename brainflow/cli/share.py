@@ -42,7 +42,8 @@ class Args:
 
 def run(args: Args) -> int:
     """Say what is published, upload it, and return the exit code."""
-    from brainflow.sharing import CARD, push_to_hub
+    from brainflow.pretrained.format import CARD
+    from brainflow.sharing import push_to_hub
     from brainflow.storage.text import printable
 
     def said(upload: Upload) -> None:

@@ -11,14 +11,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from brainflow.compat import check_fits
 from brainflow.decoding.finetune import Decoder, History, frozen_features, probabilities
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.result import Result, judge
 from brainflow.decoding.task import DecodingTask
 from brainflow.frameworks import build
-from brainflow.models.pretrained import load_pretrained, read_config
-from brainflow.models.privacy import seen
+from brainflow.pretrained.compatibility import check_fits
+from brainflow.pretrained.format import load_pretrained, read_config
+from brainflow.pretrained.privacy import seen
 
 Device = Literal["auto", "cpu", "cuda"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from brainflow.decoding.finetune import Decoder
 from brainflow.decoding.task import DecodingTask
 from brainflow.decoding.windows import ArrayWindows
-from brainflow.models.files import beside
+from brainflow.files import beside
 
 Method = Literal["integrated-gradients", "occlusion"]
 STEPS = 32

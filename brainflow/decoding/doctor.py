@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from brainflow.compat import MUST_MATCH, TR_TOLERANCE, differences, fingerprint
-from brainflow.models.pretrained import read_config
+from brainflow.pretrained.compatibility import MUST_MATCH, TR_TOLERANCE, differences, fingerprint
+from brainflow.pretrained.format import read_config
 from brainflow.storage import BoldStore
 
 SLOW_HZ = 0.1

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from brainflow.compat import check_windows
 from brainflow.config import ModelConfig
 from brainflow.decoding.extra import requires_report
 from brainflow.decoding.finetune import Pooling, frozen_features, probabilities
@@ -23,9 +22,9 @@ from brainflow.decoding.fit import AdaptConfig, Mode, fit_decoder
 from brainflow.decoding.persist import load_decoder, save_decoder
 from brainflow.decoding.windows import ArrayWindows, as_windows, cut_events
 from brainflow.frameworks import build
-from brainflow.models.hub import base_model
-from brainflow.models.pretrained import load_pretrained, read_config
-from brainflow.sharing import fetch
+from brainflow.pretrained.compatibility import check_windows
+from brainflow.pretrained.format import load_pretrained, read_config
+from brainflow.pretrained.hub import base_model, fetch
 
 with requires_report("decoding"):
     from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone

@@ -14,7 +14,7 @@ from brainflow.decoding.finetune import Decoder, History, Pooling, finetune, fro
 from brainflow.decoding.heads import ProbeName, fit_probe, make_head
 from brainflow.decoding.lora import add_lora, merge_lora
 from brainflow.decoding.windows import WindowSource
-from brainflow.models.initial import freeze
+from brainflow.pretrained.warm_start import freeze
 
 Mode = Literal["finetune", "lora", "attentive", "linear", "mlp", "knn"]
 PROBES = get_args(ProbeName)

@@ -17,17 +17,16 @@ from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.heads import Neighbours, make_head
 from brainflow.decoding.result import Result
 from brainflow.decoding.task import DecodingTask, check_classes
-from brainflow.models.files import own_folder
-from brainflow.models.pretrained import (
+from brainflow.files import own_folder
+from brainflow.pretrained.card import write_card
+from brainflow.pretrained.format import (
+    HEAD,
     TensorFile,
     check_digest,
     load_pretrained,
     read_config,
     save_pretrained,
 )
-from brainflow.sharing import write_card
-
-HEAD = "head.safetensors"
 
 
 def save_decoder(

@@ -17,7 +17,7 @@ from brainflow.decoding.calibration import Calibration, calibration
 from brainflow.decoding.finetune import History
 from brainflow.decoding.scores import Interval, Scores, paired_difference, score
 from brainflow.decoding.task import DecodingTask
-from brainflow.models.files import beside, write_text
+from brainflow.files import beside, write_text
 from brainflow.storage.text import csv_cell
 
 

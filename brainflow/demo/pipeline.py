@@ -18,7 +18,7 @@ from brainflow.decoding.result import Result, baselines, difference, write_resul
 from brainflow.decoding.scores import Interval
 from brainflow.decoding.task import DecodingTask, TaskConfig, load_task
 from brainflow.demo import haxby
-from brainflow.models.pretrained import load_pretrained
+from brainflow.pretrained.format import load_pretrained
 from brainflow.report.reconstruction import Reconstruction, reconstruct
 from brainflow.storage import BoldStore, verify
 from brainflow.training.loop import pretrain

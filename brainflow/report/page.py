@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from brainflow.decoding.extra import requires_report
-from brainflow.models.files import beside, write_text
+from brainflow.files import beside, write_text
 from brainflow.report.template import TEMPLATE
 from brainflow.storage.files import output_folder
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from brainflow.models.files import write_text
+from brainflow.files import write_text
 from brainflow.report.page import Page, Picture, Section, Table, render
 from brainflow.report.quality_figures import carpet, correlation, framewise_displacement, run_overview
 

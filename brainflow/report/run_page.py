@@ -13,8 +13,8 @@ import numpy as np
 
 from brainflow.data.splits import Split
 from brainflow.decoding.baselines import DESCRIPTIONS
-from brainflow.models.files import beside, open_regular, own_folder, read_json
-from brainflow.models.pretrained import CONFIG, load_pretrained, read_config
+from brainflow.files import beside, open_regular, own_folder, read_json
+from brainflow.pretrained.format import CONFIG, load_pretrained, read_config
 from brainflow.report import figures
 from brainflow.report.page import Page, Picture, Section, Table, write_page
 from brainflow.report.reconstruction import reconstruct

@@ -35,8 +35,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from brainflow.models.facts import is_count
-from brainflow.models.files import read_json
+from brainflow.files import is_count, read_json
 
 from .parallel import Ranks
 

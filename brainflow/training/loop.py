@@ -26,7 +26,7 @@ from brainflow.data.loader import batch_dtype
 from brainflow.data.sampler import WindowSampler
 from brainflow.data.windows import Sampler
 from brainflow.frameworks import build
-from brainflow.models.pretrained import save_pretrained
+from brainflow.pretrained.format import save_pretrained
 from brainflow.storage import BoldStore
 from brainflow.upload import upload
 

@@ -23,8 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from brainflow.models.facts import is_count, is_number
-from brainflow.models.files import parse_json, read_text, write_text
+from brainflow.files import is_count, is_number, parse_json, read_text, write_text
 
 # Keys that differ between two runs of the same configuration.
 TIMING = (

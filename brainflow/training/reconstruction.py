@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from brainflow.models.files import beside, own_folder
+from brainflow.files import beside, own_folder
 
 from .validation import Example
 

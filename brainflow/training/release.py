@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from brainflow.compat import fingerprint
 from brainflow.config import PretrainConfig, to_dict
 from brainflow.data.splits import Split
-from brainflow.models.hub import base_model
+from brainflow.pretrained.compatibility import fingerprint
+from brainflow.pretrained.hub import base_model
 from brainflow.storage import BoldStore
 
 # Attributes of the store that whoever feeds the model must match.

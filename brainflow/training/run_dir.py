@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from brainflow.config import PretrainConfig, check_names, check_values, to_dict
-from brainflow.models.files import read_json, write_text
+from brainflow.files import read_json, write_text
 from brainflow.storage.files import output_folder
 
 from .checkpoint import latest, remove_partial

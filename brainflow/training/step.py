@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from brainflow.config import PretrainConfig
 from brainflow.data.batch import PackedBatch
 from brainflow.frameworks import Framework, build
-from brainflow.models.initial import freeze, load_initial
 from brainflow.models.transformer import Transformer
+from brainflow.pretrained.warm_start import freeze, load_initial
 from brainflow.upload import upload
 
 from . import checkpoint, parallel

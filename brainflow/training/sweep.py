@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from brainflow.config import SECTIONS, PretrainConfig, check_names, check_values, from_dict
-from brainflow.models.facts import is_number
-from brainflow.models.files import read_json, read_toml, write_text
+from brainflow.files import is_number, read_json, read_toml, write_text
 from brainflow.storage.files import output_folder
 
 from .metrics import read_metrics

@@ -20,7 +20,7 @@ from brainflow.decoding.result import baseline, difference, write_results
 from brainflow.decoding.task import TaskConfig, load_task
 from brainflow.decoding.windows import ArrayWindows
 from brainflow.frameworks import build
-from brainflow.models.pretrained import save_pretrained
+from brainflow.pretrained.format import save_pretrained
 from brainflow.storage import BoldStore, Segment, StoreWriter
 
 NETWORKS, CLASSES, RUNS = 12, ("cat", "face", "house"), 5
@@ -182,7 +182,7 @@ def test_intervals_are_over_subjects_where_there_are_several(tmp_path):
 
 
 def test_frozen_features_do_not_depend_on_the_batch(task, model):
-    from brainflow.models.pretrained import load_pretrained
+    from brainflow.pretrained.format import load_pretrained
 
     module = load_pretrained(model)
     features = frozen_features(module, task, pooling="mean", device=torch.device("cpu"))

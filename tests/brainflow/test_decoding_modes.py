@@ -22,7 +22,7 @@ from brainflow.decoding.splits import Fold
 from brainflow.decoding.task import TaskConfig, load_task
 from brainflow.decoding.windows import ArrayWindows
 from brainflow.frameworks import build
-from brainflow.models.pretrained import save_pretrained
+from brainflow.pretrained.format import save_pretrained
 from brainflow.storage import BoldStore, Segment, StoreWriter
 
 NETWORKS, CLASSES = 6, ("cat", "face", "house")

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import brainflow
-from brainflow import compat, sharing
 from brainflow.cli.main import main
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from brainflow.decoding.baselines import BASELINES
@@ -24,7 +23,10 @@ from brainflow.decoding.splits import Fold, check_folds
 from brainflow.decoding.task import TaskConfig, load_task
 from brainflow.decoding.windows import ArrayWindows
 from brainflow.frameworks import build
-from brainflow.models.pretrained import save_pretrained
+from brainflow.pretrained import compatibility
+from brainflow.pretrained.card import write_card
+from brainflow.pretrained.format import save_pretrained
+from brainflow.pretrained.hub import from_pretrained
 from brainflow.report.page import render
 from brainflow.report.reconstruction import reconstruct
 from brainflow.report.run_page import run_page
@@ -70,7 +72,7 @@ def store(tmp_path_factory):
 def model(tmp_path_factory, store):
     torch.manual_seed(0)
     config = ModelConfig(networks=NETWORKS, width=16, layers=1, heads=2, dropout=0.0)
-    data = {"parcellation": "eight", "t_r": [2.0], "fingerprint": compat.fingerprint(store)}
+    data = {"parcellation": "eight", "t_r": [2.0], "fingerprint": compatibility.fingerprint(store)}
     return save_pretrained(build(config), tmp_path_factory.mktemp("model"), {"data": data})
 
 
@@ -210,7 +212,7 @@ def test_report_of_a_pretraining_run_maps_the_reconstruction_error(store, tmp_pa
         assert found["error"].shape == (NETWORKS,)
         image = nibabel.load(run / "report" / "reconstruction_00_reconstruction-error-L1-.nii.gz")
         np.testing.assert_allclose(image.get_fdata().ravel(), found["error"], atol=1e-5)
-    card = sharing.write_card(run).read_text()
+    card = write_card(run).read_text()
     last = read_metrics(run)[-1]
     for words in ("## Validation after 2 steps", f"held-out runs: {last['val_l1']:.3f}", "- toy: 10 runs"):
         assert words in card
@@ -255,16 +257,16 @@ def test_report_of_logs_alone(tmp_path):
 
 
 def test_differences_are_named_and_can_be_allowed(store, model, tmp_path):
-    assert compat.check_fits(model, store) == []
+    assert compatibility.check_fits(model, store) == []
     slow = write_store(tmp_path / "s", t_r=3.0)
     with pytest.raises(ValueError, match=r"TR: the model saw 2 s, the data have 3 s.*--allow-mismatch"):
-        compat.check_fits(model, slow)
-    assert len(compat.check_fits(model, slow, allow=True)) == 1
+        compatibility.check_fits(model, slow)
+    assert len(compatibility.check_fits(model, slow, allow=True)) == 1
     with pytest.raises(ValueError, match=r"normalisation: .* mean square of about .* z-score each network"):
-        compat.check_fits(model, write_store(tmp_path / "raw", scale=30.0))
+        compatibility.check_fits(model, write_store(tmp_path / "raw", scale=30.0))
     names = {"network_names": ["a", "b", "c"], "preprocessing": {"standardize": "z-score", "filter": "x"}}
     ours = {"network_names": ["a", "c", "b"], "preprocessing": {"standardize": "psc", "filter": "y"}}
-    found = compat.differences(names, ours, [])
+    found = compatibility.differences(names, ours, [])
     assert "from place 1 of 3" in found[0]
     assert found[1].startswith("normalisation: the model saw")
     assert len(found) == 2
@@ -310,11 +312,11 @@ def test_card_and_download(decoding, monkeypatch, tmp_path):
     card = (folder / "README.md").read_text()
     for words in ("eight", "| repetition time | 2 s |", "cat, face, house", "accuracy", "95 % interval"):
         assert words in card
-    assert sharing.from_pretrained("me/decoder").config.networks == NETWORKS
+    assert from_pretrained("me/decoder").config.networks == NETWORKS
     with pytest.raises(FileNotFoundError, match="owner/name"):
-        sharing.from_pretrained("nowhere")
+        from_pretrained("nowhere")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="d/mistyped: no config"):
-        sharing.from_pretrained("d/mistyped")  # beside a folder that is there: not a repository
+        from_pretrained("d/mistyped")  # beside a folder that is there: not a repository
     assert main(["share", str(folder), "me/decoder", "--dry-run"]) == 0
     assert main(["share", str(folder), "me/../decoder", "--dry-run"]) == 1

@@ -15,7 +15,7 @@ import brainflow
 from brainflow.config import ModelConfig
 from brainflow.decoding.windows import cut_events
 from brainflow.frameworks import build
-from brainflow.models.pretrained import save_pretrained
+from brainflow.pretrained.format import save_pretrained
 
 NETWORKS = 10
 

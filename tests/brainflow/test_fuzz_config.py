@@ -7,10 +7,10 @@ from mutate import mutated_bytes, mutated_json, rounds
 
 from brainflow.cli.pretrain import arguments
 from brainflow.config import ModelConfig, PretrainConfig, from_dict, to_dict
-from brainflow.models.facts import check_facts
-from brainflow.models.pretrained import read_config
-from brainflow.models.privacy import published
-from brainflow.sharing import model_card
+from brainflow.pretrained.card import model_card
+from brainflow.pretrained.format import read_config
+from brainflow.pretrained.metadata import check_facts
+from brainflow.pretrained.privacy import published
 from brainflow.training.sweep import grid, read_space
 
 MODEL = {

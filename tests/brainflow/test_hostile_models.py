@@ -26,11 +26,11 @@ from brainflow.config import ModelConfig
 from brainflow.decoding.finetune import Decoder
 from brainflow.decoding.heads import make_head
 from brainflow.decoding.persist import HEAD, load_decoder, save_decoder
+from brainflow.files import beside
 from brainflow.frameworks import build
-from brainflow.models.files import beside
-from brainflow.models.initial import load_initial
-from brainflow.models.legacy import export_checkpoint, import_checkpoint
-from brainflow.models.pretrained import CONFIG, WEIGHTS, load_pretrained, save_pretrained
+from brainflow.pretrained.format import CONFIG, WEIGHTS, load_pretrained, save_pretrained
+from brainflow.pretrained.legacy import export_checkpoint, import_checkpoint
+from brainflow.pretrained.warm_start import load_initial
 from brainflow.training import checkpoint
 from brainflow.training.metrics import METRICS, RunLog
 from brainflow.training.run_dir import exclusive

@@ -12,7 +12,7 @@ from brainflow.cli.main import main
 from brainflow.data.batch import PackedBatch
 from brainflow.decoding.persist import load_decoder
 from brainflow.frameworks import FRAMEWORKS
-from brainflow.models.legacy import export_checkpoint, import_checkpoint, read_state
+from brainflow.pretrained.legacy import export_checkpoint, import_checkpoint, read_state
 
 transformers = pytest.importorskip("transformers")
 
@@ -265,7 +265,7 @@ def test_autoencoder_forward_equals_the_published_model(tmp_path, forced):
 def test_old_names_of_ours_get_zeros_where_hugging_face_asks_for_more(tmp_path):
     from brainflow.config import ModelConfig
     from brainflow.frameworks import build
-    from brainflow.models.pretrained import save_pretrained
+    from brainflow.pretrained.format import save_pretrained
 
     config = ModelConfig(networks=N, width=W, layers=LAYERS, heads=HEADS, max_positions=PLACES)
     save_pretrained(build(config), tmp_path / "run")

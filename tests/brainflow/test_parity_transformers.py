@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from brainflow.config import ModelConfig
-from brainflow.models.legacy_names import rules
 from brainflow.models.packing import offsets, positions
 from brainflow.models.transformer import Layout, Transformer
+from brainflow.pretrained.legacy_names import rules
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 import brainflow
 from brainflow.config import ModelConfig
 from brainflow.frameworks import FRAMEWORKS, build
-from brainflow.models.pretrained import load_pretrained, read_config, save_pretrained
+from brainflow.pretrained.format import load_pretrained, read_config, save_pretrained
 
 
 def make_model(framework="csm", **changes):

@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from brainflow import compat, sharing
+from brainflow import sharing
 from brainflow.cli.main import main
 from brainflow.config import ModelConfig, PretrainConfig, TrainConfig, to_dict
 from brainflow.decoding.finetune import Decoder
 from brainflow.decoding.heads import make_head
 from brainflow.decoding.persist import HEAD, load_decoder, save_decoder
 from brainflow.frameworks import build
-from brainflow.models.pretrained import load_pretrained
-from brainflow.models.privacy import hashed, published, seen
+from brainflow.pretrained import card as cards
+from brainflow.pretrained.compatibility import differences
+from brainflow.pretrained.format import load_pretrained
+from brainflow.pretrained.privacy import hashed, published, seen
 
 PEOPLE = ["lab/sub-ann", "lab/sub-bob", "lab/sub-eve"]
 SCORE = {"value": 0.8, "low": 0.7, "high": 0.9}
@@ -87,7 +89,7 @@ def hub(monkeypatch):
                 there.files[part.path_in_repo] = what if isinstance(what, bytes) else Path(what).read_bytes()
 
     stub = types.SimpleNamespace(HfApi=HfApi, CommitOperationAdd=real.CommitOperationAdd)
-    monkeypatch.setattr("brainflow.models.hub.client", lambda: stub)
+    monkeypatch.setattr("brainflow.pretrained.hub.client", lambda: stub)
     return there
 
 
@@ -127,8 +129,8 @@ def test_what_is_published_still_loads_and_knows_whom_it_saw(folder, hub, tmp_pa
     assert all(torch.equal(value, own[name]) for name, value in decoder.module.state_dict().items())
     assert seen(config["data"], ["lab/sub-ann", "lab/sub-zoe"]) == ["lab/sub-ann"]
     store = {"parcellation": "/elsewhere/four.nii.gz", "network_names": ["/vis/1", "a", "b", "c"]}
-    assert compat.differences(config["data"], store, [2.0]) == []
-    assert compat.differences(config["data"], {"parcellation": "five"}, [2.0]) != []
+    assert differences(config["data"], store, [2.0]) == []
+    assert differences(config["data"], {"parcellation": "five"}, [2.0]) != []
     # shared once more, by whoever adapted it: hashes stay, under the salt that they were made with
     once = sharing.prepare_upload(again)
     assert json.loads(once.texts["config.json"])["data"] == config["data"]
@@ -182,10 +184,10 @@ def test_a_card_that_was_written_by_hand_is_left_alone(folder, hub, capsys):
     assert (folder / "README.md").read_text() == "MY CARD\n"
     assert hub.files["README.md"] == b"MY CARD\n"
     assert "written by hand" in capsys.readouterr().out
-    sharing.write_card(folder)
+    cards.write_card(folder)
     assert (folder / "README.md").read_text() == "MY CARD\n"
-    (folder / "README.md").write_text(sharing.MARKER)
-    sharing.write_card(folder)
+    (folder / "README.md").write_text(cards.MARKER)
+    cards.write_card(folder)
     assert "# A csm model" in (folder / "README.md").read_text()
 
 
@@ -200,7 +202,7 @@ def test_a_public_repository_is_refused_unless_asked_for(folder, hub):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "head.safetensors", "README.md"])
 def test_a_file_of_elsewhere_is_not_uploaded(folder, hub, tmp_path, name):
-    sharing.write_card(folder)
+    cards.write_card(folder)
     shutil.move(folder / name, tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
     if name == "README.md":
@@ -211,7 +213,7 @@ def test_a_file_of_elsewhere_is_not_uploaded(folder, hub, tmp_path, name):
 
 
 def test_a_folder_of_the_hubs_cache_is_read_and_never_written(folder, hub, tmp_path):
-    sharing.write_card(folder)
+    cards.write_card(folder)
     blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/1"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -250,7 +252,7 @@ def test_the_card_says_nothing_that_it_was_not_told(folder):
     assert "\nlicense: evil" not in card
     assert "&lt;script&gt;" in body
     config = json.loads((folder / "config.json").read_text())
-    plain = sharing.model_card({"model": config["model"]})
+    plain = cards.model_card({"model": config["model"]})
     assert "license: unknown" in plain
     assert "base_model" not in plain
     assert "model-index" not in plain

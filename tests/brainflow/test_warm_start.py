@@ -11,9 +11,9 @@ import torch
 from brainflow.cli import pretrain as command
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from brainflow.frameworks import FRAMEWORKS, build
-from brainflow.models.initial import PARTS, freeze, load_initial
-from brainflow.models.pretrained import load_pretrained, save_pretrained
 from brainflow.models.transformer import Layout
+from brainflow.pretrained.format import load_pretrained, save_pretrained
+from brainflow.pretrained.warm_start import PARTS, freeze, load_initial
 from brainflow.recipes import PUBLISHED, SIZES, preset, pretraining
 from brainflow.storage import StoreWriter
 from brainflow.training.loop import pretrain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,10 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from brainflow.config import ModelConfig, from_dict
-from brainflow.models.facts import check_facts
-from brainflow.models.files import beside, digest, open_regular, read_json, write_text
+from brainflow.files import beside, digest, open_regular, read_json, write_text
+from brainflow.frameworks import build
+from brainflow.pretrained.metadata import check_facts
 
-WEIGHTS, CONFIG, DIGESTS = "model.safetensors", "config.json", "sha256"
+WEIGHTS, HEAD, CONFIG, CARD = "model.safetensors", "head.safetensors", "config.json", "README.md"
+DIGESTS = "sha256"
 FORMAT = 1
 FLOATS = {"F64", "F32", "F16", "BF16"}
 """Element types of weights in safetensors files; all of ours are F32."""
@@ -279,12 +280,3 @@ class TensorFile:
 def _do_not_fit(origin: object, problems: list[str]) -> NoReturn:
     shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
     raise ValueError(f"{origin}: weights do not fit the model's configuration: {shown}")
-
-
-def build(config: ModelConfig) -> nn.Module:
-    """Return the framework module of a configuration, with fresh weights.
-
-    Frameworks stand above models, so their builder is looked up by name when it is needed.
-    """
-    module: nn.Module = importlib.import_module("brainflow.frameworks").build(config)
-    return module

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import secrets
@@ -91,6 +92,18 @@ def parse_json(text: str, where: object) -> dict[str, Any]:
             f"{where}: holds a {type(value).__name__}, expected a JSON object; restore or delete it"
         )
     return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a JSON value is a whole number from 0."""
+    return is_number(value) and isinstance(value, int) and value >= 0
 
 
 def read_toml(path: Name) -> dict[str, Any]:

@@ -20,19 +20,20 @@ import torch
 from torch import Tensor
 
 from brainflow.config import ModelConfig
-from brainflow.models.files import beside, open_regular
-from brainflow.models.legacy_names import Rule, head_rules, rules
-from brainflow.models.pretrained import (
+from brainflow.files import beside, open_regular
+from brainflow.frameworks import build
+from brainflow.pretrained.format import (
+    HEAD,
     TensorFile,
-    build,
     check_digest,
     load_pretrained,
     outline,
     read_config,
     save_pretrained,
 )
+from brainflow.pretrained.legacy_names import Rule, head_rules, rules
 
-HEAD, CARRIED = "head.safetensors", "legacy.safetensors"
+CARRIED = "legacy.safetensors"
 BUFFERS = re.compile(r"(\.attn\.(bias|masked_bias)|embeddings\.(position_ids|token_type_ids))$")
 OPTIONAL = re.compile(r"(is_next\.|unembedding\.|(mask|cls|sep)_token)")
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from brainflow.models.pretrained import read_config
-from brainflow.models.privacy import without_paths
+from brainflow.pretrained.format import read_config
+from brainflow.pretrained.privacy import without_paths
 from brainflow.storage import BoldStore
 
 log = logging.getLogger(__name__)

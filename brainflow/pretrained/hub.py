@@ -7,14 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from brainflow.models.pretrained import CONFIG
+from brainflow.pretrained.format import CARD, CONFIG, HEAD, WEIGHTS, load_pretrained
+
+SHARED = (CONFIG, WEIGHTS, HEAD, CARD)
+"""All of a repository that is up- or downloaded: nothing that could be executed."""
+
+
+def from_pretrained(name: str | os.PathLike[str], *, revision: str | None = None) -> Any:
+    """Return a framework module from a folder, or from a repository of the hub (`owner/name`)."""
+    return load_pretrained(fetch(name, revision=revision))
 
 
 def fetch(
     name: str | os.PathLike[str],
-    files: Sequence[str],
     *,
     revision: str | None = None,
+    files: Sequence[str] = SHARED,
     ownerless: bool = False,
     argument: str = "",
 ) -> Path:
@@ -24,10 +32,10 @@ def fetch(
     ----------
     name
         A folder, or a repository of the hub (`owner/name`).
-    files
-        Names of what is downloaded: nothing that could be executed.
     revision
         Branch, tag or commit of the repository.
+    files
+        Names of what is downloaded.
     ownerless
         Whether the hub's first models, such as gpt2, are meant, too.
     argument

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any
+
+from brainflow.files import is_count, is_number
 
 Check = tuple[Callable[[Any], bool], str]
 """Whether a value fits, and what is expected in words."""
 MODES = ("finetune", "lora", "attentive", "linear", "mlp", "knn")
 POOLINGS = ("cls", "last", "mean", "first", "tokens")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number; true and false are none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
-
-
-def is_count(value: Any) -> bool:
-    """Whether a JSON value is a whole number from 0."""
-    return is_number(value) and isinstance(value, int) and value >= 0
 
 
 def _texts(value: Any) -> bool:

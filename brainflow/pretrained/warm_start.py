@@ -11,11 +11,10 @@ from typing import Any
 from torch import nn
 
 from brainflow.config import FREEZABLE, ModelConfig
-from brainflow.models.facts import is_count
-from brainflow.models.files import read_json
-from brainflow.models.hub import fetch
-from brainflow.models.legacy_names import rules
-from brainflow.models.pretrained import CONFIG, WEIGHTS, TensorFile, check_digest, read_config
+from brainflow.files import is_count, read_json
+from brainflow.pretrained.format import CONFIG, WEIGHTS, TensorFile, check_digest, read_config
+from brainflow.pretrained.hub import fetch
+from brainflow.pretrained.legacy_names import rules
 
 PARTS = {
     "embedder": ("embedding.", "mask_token", "cls_token", "sep_token"),
@@ -70,7 +69,7 @@ def load_initial(module: Any, source: str) -> None:
     ValueError
         If the weights do not fit the module; the message says which settings do.
     """
-    folder = fetch(source, [CONFIG, WEIGHTS], ownerless=True, argument="init")
+    folder = fetch(source, files=[CONFIG, WEIGHTS], ownerless=True, argument="init")
     path = folder / CONFIG
     if not path.is_file() or not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(
