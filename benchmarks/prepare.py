@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from brainflow.storage.ingest.prepare import find_atlas
-from brainflow.storage.ingest.prepare.volumes import extract, open_volume
+from brainflow.prepare import find_atlas
+from brainflow.prepare.volumes import extract, open_volume
 
 from . import baselines, timing
 from .timing import Row, WrongResultError, speed_rows

@@ -25,3 +25,11 @@ def cuda():
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU: torch.cuda.is_available() is False")
     return "cuda"
+
+
+@pytest.fixture(scope="session")
+def no_flushing():
+    """Flushing to the disk takes most of the time of writing a small store, and no test cuts the power."""
+    flush, os.fsync = os.fsync, lambda descriptor: None
+    yield
+    os.fsync = flush

@@ -37,10 +37,10 @@ class Args:
 
 def run(args: Args) -> int:
     """Write the files and return the exit code."""
+    from brainflow.prepare import find_atlas
+    from brainflow.prepare.export import export
+    from brainflow.prepare.gather import write_description
     from brainflow.storage import BoldStore
-    from brainflow.storage.ingest.prepare import find_atlas
-    from brainflow.storage.ingest.prepare.export import export
-    from brainflow.storage.ingest.prepare.gather import write_description
     from brainflow.storage.text import printable
 
     store = BoldStore.open(args.store)

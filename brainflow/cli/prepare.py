@@ -30,8 +30,8 @@ from brainflow.cli.progress import progress_bar
 from brainflow.cli.usage import WrongUsage
 
 if TYPE_CHECKING:
-    from brainflow.storage.ingest.prepare import AtlasSpec, Query, Settings
-    from brainflow.storage.ingest.prepare.run import Job
+    from brainflow.prepare import AtlasSpec, Query, Settings
+    from brainflow.prepare.run import Job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def run(args: Args) -> int:
         raise WrongUsage("analysis_level: got none, expected participant, group or both")
     if args.nprocs < 1:
         raise WrongUsage(f"nprocs: got {args.nprocs}, expected at least 1")
-    from brainflow.storage.ingest.prepare import check_folders, find_atlas
+    from brainflow.prepare import check_folders, find_atlas
 
     check_folders(args.bids_dir, args.derivatives)  # before an atlas is fetched
     if len(args.surfaces) not in (0, 2):
@@ -145,9 +145,9 @@ def run(args: Args) -> int:
 
 def _participant(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     """Prepare what is not done yet and return the records of that."""
-    from brainflow.storage.ingest.prepare.atlas import save_atlas
-    from brainflow.storage.ingest.prepare.gather import write_description
-    from brainflow.storage.ingest.prepare.pool import prepare_runs
+    from brainflow.prepare.atlas import save_atlas
+    from brainflow.prepare.gather import write_description
+    from brainflow.prepare.pool import prepare_runs
 
     jobs = _jobs(args, atlases)
     todo = [job for job in jobs if not job.is_done()]
@@ -169,9 +169,9 @@ def _participant(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
 
 def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     """Gather the stores, write table and report, and return the records of all runs."""
+    from brainflow.prepare import gather
+    from brainflow.prepare.atlas import saved_atlas
     from brainflow.storage import BoldStore
-    from brainflow.storage.ingest.prepare import gather
-    from brainflow.storage.ingest.prepare.atlas import saved_atlas
 
     records = gather.select_records(
         _work(args),
@@ -213,8 +213,8 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
 
 def _unprepared(args: Args, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records of runs that are in the dataset, but were not prepared: a job on a cluster may just vanish."""
-    from brainflow.storage.ingest.prepare import find_runs
-    from brainflow.storage.ingest.prepare.gather import unprepared
+    from brainflow.prepare import find_runs
+    from brainflow.prepare.gather import unprepared
 
     query = _query(args)
     recipes = [record["recipe"] for record in records if "recipe" in record]
@@ -225,9 +225,9 @@ def _unprepared(args: Args, records: list[dict[str, Any]]) -> list[dict[str, Any
 
 
 def _jobs(args: Args, atlases: list[AtlasSpec]) -> list[Job]:
-    from brainflow.storage.ingest.prepare import find_runs
-    from brainflow.storage.ingest.prepare.atlas import check_space
-    from brainflow.storage.ingest.prepare.run import jobs_for
+    from brainflow.prepare import find_runs
+    from brainflow.prepare.atlas import check_space
+    from brainflow.prepare.run import jobs_for
 
     query, template = _query(args), _template(args)
     for atlas in atlases:
@@ -247,9 +247,9 @@ def _jobs(args: Args, atlases: list[AtlasSpec]) -> list[Job]:
 
 
 def _query(args: Args) -> Query:
-    from brainflow.storage.ingest.prepare import Query, is_hcp
-    from brainflow.storage.ingest.prepare.confounds import AROMA_IMAGE
-    from brainflow.storage.ingest.prepare.hcp import SPACES
+    from brainflow.prepare import Query, is_hcp
+    from brainflow.prepare.confounds import AROMA_IMAGE
+    from brainflow.prepare.hcp import SPACES
 
     hcp = is_hcp(args.bids_dir)
     if args.hcp_image and not hcp:
@@ -272,7 +272,7 @@ def _template(args: Args) -> str:
 
 
 def _settings(args: Args) -> Settings:
-    from brainflow.storage.ingest.prepare import CleanSettings, EventSettings, Rules, Settings, is_hcp
+    from brainflow.prepare import CleanSettings, EventSettings, Rules, Settings, is_hcp
 
     clean = CleanSettings(
         confounds=args.confounds,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from brainflow.cli.prepare import Args
-    from brainflow.storage.ingest.prepare.run import Job
+    from brainflow.prepare.run import Job
 
 _CHOSEN_ANEW = {
     "bids_dir",
@@ -28,7 +28,7 @@ _CHOSEN_ANEW = {
 
 def write_slurm(args: Args, jobs: Sequence[Job]) -> int:
     """Write the array script and return the exit code."""
-    from brainflow.storage.ingest.prepare.slurm import array_script, write_script
+    from brainflow.prepare.slurm import array_script, write_script
 
     assert args.slurm is not None
     participants = sorted({job.files.entities.get("sub", "") for job in jobs})
@@ -46,9 +46,9 @@ def write_slurm(args: Args, jobs: Sequence[Job]) -> int:
 
 def submitted(args: Args, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
     """Prepare runs in jobs of a cluster and give their records, participant by participant."""
-    from brainflow.storage.ingest.prepare.records import read_record
-    from brainflow.storage.ingest.prepare.run import failed_record
-    from brainflow.storage.ingest.prepare.submit import submit
+    from brainflow.prepare.cluster import submit
+    from brainflow.prepare.records import read_record
+    from brainflow.prepare.run import failed_record
 
     assert args.submit != "no"
     if not jobs:
@@ -91,6 +91,6 @@ def _absolute(value: object) -> str:
 
 
 def _gigabytes(jobs: Sequence[Job]) -> int:
-    from brainflow.storage.ingest.prepare.memory import worker_bytes
+    from brainflow.prepare.memory import worker_bytes
 
     return math.ceil(worker_bytes(jobs) / 1e9) + 1

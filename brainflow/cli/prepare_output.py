@@ -15,7 +15,7 @@ from rich.progress import Progress as Bar
 from brainflow.storage.text import printable
 
 if TYPE_CHECKING:
-    from brainflow.storage.ingest.prepare.run import Job
+    from brainflow.prepare.run import Job
     from brainflow.storage.ingest.report import IngestReport
 
 _SHOWN = 10
@@ -24,7 +24,7 @@ _OUTCOMES = {"done": "prepared", "excluded": "excluded", "failed": "failed"}
 
 def print_plan(jobs: Sequence[Job], todo: Sequence[Job], processes: int) -> None:
     """Print each run with what would be done, and the memory that this takes."""
-    from brainflow.storage.ingest.prepare.memory import worker_bytes
+    from brainflow.prepare.memory import worker_bytes
 
     waiting = {job.files.key for job in todo}
     for job in jobs:

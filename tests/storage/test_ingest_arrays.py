@@ -1,4 +1,4 @@
-"""Array files and images become runs; what is missing or unreadable is said by file and key."""
+"""Array files become runs; what is missing or unreadable is said by file and key."""
 
 import sys
 
@@ -7,7 +7,6 @@ import pytest
 
 from brainflow.storage import BoldStore, StoreError
 from brainflow.storage.ingest.arrays import ingest_arrays, load_array
-from brainflow.storage.ingest.nifti import bold_from_nifti
 
 BOLD = np.random.default_rng(0).standard_normal((12, 3))
 
@@ -153,28 +152,3 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, suffix, packa
         load_array(tmp_path / f"x{suffix}")
     with pytest.raises(StoreError, match="unknown kind"):
         load_array(tmp_path / "x.doc")
-
-
-def test_nifti(tmp_path):
-    nibabel = pytest.importorskip("nibabel")
-    data = np.random.default_rng(0).standard_normal((3, 4, 2, 6)).astype(np.float32)
-    inside = np.zeros((3, 4, 2), np.uint8)
-    inside[1, 2:, 0] = 1
-    image = nibabel.Nifti1Image(data, np.eye(4))
-    image.header.set_zooms((1, 1, 1, 2500))
-    image.header.set_xyzt_units("mm", "msec")
-    nibabel.save(image, tmp_path / "a.nii.gz")
-    nibabel.save(nibabel.Nifti1Image(inside, np.eye(4)), tmp_path / "m.nii")
-    bold, t_r = bold_from_nifti(tmp_path / "a.nii.gz", tmp_path / "m.nii")
-    assert np.array_equal(bold, data[1, 2:, 0].T)
-    assert t_r == 2.5
-    assert bold_from_nifti(tmp_path / "a.nii.gz", tmp_path / "m.nii", t_r=3)[1] == 3.0
-    image.header.set_zooms((1, 1, 1, 0))
-    nibabel.save(image, tmp_path / "b.nii")
-    with pytest.raises(ValueError, match="no repetition time"):
-        bold_from_nifti(tmp_path / "b.nii", tmp_path / "m.nii")
-    nibabel.save(nibabel.Nifti1Image(inside, 2 * np.eye(4)), tmp_path / "n.nii")
-    with pytest.raises(ValueError, match="affine"):
-        bold_from_nifti(tmp_path / "a.nii.gz", tmp_path / "n.nii")
-    with pytest.raises(ValueError, match="expected"):
-        bold_from_nifti(tmp_path / "m.nii", tmp_path / "m.nii")

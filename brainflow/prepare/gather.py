@@ -1,0 +1,229 @@
+"""The group level: prepared runs → one store an atlas; their order does not change a byte."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from brainflow.prepare.atlas import AtlasSpec
+from brainflow.prepare.files import RunFiles
+from brainflow.prepare.networks import networks_of
+from brainflow.prepare.parcels import coordinates
+from brainflow.prepare.records import DONE, FAILED, parts_of, read_records
+from brainflow.storage.files import replace_durably
+from brainflow.storage.ingest.limits import TEXT_BYTES, regular_size
+from brainflow.storage.ingest.report import IngestReport
+from brainflow.storage.layout import to_json
+from brainflow.storage.parts import part_path, read_part
+from brainflow.storage.quantise import rounding
+from brainflow.storage.text import csv_cell, printable
+from brainflow.storage.writer import StoreWriter
+
+BIDS_VERSION = "1.10.0"
+GENERATOR = {"Name": "brainflow", "CodeURL": "https://pypi.org/project/brainflow-fmri"}
+
+
+def select_records(
+    work: Path,
+    *,
+    participants: Collection[str] = (),
+    tasks: Collection[str] = (),
+    sessions: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Records of the runs asked for, sorted by key.
+
+    Raises
+    ------
+    FileNotFoundError : if there are none at all
+    """
+    chosen = (("sub", participants), ("task", tasks), ("ses", sessions))
+    return [
+        record
+        for record in read_records(work)
+        if all(not wanted or record["entities"].get(name) in wanted for name, wanted in chosen)
+    ]
+
+
+def unprepared(records: Sequence[dict[str, Any]], runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
+    """Records for runs of the dataset that have none: their job never began, or died before it wrote one."""
+    known = {tuple(sorted(record["entities"].items())) for record in records}
+    return [
+        {
+            "key": run.key,
+            "dataset": run.dataset,
+            "entities": run.entities,
+            "status": FAILED,
+            "reason": "was not prepared; run the participant level for it, or leave it out at both levels",
+        }
+        for run in runs
+        if tuple(sorted(run.entities.items())) not in known
+    ]
+
+
+def check_recipes(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The recipe that all prepared runs have in common.
+
+    Raises
+    ------
+    ValueError : if they were prepared with different settings, naming two runs and what differs; or if none
+        is there
+    """
+    done = [record for record in records if record["status"] == DONE]
+    if not done:
+        raise ValueError("no run was prepared, so there is nothing to gather; see the reasons in runs.tsv")
+    first = done[0]
+    for record in done[1:]:
+        if record["recipe"] != first["recipe"]:
+            differing = [
+                name for name in first["recipe"] if first["recipe"][name] != record["recipe"].get(name)
+            ]
+            raise ValueError(
+                f"{first['key']} and {record['key']} were prepared with different {', '.join(differing)}; "
+                "run the participant level again with one set of options (runs that fit are not repeated)"
+            )
+    return dict(first["recipe"])
+
+
+def store_path(output: Path, dataset: str, atlas: str) -> Path:
+    """Where the store of an atlas lies."""
+    return output / f"ds-{dataset}_atlas-{atlas}.zarr"
+
+
+def gather(
+    records: Sequence[dict[str, Any]],
+    atlas: AtlasSpec,
+    path: Path,
+    *,
+    work: Path,
+    dtype: str = "float16",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> IngestReport:
+    """Write the store of one atlas in one step, replacing an older one.
+
+    Parameters
+    ----------
+    progress : called with (runs done, runs in all)
+
+    Returns
+    -------
+    IngestReport : runs whose part is missing or cannot go in are in `failures`, by their keys
+
+    Raises
+    ------
+    ValueError : if runs were prepared with different settings or atlases, or none can go in
+    """
+    recipe = check_recipes(records)
+    if recipe["atlases"].get(atlas.label) != atlas.digest:
+        raise ValueError(
+            f"atlas {atlas.label}: the runs were prepared with another file of this label; run the "
+            "participant level again, or give the file that it used"
+        )
+    done = [record for record in records if record["status"] == DONE]
+    names = networks_of(atlas)
+    report = IngestReport()
+    with StoreWriter.create(
+        path,
+        networks=len(names),
+        dtype=dtype,
+        parcellation=atlas.label,
+        network_names=names,
+        network_coordinates=coordinates(atlas),
+        preprocessing={**recipe, "confound_columns": done[0]["confounds"]},
+        normalisation="z-scored per run and network" if recipe["clean"]["standardize"] else "",
+        provenance={"atlas_sha256": atlas.digest, "made_by": "brainflow prepare"},
+        overwrite=path.exists(),
+    ) as writer:
+        for count, record in enumerate(done, 1):
+            _add(writer, record["key"], part_path(parts_of(work, atlas.label), record["key"]), report)
+            progress(count, len(done))
+        if not report.runs:
+            reason = next(iter(report.failures.values()))
+            raise ValueError(
+                f"atlas {atlas.label}: none of {len(done)} runs can be gathered; the first: {reason}"
+            )
+    return report
+
+
+def _add(writer: StoreWriter, key: str, path: Path, report: IngestReport) -> None:
+    """Write one part to a store, or note why not; the others go on."""
+    try:
+        part = read_part(path)
+        run = writer.prepare(**part)
+    except Exception as error:  # a damaged part fails in any way
+        report.failures[key] = " ".join(f"cannot be gathered: {error or type(error).__name__}".split())
+        return
+    if change := rounding(part["bold"], run.values, run.statistics[0, 1]):
+        report.rounded[key] = str(change)
+    writer.write(run)
+    report.runs.append(key)
+
+
+def demote(records: Sequence[dict[str, Any]], failures: Mapping[str, str]) -> None:
+    """Note in the records of runs that they could not be gathered."""
+    for record in records:
+        if record["key"] in failures:
+            record |= {"status": FAILED, "reason": failures[record["key"]]}
+
+
+def write_description(output: Path) -> None:
+    """Write `dataset_description.json`, which makes the output a BIDS derivative; another one is left."""
+    path = output / "dataset_description.json"
+    if not is_ours(path):
+        return
+    description = {
+        "Name": "brainflow: parcel time series",
+        "BIDSVersion": BIDS_VERSION,
+        "DatasetType": "derivative",
+        "GeneratedBy": [GENERATOR],
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    replace_durably(path, to_json(description))
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a JSON file was generated by this package, or is not there."""
+    if not os.path.lexists(path):
+        return True
+    try:
+        if path.is_symlink():
+            return False
+        regular_size(path, TEXT_BYTES)
+        return bool(
+            json.loads(path.read_text(encoding="utf-8"))["GeneratedBy"][0]["Name"] == GENERATOR["Name"]
+        )
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # somebody else's
+        return False
+
+
+def write_table(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write one line a run, also for those left out: status, reason, repetition time, motion, tSNR."""
+    columns = (
+        "key",
+        "status",
+        "reason",
+        "volumes",
+        "t_r",
+        "mean_fd",
+        "max_fd",
+        "censored",
+        "tsnr",
+        "segments",
+        "notes",
+    )
+    lines = ["\t".join(columns)]
+    for record in records:
+        cells = [record.get(name) for name in columns]
+        lines.append("\t".join(_cell(value) for value in cells))
+    replace_durably(path, ("\n".join(lines) + "\n").encode())
+
+
+def _cell(value: Any) -> str:
+    if value is None or value == []:
+        return "n/a"
+    if isinstance(value, list):
+        value = "; ".join(map(str, value))
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return csv_cell(printable(" ".join(text.split()))) or "n/a"

@@ -1,0 +1,148 @@
+"""A pool of worker processes that outlives them: if one is killed, its run fails, the others go on.
+
+`concurrent.futures` gives up all work when one process dies; clusters kill processes that take too much
+memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from brainflow.prepare.run import Job, failed_record, prepare_run
+
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+_NEEDED = ("nibabel", "nilearn", "pandas", "scipy", "threadpoolctl")
+"""What every run takes; scikit-learn comes with nilearn."""
+_PRELOADED = [
+    "nibabel",
+    "nilearn.image",
+    "nilearn.interfaces.fmriprep",
+    "nilearn.signal",
+    "scipy.sparse",
+    __name__,
+]
+"""Imported once, by the process that workers are forked from: that takes seconds, and memory is shared."""
+
+
+def prepare_runs(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:
+    """Prepare runs and give their records as they come.
+
+    Parameters
+    ----------
+    jobs : runs to prepare
+    processes : worker processes, one thread each; 1 works in this process
+
+    Raises
+    ------
+    ValueError : if `processes` is less than 1
+    ImportError : if an optional package is missing
+    """
+    if processes < 1:
+        raise ValueError(f"nprocs: got {processes}, expected at least 1")
+    _check_installed()
+    if processes == 1 or len(jobs) < 2:
+        yield from map(prepare_run, jobs)
+        return
+    waiting = list(reversed(jobs))
+    workers: list[_Worker] = []
+    try:
+        for _ in range(min(processes, len(jobs))):
+            workers.append(_Worker())
+            workers[-1].give(waiting.pop())
+        while any(worker.job for worker in workers):
+            for ready in wait([worker.pipe for worker in workers if worker.job]):
+                worker = next(worker for worker in workers if worker.pipe is ready)
+                record, alive = worker.take()
+                if not alive:
+                    workers.remove(worker)
+                    if waiting:
+                        workers.append(worker := _Worker())
+                if waiting and (alive or worker.job is None):
+                    worker.give(waiting.pop())
+                yield record
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+class _Worker:
+    """One process and the run that it works on."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs,), daemon=True)
+        with _one_thread():
+            self.process.start()
+        theirs.close()
+        self.job: Job | None = None
+
+    def give(self, job: Job) -> None:
+        """Hand over a run; a worker that has died meanwhile is noticed by `take`."""
+        self.job = job
+        with suppress(OSError):
+            self.pipe.send(job)
+
+    def take(self) -> tuple[dict[str, Any], bool]:
+        """The record of its run, and whether the worker still lives."""
+        job, self.job = self.job, None
+        assert job is not None
+        try:
+            return self.pipe.recv(), True
+        except (EOFError, OSError):
+            self.process.join()
+            self.pipe.close()
+            return failed_record(job, _cause(self.process.exitcode)), False
+
+    def stop(self) -> None:
+        """End the process."""
+        if self.process.is_alive():
+            self.process.terminate()
+        self.process.join()
+        self.pipe.close()
+
+
+def _cause(code: int | None) -> str:
+    if code is not None and code < 0:
+        memory = ", perhaps for lack of memory (use fewer --nprocs)" if -code == signal.SIGKILL else ""
+        return f"its process was killed by signal {-code}{memory}; run the command again"
+    return f"its process ended with exit code {code}; run the command again"
+
+
+def _work(pipe: Connection) -> None:
+    try:
+        while True:
+            pipe.send(prepare_run(pipe.recv()))
+    except (EOFError, OSError, KeyboardInterrupt):  # the parent is gone, or wants to stop
+        return
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let processes started inside use one thread: BLAS reads these variables when it is first loaded."""
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _check_installed() -> None:
+    """Refuse to begin without the packages that every run needs, rather than fail run by run."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"prepare needs {', '.join(missing)}; pip install 'brainflow-fmri[bids]'")

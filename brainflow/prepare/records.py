@@ -1,0 +1,92 @@
+"""What became of each run, on disk.
+
+<work>/parts/<atlas>/<key>.part.npz    time series, censor bits and segments of a run under one atlas
+<work>/runs/<key>.json                 status, reason and quality of a run; written last
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from brainflow.prepare.names import RUN_ENTITIES
+from brainflow.storage.files import replace_durably
+from brainflow.storage.layout import to_json
+from brainflow.storage.parts import part_path
+
+DONE, EXCLUDED, FAILED = "done", "excluded", "failed"
+
+
+def parts_of(work: Path, atlas: str) -> Path:
+    """Directory with the parts of an atlas."""
+    return work / "parts" / atlas
+
+
+def record_path(work: Path, key: str) -> Path:
+    """Where the record of a run lies."""
+    return work / "runs" / f"{key}.json"
+
+
+def write_record(work: Path, record: dict[str, Any]) -> None:
+    """Write the record of a run in one step."""
+    path = record_path(work, record["key"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_durably(path, to_json(record))
+
+
+def read_record(work: Path, key: str) -> dict[str, Any] | None:
+    """The record of a run, or None if there is none."""
+    try:
+        return json.loads(record_path(work, key).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def read_records(work: Path) -> list[dict[str, Any]]:
+    """All records, sorted by key.
+
+    Raises
+    ------
+    FileNotFoundError : if there are none
+    """
+    paths = list((work / "runs").glob("*.json"))
+    if not paths:
+        raise FileNotFoundError(f"{work}: holds no prepared runs; run the participant level first")
+    return sorted(map(_read_or_fail, paths), key=lambda record: record["key"])
+
+
+def _read_or_fail(path: Path) -> dict[str, Any]:
+    """A record, or that of a failed run where it is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["key"] and record["status"] and record["entities"] is not None and record["recipe"]:
+            return dict(record)
+        raise ValueError("lacks a value")
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        reason = f"{path}: its record is damaged ({type(error).__name__}); run the participant level again"
+        return {"key": path.stem, "status": FAILED, "reason": reason, "notes": [], **_names(path.stem)}
+
+
+def _names(key: str) -> dict[str, Any]:
+    """Dataset and entities from the key of a run."""
+    parts = dict(part.split("-", 1) for part in key.split("_") if "-" in part)
+    entities = {name: value for name, value in parts.items() if name in RUN_ENTITIES}
+    return {"dataset": parts.get("ds", ""), "entities": entities}
+
+
+def forget(work: Path, key: str, atlases: Sequence[str]) -> None:
+    """Remove what an earlier preparation of a run left, the record first: it vouches for the parts."""
+    record_path(work, key).unlink(missing_ok=True)
+    for atlas in atlases:
+        part_path(parts_of(work, atlas), key).unlink(missing_ok=True)
+
+
+def is_complete(work: Path, record: dict[str, Any] | None, fingerprint: str, atlases: Sequence[str]) -> bool:
+    """Whether a run was prepared, or excluded by a rule, from the same inputs with the same settings."""
+    if record is None or record["fingerprint"] != fingerprint or record["status"] == FAILED:
+        return False
+    return record["status"] == EXCLUDED or all(
+        part_path(parts_of(work, atlas), record["key"]).is_file() for atlas in atlases
+    )
