@@ -26,6 +26,7 @@ from brainflow.kernels.varlen_attention.backends import choose
 from brainflow.models.transformer import Transformer
 from brainflow.recipes import preset
 from brainflow.storage import BoldStore, StoreWriter
+from brainflow.training.compute import allow_tf32
 from brainflow.training.flops import matrix_weights, peak_flops
 from brainflow.training.loop import pretrain
 from brainflow.training.metrics import read_metrics
@@ -185,13 +186,12 @@ def _in_precision(step: Callable[[], None], precision: str, device: str) -> None
 
 @contextmanager
 def _products(precision: str) -> Iterator[None]:
-    """Let float32 products be rounded to TF32, or not."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    """Let float32 products, cuDNN's too, be rounded to TF32, or not."""
+    allow_tf32(precision == "tf32")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        allow_tf32(False)
 
 
 def _precisions(config: ModelConfig, windows: int, device: str) -> list[str]:
