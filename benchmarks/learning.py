@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from brainflow.batch import PackedBatch
 from brainflow.config import ModelConfig
 from brainflow.data import make_loader
-from brainflow.data.batch import PackedBatch
 from brainflow.data.sampler import WindowSampler
 from brainflow.demo import haxby
 from brainflow.frameworks import build

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brainflow.batch import PackedBatch
 from brainflow.config import PAIRED, ModelConfig
-from brainflow.data.batch import PackedBatch
 from brainflow.frameworks import build
 
 from . import timing

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from brainflow.batch import PackedBatch
 from brainflow.config import ModelConfig
-from brainflow.data.batch import PackedBatch
 from brainflow.frameworks import build
 
 from . import timing

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from brainflow.batch import PackedBatch, Windows
 from brainflow.config import PAIRED, DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from brainflow.data import make_loader
-from brainflow.data.batch import PackedBatch
 from brainflow.data.sampler import WindowSampler
 from brainflow.frameworks import FRAMEWORKS, build
 from brainflow.kernels.varlen_attention.backends import choose
@@ -92,18 +92,9 @@ def random_batch(
     first = random.integers(3, whole - 2)
     lengths = np.stack([first, whole - first], 1).reshape(-1) if pairs else whole
     generator = torch.Generator().manual_seed(0)
-    seconds = np.concatenate([np.arange(n, dtype=np.float32) * T_R for n in lengths])
-    same_run = torch.from_numpy(random.integers(0, 2, windows).astype(np.float32))
-    return PackedBatch(
-        bold=torch.randn(int(lengths.sum()), networks, generator=generator).to(device),
-        times=torch.from_numpy(seconds).to(device),
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device),
-        max_seqlen=int(lengths.max()),
-        lengths=lengths.astype(np.int32),
-        runs=np.zeros(len(lengths), np.int32),
-        step=0,
-        is_next=same_run.to(device) if pairs else None,
-    )
+    bold = torch.randn(int(lengths.sum()), networks, generator=generator)
+    is_next = random.integers(0, 2, windows) if pairs else None
+    return PackedBatch.pack(bold, Windows.end_to_end(lengths, t_r=T_R, is_next=is_next), device=device)
 
 
 def train_step(

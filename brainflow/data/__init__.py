@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
     from brainflow.data.loader import Loader, WindowStore
-    from brainflow.data.windows import Sampler
+    from brainflow.data.sampler import Sampler
 
 _RESIDENT_SHARE = 0.5
 """A store is kept in device memory if it takes at most this share of what is free there.

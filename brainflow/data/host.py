@@ -8,12 +8,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from brainflow.data.batch import PackedBatch
+from brainflow.batch import PackedBatch, Windows
 from brainflow.data.loader import Loader, WindowStore, batch_dtype
-from brainflow.data.packing import packed_fields
-from brainflow.data.windows import Sampler, Windows
+from brainflow.data.sampler import Sampler
 from brainflow.storage.buffers import aligned_empty
-from brainflow.upload import upload
 
 
 class HostLoader(Loader):
@@ -59,19 +57,10 @@ class HostLoader(Loader):
             event.synchronize()
         began = time.perf_counter()
         windows, bold = self._gatherer.gather(step)
-        fields = packed_fields(windows)
         gathered = time.perf_counter()
         self._skipped += windows.skipped
-        on_gpu = self.device.type == "cuda"
-        batch = PackedBatch(
-            bold=bold.to(self.device, non_blocking=True),  # from pinned memory on a GPU
-            max_seqlen=int(windows.lengths.max()),
-            lengths=windows.lengths,
-            runs=windows.runs,
-            step=step,
-            **(upload(self.device, **fields) if on_gpu else _tensors(fields)),
-        )
-        if on_gpu:
+        batch = PackedBatch.pack(bold, windows, device=self.device)  # on a GPU from pinned memory
+        if self.device.type == "cuda":
             self._copied[place] = torch.cuda.Event()
             self._copied[place].record()  # type: ignore[union-attr]
         if batch.bold.dtype != self.dtype:
@@ -145,10 +134,6 @@ class Gatherer:
                 self._advise(self._next[1].starts, self._next[1].lengths)
                 self._advised = ahead
         return windows
-
-
-def _tensors(fields: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(array) for name, array in fields.items()}
 
 
 def _buffer(rows: int, columns: int, dtype: torch.dtype, pinned: bool) -> torch.Tensor:

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from brainflow.data.batch import PackedBatch
-from brainflow.data.intact import IntactSampler
-from brainflow.data.windows import RunColumns, Sampler
+from brainflow.batch import PackedBatch
+from brainflow.data.sampler import RunColumns, Sampler, SkipCorruptSampler
 
 
 class WindowStore(Protocol):
@@ -40,7 +39,7 @@ def batch_dtype(store: WindowStore) -> torch.dtype:
 
 
 class Loader(ABC):
-    """An iterator of :class:`~brainflow.data.batch.PackedBatch` whose whole state is the next step.
+    """An iterator of :class:`~brainflow.batch.PackedBatch` whose whole state is the next step.
 
     Parameters
     ----------
@@ -84,7 +83,7 @@ class Loader(ABC):
         if dtype not in (None, torch.float32):
             raise ValueError(f"dtype: got {dtype}, expected None (the store's own) or torch.float32")
         self.store = store
-        self.sampler = IntactSampler(sampler, store) if on_corrupt == "skip" else sampler
+        self.sampler = SkipCorruptSampler(sampler, store) if on_corrupt == "skip" else sampler
         self.device = torch.device(device)
         self.stored_dtype = batch_dtype(store)
         self.dtype = dtype or self.stored_dtype

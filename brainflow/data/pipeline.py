@@ -22,11 +22,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from brainflow.data.batch import PackedBatch
+from brainflow.batch import PackedBatch, Windows
 from brainflow.data.host import Gatherer
 from brainflow.data.loader import Loader, WindowStore
-from brainflow.data.packing import packed_fields, packed_rows
-from brainflow.data.windows import Sampler, Windows
+from brainflow.data.sampler import Sampler
 
 _BLOCK, _BLOCK_BYTES = 16, 2**27
 """Batches an iteration and their bytes, at most: they share what an iteration costs DALI and us."""
@@ -42,9 +41,8 @@ _PREFETCH = 2
 class Prepared:
     """A batch that DALI is working on."""
 
-    step: int
     windows: Windows
-    fields: dict[str, np.ndarray]
+    columns: dict[str, np.ndarray]
 
 
 class DaliLoader(Loader):
@@ -98,7 +96,7 @@ class DaliLoader(Loader):
         self._pipeline: Any = None
         # Which small arrays the sampler gives does not change from batch to batch.
         first = self.sampler.batch(start_step if self.sampler.steps is None else 0)
-        self._fields = list(packed_fields(first))
+        self._columns = list(first.columns())
 
     def _source(self, iteration: int) -> Any:
         """Return the inputs of an iteration's batches (fewer at the end)."""
@@ -117,11 +115,11 @@ class DaliLoader(Loader):
                 large.append(bold.numpy())
             else:
                 windows = self._gatherer.check(step)
-                large.append(packed_rows(windows))
-            prepared.append(Prepared(step, windows, packed_fields(windows)))
+                large.append(windows.rows())
+            prepared.append(Prepared(windows, windows.columns()))
         inputs: list[Any] = [large] if self._rows is None else [self._rows[len(prepared)], large]
         if self._gpu:
-            inputs += [[one.fields[name] for one in prepared] for name in self._fields]
+            inputs += [[one.columns[name] for one in prepared] for name in self._columns]
         self._scheduled.append((prepared, inputs))
         self._gather_s += time.perf_counter() - began
         return tuple(inputs)
@@ -146,7 +144,7 @@ class DaliLoader(Loader):
             outputs = list(
                 fn.external_source(
                     source=self._source,
-                    num_outputs=(1 if self._rows is None else 2) + (len(self._fields) if gpu else 0),
+                    num_outputs=(1 if self._rows is None else 2) + (len(self._columns) if gpu else 0),
                     batch=True,
                     batch_info=False,
                     no_copy=True,  # `_scheduled` keeps what DALI reads
@@ -170,9 +168,7 @@ class DaliLoader(Loader):
     def _take(self, step: int) -> PackedBatch:
         if not self._ready:
             self._run(step)
-        batch = self._ready.popleft()
-        assert batch.step == step, (batch.step, step)
-        return batch
+        return self._ready.popleft()
 
     def _run(self, step: int) -> None:
         """Take an iteration's batches from DALI; those before are overwritten."""
@@ -182,25 +178,16 @@ class DaliLoader(Loader):
         outputs = self._pipeline.run()
         waited = time.perf_counter()
         prepared, _ = self._scheduled.popleft()
-        tokens = [one.fields["cu_seqlens"][-1] for one in prepared]
+        tokens = [one.columns["cu_seqlens"][-1] for one in prepared]
         bold = _joined(outputs[0], [sum(tokens), self.store.networks]).split(tokens)
         small = [
-            _split(output, prepared, name) for output, name in zip(outputs[1:], self._fields, strict=False)
+            _split(output, prepared, name) for output, name in zip(outputs[1:], self._columns, strict=False)
         ]
         for i, one in enumerate(prepared):
-            fields = {name: torch.from_numpy(array) for name, array in one.fields.items()}
+            columns = {name: torch.from_numpy(array) for name, array in one.columns.items()}
             if self._gpu:
-                fields = {name: pieces[i] for name, pieces in zip(self._fields, small, strict=True)}
-            self._ready.append(
-                PackedBatch(
-                    bold=bold[i],
-                    max_seqlen=int(one.windows.lengths.max()),
-                    lengths=one.windows.lengths,
-                    runs=one.windows.runs,
-                    step=one.step,
-                    **fields,
-                )
-            )
+                columns = {name: pieces[i] for name, pieces in zip(self._columns, small, strict=True)}
+            self._ready.append(PackedBatch.pack(bold[i], one.windows, columns=columns))
             self._skipped += one.windows.skipped
         # What `run` took beyond the source is waiting for DALI: for its gather or, on a GPU, its transfer.
         behind = waited - began - (self._gather_s - sourced)
@@ -233,7 +220,7 @@ def _joined(output: Any, shape: list[int]) -> torch.Tensor:
 
 def _split(output: Any, prepared: list[Prepared], name: str) -> tuple[torch.Tensor, ...]:
     """A small field of each batch of an iteration, from an output of DALI."""
-    sizes = [len(one.fields[name]) for one in prepared]
+    sizes = [len(one.columns[name]) for one in prepared]
     return _joined(output, [sum(sizes)]).split(sizes)
 
 

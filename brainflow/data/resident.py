@@ -8,14 +8,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from brainflow.data.batch import PackedBatch
-from brainflow.data.intact import IntactSampler
+from brainflow.batch import PackedBatch
 from brainflow.data.loader import Loader, WindowStore
-from brainflow.data.packing import packed_fields
-from brainflow.data.windows import Sampler
+from brainflow.data.sampler import Sampler, SkipCorruptSampler
 from brainflow.kernels.gather_windows import gather_windows
 from brainflow.storage import StoreError
-from brainflow.upload import upload
 
 _LOAD_ROWS = 65_536
 
@@ -64,7 +61,7 @@ class ResidentLoader(Loader):
             try:
                 self._load(start, length)
             except StoreError:
-                if not isinstance(self.sampler, IntactSampler):
+                if not isinstance(self.sampler, SkipCorruptSampler):
                     raise
                 self.sampler.damaged_runs.add(run)
         self.load_s = time.perf_counter() - began
@@ -79,22 +76,14 @@ class ResidentLoader(Loader):
     def _take(self, step: int) -> PackedBatch:
         began = time.perf_counter()
         windows = self.sampler.batch(step)
-        fields = packed_fields(windows)
         # starts and lengths stay on the host: their sum and range are known there without a sync.
         bold = gather_windows(self._bold, windows.starts, windows.lengths, out_dtype=self.dtype)
         moved = time.perf_counter()
-        sent = upload(self.device, **fields)
+        batch = PackedBatch.pack(bold, windows)
         self._skipped += windows.skipped
         self._gather_s += moved - began
         self._transfer_s += time.perf_counter() - moved
-        return PackedBatch(
-            bold=bold,
-            max_seqlen=int(windows.lengths.max()),
-            lengths=windows.lengths,
-            runs=windows.runs,
-            step=step,
-            **sent,
-        )
+        return batch
 
     def _seek(self, step: int) -> None:
         pass

@@ -13,25 +13,67 @@ T - L + 1 possible onsets; over the slots the onset is exactly uniform.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from brainflow.data.counter import key, permute, uniform
-from brainflow.data.segments import SegmentSampler
-from brainflow.data.splits import Split, split_runs
-from brainflow.data.windows import RunColumns, Windows, rank_share
+from brainflow.batch import Windows
+from brainflow.data.counter_rng import key, permute, uniform
+from brainflow.storage import StoreError
 from brainflow.storage.intervals import Intervals
-
-__all__ = ["SegmentSampler", "Split", "WindowSampler", "Windows", "split_runs"]
 
 # Streams of random numbers: what is drawn for a window, one counter space each.
 _ORDER, _INNER, _LENGTH, _ONSET, _GAP, _NEXT, _OTHER, _OTHER_ONSET = range(8)
 _BLOCK = 1024
 _GAP_MIN, _GAP_MAX = 1, 4
+
+
+class RunColumns(Protocol):
+    """The columns of a store's run table that the data layer reads (`BoldStore.runs` has them)."""
+
+    @property
+    def start(self) -> NDArray[np.int64]: ...  # noqa: D102
+    @property
+    def length(self) -> NDArray[np.int32]: ...  # noqa: D102
+    @property
+    def t_r(self) -> NDArray[np.float64]: ...  # noqa: D102
+    @property
+    def dataset(self) -> NDArray[Any]: ...  # noqa: D102
+    @property
+    def subject(self) -> NDArray[Any]: ...  # noqa: D102
+    @property
+    def key(self) -> NDArray[Any]: ...  # noqa: D102
+    def __len__(self) -> int: ...
+
+
+class Sampler(Protocol):
+    """What a loader asks of a sampler."""
+
+    steps: int | None
+
+    @property
+    def windows_per_batch(self) -> int:
+        """Most windows in a batch."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """Time points that no batch exceeds."""
+        ...
+
+    def batch(self, step: int) -> Windows:
+        """Return the windows of batch `step`."""
+        ...
+
+
+def rank_share(batch: int, rank: int, world: int) -> NDArray[np.int64]:
+    """Return the places of a global batch that belong to `rank`: the rank-th of `world` contiguous shares."""
+    if world < 1 or not 0 <= rank < world:
+        raise ValueError(f"rank, world: got {rank}, {world}, expected 0 <= rank < world")
+    return np.arange(rank * batch // world, (rank + 1) * batch // world, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -172,6 +214,7 @@ class WindowSampler:
             lengths=block["length"][part].astype(np.int32),
             runs=block["run"][part].astype(np.int32),
             t_r=block["t_r"][part].view(np.float64),
+            step=step,
             is_next=None if is_next is None else is_next[part.start // 2 : part.stop // 2].astype(np.float32),
         )
 
@@ -241,6 +284,103 @@ class WindowSampler:
             return np.minimum((share * choices).astype(np.int64), choices - 1)
         choices = np.maximum((run["length"] - 1) // length, 1)
         return np.minimum((share * choices).astype(np.int64), choices - 1) * length
+
+
+class SkipCorruptSampler:
+    """The batches of another sampler, each without its windows (pairs) that lie on damaged chunks.
+
+    Which windows those are depends on the store alone, so that the order stays reproducible.
+
+    Parameters
+    ----------
+    sampler
+        Which windows stand in which batch.
+    store
+        Store that tells by `intact(starts, lengths)` which windows can be read.
+
+    Attributes
+    ----------
+    damaged_runs
+        Run ids whose windows are left out as well, whatever the store says.
+    """
+
+    def __init__(self, sampler: Sampler, store: Any) -> None:
+        self._sampler, self._store = sampler, store
+        self.steps = sampler.steps
+        self.damaged_runs: set[int] = set()
+
+    @property
+    def windows_per_batch(self) -> int:
+        """Most windows in a batch."""
+        return self._sampler.windows_per_batch
+
+    @property
+    def max_tokens(self) -> int:
+        """Time points that no batch exceeds."""
+        return self._sampler.max_tokens
+
+    def batch(self, step: int) -> Windows:
+        """Return the windows of batch `step` that can be read; the number of the others is `skipped`.
+
+        Raises
+        ------
+        StoreError
+            If none is left.
+        """
+        windows = self._sampler.batch(step)
+        good = self._store.intact(windows.starts, windows.lengths)
+        if self.damaged_runs:
+            good &= ~np.isin(windows.runs, list(self.damaged_runs))
+        if good.all():
+            return windows
+        is_next = windows.is_next
+        if is_next is not None:  # half a pair is of no use
+            pairs = good.reshape(-1, 2).all(axis=1)
+            good, is_next = pairs.repeat(2), is_next[pairs]
+        if not good.any():
+            raise StoreError(
+                f"batch {windows.step}: all of its {len(good)} windows are damaged, so none can be skipped; "
+                "`brainflow verify` lists all damage; restore the store from a copy"
+            )
+        return replace(
+            windows,
+            starts=windows.starts[good],
+            lengths=windows.lengths[good],
+            runs=windows.runs[good],
+            t_r=windows.t_r[good],
+            labels=None if windows.labels is None else windows.labels[good],
+            is_next=is_next,
+            skipped=int(len(good) - good.sum()),
+        )
+
+
+class MicrobatchSampler:
+    """The microbatches of this rank, one after the other: of n samplers, batch `n * step + i` is the i-th's.
+
+    Parameters
+    ----------
+    samplers
+        One a microbatch, each with its share of the windows of a step.
+    """
+
+    def __init__(self, samplers: Sequence[Sampler]) -> None:
+        self.samplers = samplers
+        self.steps: int | None = None
+
+    @property
+    def windows_per_batch(self) -> int:
+        """Most windows in a microbatch."""
+        return max(sampler.windows_per_batch for sampler in self.samplers)
+
+    @property
+    def max_tokens(self) -> int:
+        """Time points that no microbatch exceeds."""
+        return max(sampler.max_tokens for sampler in self.samplers)
+
+    def batch(self, step: int) -> Windows:
+        """Return the windows of one microbatch; their `step` is the optimizer's."""
+        number, i = divmod(step, len(self.samplers))
+        return self.samplers[i].batch(number)
 
 
 def _window(

@@ -7,8 +7,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from brainflow.data.counter import key, permute
-from brainflow.data.windows import RunColumns, Windows, rank_share
+from brainflow.batch import Windows
+from brainflow.data.counter_rng import key, permute
+from brainflow.data.sampler import RunColumns, rank_share
 
 
 class SegmentColumns(Protocol):
@@ -110,6 +111,7 @@ class SegmentSampler:
             lengths=(end - begin).astype(np.int32),
             runs=run.astype(np.int32),
             t_r=t_r,
+            step=0,
             labels=classes,
         )
         self.global_batch, self.shuffle, self.seed = batch, shuffle, seed
@@ -166,5 +168,6 @@ class SegmentSampler:
             lengths=w.lengths[pick],
             runs=w.runs[pick],
             t_r=w.t_r[pick],
+            step=step,
             labels=w.labels[pick],
         )

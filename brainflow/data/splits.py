@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from brainflow.data.windows import RunColumns
+from brainflow.data.sampler import RunColumns
 
 By = Literal["run", "subject"]
 _FORMAT = 1

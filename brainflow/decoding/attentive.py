@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from brainflow.models.packing import window_of
-from brainflow.upload import upload
+from brainflow.batch import upload, window_of
 
 
 class AttentiveHead(nn.Module):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brainflow.data.batch import PackedBatch
+from brainflow.batch import PackedBatch
 from brainflow.decoding.heads import class_weights
 from brainflow.decoding.windows import WindowSource
 

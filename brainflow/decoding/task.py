@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainflow.data import make_loader
-from brainflow.data.sampler import SegmentSampler
+from brainflow.data.segments import SegmentSampler
 from brainflow.decoding.splits import Fold, SplitName, make_folds
 from brainflow.storage import BoldStore
 
 if TYPE_CHECKING:
     import torch
 
-    from brainflow.data.batch import PackedBatch
+    from brainflow.batch import PackedBatch
 
 MISSING_INTEGER = np.iinfo(np.int64).min
 ROWS = 4_096

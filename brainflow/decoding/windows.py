@@ -11,9 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from brainflow.data.batch import PackedBatch
-from brainflow.data.packing import packed_fields
-from brainflow.data.windows import Windows
+from brainflow.batch import PackedBatch, Windows
 
 
 class WindowSource(Protocol):
@@ -77,23 +75,15 @@ class ArrayWindows:
             waiting = waiting[batch:]
 
     def _packed(self, pick: NDArray[np.int64], step: int, device: torch.device) -> PackedBatch:
-        lengths = self.lengths[pick]
         chosen = Windows(
             starts=self.starts[pick],
-            lengths=lengths,
+            lengths=self.lengths[pick],
             runs=np.zeros(len(pick), np.int32),
             t_r=self.t_r[pick],
+            step=step,
             labels=self.labels[pick],
         )
-        rows = np.concatenate([np.arange(s, s + n) for s, n in zip(chosen.starts, lengths, strict=True)])
-        return PackedBatch(
-            bold=torch.from_numpy(self.bold[rows]),
-            max_seqlen=int(lengths.max()),
-            lengths=lengths,
-            runs=chosen.runs,
-            step=step,
-            **{name: torch.from_numpy(values) for name, values in packed_fields(chosen).items()},
-        ).to(device)
+        return PackedBatch.pack(torch.from_numpy(self.bold[chosen.rows()]), chosen, device=device)
 
 
 def cut_events(

@@ -6,20 +6,15 @@ In evaluation mode the decoder runs freely: what is measured is what the vector 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from brainflow.batch import PackedBatch, upload
 from brainflow.config import ModelConfig
 from brainflow.frameworks.base import Pooling, StepOutput, at_least_float, pool, whole_loss
 from brainflow.models.autoencoder import Decoder, Encoder, Steps, time_major
 from brainflow.models.embedding import BoldEmbedding
-from brainflow.upload import upload
-
-if TYPE_CHECKING:
-    from brainflow.data.batch import PackedBatch
 
 
 class Autoencoder(nn.Module):

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from brainflow.batch import PackedBatch, offsets, upload, window_of
 from brainflow.config import ModelConfig
 from brainflow.kernels import MaskSpec, linear_masked_loss
-from brainflow.models.packing import offsets, window_of
-from brainflow.upload import upload
-
-if TYPE_CHECKING:
-    from brainflow.data.batch import PackedBatch
 
 Pooling = Literal["last", "mean", "first", "cls", "tokens"]
 

@@ -8,22 +8,17 @@ and each special token goes is index arithmetic on the host, and one gather of e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from brainflow.batch import Ints, PackedBatch, offsets, positions, upload
 from brainflow.config import ModelConfig
 from brainflow.frameworks.base import Pooling, StepOutput, pool
 from brainflow.models.embedding import BoldEmbedding
 from brainflow.models.heads import IsNextHead
-from brainflow.models.packing import Ints, offsets, positions
 from brainflow.models.transformer import Layout, Transformer
-from brainflow.upload import upload
-
-if TYPE_CHECKING:
-    from brainflow.data.batch import PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True)

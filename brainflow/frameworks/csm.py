@@ -17,22 +17,16 @@ Three forms of one objective:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from brainflow.batch import PackedBatch, offsets, positions, upload, window_of
 from brainflow.config import ModelConfig
 from brainflow.frameworks.base import Pooling, StepOutput, at_least_float, drawn_rows, pool, whole_loss
 from brainflow.kernels import MaskSpec, linear_masked_loss
 from brainflow.models.embedding import BoldEmbedding
-from brainflow.models.packing import offsets, positions, window_of
 from brainflow.models.transformer import Layout, Transformer
-from brainflow.upload import upload
-
-if TYPE_CHECKING:
-    from brainflow.data.batch import PackedBatch
 
 
 class CSM(nn.Module):

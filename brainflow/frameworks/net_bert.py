@@ -6,22 +6,16 @@ with `mask_span` over that many time points at a time. The mask token is one lea
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from brainflow.batch import PackedBatch, offsets, upload
 from brainflow.config import ModelConfig
 from brainflow.frameworks.base import StepOutput, at_least_float
 from brainflow.frameworks.bert import BertFramework
 from brainflow.kernels import MaskSpec, linear_masked_loss, mask_tokens
 from brainflow.models.embedding import cast_input
-from brainflow.models.packing import offsets
-from brainflow.upload import upload
-
-if TYPE_CHECKING:
-    from brainflow.data.batch import PackedBatch
 
 
 class NetBERT(BertFramework):

@@ -7,21 +7,15 @@ row takes their seats.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from brainflow.batch import PackedBatch, offsets, upload
 from brainflow.config import ModelConfig
 from brainflow.frameworks.base import StepOutput, at_least_float, drawn_rows, whole_loss
 from brainflow.frameworks.bert import BertFramework
 from brainflow.kernels import MaskSpec
-from brainflow.models.packing import offsets
-from brainflow.upload import upload
-
-if TYPE_CHECKING:
-    from brainflow.data.batch import PackedBatch
 
 
 class SeqBERT(BertFramework):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from brainflow.batch import Ints, offsets, positions, window_of
 from brainflow.models.dropout import Dropout
-from brainflow.models.packing import Ints, offsets, positions, window_of
 from brainflow.models.recurrence import Gathered, LSTMPass, LSTMStep
 
 

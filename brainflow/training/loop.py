@@ -19,16 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from brainflow.batch import upload
 from brainflow.config import PAIRED, PretrainConfig
 from brainflow.data import make_loader
-from brainflow.data.intact import IntactSampler
 from brainflow.data.loader import batch_dtype
-from brainflow.data.sampler import WindowSampler
-from brainflow.data.windows import Sampler
+from brainflow.data.sampler import MicrobatchSampler, Sampler, SkipCorruptSampler, WindowSampler
 from brainflow.frameworks import build
 from brainflow.pretrained.format import save_pretrained
 from brainflow.storage import BoldStore
-from brainflow.upload import upload
 
 from . import checkpoint, parallel
 from .compute import describe_compute, settle_precision
@@ -53,7 +51,6 @@ from .setup import (
     rank_parts,
     split_of,
 )
-from .shares import PartSampler
 from .step import StepNumbers, TrainingStep
 from .trackers import make_tracker
 from .validation import Validator, closing_loader
@@ -157,7 +154,7 @@ class _Run:
         self.attempt = ranks.agree(secrets.randbits(62), device)
         self.sampler = self._sampler("train", train.seed)
         self.parts = rank_parts(train.micro_batches, ranks)
-        as_read = PartSampler([self._readable(sampler) for sampler in self._part_samplers()])
+        as_read = MicrobatchSampler([self._readable(sampler) for sampler in self._part_samplers()])
         self.one_step = TrainingStep(config, ranks, device, as_read, fresh=start_from is None)
         if config.model.coordinates:
             give_coordinates(self.one_step.module, store)
@@ -198,7 +195,7 @@ class _Run:
 
     def _readable(self, sampler: WindowSampler) -> Sampler:
         """The sampler without damaged windows, if they are to be skipped; a loader sees to that itself."""
-        return IntactSampler(sampler, self.store) if self.config.data.on_corrupt == "skip" else sampler
+        return SkipCorruptSampler(sampler, self.store) if self.config.data.on_corrupt == "skip" else sampler
 
     def _part_samplers(self) -> list[WindowSampler]:
         seed, shares = self.config.train.seed, self.config.train.micro_batches
@@ -212,7 +209,7 @@ class _Run:
             self._rehearse()
         loader = make_loader(  # after the rehearsal: what is free on a GPU then is free
             self.store,
-            PartSampler(self._part_samplers()),
+            MicrobatchSampler(self._part_samplers()),
             kind=self.config.data.loader,
             device=str(self.device),
             start_step=self.step * len(self.parts),

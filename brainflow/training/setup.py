@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from brainflow.batch import PackedBatch, Windows
 from brainflow.config import PretrainConfig
-from brainflow.data.batch import PackedBatch
 from brainflow.data.sampler import WindowSampler
 from brainflow.data.splits import Split, split_runs
 from brainflow.storage import BoldStore
@@ -150,18 +150,12 @@ def largest_batch(sampler: WindowSampler, store: BoldStore, dtype: torch.dtype) 
     lengths = np.full(sampler.windows_per_batch, longest, dtype=np.int32)
     if sampler.pairs:  # two halves and a gap of at least one time point
         lengths[0::2], lengths[1::2] = longest // 2, longest - 1 - longest // 2
-    seconds = np.concatenate([np.arange(n) for n in lengths]) * float(np.max(store.runs.t_r))
-    pairs = torch.zeros(len(lengths) // 2) if sampler.pairs else None
-    return PackedBatch(
-        bold=torch.zeros(int(lengths.sum()), store.networks, dtype=dtype),
-        times=torch.from_numpy(seconds.astype(np.float32)),
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
-        max_seqlen=int(lengths.max()),
-        lengths=lengths,
-        runs=np.zeros(len(lengths), dtype=np.int32),
-        step=0,
-        is_next=pairs,
+    windows = Windows.end_to_end(
+        lengths,
+        t_r=float(np.max(store.runs.t_r)),
+        is_next=np.zeros(len(lengths) // 2, np.float32) if sampler.pairs else None,
     )
+    return PackedBatch.pack(torch.zeros(int(lengths.sum()), store.networks, dtype=dtype), windows)
 
 
 def split_of(config: PretrainConfig, store: BoldStore, path: Path) -> Split:

@@ -12,41 +12,16 @@ pairs, by its pairs. Where damaged windows are left out, parts have different nu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from brainflow.data.sampler import WindowSampler
-from brainflow.data.windows import Sampler, Windows
+from brainflow.batch import Windows, offsets
+from brainflow.data.sampler import Sampler, WindowSampler
 from brainflow.frameworks.base import drawn_rows
 from brainflow.kernels import MaskSpec
-from brainflow.models.packing import offsets
-
-
-@dataclass
-class PartSampler:
-    """The parts of this rank, one after the other: batch `step * len(samplers) + i` is part i of `step`."""
-
-    samplers: Sequence[Sampler]
-    steps: int | None = None
-
-    @property
-    def windows_per_batch(self) -> int:
-        """Windows in a part."""
-        return self.samplers[0].windows_per_batch
-
-    @property
-    def max_tokens(self) -> int:
-        """Time points that no part exceeds."""
-        return max(sampler.max_tokens for sampler in self.samplers)
-
-    def batch(self, step: int) -> Windows:
-        """Return the windows of one part of one step."""
-        step, part = divmod(step, len(self.samplers))
-        return self.samplers[part].batch(step)
 
 
 class Share(NamedTuple):

@@ -6,7 +6,6 @@ the parts count by the values that they predict, so the update is the same whoev
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from brainflow.batch import PackedBatch, upload
 from brainflow.config import PretrainConfig
-from brainflow.data.batch import PackedBatch
+from brainflow.data.sampler import MicrobatchSampler
 from brainflow.frameworks import Framework, build
 from brainflow.models.transformer import Transformer
 from brainflow.pretrained.warm_start import freeze, load_initial
-from brainflow.upload import upload
 
 from . import checkpoint, parallel
 from .compute import allow_tf32, autocast
@@ -36,7 +35,7 @@ from .optimizer import (
     optimizer_tensors,
 )
 from .setup import derive_seed, rank_parts, seed_dropout
-from .shares import PairGradient, PartSampler, Share, part_shares
+from .shares import PairGradient, Share, part_shares
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class TrainingStep:
         config: PretrainConfig,
         ranks: parallel.Ranks,
         device: torch.device,
-        sampler: PartSampler,
+        sampler: MicrobatchSampler,
         *,
         fresh: bool = True,
     ) -> None:
@@ -131,8 +130,6 @@ class TrainingStep:
         losses = []
         for number, seed, share in zip(self.parts, seeds, shares, strict=True):
             batch = next(batches)
-            if batch.step != step:
-                batch = dataclasses.replace(batch, step=step)
             seed_dropout(self._part_seed("dropout", step, number), self.device)
             last = number == self.parts[-1]
             loss, reported = self._backward(batch, seed, share, last=last)

@@ -15,7 +15,6 @@ Keys of a validation line:
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from brainflow.batch import Windows, upload
 from brainflow.data import make_loader
-from brainflow.data.windows import Windows
 from brainflow.storage import BoldStore
-from brainflow.upload import upload
 
 from .compute import autocast
 from .parallel import Ranks
@@ -175,7 +173,7 @@ class Validator:
     def _draw(self, share: _Share) -> Iterator[tuple[Any, bool]]:
         with closing_loader(make_loader(self.store, share, kind="host", device=str(self.device))) as loader:
             for step in range(-(-self.batches // self.ranks.world)):
-                yield dataclasses.replace(next(loader), step=share.number(step)), share.counts(step)
+                yield next(loader), share.counts(step)
 
     def _last(self, bold: Tensor, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
         first = torch.isin(rows, cu_seqlens[:-1].to(rows.dtype))

@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from brainflow.data import make_loader
-from brainflow.data.sampler import WindowSampler
+from brainflow.data.sampler import MicrobatchSampler, WindowSampler
 from brainflow.kernels.gather_windows import triton as gather
 from brainflow.kernels.linear_masked_loss import triton as linear
 from brainflow.kernels.mask_tokens import triton as tokens
@@ -31,7 +31,6 @@ from brainflow.storage import BoldStore
 from brainflow.training.compute import describe_compute, settle_precision
 from brainflow.training.meters import Readback
 from brainflow.training.parallel import Ranks
-from brainflow.training.shares import PartSampler
 from brainflow.training.step import TrainingStep
 
 GPU = torch.device("cuda", 0)
@@ -159,8 +158,8 @@ def take(store, framework, gpu, *, loader, model, parts=1, **train):
         WindowSampler(store.runs, batch=8, seq_min=10, seq_max=30, seed=1, rank=i, world=parts, pairs=pairs)
         for i in range(parts)
     ]
-    step = TrainingStep(config, Ranks(), GPU, PartSampler(samplers))
-    batches = iter(make_loader(store, PartSampler(samplers), kind=loader, device="cuda:0"))
+    step = TrainingStep(config, Ranks(), GPU, MicrobatchSampler(samplers))
+    batches = iter(make_loader(store, MicrobatchSampler(samplers), kind=loader, device="cuda:0"))
     readback = Readback()
     for number in range(2):
         gpu.clear()

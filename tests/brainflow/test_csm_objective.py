@@ -4,28 +4,18 @@ import numpy as np
 import pytest
 import torch
 
+from brainflow.batch import PackedBatch, Windows
 from brainflow.config import ModelConfig
-from brainflow.data.batch import PackedBatch
 from brainflow.frameworks import build
 
 CONFIG = ModelConfig(networks=6, width=16, layers=3, heads=2, dropout=0.1, max_positions=16)
 LENGTHS = [5, 9, 2]
 
 
-def make_batch(lengths, networks=6, seed=0, step=0, **fields):
-    lengths = np.array(lengths, np.int32)
+def make_batch(lengths, networks=6, seed=0, step=0):
     generator = torch.Generator().manual_seed(seed)
-    bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-    return PackedBatch(
-        bold=torch.randn(int(lengths.sum()), networks, generator=generator, dtype=torch.float64),
-        times=torch.cat([torch.arange(int(n)) * 0.72 for n in lengths]),
-        cu_seqlens=torch.from_numpy(bounds),
-        max_seqlen=int(lengths.max()),
-        lengths=lengths,
-        runs=np.zeros(len(lengths), np.int32),
-        step=step,
-        **fields,
-    )
+    bold = torch.randn(sum(lengths), networks, generator=generator, dtype=torch.float64)
+    return PackedBatch.pack(bold, Windows.end_to_end(lengths, t_r=0.72, step=step))
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+from brainflow.batch import PackedBatch, Windows, upload
 from brainflow.config import ModelConfig
-from brainflow.data.batch import PackedBatch
 from brainflow.frameworks.net_bert import NetBERT
 from brainflow.models.embedding import BoldEmbedding
 from brainflow.models.heads import DecodingHead
-from brainflow.upload import upload
 
 
 def make(**changes):
@@ -57,16 +56,7 @@ def test_a_store_of_float16_trains_a_mask_token_as_one_of_float32_does_under_bf1
     module, bold = NetBERT(config), torch.randn(12, 4).half()
     grads = []
     for store in (bold, bold.float()):
-        lengths = np.array([5, 7], np.int32)
-        batch = PackedBatch(
-            bold=store,
-            times=torch.zeros(12),
-            cu_seqlens=torch.tensor([0, 5, 12], dtype=torch.int32),
-            max_seqlen=7,
-            lengths=lengths,
-            runs=np.zeros(2, np.int32),
-            step=0,
-        )
+        batch = PackedBatch.pack(store, Windows.end_to_end([5, 7], t_r=2.0))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = module(batch, seed=3).loss
         (1e-6 * loss).backward()

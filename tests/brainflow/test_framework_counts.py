@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from brainflow.batch import PackedBatch, Windows
 from brainflow.config import ModelConfig
-from brainflow.data.batch import PackedBatch
 from brainflow.frameworks import build
 from brainflow.kernels import linear_masked_loss
 
@@ -48,17 +48,9 @@ class Count(TorchDispatchMode):
 
 
 def make_batch(pairs):
-    lengths = np.array(LENGTHS, np.int32)
-    bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-    return PackedBatch(
-        bold=torch.randn(int(lengths.sum()), 6),
-        times=torch.cat([torch.arange(int(n)) * 0.72 for n in lengths]),
-        cu_seqlens=torch.from_numpy(bounds),
-        max_seqlen=int(lengths.max()),
-        lengths=lengths,
-        runs=np.zeros(4, np.int32),
-        step=0,
-        is_next=torch.tensor([1.0, 0.0]) if pairs else None,
+    is_next = np.array([1.0, 0.0]) if pairs else None
+    return PackedBatch.pack(
+        torch.randn(sum(LENGTHS), 6), Windows.end_to_end(LENGTHS, t_r=0.72, is_next=is_next)
     )
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from brainflow.batch import PackedBatch, Windows
 from brainflow.config import ModelConfig
-from brainflow.data.batch import PackedBatch
 from brainflow.frameworks import build
 
 NETWORKS, T_R = 12, 1.0
@@ -36,18 +36,9 @@ def draw(signal, step, windows, pairs):
         cut = int(generator.integers(8, 12))
         parts += [whole[:cut], whole[cut + 1 : cut + 1 + 9]]
         lengths += [cut, 9]
-    lengths = np.array(lengths, np.int32)
-    bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-    return PackedBatch(
-        bold=torch.from_numpy(np.concatenate(parts)).float(),
-        times=torch.from_numpy(np.concatenate([np.arange(n) * T_R for n in lengths])).float(),
-        cu_seqlens=torch.from_numpy(bounds),
-        max_seqlen=int(lengths.max()),
-        lengths=lengths,
-        runs=np.zeros(len(lengths), np.int32),
-        step=step,
-        is_next=torch.ones(len(lengths) // 2) if pairs else None,
-    )
+    is_next = np.ones(len(lengths) // 2) if pairs else None
+    bold = torch.from_numpy(np.concatenate(parts)).float()
+    return PackedBatch.pack(bold, Windows.end_to_end(lengths, t_r=T_R, step=step, is_next=is_next))
 
 
 @pytest.mark.parametrize("signal", [sines, autoregression])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from brainflow.batch import PackedBatch, Windows
 from brainflow.config import ModelConfig
-from brainflow.data.batch import PackedBatch
 from brainflow.frameworks import FRAMEWORKS, build
 
 HALVES = [5, 3, 2, 7]
@@ -25,19 +25,10 @@ CASES = [
 
 
 def make_batch(lengths, networks=5, pairs=False):
-    lengths = np.array(lengths, np.int32)
-    bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
     generator = torch.Generator().manual_seed(1)
-    return PackedBatch(
-        bold=torch.randn(int(lengths.sum()), networks, generator=generator, dtype=torch.float64),
-        times=torch.cat([torch.arange(int(n)) * 0.72 for n in lengths]),
-        cu_seqlens=torch.from_numpy(bounds),
-        max_seqlen=int(lengths.max()),
-        lengths=lengths,
-        runs=np.zeros(len(lengths), np.int32),
-        step=2,
-        is_next=torch.arange(len(lengths) // 2).remainder(2).double() if pairs else None,
-    )
+    bold = torch.randn(sum(lengths), networks, generator=generator, dtype=torch.float64)
+    is_next = np.arange(len(lengths) // 2) % 2 if pairs else None
+    return PackedBatch.pack(bold, Windows.end_to_end(lengths, t_r=0.72, step=2, is_next=is_next))
 
 
 def split(batch, size):

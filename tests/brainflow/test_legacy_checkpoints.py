@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import brainflow
+from brainflow.batch import PackedBatch, Windows
 from brainflow.cli.main import main
-from brainflow.data.batch import PackedBatch
 from brainflow.decoding.persist import load_decoder
 from brainflow.frameworks import FRAMEWORKS
 from brainflow.pretrained.legacy import export_checkpoint, import_checkpoint, read_state
@@ -94,18 +94,9 @@ def published(framework, *, buffers=False, decoding=False, pooler=True, dtype=to
 
 
 def make_batch(lengths, pairs=False):
-    lengths = np.array(lengths, np.int32)
-    bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-    return PackedBatch(
-        bold=torch.randn(int(lengths.sum()), N, generator=torch.Generator().manual_seed(1)),
-        times=torch.cat([torch.arange(int(n)) * 0.72 for n in lengths]),
-        cu_seqlens=torch.from_numpy(bounds),
-        max_seqlen=int(lengths.max()),
-        lengths=lengths,
-        runs=np.zeros(len(lengths), np.int32),
-        step=0,
-        is_next=torch.tensor([1.0]) if pairs else None,
-    )
+    bold = torch.randn(sum(lengths), N, generator=torch.Generator().manual_seed(1))
+    is_next = np.array([1.0]) if pairs else None
+    return PackedBatch.pack(bold, Windows.end_to_end(lengths, t_r=0.72, is_next=is_next))
 
 
 def imported(tmp_path, state, **options):

@@ -13,7 +13,8 @@ import torch
 
 from brainflow.data import make_loader
 from brainflow.data.host import HostLoader
-from brainflow.data.sampler import SegmentSampler, WindowSampler
+from brainflow.data.sampler import WindowSampler
+from brainflow.data.segments import SegmentSampler
 from brainflow.data.synthetic import write_sines
 from brainflow.storage import BoldStore, Segment, StoreError, StoreWriter
 

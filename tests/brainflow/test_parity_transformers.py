@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from brainflow.batch import offsets, positions
 from brainflow.config import ModelConfig
-from brainflow.models.packing import offsets, positions
 from brainflow.models.transformer import Layout, Transformer
 from brainflow.pretrained.legacy_names import rules
 

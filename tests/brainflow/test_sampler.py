@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainflow.data.counter import key, permute, uniform
-from brainflow.data.sampler import SegmentSampler, WindowSampler
+from brainflow.data.counter_rng import key, permute, uniform
+from brainflow.data.sampler import WindowSampler
+from brainflow.data.segments import SegmentSampler
 
 COLUMNS = ("starts", "lengths", "runs", "t_r", "is_next", "labels")
 

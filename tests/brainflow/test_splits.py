@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainflow.data.sampler import Split, split_runs
+from brainflow.data.splits import Split, split_runs
 
 
 class Runs(SimpleNamespace):

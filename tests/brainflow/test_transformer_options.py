@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from brainflow.batch import PackedBatch, Windows
 from brainflow.config import ModelConfig
-from brainflow.data.batch import PackedBatch
 from brainflow.frameworks import build
 from brainflow.models.embedding import BoldEmbedding
 from brainflow.models.transformer import Layout, Transformer
@@ -31,19 +31,10 @@ def layout_of(lengths, shift=0):
 
 
 def make_batch(lengths=LENGTHS, pairs=False, t_r=0.72):
-    lengths = np.asarray(lengths, np.int32)
-    bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
     generator = torch.Generator().manual_seed(1)
-    return PackedBatch(
-        bold=torch.randn(int(lengths.sum()), 5, generator=generator, dtype=torch.float64),
-        times=torch.cat([torch.arange(int(n)) * t_r for n in lengths]),
-        cu_seqlens=torch.from_numpy(bounds),
-        max_seqlen=int(lengths.max()),
-        lengths=lengths,
-        runs=np.zeros(len(lengths), np.int32),
-        step=2,
-        is_next=torch.tensor([1.0, 0.0], dtype=torch.float64) if pairs else None,
-    )
+    bold = torch.randn(sum(lengths), 5, generator=generator, dtype=torch.float64)
+    is_next = np.array([1.0, 0.0]) if pairs else None
+    return PackedBatch.pack(bold, Windows.end_to_end(lengths, t_r=t_r, step=2, is_next=is_next))
 
 
 def make_model(framework="csm", **changes):
