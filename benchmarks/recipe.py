@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainflow.batch import PackedBatch
-from brainflow.config import PAIRED, ModelConfig
-from brainflow.frameworks import build
+from brainflow.config import ModelConfig
+from brainflow.frameworks import build, framework_spec
 
 from . import timing
 from .baselines import missing
@@ -85,7 +85,7 @@ Steps = dict[str, list[Callable[[], None]]]
 
 def _against_recipe(name: str, sizes: Sizes, device: str) -> list[Row]:
     """Speed and memory rows of one framework; with dense CSM also those of `csm-single`."""
-    batch = random_batch(sizes.batch, sizes.networks, pairs=name in PAIRED, device=device)
+    batch = random_batch(sizes.batch, sizes.networks, pairs=framework_spec(name).paired, device=device)
     steps, targets = _recipe_steps(name, sizes, batch, device)
     parts = {f"{who} {i}": step for who, both in steps.items() for i, step in enumerate(both)}
     timed = timing.interleave(parts, repeats=2, device=device)
@@ -127,7 +127,7 @@ def _recipe_steps(name: str, sizes: Sizes, batch: PackedBatch, device: str) -> t
     bold, seconds, attention, types = padded(batch, sizes.batch)
 
     def ours(**changes: Any) -> Callable[[], None]:
-        config = ModelConfig(framework=name, heads=sizes.heads, **common, **changes)  # type: ignore[arg-type]
+        config = ModelConfig(framework=name, heads=sizes.heads, **common, **changes)
         module = build(config).to(device)
         return train_step(module, partial(loss_of, module, batch))
 

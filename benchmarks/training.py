@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from brainflow.batch import PackedBatch, Windows
-from brainflow.config import PAIRED, DataConfig, ModelConfig, PretrainConfig, TrainConfig
+from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from brainflow.data import make_loader
 from brainflow.data.sampler import WindowSampler
-from brainflow.frameworks import FRAMEWORKS, build
+from brainflow.frameworks import build, framework_names, framework_spec
+from brainflow.frameworks.base import Framework
 from brainflow.kernels.varlen_attention.backends import choose
 from brainflow.models.transformer import Transformer
 from brainflow.recipes import preset
@@ -49,7 +50,7 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
     """Return name → what measures it: FRAMEWORK/PRESET, and the loop."""
     found: dict[str, Callable[[], list[Row]]] = {}
     for size in PRESETS[device][:1] if quick else PRESETS[device]:
-        for framework in FRAMEWORKS:
+        for framework in framework_names():
             try:
                 model = preset(size, framework)["model"]
             except ValueError:  # the framework has none of that size
@@ -143,7 +144,9 @@ def _throughput(name: str, config: ModelConfig, windows: int, seconds: float, de
     """
     torch.manual_seed(0)
     module = build(config).to(device)
-    batch = random_batch(windows, config.networks, pairs=config.framework in PAIRED, device=device)
+    batch = random_batch(
+        windows, config.networks, pairs=framework_spec(config.framework).paired, device=device
+    )
     work = count_work(module, config, batch)
     step = train_step(module, partial(loss_of, module, batch))
     ways = {
@@ -200,7 +203,7 @@ def _precisions(config: ModelConfig, windows: int, device: str) -> list[str]:
 
 def _backend(config: ModelConfig, precision: str, windows: int, device: str) -> str:
     """Return the attention backend that the models choose, or "lstm"."""
-    if config.framework == "autoencoder":
+    if not framework_spec(config.framework).transformer:
         return "lstm"
     q = torch.empty(
         windows, config.heads, config.width // config.heads, device=device, dtype=DTYPES[precision]
@@ -208,18 +211,16 @@ def _backend(config: ModelConfig, precision: str, windows: int, device: str) -> 
     return choose(q, windows, 0.0, None)
 
 
-def count_work(module: nn.Module, config: ModelConfig, batch: PackedBatch) -> Work:
-    """Count what a step on a batch does; runs the model once."""
+def count_work(module: Framework, config: ModelConfig, batch: PackedBatch) -> Work:
+    """Count what a step on a batch does; runs the model twice."""
     time_points = batch.tokens
-    targets = round(config.mask_rate * time_points)
-    if config.framework == "autoencoder":
-        targets = time_points
-    elif config.framework == "csm":
-        targets = batch.windows if config.masking == "single" else time_points - batch.windows
     tokens = _tokens(module, batch)
-    # The output weights, networks × width, multiply only what is predicted: for Net-BERT, of all time points.
-    projected = time_points if config.framework == "net-bert" else targets
-    unused = 6.0 * config.networks * config.width * (time_points - projected)
+    with torch.no_grad():
+        values, rows = module.reconstruct(batch, seed=0)
+    # Net-BERT predicts some networks of every time point; its targets are counted in whole time points, too.
+    targets = round(int((~values.isnan()).sum()) / config.networks)
+    # The output weights, networks × width, multiply only the rows that are predicted.
+    unused = 6.0 * config.networks * config.width * (time_points - len(rows))
     return Work(
         sequences=batch.windows // (2 if batch.is_next is not None else 1),
         time_points=time_points,

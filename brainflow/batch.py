@@ -187,6 +187,9 @@ class PackedBatch:
     is_next
         float32 [windows // 2], or None: windows 2i and 2i + 1 are a pair, 1 where the second truly follows
         the first after a short gap, 0 where it is from another run.
+    mask
+        What a framework hides of the batch (:meth:`brainflow.frameworks.base.Framework.mask`), drawn on the
+        host; None as long as nobody has drawn it.
     """
 
     bold: Tensor
@@ -198,6 +201,7 @@ class PackedBatch:
     step: int
     labels: Tensor | None = None
     is_next: Tensor | None = None
+    mask: Any = None
 
     @staticmethod
     def pack(

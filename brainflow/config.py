@@ -7,8 +7,6 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-FrameworkName = Literal["csm", "seq-bert", "net-bert", "autoencoder"]
-PAIRED = ("seq-bert", "net-bert")  # they read two halves of a window and say whether these belong together
 FREEZABLE = ("embedder", "decoder", "decoder-without-heads", "unembedder")
 
 
@@ -16,8 +14,8 @@ FREEZABLE = ("embedder", "decoder", "decoder-without-heads", "unembedder")
 class ModelConfig:
     """Architecture and objective. Defaults are the published ones (arXiv 2206.11417), but for `masking`."""
 
-    framework: FrameworkName = "csm"
-    """Learning framework."""
+    framework: str = "csm"
+    """Learning framework: csm, seq-bert, net-bert, autoencoder, or one that another package registers."""
     networks: int = 1024
     """Networks (parcels) of the store; set from the store by `pretrain`."""
     width: int = 768
@@ -262,7 +260,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """A whole pretraining run."""
+    """A whole pretraining run; see :func:`brainflow.frameworks.check_framework` for what a framework asks."""
 
     store: str
     """Store to train on."""
@@ -275,35 +273,11 @@ class PretrainConfig:
     """`auto` takes CUDA where there is one."""
 
     def __post_init__(self) -> None:
-        model, data, train = self.model, self.data, self.train
-        pairs = model.framework in PAIRED
-        special = 3 if pairs else 0  # CLS and two SEP
-        if model.positions == "learned" and data.seq_max - 1 + special > model.max_positions:
-            raise ValueError(
-                f"data.seq_max: got {data.seq_max}, but model.max_positions is {model.max_positions}"
-                + (f" and {model.framework} adds 3 special tokens" if pairs else "")
-                + "; raise model.max_positions or shorten the windows"
-            )
-        if pairs and data.seq_min < 6:
-            raise ValueError(
-                f"data.seq_min: got {data.seq_min}, expected at least 6 with model.framework="
-                f"{model.framework}, which cuts a window in two halves with a gap of up to 4 time points"
-            )
+        data, train = self.data, self.train
         if train.micro_batches and data.batch_size % train.micro_batches:
             raise ValueError(
                 f"train.micro_batches: got {train.micro_batches}, expected a divisor of data.batch_size="
                 f"{data.batch_size}"
-            )
-        if model.framework == "autoencoder" and (train.compile or model.recompute):
-            name = "train.compile" if train.compile else "model.recompute"
-            raise ValueError(
-                f"{name}: got True with model.framework=autoencoder, whose LSTMs have no transformer blocks; "
-                "leave it out"
-            )
-        if model.framework != "csm" and model.masking != "dense":
-            raise ValueError(
-                f"model.masking: got {model.masking} with model.framework={model.framework}, expected csm; "
-                "leave it out"
             )
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from brainflow.config import DataConfig, FrameworkName, ModelConfig, PretrainConfig, TrainConfig
+from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
+from brainflow.frameworks import framework_spec
 
 PresetName = Literal["tiny", "small", "published", "base", "large", "1b"]
 Settings = dict[str, dict[str, Any]]
@@ -20,13 +21,6 @@ SIZES: dict[str, tuple[int, int, int, float]] = {
     "base": (12, 768, 12, 3e-4),
     "large": (24, 1024, 16, 1.5e-4),
     "1b": (20, 2048, 16, 1e-4),
-}
-# Learning rate, batch size, blocks, dropout (arXiv 2206.11417).
-PUBLISHED: dict[str, tuple[float, int, int, float]] = {
-    "csm": (5e-4, 192, 4, 0.1),
-    "seq-bert": (1e-4, 96, 4, 0.1),
-    "net-bert": (1e-4, 96, 4, 0.1),
-    "autoencoder": (2e-4, 192, 2, 0.2),
 }
 
 
@@ -45,21 +39,16 @@ def preset(name: str, framework: str = "csm") -> Settings:
     """
     if name not in get_args(PresetName):
         raise ValueError(f"preset: got {name!r}, expected one of {', '.join(get_args(PresetName))}")
-    if framework not in PUBLISHED:
-        raise ValueError(f"model.framework: got {framework!r}, expected one of {', '.join(PUBLISHED)}")
+    spec = framework_spec(framework)
     if name == "published":
-        lr, batch, layers, dropout = PUBLISHED[framework]
-        return {
-            "model": {"layers": layers, "width": 768, "heads": 12, "dropout": dropout}
-            | ({"masking": "single"} if framework == "csm" else {}),
-            "data": {"batch_size": batch, "validation_batches": 1000},
-            "train": {"lr": lr, "steps": 300_000, "validate_every": 10_000, "checkpoint_every": 10_000},
-        }
+        if not spec.published:
+            raise ValueError(f"preset: got published for {framework}, of which no run is; take tiny or small")
+        return {section: dict(settings) for section, settings in spec.published.items()}
     layers, width, heads, lr = SIZES[name]
-    if framework == "autoencoder":
+    if not spec.transformer:
         if width > 768:
             raise ValueError(
-                f"preset: got {name} for the autoencoder, expected tiny, small, base or published: "
+                f"preset: got {name} for the {framework}, expected tiny, small, base or published: "
                 "LSTMs of that size are not trained"
             )
         layers = 2
@@ -70,7 +59,7 @@ def preset(name: str, framework: str = "csm") -> Settings:
 
 
 def pretraining(
-    store: str, out: str, *, preset_name: PresetName = "published", framework: FrameworkName = "csm"
+    store: str, out: str, *, preset_name: PresetName = "published", framework: str = "csm"
 ) -> PretrainConfig:
     """Return a whole run of a preset.
 

@@ -40,7 +40,6 @@ from brainflow.cli.slurm import SlurmConfig, requeue, started_again, submit
 from brainflow.cli.usage import WrongUsage
 from brainflow.config import (
     DataConfig,
-    FrameworkName,
     ModelConfig,
     PretrainConfig,
     TrainConfig,
@@ -48,6 +47,7 @@ from brainflow.config import (
     check_values,
 )
 from brainflow.files import read_toml
+from brainflow.frameworks import check_framework
 from brainflow.recipes import PresetName, preset
 
 
@@ -61,8 +61,9 @@ class Settings:
     """Run directory: logs, checkpoints, the trained model."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="TOML")] = None
     """TOML file with the settings below; the command line wins over it."""
-    framework: Annotated[FrameworkName | None, tyro.conf.arg(metavar="NAME")] = None
-    """Learning framework; short for --model.framework."""
+    framework: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Learning framework: csm, seq-bert, net-bert, autoencoder, or one that another package registers;
+    short for --model.framework."""
     preset: Annotated[PresetName | None, tyro.conf.arg(metavar="NAME")] = None
     """Sizes and the settings that go with them: tiny, small, published (the runs of 2022, framework by
     framework), base, large, 1b. TOML file and command line win over it."""
@@ -142,11 +143,13 @@ def pretrain_config(args: Settings) -> PretrainConfig:
         if args.framework is not None:
             model = dataclasses.replace(model, framework=args.framework)
         train = dataclasses.replace(args.train, **short)
-        return PretrainConfig(
+        config = PretrainConfig(
             store=store, out=args.out, model=model, data=args.data, train=train, device=args.device
         )
+        check_framework(config)
     except ValueError as error:
         raise WrongUsage(str(error)) from error
+    return config
 
 
 def run(args: Args) -> int:

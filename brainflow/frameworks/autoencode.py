@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from brainflow.batch import PackedBatch, upload
 from brainflow.config import ModelConfig
-from brainflow.frameworks.base import Pooling, StepOutput, at_least_float, pool, whole_loss
+from brainflow.frameworks.base import Framework, Pooling, StepOutput, at_least_float, pool, whole_loss
 from brainflow.models.autoencoder import Decoder, Encoder, Steps, time_major
 from brainflow.models.embedding import BoldEmbedding
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(Framework):
     """LSTM sequence-to-sequence autoencoder.
 
     Parameters
@@ -26,7 +26,7 @@ class Autoencoder(nn.Module):
         Reads networks, width, layers, dropout, encoding of time, loss, teacher_forcing and chained_states.
     """
 
-    untrained: tuple[nn.Parameter, ...] = ()
+    one_draw = True  # teacher forcing
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -37,9 +37,22 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(c.width, c.layers, c.dropout, c.chained_states)
         self.unembedding = nn.Linear(c.width, c.networks)
 
+    @property
+    def varying(self) -> bool:
+        """Teacher forcing of 2022 leaves the pooler out."""
+        return self.config.chained_states
+
+    def mask(self, batch: PackedBatch, *, seed: int) -> bool:
+        """Draw whether the batch is decoded with teacher forcing; no value is hidden."""
+        return _uniform(seed, batch.step) < self.config.teacher_forcing
+
+    def num_targets(self, batch: PackedBatch) -> int:
+        """Return the time points: all of them are predicted."""
+        return batch.tokens
+
     def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
         """Return the loss over all values of all windows; `seed` decides about teacher forcing."""
-        forced = self.training and _uniform(seed, batch.step) < self.config.teacher_forcing
+        forced = self.training and self.drawn(batch, seed)
         return self._output(batch, self._decoded(batch, forced))
 
     def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:

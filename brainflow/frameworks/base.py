@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,39 +26,77 @@ class StepOutput:
     loss
         Scalar with gradient.
     metrics
-        Name → detached scalar on the model's device; reading one is the caller's synchronisation.
+        Name → detached scalar on the model's device; reading one is the caller's synchronisation. See
+        :class:`Framework` for `reconstruction`; all others are means over windows.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-@runtime_checkable
-class Framework(Protocol):
-    """The interface of a framework; every one is an `nn.Module` too."""
+class Framework(nn.Module, ABC):
+    """A learning framework: a module that masks a batch, predicts what it masked, and measures how well.
+
+    Its loss is the mean over what it predicts of a batch, so that batches of different sizes can be weighed:
+    a step may be cut into microbatches and shared among ranks. If `StepOutput.metrics` has `reconstruction`,
+    that is the part of the loss which is a mean over targets, and the rest of it is a mean over windows that
+    the head `is_next` computes; else all of the loss is a mean over targets.
+
+    Attributes
+    ----------
+    config
+        What it was built from.
+    one_draw
+        Whether all microbatches of a step draw from one seed: something is decided for the step as a whole.
+    """
 
     config: ModelConfig
+    one_draw: ClassVar[bool] = False
 
     @property
     def untrained(self) -> tuple[nn.Parameter, ...]:
         """Parameters that the loss never reads: they wait for the decoding that follows."""
-        ...
+        return ()
 
-    def __call__(self, batch: PackedBatch, *, seed: int) -> StepOutput:
+    @property
+    def varying(self) -> bool:
+        """Whether a parameter that is trained has a gradient in some steps only."""
+        return False
+
+    def mask(self, batch: PackedBatch, *, seed: int) -> Any:
+        """Draw what is hidden of a batch, on the host, from (`seed`, `batch.step`) alone.
+
+        The step puts it into `batch.mask`, for `num_targets` and the call; where there is none yet, the call
+        draws it. None if nothing is drawn.
+        """
+        return None
+
+    def drawn(self, batch: PackedBatch, seed: int) -> Any:
+        """Return the mask that the batch carries, or draw it."""
+        return self.mask(batch, seed=seed) if batch.mask is None else batch.mask
+
+    @abstractmethod
+    def num_targets(self, batch: PackedBatch) -> int:
+        """Return over how many targets the loss of a batch that carries its mask is a mean.
+
+        It weighs the microbatches of a step, so any number proportional to it does.
+        """
+
+    @abstractmethod
+    def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
         """Return loss and metrics; masks are drawn from (`seed`, `batch.step`)."""
-        ...
 
+    @abstractmethod
     def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
         """Return predictions, float32 [masked rows, networks], and their rows of `batch.bold`, int64."""
-        ...
 
     def score(self, batch: PackedBatch, *, seed: int) -> tuple[StepOutput, Tensor, Tensor]:
-        """Return what the call and `reconstruct` return, from one encoding of the batch."""
-        ...
+        """Return what the call and `reconstruct` return; frameworks override it to encode the batch once."""
+        return self.forward(batch, seed=seed), *self.reconstruct(batch, seed=seed)
 
+    @abstractmethod
     def features(self, batch: PackedBatch, pooling: Pooling = "last") -> Tensor:
         """Return one vector a window, [windows, width], for decoding; "tokens": one a time point."""
-        ...
 
 
 def drawn_rows(mask: MaskSpec, lengths: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from brainflow.batch import Ints, PackedBatch, offsets, positions, upload
 from brainflow.config import ModelConfig
-from brainflow.frameworks.base import Pooling, StepOutput, pool
+from brainflow.frameworks.base import Framework, Pooling, StepOutput, pool
 from brainflow.models.embedding import BoldEmbedding
 from brainflow.models.heads import IsNextHead
 from brainflow.models.transformer import Layout, Transformer
@@ -89,7 +89,7 @@ def seats(lengths: np.ndarray, halves: int, late: bool = False) -> Seats:
     )
 
 
-class BertFramework(nn.Module):
+class BertFramework(Framework):
     """A BERT over half windows with the is-next objective; the masks are the subclasses'.
 
     Parameters
@@ -97,8 +97,6 @@ class BertFramework(nn.Module):
     config
         Reads all of the architecture, loss, mask_rate, mask_span and late_read.
     """
-
-    untrained: tuple[nn.Parameter, ...] = ()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -21,15 +21,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from brainflow.batch import PackedBatch, offsets, positions, upload, window_of
+from brainflow.batch import Ints, PackedBatch, offsets, positions, upload, window_of
 from brainflow.config import ModelConfig
-from brainflow.frameworks.base import Pooling, StepOutput, at_least_float, drawn_rows, pool, whole_loss
+from brainflow.frameworks.base import (
+    Framework,
+    Pooling,
+    StepOutput,
+    at_least_float,
+    drawn_rows,
+    pool,
+    whole_loss,
+)
 from brainflow.kernels import MaskSpec, linear_masked_loss
 from brainflow.models.embedding import BoldEmbedding
 from brainflow.models.transformer import Layout, Transformer
 
 
-class CSM(nn.Module):
+class CSM(Framework):
     """Causal sequence modelling with a GPT-2 transformer.
 
     Parameters
@@ -52,6 +60,16 @@ class CSM(nn.Module):
     def untrained(self) -> tuple[nn.Parameter, ...]:
         """The CLS token, which decoding appends; predicting the next time point has no mask token either."""
         return (self.cls_token, self.mask_token) if self.config.masking == "next" else (self.cls_token,)
+
+    def mask(self, batch: PackedBatch, *, seed: int) -> Ints | None:
+        """Draw the masked row of each window for `single`, int64 [windows]; the other forms draw nothing."""
+        if self.config.masking != "single":
+            return None
+        return drawn_rows(MaskSpec.position(seed=seed, offset=batch.step), batch.lengths)
+
+    def num_targets(self, batch: PackedBatch) -> int:
+        """Return the windows: each weighs the same, however many of its time points are predicted."""
+        return batch.windows
 
     def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
         """Return the loss of one batch.
@@ -135,7 +153,7 @@ class CSM(nn.Module):
 
     def _single(self, batch: PackedBatch, seed: int) -> tuple[Tensor, Tensor, None]:
         """Windows cut after one masked position each; the values at and after it are never read."""
-        rows = drawn_rows(MaskSpec.position(seed=seed, offset=batch.step), batch.lengths)
+        rows: Ints = self.drawn(batch, seed)
         starts = offsets(batch.lengths)[:-1]
         cut = rows - starts + 1
         place, last = positions(cut), offsets(cut)[1:] - 1

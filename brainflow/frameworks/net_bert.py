@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from brainflow.batch import PackedBatch, offsets, upload
@@ -24,6 +25,27 @@ class NetBERT(BertFramework):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.mask_token = nn.Parameter(torch.randn(config.max_positions, 1))
+
+    def mask(self, batch: PackedBatch, *, seed: int) -> MaskSpec:
+        """Return the mask, which the kernels draw where they need it."""
+        c = self.config
+        if c.mask_span > 0:
+            return MaskSpec.tubes(c.mask_rate, c.mask_span, seed=seed, offset=batch.step)
+        return MaskSpec.networks(c.mask_rate, seed=seed, offset=batch.step)
+
+    def num_targets(self, batch: PackedBatch) -> int:
+        """Return the masked values, counted on the host."""
+        mask, bounds = batch.mask, self._bounds(batch)
+        if self.config.mask_span > 0:
+            return int(mask.dense(torch.from_numpy(bounds), self.config.networks).sum())
+        # The same networks over the whole sequence: one time point of each sequence tells how many.
+        ones = torch.arange(len(bounds), dtype=torch.int32)
+        count = mask.dense(ones, self.config.networks).sum(dim=1).numpy()
+        return int(count @ np.diff(bounds))
+
+    def _bounds(self, batch: PackedBatch) -> NDArray[np.int32]:
+        """Return the offsets of the sequences, both halves of a pair together."""
+        return offsets(batch.lengths)[:: 1 if batch.is_next is None else 2].astype(np.int32)
 
     def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
         """Return loss and metrics; (`seed`, `batch.step`) fix the masks."""
@@ -52,7 +74,7 @@ class NetBERT(BertFramework):
             self.unembedding.weight,
             self.unembedding.bias,
             batch.bold,
-            self._mask(batch, seed),
+            self.drawn(batch, seed),
             loss=self.config.loss,
             cu_seqlens=cu_seqlens,
         )
@@ -61,25 +83,17 @@ class NetBERT(BertFramework):
     def _values(
         self, batch: PackedBatch, seed: int, read: Tensor, cu_seqlens: Tensor
     ) -> tuple[Tensor, Tensor]:
-        masked = self._mask(batch, seed).dense(cu_seqlens, self.config.networks)
+        masked = self.drawn(batch, seed).dense(cu_seqlens, self.config.networks)
         values = at_least_float(self.unembedding(read)).masked_fill(~masked, torch.nan)
         return values, torch.arange(batch.tokens, device=values.device)
-
-    def _mask(self, batch: PackedBatch, seed: int) -> MaskSpec:
-        c = self.config
-        if c.mask_span > 0:
-            return MaskSpec.tubes(c.mask_rate, c.mask_span, seed=seed, offset=batch.step)
-        return MaskSpec.networks(c.mask_rate, seed=seed, offset=batch.step)
 
     def _predicting(self, batch: PackedBatch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the hidden states of the first seats, those that predict, the offsets of the sequences."""
         seating = self.seating(batch)
-        halves = len(batch.lengths) // len(seating.lengths)
-        bounds = offsets(batch.lengths)[::halves].astype(np.int32)
-        sent = upload(batch.bold.device, cu=bounds)
+        sent = upload(batch.bold.device, cu=self._bounds(batch))
         bold = mask_tokens(
             cast_input(batch.bold, self.mask_token),
-            self._mask(batch, seed),
+            self.drawn(batch, seed),
             self.mask_token,
             cu_seqlens=sent["cu"],
         )

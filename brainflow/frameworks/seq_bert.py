@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from brainflow.batch import PackedBatch, offsets, upload
+from brainflow.batch import Ints, PackedBatch, offsets, upload
 from brainflow.config import ModelConfig
 from brainflow.frameworks.base import StepOutput, at_least_float, drawn_rows, whole_loss
 from brainflow.frameworks.bert import BertFramework
@@ -24,6 +24,19 @@ class SeqBERT(BertFramework):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.mask_token = nn.Parameter(torch.randn(config.networks))
+
+    def mask(self, batch: PackedBatch, *, seed: int) -> Ints:
+        """Draw the masked rows, int64 [masked]."""
+        c = self.config
+        if c.mask_span > 1:
+            spec = MaskSpec.spans(c.mask_rate, c.mask_span, seed=seed, offset=batch.step)
+        else:
+            spec = MaskSpec.time_points(c.mask_rate, seed=seed, offset=batch.step)
+        return drawn_rows(spec, batch.lengths)
+
+    def num_targets(self, batch: PackedBatch) -> int:
+        """Return the masked rows."""
+        return len(batch.mask)
 
     def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
         """Return loss and metrics; (`seed`, `batch.step`) fix the masks."""
@@ -46,12 +59,8 @@ class SeqBERT(BertFramework):
 
     def _predicting(self, batch: PackedBatch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the hidden states of the first seats, those that predict, and the rows that they predict."""
-        c, seating = self.config, self.seating(batch)
-        if c.mask_span > 1:
-            mask = MaskSpec.spans(c.mask_rate, c.mask_span, seed=seed, offset=batch.step)
-        else:
-            mask = MaskSpec.time_points(c.mask_rate, seed=seed, offset=batch.step)
-        rows = drawn_rows(mask, batch.lengths)
+        seating = self.seating(batch)
+        rows: Ints = self.drawn(batch, seed)
         seen = np.ones(batch.tokens, bool)
         seen[rows] = False
         visible = np.flatnonzero(seen)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from brainflow.config import ModelConfig, from_dict
 from brainflow.files import beside, digest, open_regular, read_json, write_text
-from brainflow.frameworks import build
+from brainflow.frameworks import build, framework_spec
 from brainflow.pretrained.metadata import check_facts
 
 WEIGHTS, HEAD, CONFIG, CARD = "model.safetensors", "head.safetensors", "config.json", "README.md"
@@ -130,6 +130,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     check_facts(config, path)
     try:
         model = from_dict(ModelConfig, config["model"])
+        framework_spec(model.framework)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; use the file as it was written") from None
     return {**config, "model": asdict(model)}  # with the defaults of settings that are younger than the file

@@ -23,7 +23,8 @@ PARTS = {
     "unembedder": ("unembedding.",),
 }
 """Published part → beginnings of our parameters' names; heads are the poolers and is-next."""
-STYLES = {"gpt2": ("csm",), "bert": ("seq-bert", "net-bert")}
+STYLES = {"gpt2": "gpt", "bert": "bert"}
+"""Language model → the style of transformer that takes its weights."""
 
 
 def freeze(module: nn.Module, parts: str) -> None:
@@ -90,7 +91,8 @@ def _load_language(module: Any, folder: Path, source: str) -> None:
     c: ModelConfig = module.config
     config = read_json(folder / CONFIG)
     kind = config.get("model_type")
-    if c.framework not in STYLES.get(str(kind), ()):
+    style = getattr(getattr(module, "transformer", None), "style", None)
+    if style is None or STYLES.get(str(kind)) != style:
         raise ValueError(
             f"init: {source} is a {ascii(kind)[:60]} model, but model.framework={c.framework}; expected gpt2 "
             "for csm, bert for seq-bert and net-bert"

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from brainflow.config import PretrainConfig
+from brainflow.frameworks import framework_spec
 from brainflow.kernels.varlen_attention import backends
 
 from .run_dir import Resume
@@ -45,7 +46,7 @@ def describe_compute(config: PretrainConfig, device: torch.device) -> str:
     model, precision = config.model, config.train.precision
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     line = f"{name}, precision {precision}"
-    if model.framework == "autoencoder":
+    if not framework_spec(model.framework).transformer:
         return f"{line}, LSTMs by {'cuDNN' if device.type == 'cuda' else 'PyTorch'}"
     if device.type != "cuda":
         return f"{line}, attention in plain PyTorch"

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from brainflow.batch import upload
-from brainflow.config import PAIRED, PretrainConfig
+from brainflow.config import PretrainConfig
 from brainflow.data import make_loader
 from brainflow.data.loader import batch_dtype
-from brainflow.data.sampler import MicrobatchSampler, Sampler, SkipCorruptSampler, WindowSampler
-from brainflow.frameworks import build
+from brainflow.data.sampler import MicrobatchSampler, WindowSampler
+from brainflow.frameworks import build, check_framework, framework_spec
 from brainflow.pretrained.format import save_pretrained
 from brainflow.storage import BoldStore
 
@@ -97,6 +97,7 @@ def pretrain(config: PretrainConfig, *, resume: Resume = "auto", quiet: bool = F
         process before anything can be said; the same command continues from the last checkpoint, too.)
     """
     ranks = parallel.from_environment()
+    check_framework(config)
     device = device_of(config.device, ranks.local)
     store = BoldStore.open(config.store)
     config = fit_to_store(config, store)
@@ -154,8 +155,11 @@ class _Run:
         self.attempt = ranks.agree(secrets.randbits(62), device)
         self.sampler = self._sampler("train", train.seed)
         self.parts = rank_parts(train.micro_batches, ranks)
-        as_read = MicrobatchSampler([self._readable(sampler) for sampler in self._part_samplers()])
-        self.one_step = TrainingStep(config, ranks, device, as_read, fresh=start_from is None)
+        self.microbatches = [
+            self._sampler("train", train.seed, share=number, shares=train.micro_batches)
+            for number in self.parts
+        ]
+        self.one_step = TrainingStep(config, ranks, device, fresh=start_from is None)
         if config.model.coordinates:
             give_coordinates(self.one_step.module, store)
         self.step, self.best, self.stale = 0, math.inf, 0
@@ -169,12 +173,13 @@ class _Run:
         self.track = make_tracker(config) if ranks.first else None
         self.validate = Validator(
             store,
-            self._readable(self._sampler("validation", derive_seed(train.seed, "validation"))),
-            self._readable(self.sampler),
+            self._sampler("validation", derive_seed(train.seed, "validation")),
+            self.sampler,
             batches=config.data.validation_batches,
             device=device,
             ranks=ranks,
             precision=train.precision,
+            on_corrupt=config.data.on_corrupt,
         )
 
     def _sampler(self, part: str, seed: int, *, share: int = 0, shares: int = 1) -> WindowSampler:
@@ -188,18 +193,10 @@ class _Run:
             seed=seed,
             rank=share,
             world=shares,
-            pairs=self.config.model.framework in PAIRED,
+            pairs=framework_spec(self.config.model.framework).paired,
             onset=data.onset,
             weights=data.dataset_weights() if part == "train" else None,
         )
-
-    def _readable(self, sampler: WindowSampler) -> Sampler:
-        """The sampler without damaged windows, if they are to be skipped; a loader sees to that itself."""
-        return SkipCorruptSampler(sampler, self.store) if self.config.data.on_corrupt == "skip" else sampler
-
-    def _part_samplers(self) -> list[WindowSampler]:
-        seed, shares = self.config.train.seed, self.config.train.micro_batches
-        return [self._sampler("train", seed, share=i, shares=shares) for i in self.parts]
 
     def train(self, stop: StopRequest, *, quiet: bool) -> None:
         """Run to the last step, then write the release form."""
@@ -209,7 +206,7 @@ class _Run:
             self._rehearse()
         loader = make_loader(  # after the rehearsal: what is free on a GPU then is free
             self.store,
-            MicrobatchSampler(self._part_samplers()),
+            MicrobatchSampler(self.microbatches),
             kind=self.config.data.loader,
             device=str(self.device),
             start_step=self.step * len(self.parts),
@@ -258,7 +255,7 @@ class _Run:
         self._release(self.folder)
 
     def _rehearse(self) -> None:
-        largest = largest_batch(self._part_samplers()[0], self.store, batch_dtype(self.store))
+        largest = largest_batch(self.microbatches[0], self.store, batch_dtype(self.store))
         self.one_step.rehearse(largest.to(self.device))
 
     def _stopping(self, stop: StopRequest, numbers: StepNumbers) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from brainflow.frameworks import Framework
+from brainflow.frameworks.base import Framework
 from brainflow.models.transformer import Transformer
 
 # What gloo's errors say (NCCL's are DistErrors).
@@ -137,7 +137,7 @@ def shorten_timeout() -> None:
         _set_pg_timeout(TIMEOUT, dist.group.WORLD)
 
 
-def spread(module: nn.Module, ranks: Ranks, how: str, device: torch.device) -> nn.Module:
+def spread(module: Framework, ranks: Ranks, how: str, device: torch.device) -> nn.Module:
     """Return what the step calls: `module` itself, its DDP wrapper, or `module` with sharded parameters.
 
     Parameters
@@ -154,9 +154,8 @@ def spread(module: nn.Module, ranks: Ranks, how: str, device: torch.device) -> n
         return module
     if how == "ddp":
         # To look for parameters without a gradient stops the GPU once a step. TrainingStep has taken out
-        # those that never have one; the pooler of the autoencoder of 2022 has one in some steps.
-        changing = cast(Framework, module).config.chained_states
-        return DistributedDataParallel(module, find_unused_parameters=changing)
+        # those that never have one.
+        return DistributedDataParallel(module, find_unused_parameters=module.varying)
     shape: tuple[int, ...] = (ranks.world,)
     names: tuple[str, ...] = ("shard",)
     if how == "hsdp":

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from brainflow.batch import PackedBatch, upload
 from brainflow.config import PretrainConfig
-from brainflow.data.sampler import MicrobatchSampler
-from brainflow.frameworks import Framework, build
+from brainflow.frameworks import build
+from brainflow.frameworks.base import Framework
 from brainflow.models.transformer import Transformer
 from brainflow.pretrained.warm_start import freeze, load_initial
 
@@ -26,6 +26,7 @@ from . import checkpoint, parallel
 from .compute import allow_tf32, autocast
 from .flops import matrix_weights
 from .meters import Meters
+from .microbatch import LossWeight, PairGradient, loss_weights
 from .optimizer import (
     LossScale,
     MovingAverage,
@@ -35,7 +36,6 @@ from .optimizer import (
     optimizer_tensors,
 )
 from .setup import derive_seed, rank_parts, seed_dropout
-from .shares import PairGradient, Share, part_shares
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,6 @@ class TrainingStep:
     ----------
     config
         The run, `train.micro_batches` settled.
-    sampler
-        The parts of this rank as they are read, without damaged windows if these are skipped; apart from the
-        loader's, which a thread may be using.
     fresh
         Whether the run begins here: then `train.init` is read.
 
@@ -84,20 +81,24 @@ class TrainingStep:
         config: PretrainConfig,
         ranks: parallel.Ranks,
         device: torch.device,
-        sampler: MicrobatchSampler,
         *,
         fresh: bool = True,
     ) -> None:
-        self.config, self.ranks, self.device, self.sampler = config, ranks, device, sampler
+        self.config, self.ranks, self.device = config, ranks, device
         train = config.train
         self.parts = rank_parts(train.micro_batches, ranks)
         torch.manual_seed(derive_seed(train.seed, "weights"))
         allow_tf32(train.precision == "tf32")
-        self.module: nn.Module = build(config.model)
+        self.module = build(config.model)
+        if not isinstance(self.module, Framework):
+            raise ValueError(
+                f"model.framework: {config.model.framework} builds a {type(self.module).__name__}, expected "
+                "a subclass of brainflow.frameworks.base.Framework"
+            )
         if train.init and fresh:
             load_initial(self.module, train.init)
         freeze(self.module, train.freeze)
-        for parameter in cast(Framework, self.module).untrained:
+        for parameter in self.module.untrained:
             parameter.requires_grad_(False)
         if not any(p.requires_grad for p in self.module.parameters()):
             raise ValueError(f"train.freeze: got {train.freeze}, which leaves nothing to train")
@@ -119,29 +120,29 @@ class TrainingStep:
         self.meters = Meters(device)
 
     def __call__(self, batches: Iterator[PackedBatch], step: int, lr: float, *, stop: bool) -> StepNumbers:
-        """Take optimizer step `step` (0-based) over the next batches of this rank, one a part."""
+        """Take optimizer step `step` (0-based) over the next batches of this rank, one a microbatch."""
         train = self.config.train
         seeds = [self.mask_seed(number) for number in self.parts]
-        shares = part_shares(
-            self.module, self.sampler.samplers, seeds, step, parts=train.micro_batches, total=self._total
-        )
+        microbatches = [self._fetch(batches, number) for number in self.parts]
+        weights: list[LossWeight | None] = [None]  # a step of one microbatch needs no counting
+        if train.micro_batches > 1:
+            weights = [*loss_weights(self.module, microbatches, self._total)]
         total: Tensor | None = None
         metrics: dict[str, Tensor] = {}
         losses = []
-        for number, seed, share in zip(self.parts, seeds, shares, strict=True):
-            batch = next(batches)
+        for number, batch, seed, weight in zip(self.parts, microbatches, seeds, weights, strict=True):
             seed_dropout(self._part_seed("dropout", step, number), self.device)
             last = number == self.parts[-1]
-            loss, reported = self._backward(batch, seed, share, last=last)
+            loss, reported = self._backward(batch, seed, weight, last=last)
             losses.append(loss)
-            if share is None:
+            if weight is None:
                 total, metrics = loss, reported
                 continue
-            reconstruction = reported["reconstruction"]
-            value = share.values * reconstruction + share.pairs * (loss - reconstruction)
+            reconstruction = reported.get("reconstruction", loss)
+            value = weight.targets * reconstruction + weight.windows * (loss - reconstruction)
             total = value if total is None else total + value
             for name, metric in reported.items():
-                weighed = metric * (share.values if name == "reconstruction" else share.pairs)
+                weighed = metric * (weight.targets if name == "reconstruction" else weight.windows)
                 metrics[name] = metrics[name] + weighed if name in metrics else weighed
         assert total is not None
         asked = None
@@ -224,22 +225,30 @@ class TrainingStep:
         return weights
 
     def mask_seed(self, part: int) -> int:
-        """Return the seed of a part's masks; the autoencoder's draws one number for the whole batch."""
-        if part == 0 or self.config.model.framework == "autoencoder":
+        """Return the seed of a microbatch's masks."""
+        if part == 0 or self.module.one_draw:
             return self._mask_seed
         return derive_seed(self._mask_seed, "part", part)
 
+    def _fetch(self, batches: Iterator[PackedBatch], number: int) -> PackedBatch:
+        """Return the next batch with its mask; it stays valid until the end of the step."""
+        batch = next(batches)
+        if number != self.parts[-1] and self.device.type == "cpu":
+            # A loader on the CPU reads later batches into the same buffers.
+            batch = replace(batch, bold=batch.bold.clone())
+        return replace(batch, mask=self.module.mask(batch, seed=self.mask_seed(number)))
+
     def _backward(
-        self, batch: PackedBatch, seed: int, share: Share | None, *, last: bool
+        self, batch: PackedBatch, seed: int, weight: LossWeight | None, *, last: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add a part's gradient; return its loss and metrics, detached."""
+        """Add a microbatch's gradient; return its loss and metrics, detached."""
         train = self.config.train
         self.trs += batch.tokens
-        self._pair_gradient.scale = None if share is None else share.pairs / share.values
+        self._pair_gradient.scale = None if weight is None else weight.windows / weight.targets
         with parallel.accumulating(self.model, last=last):
             with autocast(self.device, train.precision):
                 out = self.model(batch, seed=seed)
-            loss = out.loss if share is None else out.loss * (share.values * self.ranks.world)
+            loss = out.loss if weight is None else out.loss * (weight.targets * self.ranks.world)
             (loss if self.scale is None else loss * self.scale.values[0]).backward()
         return out.loss.detach(), out.metrics
 

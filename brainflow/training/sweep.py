@@ -29,6 +29,7 @@ from typing import Any
 
 from brainflow.config import SECTIONS, PretrainConfig, check_names, check_values, from_dict
 from brainflow.files import is_number, read_json, read_toml, write_text
+from brainflow.frameworks import check_framework
 from brainflow.storage.files import output_folder
 
 from .metrics import read_metrics
@@ -265,9 +266,11 @@ def _configure(base: PretrainConfig, space: Space, params: dict[str, Any], out: 
             section, _, key = name.partition(".")
             values[section][key] = value
     try:
-        return from_dict(PretrainConfig, values)
+        config = from_dict(PretrainConfig, values)
+        check_framework(config)
     except ValueError as error:
         return error
+    return config
 
 
 def _words(space: Space, params: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -93,6 +93,8 @@ class Validator:
         Who shares the work; alone if absent.
     precision
         `train.precision`, in which the module runs.
+    on_corrupt
+        `data.on_corrupt`: whether damaged windows are left out.
     """
 
     def __init__(
@@ -105,8 +107,9 @@ class Validator:
         device: torch.device,
         ranks: Ranks | None = None,
         precision: str = "fp32",
+        on_corrupt: Literal["error", "skip"] = "error",
     ) -> None:
-        self.precision = precision
+        self.precision, self.on_corrupt = precision, on_corrupt
         self.store, self.batches, self.device, self.ranks = store, batches, device, ranks or Ranks()
         self.held_out = _Share(held_out, batches, self.ranks)
         self.datasets, self._dataset = np.unique(np.asarray(store.runs.dataset), return_inverse=True)
@@ -171,9 +174,12 @@ class Validator:
         return result, example
 
     def _draw(self, share: _Share) -> Iterator[tuple[Any, bool]]:
-        with closing_loader(make_loader(self.store, share, kind="host", device=str(self.device))) as loader:
+        loader = make_loader(
+            self.store, share, kind="host", device=str(self.device), on_corrupt=self.on_corrupt
+        )
+        with closing_loader(loader) as batches:
             for step in range(-(-self.batches // self.ranks.world)):
-                yield next(loader), share.counts(step)
+                yield next(batches), share.counts(step)
 
     def _last(self, bold: Tensor, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
         first = torch.isin(rows, cu_seqlens[:-1].to(rows.dtype))

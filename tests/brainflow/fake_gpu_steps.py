@@ -158,7 +158,7 @@ def take(store, framework, gpu, *, loader, model, parts=1, **train):
         WindowSampler(store.runs, batch=8, seq_min=10, seq_max=30, seed=1, rank=i, world=parts, pairs=pairs)
         for i in range(parts)
     ]
-    step = TrainingStep(config, Ranks(), GPU, MicrobatchSampler(samplers))
+    step = TrainingStep(config, Ranks(), GPU)
     batches = iter(make_loader(store, MicrobatchSampler(samplers), kind=loader, device="cuda:0"))
     readback = Readback()
     for number in range(2):

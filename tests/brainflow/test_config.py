@@ -13,6 +13,7 @@ from brainflow.config import (
     from_dict,
     to_dict,
 )
+from brainflow.frameworks import check_framework
 
 
 def test_defaults_are_the_published_training():
@@ -29,13 +30,15 @@ def test_defaults_are_the_published_training():
 
 
 def run(framework="csm", *, data=None, train=None, **model):
-    return PretrainConfig(
+    config = PretrainConfig(
         store="s",
         out="r",
         model=ModelConfig(framework=framework, **model),
         data=data or DataConfig(),
         train=train or TrainConfig(),
     )
+    check_framework(config)
+    return config
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,7 @@ def run(framework="csm", *, data=None, train=None, **model):
         (lambda: run("autoencoder", train=TrainConfig(compile=True)), "train.compile"),
         (lambda: run("autoencoder", recompute=True), "model.recompute"),
         (lambda: run("seq-bert", masking="single"), "model.masking"),
+        (lambda: run("seqbert"), "model.framework: got 'seqbert', .*autoencoder; did you mean 'seq-bert'"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(build, name):

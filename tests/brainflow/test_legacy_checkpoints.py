@@ -11,7 +11,7 @@ import brainflow
 from brainflow.batch import PackedBatch, Windows
 from brainflow.cli.main import main
 from brainflow.decoding.persist import load_decoder
-from brainflow.frameworks import FRAMEWORKS
+from brainflow.frameworks import framework_names
 from brainflow.pretrained.legacy import export_checkpoint, import_checkpoint, read_state
 
 transformers = pytest.importorskip("transformers")
@@ -106,7 +106,7 @@ def imported(tmp_path, state, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("framework", framework_names())
 @pytest.mark.parametrize("buffers", [True, False])
 def test_round_trip_is_byte_equal(tmp_path, framework, buffers, dtype):
     _, state = published(framework, buffers=buffers, decoding=buffers, dtype=dtype)

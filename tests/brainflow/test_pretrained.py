@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 import brainflow
 from brainflow.config import ModelConfig
-from brainflow.frameworks import FRAMEWORKS, build
+from brainflow.frameworks import build, framework_names
 from brainflow.pretrained.format import load_pretrained, read_config, save_pretrained
 
 
@@ -14,7 +14,7 @@ def make_model(framework="csm", **changes):
     return build(ModelConfig(framework=framework, networks=4, width=8, layers=1, heads=2, **changes))
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("framework", framework_names())
 def test_round_trip(tmp_path, framework):
     module = make_model(framework)
     save_pretrained(module, tmp_path / "m", {"parcellation": "toy", "t_r": 2.0})

@@ -1,0 +1,164 @@
+"""Registry of the learning frameworks: their names, what a run with one has to observe, and how to build one.
+
+Torch-free: a command line is checked without it, and a framework's module is imported when one is built. A
+package brings a framework of its own with :func:`register_framework`, in a module that its entry point of
+the group `brainflow.frameworks` names.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from brainflow.config import ModelConfig, PretrainConfig
+
+if TYPE_CHECKING:
+    from brainflow.frameworks.base import Framework
+
+GROUP = "brainflow.frameworks"
+"""Group of the entry points: name = the framework's, value = the module that registers it."""
+_GAP = 4  # most time points between the halves of a pair
+_Builder = TypeVar("_Builder", bound="Callable[[ModelConfig], Framework]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameworkSpec:
+    """A registered framework.
+
+    Attributes
+    ----------
+    name
+        Value of `model.framework`.
+    build
+        Returns the module of a configuration, with fresh weights.
+    paired
+        Whether it reads windows in pairs and learns whether the second half follows the first.
+    special_tokens
+        Tokens that it adds to a window.
+    transformer
+        Whether it is built of `brainflow.models.transformer`: only these can be compiled and recomputed.
+    published
+        Section → setting → value: of a run of its paper, for `--preset published`.
+    check
+        Raises ValueError, naming the setting, if it cannot work with a configuration.
+    """
+
+    name: str
+    build: Callable[[ModelConfig], Framework]
+    paired: bool = False
+    special_tokens: int = 0
+    transformer: bool = True
+    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    check: Callable[[PretrainConfig], None] | None = None
+
+
+_SPECS: dict[str, FrameworkSpec] = {}
+
+
+def register_framework(name: str, **facts: Any) -> Callable[[_Builder], _Builder]:
+    """Return a decorator that registers a :class:`~brainflow.frameworks.base.Framework` or a function that
+    returns one.
+
+    Parameters
+    ----------
+    name
+        What `model.framework` calls it.
+    facts
+        Further attributes of :class:`FrameworkSpec`.
+
+    Raises
+    ------
+    ValueError
+        If the name is taken.
+    """
+
+    def register(build: _Builder) -> _Builder:
+        if name in _SPECS:
+            raise ValueError(f"name: {name!r} is a registered framework already; choose another name")
+        _SPECS[name] = FrameworkSpec(name=name, build=build, **facts)
+        return build
+
+    return register
+
+
+def framework_names() -> list[str]:
+    """Return the names of all frameworks, those of installed packages included, without importing them."""
+    return list(dict.fromkeys([*_SPECS, *(point.name for point in entry_points(group=GROUP))]))
+
+
+def framework_spec(name: str) -> FrameworkSpec:
+    """Return what is registered under a name; imports the package whose entry point has it.
+
+    Raises
+    ------
+    ValueError
+        If there is no such framework, or its package cannot be imported.
+    """
+    if name not in _SPECS:
+        for point in entry_points(group=GROUP, name=name):
+            try:
+                point.load()
+            except (ImportError, AttributeError) as error:
+                raise ValueError(
+                    f"model.framework: {name!r} is brought by {point.value}, which cannot be imported "
+                    f"({error}); install that package again"
+                ) from error
+    if name not in _SPECS:
+        names = framework_names()
+        near = difflib.get_close_matches(name, names, n=1)
+        raise ValueError(
+            f"model.framework: got {ascii(name)[:60]}, expected one of {', '.join(names)}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    return _SPECS[name]
+
+
+def build(config: ModelConfig) -> Framework:
+    """Return the framework that `config.framework` names, with fresh weights.
+
+    Raises
+    ------
+    ValueError
+        If there is no framework of that name.
+
+    Examples
+    --------
+    >>> module = build(ModelConfig(framework="csm", networks=8, width=16, layers=1, heads=2))
+    >>> module.config.masking
+    'dense'
+    """
+    return framework_spec(config.framework).build(config)
+
+
+def check_framework(config: PretrainConfig) -> None:
+    """Check that a run's settings fit its framework.
+
+    Raises
+    ------
+    ValueError
+        If they do not, or there is no such framework; the message names the setting.
+    """
+    model, data = config.model, config.data
+    spec = framework_spec(model.framework)
+    if model.positions == "learned" and data.seq_max - 1 + spec.special_tokens > model.max_positions:
+        added = f" and {spec.name} adds {spec.special_tokens} special tokens" if spec.special_tokens else ""
+        raise ValueError(
+            f"data.seq_max: got {data.seq_max}, but model.max_positions is {model.max_positions}{added}; "
+            "raise model.max_positions or shorten the windows"
+        )
+    if spec.paired and data.seq_min < _GAP + 2:
+        raise ValueError(
+            f"data.seq_min: got {data.seq_min}, expected at least {_GAP + 2} with model.framework="
+            f"{spec.name}, which cuts a window in two halves with a gap of up to {_GAP} time points"
+        )
+    if not spec.transformer and (config.train.compile or model.recompute):
+        name = "train.compile" if config.train.compile else "model.recompute"
+        raise ValueError(
+            f"{name}: got True with model.framework={spec.name}, which has no transformer blocks; leave it "
+            "out"
+        )
+    if spec.check is not None:
+        spec.check(config)

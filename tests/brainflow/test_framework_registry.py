@@ -1,0 +1,123 @@
+"""Frameworks that others bring: registered here, trained through the public API."""
+
+import subprocess
+import sys
+from typing import ClassVar
+
+import pytest
+from ranks import assert_close, curve, on_ranks
+from tiny_training import tiny, write_store
+from torch import nn
+
+from brainflow import frameworks
+from brainflow.batch import upload
+from brainflow.cli.main import main
+from brainflow.config import ModelConfig
+from brainflow.frameworks import registry
+from brainflow.frameworks.base import Framework, StepOutput, drawn_rows, pool
+from brainflow.kernels import MaskSpec
+from brainflow.training.loop import pretrain
+
+
+class Autoregression(Framework):
+    """Predicts half of the time points, each linearly from the one before."""
+
+    seen: ClassVar[list] = []
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.linear = nn.Linear(config.networks, config.networks)
+
+    def mask(self, batch, *, seed):
+        return drawn_rows(MaskSpec.time_points(0.5, seed=seed, offset=batch.step), batch.lengths)
+
+    def num_targets(self, batch):
+        return len(batch.mask)
+
+    def forward(self, batch, *, seed):
+        values, rows = self.reconstruct(batch, seed=seed)
+        loss = (values - batch.bold[rows]).abs().mean()
+        if self.training:
+            self.seen.append((loss.item(), len(rows)))
+        return StepOutput(loss=loss)
+
+    def reconstruct(self, batch, *, seed):
+        rows = upload(batch.bold.device, rows=self.drawn(batch, seed))["rows"]
+        return self.linear(batch.bold[(rows - 1).clamp(min=0)]), rows
+
+    def features(self, batch, pooling="last"):
+        return pool(self.linear(batch.bold), batch.lengths, pooling)
+
+
+@pytest.fixture(autouse=True)
+def a_registry_of_its_own(monkeypatch):
+    monkeypatch.setattr(registry, "_SPECS", dict(registry._SPECS))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("registry") / "store")
+
+
+def test_a_fifth_framework_trains_in_four_microbatches_on_two_ranks(store, tmp_path):
+    frameworks.register_framework("autoregression")(Autoregression)
+    settings = {"framework": "autoregression", "micro_batches": 4, "steps": 6}
+    Autoregression.seen.clear()
+    one = pretrain(tiny(store, tmp_path / "one", **settings), quiet=True)
+    first = Autoregression.seen[1:5]  # the rehearsal comes before the microbatches of the first step
+    assert len({count for _, count in first}) > 1
+    mean = sum(loss * count for loss, count in first) / sum(count for _, count in first)
+    assert curve(one)[0]["loss"] == pytest.approx(mean, rel=1e-6)
+    on_ranks(2, lambda: pretrain(tiny(store, tmp_path / "two", **settings), quiet=True), tmp_path)
+    assert_close(curve(tmp_path / "two"), curve(one))
+    assert curve(one)[-1]["val_loss"] < curve(one)[0]["loss"]
+
+
+def test_an_entry_point_brings_a_framework_that_is_imported_when_it_is_used(tmp_path, monkeypatch):
+    facts = tmp_path / "plug-1.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1\n")
+    (facts / "entry_points.txt").write_text("[brainflow.frameworks]\nplug = plug_in\nbroken = plug_out\n")
+    (tmp_path / "plug_in.py").write_text(
+        "from brainflow.frameworks import register_framework\n"
+        "from brainflow.frameworks.csm import CSM\n"
+        "@register_framework('plug', paired=False)\n"
+        "class Plug(CSM): pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert {"csm", "plug", "broken"} <= set(frameworks.framework_names())
+    assert "plug_in" not in sys.modules
+    module = frameworks.build(ModelConfig(framework="plug", networks=4, width=8, layers=1, heads=2))
+    assert type(module).__name__ == "Plug"
+    with pytest.raises(ValueError, match="'broken' is brought by plug_out, which cannot be imported"):
+        frameworks.build(ModelConfig(framework="broken"))
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(ValueError, match="name: 'csm' is a registered framework already"):
+        frameworks.register_framework("csm")(Autoregression)
+
+
+def test_what_is_no_framework_is_refused(store, tmp_path):
+    frameworks.register_framework("linear")(lambda config: nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"model\.framework: linear builds a Linear, expected a subclass"):
+        pretrain(tiny(store, tmp_path / "run", framework="linear"), quiet=True)
+
+
+def test_a_framework_has_to_count_its_targets():
+    class Forgetful(Autoregression):
+        num_targets = Framework.num_targets
+
+    with pytest.raises(TypeError, match="num_targets"):
+        Forgetful(ModelConfig(networks=2))
+
+
+def test_the_command_line_names_the_nearest_framework(tmp_path, capsys):
+    assert main(["pretrain", "store", "--out", str(tmp_path / "run"), "--framework", "seqbert"]) == 2
+    assert "did you mean 'seq-bert'?" in capsys.readouterr().err
+
+
+def test_names_are_known_without_torch():
+    code = "import sys, brainflow.frameworks as f; f.framework_names(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
