@@ -35,7 +35,6 @@ from .timing import Row, Timing, peak_bytes, speed_rows
 from .training import T_R, loss_of, random_batch, train_step
 
 PADDED = 50
-RECIPES = ("csm", "seq-bert", "net-bert", "autoencoder")
 """Frameworks that the recipe of 2022 has."""
 
 
@@ -86,7 +85,8 @@ Steps = dict[str, list[Callable[[], None]]]
 def _against_recipe(name: str, sizes: Sizes, device: str) -> list[Row]:
     """Speed and memory rows of one framework; with dense CSM also those of `csm-single`."""
     batch = random_batch(sizes.batch, sizes.networks, pairs=framework_spec(name).paired, device=device)
-    steps, targets = _recipe_steps(name, sizes, batch, device)
+    torch.manual_seed(0)
+    steps, targets = RECIPES[name](_Case(name, sizes, batch, device))
     parts = {f"{who} {i}": step for who, both in steps.items() for i, step in enumerate(both)}
     timed = timing.interleave(parts, repeats=2, device=device)
     times = {who: _mean([timed[f"{who} {i}"] for i in range(len(both))]) for who, both in steps.items()}
@@ -115,39 +115,66 @@ def _against_recipe(name: str, sizes: Sizes, device: str) -> list[Row]:
     return found
 
 
-def _recipe_steps(name: str, sizes: Sizes, batch: PackedBatch, device: str) -> tuple[Steps, dict[str, int]]:
-    """Return name → training steps (ours, the published recipe's, …), and name → targets of one step.
+@dataclass(frozen=True)
+class _Case:
+    """A framework beside its published recipe, on one batch."""
 
-    A target is a predicted time point; Net-BERT's are the share of the time points' values that it predicts.
-    """
-    torch.manual_seed(0)
-    common: dict[str, Any] = {
-        "networks": sizes.networks, "width": sizes.width, "layers": sizes.layers, "dropout": sizes.dropout,
-    }  # fmt: skip
-    bold, seconds, attention, types = padded(batch, sizes.batch)
+    name: str
+    sizes: Sizes
+    batch: PackedBatch
+    device: str
 
-    def ours(**changes: Any) -> Callable[[], None]:
-        config = ModelConfig(framework=name, heads=sizes.heads, **common, **changes)
-        module = build(config).to(device)
-        return train_step(module, partial(loss_of, module, batch))
+    @property
+    def common(self) -> dict[str, Any]:
+        """Sizes that both take."""
+        s = self.sizes
+        return {"networks": s.networks, "width": s.width, "layers": s.layers, "dropout": s.dropout}
 
-    def theirs(module: nn.Module, *inputs: Any) -> Callable[[], None]:
-        return train_step(module.to(device), partial(module, *inputs))
+    def ours(self, **changes: Any) -> Callable[[], None]:
+        """Return our training step."""
+        config = ModelConfig(framework=self.name, heads=self.sizes.heads, **self.common, **changes)
+        module = build(config).to(self.device)
+        return train_step(module, partial(loss_of, module, self.batch))
 
-    if name == "autoencoder":
-        recipe = PublishedAutoencoder(**common)
-        steps = {
-            "ours": [ours(teacher_forcing=p) for p in (1.0, 0.0)],
-            "published": [theirs(recipe, bold, seconds, attention, forced) for forced in (True, False)],
-        }
-        return steps, dict.fromkeys(steps, batch.tokens)
-    if name == "csm":
-        published = theirs(PublishedCSM(**common, heads=sizes.heads), bold, seconds, attention)
-        steps = {"ours": [ours()], "published": [published], "single": [ours(masking="single")]}
-        return steps, {"ours": batch.tokens - batch.windows, "published": sizes.batch, "single": sizes.batch}
-    bert = PublishedBERT(**common, heads=sizes.heads, by="time" if name == "seq-bert" else "network")
-    steps = {"ours": [ours()], "published": [theirs(bert, bold, seconds, attention, types, batch.is_next)]}
-    return steps, dict.fromkeys(steps, round(ModelConfig().mask_rate * batch.tokens))
+    def theirs(self, module: nn.Module, *inputs: Any) -> Callable[[], None]:
+        """Return the recipe's training step."""
+        return train_step(module.to(self.device), partial(module, *inputs))
+
+
+def _csm(case: _Case) -> tuple[Steps, dict[str, int]]:
+    bold, seconds, attention, _ = padded(case.batch, case.sizes.batch)
+    published = case.theirs(PublishedCSM(**case.common, heads=case.sizes.heads), bold, seconds, attention)
+    steps = {"ours": [case.ours()], "published": [published], "single": [case.ours(masking="single")]}
+    windows = case.sizes.batch
+    return steps, {"ours": case.batch.tokens - windows, "published": windows, "single": windows}
+
+
+def _bert(case: _Case, by: str) -> tuple[Steps, dict[str, int]]:
+    recipe = PublishedBERT(**case.common, heads=case.sizes.heads, by=by)
+    inputs = (*padded(case.batch, case.sizes.batch), case.batch.is_next)
+    steps = {"ours": [case.ours()], "published": [case.theirs(recipe, *inputs)]}
+    return steps, dict.fromkeys(steps, round(ModelConfig().mask_rate * case.batch.tokens))
+
+
+def _autoencoder(case: _Case) -> tuple[Steps, dict[str, int]]:
+    bold, seconds, attention, _ = padded(case.batch, case.sizes.batch)
+    recipe = PublishedAutoencoder(**case.common)
+    steps = {
+        "ours": [case.ours(teacher_forcing=p) for p in (1.0, 0.0)],
+        "published": [case.theirs(recipe, bold, seconds, attention, forced) for forced in (True, False)],
+    }
+    return steps, dict.fromkeys(steps, case.batch.tokens)
+
+
+RECIPES: dict[str, Callable[[_Case], tuple[Steps, dict[str, int]]]] = {
+    "csm": _csm,
+    "seq-bert": partial(_bert, by="time"),
+    "net-bert": partial(_bert, by="network"),
+    "autoencoder": _autoencoder,
+}
+"""Framework → name → training steps (ours, the published recipe's, …), and name → targets of one step.
+
+A target is a predicted time point; Net-BERT's are the share of the time points' values that it predicts."""
 
 
 def _mean(parts: list[Timing]) -> Timing:
