@@ -28,8 +28,8 @@ from brainflow.models.transformer import Transformer
 from brainflow.recipes import preset
 from brainflow.storage import BoldStore, StoreWriter
 from brainflow.training.compute import allow_tf32
-from brainflow.training.flops import matrix_weights, peak_flops
 from brainflow.training.loop import pretrain
+from brainflow.training.meters import matrix_weights, peak_flops
 from brainflow.training.metrics import read_metrics
 
 from . import timing

@@ -9,6 +9,8 @@ the safetensors headers. Nothing is negotiated between ranks while saving (who w
 its size and name), so a checkpoint is written by a thread, beside the training's own collectives; rank 0
 waits for the others' files, lists all of them with size and checksum in COMPLETE, and renames the directory.
 
+Beside the checkpoints a run keeps its release form, for which :func:`facts` says where the weights come from.
+
 Only what cannot be computed from the step is saved: data order, masks, learning rate and the random numbers
 of dropout are functions of (seed, step).
 """
@@ -16,11 +18,14 @@ of dropout are functions of (seed, step).
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
+import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -28,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
@@ -35,10 +41,19 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from brainflow.config import PretrainConfig, to_dict
+from brainflow.data.splits import Split
 from brainflow.files import is_count, read_json
+from brainflow.pretrained.compatibility import fingerprint
+from brainflow.pretrained.hub import base_model
+from brainflow.storage import BoldStore
 
 from .parallel import Ranks
 
+PATIENCE = 900.0  # seconds that rank 0 waits for the files of other ranks
+GRACE = 10.0  # the same in a run that is failing
+# Attributes of the store that whoever feeds the model must match.
+_MATCH = ("parcellation", "network_names", "network_coordinates", "normalisation", "preprocessing")
 COMPLETE = "COMPLETE"
 POLL = 0.02  # seconds between two looks for the files of other ranks
 _STATE = "state.json"
@@ -380,3 +395,76 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time; an error comes up at the next call."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._until = math.inf
+
+    def save(self, *args: Any, **options: Any) -> None:
+        """Do :func:`checkpoint.save` in the background; nobody may change the tensors until it is done."""
+        self.wait()
+        self._until = time.monotonic() + PATIENCE
+        self._thread = threading.Thread(target=self._run, args=(args, options), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when this process's part of the last checkpoint is safe on disk; on rank 0, all of it.
+
+        Raises
+        ------
+        OSError
+            If it could not be written; those before it are intact.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        """Finish a checkpoint that was begun, whatever went wrong; other ranks get a moment to do theirs."""
+        self._until = min(self._until, time.monotonic() + GRACE)
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _patient(self) -> bool:
+        return time.monotonic() < self._until
+
+    def _run(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        try:
+            save(*args, **options, patience=self._patient)
+        except BaseException as error:
+            self._error = error
+
+
+def facts(config: PretrainConfig, store: BoldStore, split: Split, step: int) -> dict[str, Any]:
+    """Return what `config.json` says beside the architecture.
+
+    Keys: `pretrain` (the run's configuration), `base_model` (where it began from one of the hub), `step`, and
+    `data`: the store's snapshot, parcellation, network names and coordinates, normalisation and
+    preprocessing, and of the training runs the repetition times in seconds, the number of runs by dataset,
+    the subjects, so that nobody evaluates on them unawares, and what the signal is like (`fingerprint`; None
+    where every training run has damage), for `brainflow doctor`.
+    """
+    runs = store.runs
+    train = split.part("train", runs)
+    datasets = np.asarray(runs.dataset)[train].tolist()
+    read = train  # damaged runs were left out of training
+    if config.data.on_corrupt == "skip":
+        read = train[store.intact(runs.start[train], runs.length[train])]
+    data = {
+        "store_snapshot": store.snapshot,
+        **{name: store.attributes.get(name) for name in _MATCH},
+        "t_r": sorted(set(np.asarray(runs.t_r)[train].tolist())),
+        "datasets": dict(sorted(Counter(datasets).items())),
+        "training_subjects": sorted({split.subjects[key] for key in split.parts["train"]}),
+        "fingerprint": fingerprint(store, read) if len(read) else None,
+    }
+    return {"pretrain": to_dict(config), **base_model(config.train.init), "step": step, "data": data}

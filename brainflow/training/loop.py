@@ -30,31 +30,24 @@ from brainflow.storage import BoldStore
 
 from . import checkpoint, parallel
 from .compute import describe_compute, settle_precision
-from .flops import peak_flops
 from .interrupt import Preempted, StopRequest, mark
-from .meters import Clock, Meters, Readback
+from .meters import Clock, Meters, Readback, peak_flops
 from .metrics import RunLog
 from .optimizer import learning_rate
-from .progress import TrainingProgress
-from .reconstruction import draw
-from .release import facts
+from .progress import TrainingProgress, make_tracker
 from .run_dir import BEST, CHECKPOINTS, RECONSTRUCTIONS, SPLIT, Resume, exclusive, saved_config
 from .setup import (
     begin_together,
     collecting_rarely,
     cut_into_parts,
-    derive_seed,
     device_of,
     fit_to_store,
     give_coordinates,
     largest_batch,
-    rank_parts,
     split_of,
 )
-from .step import StepNumbers, TrainingStep
-from .trackers import make_tracker
-from .validation import Validator, closing_loader
-from .writer import Writer
+from .step import StepNumbers, TrainingStep, derive_seed, rank_parts
+from .validation import Validator, closing_loader, draw
 
 BAD_STEPS_IN_A_ROW = 10
 COLLECT_EVERY = 1_000  # steps between two runs of Python's garbage collector
@@ -107,7 +100,7 @@ def pretrain(config: PretrainConfig, *, resume: Resume = "auto", quiet: bool = F
     config = cut_into_parts(config, folder, ranks.world, resume=resume)
     config = settle_precision(config, folder, device, resume=resume)
     computes = describe_compute(config, device)
-    writer = Writer()
+    writer = checkpoint.Writer()
     try:
         with parallel.process_group(ranks, device), exclusive(folder) if ranks.first else nullcontext():
             start_from = begin_together(ranks, device, folder, config, snapshot=store.snapshot, resume=resume)
@@ -143,7 +136,7 @@ class _Run:
         start_from: Path | None,
         ranks: parallel.Ranks,
         device: torch.device,
-        writer: Writer,
+        writer: checkpoint.Writer,
     ) -> None:
         self.config, self.store, self.folder = config, store, folder
         self.ranks, self.device, self.writer = ranks, device, writer
@@ -355,4 +348,4 @@ class _Run:
         if self.ranks.first:
             module = build(self.config.model)
             module.load_state_dict(whole)
-            save_pretrained(module, folder, facts(self.config, self.store, self.split, self.step))
+            save_pretrained(module, folder, checkpoint.facts(self.config, self.store, self.split, self.step))

@@ -8,7 +8,7 @@
   are those of the last step alone. Of speed, over all ranks: `trs_per_s` (time points of recordings read a
   second), `tokens_per_s` (rows through the transformer, special and mask tokens included), `steps_per_s`,
   `data_wait` (share of the time spent waiting for the loader), `mfu` (model FLOPs utilisation, see
-  `flops.py`), `gpu_memory_gib` (largest so far, on a GPU), `seconds` since the process began to train;
+  `meters.py`), `gpu_memory_gib` (largest so far, on a GPU), `seconds` since the process began to train;
 - validation: every key begins with `val_`, see `validation.py`.
 
 `train_history.csv` (step,loss,lr) and `eval_history.csv` (step,loss,accuracy) are as published.

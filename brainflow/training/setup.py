@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,18 +106,6 @@ def begin_together(
     return folder / CHECKPOINTS / f"step-{step:08d}" if step else None
 
 
-def derive_seed(seed: int, *parts: int | str) -> int:
-    """Return a 63-bit seed for one purpose, such as the dropout of one step."""
-    text = ":".join(map(str, (seed, *parts)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-
-
-def rank_parts(parts: int, ranks: Ranks) -> range:
-    """Return the numbers of the parts of a batch that this rank computes."""
-    each = parts // ranks.world
-    return range(ranks.rank * each, (ranks.rank + 1) * each)
-
-
 @contextmanager
 def collecting_rarely() -> Iterator[None]:
     """Keep Python's garbage collector from stopping single ranks at random moments."""
@@ -173,11 +160,3 @@ def split_of(config: PretrainConfig, store: BoldStore, path: Path) -> Split:
         )
     split.save(path)
     return split
-
-
-def seed_dropout(seed: int, device: torch.device) -> None:
-    """Seed the generator that dropout draws from (torch.manual_seed would seed every backend, each step)."""
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)

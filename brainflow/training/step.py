@@ -6,6 +6,7 @@ the parts count by the values that they predict, so the update is the same whoev
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,8 +25,7 @@ from brainflow.pretrained.warm_start import freeze, load_initial
 
 from . import checkpoint, parallel
 from .compute import allow_tf32, autocast
-from .flops import matrix_weights
-from .meters import Meters
+from .meters import Meters, matrix_weights
 from .microbatch import LossWeight, PairGradient, loss_weights
 from .optimizer import (
     LossScale,
@@ -35,7 +35,6 @@ from .optimizer import (
     make_optimizer,
     optimizer_tensors,
 )
-from .setup import derive_seed, rank_parts, seed_dropout
 
 
 @dataclass(frozen=True)
@@ -287,3 +286,23 @@ class TrainingStep:
                     self.tokens += given[0].tokens
 
             self.module.register_forward_pre_hook(count_batch)
+
+
+def derive_seed(seed: int, *parts: int | str) -> int:
+    """Return a 63-bit seed for one purpose, such as the dropout of one step."""
+    text = ":".join(map(str, (seed, *parts)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def rank_parts(parts: int, ranks: parallel.Ranks) -> range:
+    """Return the numbers of the parts of a batch that this rank computes."""
+    each = parts // ranks.world
+    return range(ranks.rank * each, (ranks.rank + 1) * each)
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Seed the generator that dropout draws from (torch.manual_seed would seed every backend, each step)."""
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brainflow.training import checkpoint
+from brainflow.training.checkpoint import Writer
 from brainflow.training.parallel import Ranks
-from brainflow.training.writer import Writer
 
 
 def write(root, step, keep=2, size=4):

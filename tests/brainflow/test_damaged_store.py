@@ -8,7 +8,7 @@ from brainflow.data.splits import Split, split_runs
 from brainflow.data.synthetic import write_sines
 from brainflow.report.run_page import run_page
 from brainflow.storage import BoldStore
-from brainflow.training.release import facts
+from brainflow.training.checkpoint import facts
 
 TINY = "--model.width 16 --model.heads 2 --model.layers 1 --data.batch-size 8 --train.steps 6 --device cpu"
 

@@ -19,8 +19,8 @@ from brainflow.frameworks import build
 from brainflow.frameworks.csm import CSM
 from brainflow.storage import StoreWriter
 from brainflow.training import checkpoint
-from brainflow.training.flops import matrix_weights, peak_flops
 from brainflow.training.loop import pretrain
+from brainflow.training.meters import matrix_weights, peak_flops
 from brainflow.training.metrics import read_metrics
 from brainflow.training.optimizer import (
     LossScale,
@@ -29,8 +29,8 @@ from brainflow.training.optimizer import (
     approach_together,
     learning_rate,
 )
+from brainflow.training.progress import make_tracker
 from brainflow.training.step import TrainingStep
-from brainflow.training.trackers import make_tracker
 
 
 @pytest.fixture(scope="module")

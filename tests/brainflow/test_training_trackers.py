@@ -4,7 +4,7 @@ import types
 import pytest
 
 from brainflow.config import PretrainConfig, TrainConfig
-from brainflow.training.trackers import make_tracker
+from brainflow.training.progress import make_tracker
 
 LINE = {
     "step": 10,
