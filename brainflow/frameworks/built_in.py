@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from brainflow.config import ModelConfig, PretrainConfig
+from brainflow.config import ModelConfig
 from brainflow.frameworks.registry import register_framework
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ def _published(lr: float, batch_size: int, layers: int, dropout: float, **model:
     }
 
 
-def _check_masking(config: PretrainConfig) -> None:
+def _check_masking(model: ModelConfig) -> None:
     """Refuse a form of CSM, which no other framework has."""
-    if config.model.masking != "dense":
+    if model.masking != "dense":
         raise ValueError(
-            f"model.masking: got {config.model.masking} with model.framework={config.model.framework}, "
-            "expected csm; leave it out"
+            f"model.masking: got {model.masking} with model.framework={model.framework}, expected csm; leave "
+            "it out"
         )
 
 

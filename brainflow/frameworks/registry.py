@@ -43,7 +43,8 @@ class FrameworkSpec:
     published
         Section → setting → value: of a run of its paper, for `--preset published`.
     check
-        Raises ValueError, naming the setting, if it cannot work with a configuration.
+        Checks how its settings go together: raises ValueError, naming the setting. (The range of a setting is
+        checked in `ModelConfig`, whoever reads it.)
     """
 
     name: str
@@ -52,7 +53,7 @@ class FrameworkSpec:
     special_tokens: int = 0
     transformer: bool = True
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    check: Callable[[PretrainConfig], None] | None = None
+    check: Callable[[ModelConfig], None] | None = None
 
 
 _SPECS: dict[str, FrameworkSpec] = {}
@@ -122,7 +123,7 @@ def build(config: ModelConfig) -> Framework:
     Raises
     ------
     ValueError
-        If there is no framework of that name.
+        If there is no framework of that name, or it refuses a setting.
 
     Examples
     --------
@@ -130,7 +131,10 @@ def build(config: ModelConfig) -> Framework:
     >>> module.config.masking
     'dense'
     """
-    return framework_spec(config.framework).build(config)
+    spec = framework_spec(config.framework)
+    if spec.check is not None:
+        spec.check(config)
+    return spec.build(config)
 
 
 def check_framework(config: PretrainConfig) -> None:
@@ -161,4 +165,4 @@ def check_framework(config: PretrainConfig) -> None:
             "out"
         )
     if spec.check is not None:
-        spec.check(config)
+        spec.check(model)

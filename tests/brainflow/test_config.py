@@ -13,7 +13,7 @@ from brainflow.config import (
     from_dict,
     to_dict,
 )
-from brainflow.frameworks import check_framework
+from brainflow.frameworks import build, check_framework
 
 
 def test_defaults_are_the_published_training():
@@ -42,7 +42,7 @@ def run(framework="csm", *, data=None, train=None, **model):
 
 
 @pytest.mark.parametrize(
-    ("build", "name"),
+    ("make", "name"),
     [
         (lambda: ModelConfig(width=100, heads=12), "model.width"),
         (lambda: ModelConfig(dropout=1.0), "model.dropout"),
@@ -72,12 +72,13 @@ def run(framework="csm", *, data=None, train=None, **model):
         (lambda: run("autoencoder", train=TrainConfig(compile=True)), "train.compile"),
         (lambda: run("autoencoder", recompute=True), "model.recompute"),
         (lambda: run("seq-bert", masking="single"), "model.masking"),
+        (lambda: build(ModelConfig(framework="net-bert", masking="next")), "model.masking"),
         (lambda: run("seqbert"), "model.framework: got 'seqbert', .*autoencoder; did you mean 'seq-bert'"),
     ],
 )
-def test_a_wrong_value_is_refused_by_name(build, name):
+def test_a_wrong_value_is_refused_by_name(make, name):
     with pytest.raises(ValueError, match=f"^{name}"):
-        build()
+        make()
 
 
 @pytest.mark.parametrize(
