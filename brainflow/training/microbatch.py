@@ -26,6 +26,15 @@ class LossWeight(NamedTuple):
     targets: Tensor
     windows: Tensor
 
+    def weigh(self, loss: Tensor, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a microbatch adds to the step's loss (`loss`) and metrics."""
+        reconstruction = metrics.get("reconstruction", loss)
+        weighed = {
+            name: metric * (self.targets if name == "reconstruction" else self.windows)
+            for name, metric in metrics.items()
+        }
+        return weighed | {"loss": self.targets * reconstruction + self.windows * (loss - reconstruction)}
+
 
 def loss_weights(
     module: Framework, batches: Sequence[PackedBatch], total: Callable[[Tensor], Tensor]

@@ -121,31 +121,21 @@ class TrainingStep:
     def __call__(self, batches: Iterator[PackedBatch], step: int, lr: float, *, stop: bool) -> StepNumbers:
         """Take optimizer step `step` (0-based) over the next batches of this rank, one a microbatch."""
         train = self.config.train
-        seeds = [self.mask_seed(number) for number in self.parts]
         microbatches = [self._fetch(batches, number) for number in self.parts]
-        weights: list[LossWeight | None] = [None]  # a step of one microbatch needs no counting
-        if train.micro_batches > 1:
+        several = train.micro_batches > 1
+        weights: list[LossWeight | None] = [None]  # the only microbatch is all of the step
+        if several:
             weights = [*loss_weights(self.module, microbatches, self._total)]
-        total: Tensor | None = None
-        metrics: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         losses = []
-        for number, batch, seed, weight in zip(self.parts, microbatches, seeds, weights, strict=True):
+        for number, batch, weight in zip(self.parts, microbatches, weights, strict=True):
             seed_dropout(self._part_seed("dropout", step, number), self.device)
-            last = number == self.parts[-1]
-            loss, reported = self._backward(batch, seed, weight, last=last)
+            loss, metrics = self._backward(batch, number, weight)
             losses.append(loss)
-            if weight is None:
-                total, metrics = loss, reported
-                continue
-            reconstruction = reported.get("reconstruction", loss)
-            value = weight.targets * reconstruction + weight.windows * (loss - reconstruction)
-            total = value if total is None else total + value
-            for name, metric in reported.items():
-                weighed = metric * (weight.targets if name == "reconstruction" else weight.windows)
-                metrics[name] = metrics[name] + weighed if name in metrics else weighed
-        assert total is not None
-        asked = None
-        if train.micro_batches > 1:
+            found = {**metrics, "loss": loss} if weight is None else weight.weigh(loss, metrics)
+            sums |= {name: sums[name] + value if name in sums else value for name, value in found.items()}
+        total, metrics, asked = sums.pop("loss"), sums, None
+        if several:
             total, metrics, asked = self._over_ranks(total, metrics, losses, stop)
         if self.scale is not None:
             self.scale.unscale(self.module)
@@ -169,7 +159,7 @@ class TrainingStep:
             If the GPU's memory does not hold it.
         """
         try:
-            self._backward(batch, 0, None, last=True)
+            self._backward(batch, self.parts[-1], None)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"data.batch_size: {batch.windows} windows of up to {batch.max_seqlen} time points a part do "
@@ -238,15 +228,15 @@ class TrainingStep:
         return replace(batch, mask=self.module.mask(batch, seed=self.mask_seed(number)))
 
     def _backward(
-        self, batch: PackedBatch, seed: int, weight: LossWeight | None, *, last: bool
+        self, batch: PackedBatch, number: int, weight: LossWeight | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Add a microbatch's gradient; return its loss and metrics, detached."""
         train = self.config.train
         self.trs += batch.tokens
         self._pair_gradient.scale = None if weight is None else weight.windows / weight.targets
-        with parallel.accumulating(self.model, last=last):
+        with parallel.accumulating(self.model, last=number == self.parts[-1]):
             with autocast(self.device, train.precision):
-                out = self.model(batch, seed=seed)
+                out = self.model(batch, seed=self.mask_seed(number))
             loss = out.loss if weight is None else out.loss * (weight.targets * self.ranks.world)
             (loss if self.scale is None else loss * self.scale.values[0]).backward()
         return out.loss.detach(), out.metrics
