@@ -202,7 +202,7 @@ def test_a_loader_that_dies_is_an_error_and_not_a_wait(store, tmp_path, monkeypa
 
 
 def test_what_does_not_fit_into_memory_is_said_before_the_first_step(store, tmp_path, monkeypatch):
-    def full(self, batch, seed, share, *, last):
+    def full(self, batch, number, weight):
         assert batch.tokens == 8 * 15  # the largest batch that can come
         raise torch.OutOfMemoryError("CUDA out of memory")
 
