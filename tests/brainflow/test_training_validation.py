@@ -55,7 +55,7 @@ def validator(monkeypatch):
     lengths = np.array([4, 7, 3, 5], np.int32)
     bold = torch.from_numpy(rng.standard_normal((19, 3)).astype(np.float32) + np.array([0, 1, 2], np.float32))
 
-    def loader(store, sampler, *, kind, device):
+    def loader(store, sampler, *, kind, device, on_corrupt):
         batches = []
         for i in (0, 2):
             rows = slice(int(lengths[:i].sum()), int(lengths[: i + 2].sum()))
