@@ -159,7 +159,10 @@ class TrainingStep:
             If the GPU's memory does not hold it.
         """
         try:
+            # A step holds the BOLD of all its microbatches at once.
+            others = [batch.bold.clone() for _ in self.parts[1:]]
             self._backward(batch, self.parts[-1], None)
+            del others
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"data.batch_size: {batch.windows} windows of up to {batch.max_seqlen} time points a part do "

@@ -23,6 +23,7 @@ class Autoregression(Framework):
     """Predicts half of the time points, each linearly from the one before."""
 
     seen: ClassVar[list] = []
+    drawn_for: ClassVar[list] = []
 
     def __init__(self, config):
         super().__init__()
@@ -30,6 +31,8 @@ class Autoregression(Framework):
         self.linear = nn.Linear(config.networks, config.networks)
 
     def mask(self, batch, *, seed):
+        if self.training:
+            self.drawn_for.append((batch.step, seed))
         return drawn_rows(MaskSpec.time_points(0.5, seed=seed, offset=batch.step), batch.lengths)
 
     def num_targets(self, batch):
@@ -64,11 +67,14 @@ def test_a_fifth_framework_trains_in_four_microbatches_on_two_ranks(store, tmp_p
     frameworks.register_framework("autoregression")(Autoregression)
     settings = {"framework": "autoregression", "micro_batches": 4, "steps": 6}
     Autoregression.seen.clear()
+    Autoregression.drawn_for.clear()
     one = pretrain(tiny(store, tmp_path / "one", **settings), quiet=True)
     first = Autoregression.seen[1:5]  # the rehearsal comes before the microbatches of the first step
     assert len({count for _, count in first}) > 1
     mean = sum(loss * count for loss, count in first) / sum(count for _, count in first)
     assert curve(one)[0]["loss"] == pytest.approx(mean, rel=1e-6)
+    drawn = Autoregression.drawn_for[1:]
+    assert len(drawn) == len(set(drawn)) == 6 * 4  # once a microbatch, each from a seed of its own
     on_ranks(2, lambda: pretrain(tiny(store, tmp_path / "two", **settings), quiet=True), tmp_path)
     assert_close(curve(tmp_path / "two"), curve(one))
     assert curve(one)[-1]["val_loss"] < curve(one)[0]["loss"]
