@@ -25,7 +25,7 @@ class HostLoader(Loader):
     ----------
     buffers
         Batches that are valid at the same time.
-    others
+    store, sampler, device, start_step, dtype, on_corrupt
         See :class:`~brainflow.data.loader.Loader`.
     """
 

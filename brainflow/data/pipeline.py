@@ -55,7 +55,7 @@ class DaliLoader(Loader):
 
     Parameters
     ----------
-    others
+    store, sampler, device, start_step, dtype, on_corrupt
         See :class:`~brainflow.data.loader.Loader`.
 
     Raises

@@ -32,7 +32,7 @@ class ResidentLoader(Loader):
 
     Parameters
     ----------
-    others
+    store, sampler, device, start_step, dtype, on_corrupt
         See :class:`~brainflow.data.loader.Loader`.
     """
 

@@ -108,7 +108,7 @@ def pretrain(config: PretrainConfig, *, resume: Resume = "auto", quiet: bool = F
             if ranks.first and not quiet:
                 sys.stderr.write(f"computing on {computes}\n")
             with StopRequest() as stop, closing(writer):
-                # It has no name here, because the model must be gone before the process group is.
+                # Not bound to a name: its tensors must be freed before the process group is destroyed.
                 _Run(config, store, folder, start_from, ranks, device, writer).train(
                     stop, quiet=quiet or not ranks.first
                 )

@@ -52,7 +52,7 @@ class Example:
 
 
 @dataclass
-class _Share:
+class _RankSlice:
     """Every `world`-th batch of a sampler from the `rank`-th on; the last one again where none is left."""
 
     sampler: Any
@@ -116,10 +116,10 @@ class Validator:
     ) -> None:
         self.precision, self.on_corrupt = precision, on_corrupt
         self.store, self.batches, self.device, self.ranks = store, batches, device, ranks or Ranks()
-        self.held_out = _Share(held_out, batches, self.ranks)
+        self.held_out = _RankSlice(held_out, batches, self.ranks)
         self.datasets, self._dataset = np.unique(np.asarray(store.runs.dataset), return_inverse=True)
         sums = torch.zeros(store.networks + 1, dtype=torch.float64, device=device)
-        for batch, counts in self._draw(_Share(training, batches, self.ranks)):
+        for batch, counts in self._draw(_RankSlice(training, batches, self.ranks)):
             if counts:
                 sums[:-1] += batch.bold.double().sum(dim=0)
                 sums[-1] += batch.tokens
@@ -178,13 +178,13 @@ class Validator:
         }
         return result, example
 
-    def _draw(self, share: _Share) -> Iterator[tuple[Any, bool]]:
+    def _draw(self, part: _RankSlice) -> Iterator[tuple[Any, bool]]:
         loader = make_loader(
-            self.store, share, kind="host", device=str(self.device), on_corrupt=self.on_corrupt
+            self.store, part, kind="host", device=str(self.device), on_corrupt=self.on_corrupt
         )
         with closing_loader(loader) as batches:
             for step in range(-(-self.batches // self.ranks.world)):
-                yield next(batches), share.counts(step)
+                yield next(batches), part.counts(step)
 
     def _last(self, bold: Tensor, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
         first = torch.isin(rows, cu_seqlens[:-1].to(rows.dtype))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from brainflow.training.parallel import Ranks
-from brainflow.training.validation import Validator, _Share
+from brainflow.training.validation import Validator, _RankSlice
 
 
 @dataclass
@@ -155,7 +155,7 @@ def test_each_dataset_and_each_network_is_scored_apart(validator):
 @pytest.mark.parametrize(("batches", "world"), [(2, 1), (5, 2), (3, 4), (1, 3)])
 def test_the_ranks_share_all_batches_and_each_counts_once(batches, world):
     rounds = -(-batches // world)
-    shares = [_Share(None, batches, Ranks(rank=rank, world=world)) for rank in range(world)]
+    shares = [_RankSlice(None, batches, Ranks(rank=rank, world=world)) for rank in range(world)]
     counted = [s.number(step) for s in shares for step in range(rounds) if s.counts(step)]
     assert sorted(counted) == list(range(batches))
     assert all(0 <= s.number(step) < batches for s in shares for step in range(rounds))
