@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from brainflow.data.sampler import WindowSampler
-from brainflow.prepare.nifti import bold_from_nifti
+from brainflow.prepare.masker import bold_from_nifti
 from brainflow.storage import BoldStore, StoreWriter
 from brainflow.storage.layout import CHUNK_ROWS, ZSTD_LEVEL
 from brainflow.storage.segments import RunTable, encode_strings

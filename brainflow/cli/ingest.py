@@ -17,7 +17,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from brainflow.cli.prepare_output import print_rounded
 from brainflow.cli.progress import progress_bar
 from brainflow.cli.usage import WrongUsage
 from brainflow.data.splits import split_runs
@@ -26,6 +25,8 @@ from brainflow.storage.ingest.arrays import ingest_arrays
 from brainflow.storage.ingest.report import IngestReport
 from brainflow.storage.ingest.webdataset import ingest_tar
 from brainflow.storage.text import printable
+
+_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,3 +144,14 @@ def _show(report: IngestReport, store: str, as_json: bool) -> None:
     )
     if report.runs:
         print(f"the store now holds {len(BoldStore.open(store).runs)} runs")
+
+
+def print_rounded(report: IngestReport) -> None:
+    """Print the runs that rounding to the element type of the store changed; at most ten by name."""
+    for key, what in list(report.rounded.items())[:_SHOWN]:
+        print(f"ROUNDED {printable(key)}: {what}")
+    if report.rounded:
+        print(
+            f"{len(report.rounded)} of {len(report.runs)} runs lost more than 0.1 % of a standard deviation "
+            "to rounding; z-score the runs, or choose dtype float32"
+        )

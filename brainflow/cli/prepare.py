@@ -19,105 +19,28 @@ Examples
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
+from brainflow.cli.ingest import print_rounded
+from brainflow.cli.prepare_args import Args, labels, query_of, settings_of, template_of, work_of
 from brainflow.cli.prepare_cluster import submitted, write_slurm
-from brainflow.cli.prepare_output import Progress, counts, print_left_out, print_plan, print_rounded
 from brainflow.cli.progress import progress_bar
 from brainflow.cli.usage import WrongUsage
+from brainflow.storage.text import printable
 
 if TYPE_CHECKING:
-    from brainflow.prepare import AtlasSpec, Query, Settings
+    from brainflow.prepare import AtlasSpec
     from brainflow.prepare.run import Job
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
-    """Arguments of `brainflow prepare`."""
-
-    bids_dir: Annotated[Path, tyro.conf.Positional]
-    """BIDS dataset with `derivatives/`, fMRIPrep's output, or subjects of the HCP's pipelines."""
-    output_dir: Annotated[Path, tyro.conf.Positional]
-    """Where stores, tables and the report go."""
-    analysis_level: Annotated[
-        tuple[Literal["participant", "group"], ...],
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="{participant,group} [{participant,group}]"),
-    ]
-    """`participant` prepares runs, `group` gathers them; both words do both."""
-    participant_label: tuple[str, ...] = ()
-    """Participants, with or without `sub-`; all if not given."""
-    session_id: tuple[str, ...] = ()
-    """Sessions, with or without `ses-`."""
-    task_id: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-t"])] = ()
-    """Tasks, with or without `task-`."""
-    derivatives: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["-d"])] = ()
-    """Further directories with derivatives or event files."""
-    dataset: str = ""
-    """Name of the dataset in the keys of runs; by default the name of its folder."""
-    input: Literal["volume", "cifti", "gifti"] = "volume"
-    """Images to take: volumes, CIFTI .dtseries.nii, or pairs of GIFTI .func.gii."""
-    space: str = ""
-    """Their space; by default MNI152NLin2009cAsym, fsLR or fsaverage5."""
-    res: str = ""
-    """Their resolution (`res-` or `den-`), where there are several."""
-    atlas: tuple[str, ...] = ()
-    """Parcellations: difumo-N, schaefer-N, a path, or LABEL=PATH; several are done in one pass."""
-    allow_space_mismatch: bool = False
-    """Take an atlas in another template than the images, as the published models did: nilearn has DiFuMo and
-    Schaefer in MNI152NLin6Asym, TemplateFlow also in fMRIPrep's MNI152NLin2009cAsym."""
-    surfaces: tuple[Path, ...] = ()
-    """Meshes LEFT RIGHT (.surf.gii) for the coordinates of an atlas on a surface; by default fsLR 32k from
-    TemplateFlow's folder, or nilearn's fsaverage5."""
-    hcp_image: str = ""
-    """HCP: what follows a run's name, such as hp2000_clean or Atlas_MSMAll; by default nothing, or Atlas."""
-    confounds: Literal["published", "motion", "simple", "scrubbing", "compcor", "aroma", "none"] = "published"
-    """What is regressed out: 6 motion + white matter + CSF + global signal, 6 motion (all that the HCP has),
-    or a strategy of nilearn's."""
-    smoothing_fwhm: float = 3.0
-    """Smoothing of volumes in mm; 0 for none."""
-    detrend: bool = True
-    """Remove linear trends."""
-    high_pass: float = 0.008
-    """High-pass filter in Hz; 0 for none. Cosine terms among the confounds take its place."""
-    low_pass: float = 0.0
-    """Low-pass filter in Hz; 0 for none."""
-    standardize: bool = True
-    """Z-score each parcel and run."""
-    dummy_scans: int = 0
-    """Volumes to drop at the start of each run; -1 drops those that fMRIPrep marked as non-steady."""
-    max_mean_fd: float | None = None
-    """Leave out runs whose mean framewise displacement (mm) is larger."""
-    min_volumes: int = 50
-    """Leave out shorter runs."""
-    allow_sheared: bool = False
-    """Keep runs with a sheared affine (a fault of fMRIPrep 20.2.0)."""
-    events_preset: Literal["auto", "bids", "hcp", "mdtb"] = "auto"
-    """Which events become labelled segments: all, the HCP's 20 states, or blocks of the MDTB's 26 tasks; auto
-    is hcp for the HCP's folders, else bids."""
-    events_column: str = ""
-    """Column of events.tsv with the label; by default trial_type (MDTB: taskName)."""
-    hrf_shift: float | None = None
-    """Seconds added to onsets for the haemodynamic lag; by default 3, HCP 2.88 (4 TRs), MDTB 3 (3 TRs)."""
-    merge_events: bool = False
-    """Merge successive events with one label into a block."""
-    dtype: Literal["float16", "float32", "int16", "int8"] = "float16"
-    """Element type of the stores."""
-    nprocs: Annotated[int, tyro.conf.arg(aliases=["--n-procs", "--nthreads"])] = 1
-    """Worker processes, one thread each."""
-    work_dir: Annotated[Path | None, tyro.conf.arg(aliases=["-w"])] = None
-    """Where parts lie until they are gathered; both levels need it. By default OUTPUT_DIR/work."""
-    report: bool = True
-    """Write the quality report at the group level."""
-    dry_run: bool = False
-    """Print what would be done, and stop."""
-    slurm: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write a SLURM array script with one job a participant, and stop."""
-    submit: Literal["no", "slurm", "local"] = "no"
-    """Submit one job a participant through submitit, and wait for them; `local` starts them here."""
+_OUTCOMES = {"done": "prepared", "excluded": "excluded", "failed": "failed"}
 
 
 def run(args: Args) -> int:
@@ -131,7 +54,7 @@ def run(args: Args) -> int:
     check_folders(args.bids_dir, args.derivatives)  # before an atlas is fetched
     if len(args.surfaces) not in (0, 2):
         raise WrongUsage(f"surfaces: got {len(args.surfaces)} files, expected left and right")
-    template = _template(args)
+    template = template_of(args)
     atlases = [find_atlas(text, template, args.surfaces) for text in args.atlas]
     if args.slurm:
         return write_slurm(args, _jobs(args, atlases))
@@ -140,7 +63,7 @@ def run(args: Args) -> int:
         records = _participant(args, atlases)
     if "group" in args.analysis_level and not (args.dry_run and "participant" in args.analysis_level):
         records = _group(args, atlases)
-    return int(print_left_out(records))
+    return int(_print_left_out(records))
 
 
 def _participant(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
@@ -152,17 +75,17 @@ def _participant(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     jobs = _jobs(args, atlases)
     todo = [job for job in jobs if not job.is_done()]
     if args.dry_run:
-        print_plan(jobs, todo, args.nprocs)
+        _print_plan(jobs, todo, args.nprocs)
         return []
     write_description(args.output_dir)
     for atlas in atlases:
-        save_atlas(atlas, _work(args))
+        save_atlas(atlas, work_of(args))
     records = []
-    with Progress(len(todo)) as progress:
+    with _Progress(len(todo)) as progress:
         for record in prepare_runs(todo, args.nprocs) if args.submit == "no" else submitted(args, todo):
             records.append(record)
             progress.show(record)
-    outcome = counts(records) or "nothing was left to do"
+    outcome = _counts(records) or "nothing was left to do"
     print(f"{len(jobs)} runs: {len(jobs) - len(todo)} were ready, {outcome}")
     return records
 
@@ -174,26 +97,30 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     from brainflow.storage import BoldStore
 
     records = gather.select_records(
-        _work(args),
-        participants=_labels(args.participant_label, "sub"),
-        tasks=_labels(args.task_id, "task"),
-        sessions=_labels(args.session_id, "ses"),
+        work_of(args),
+        participants=labels(args.participant_label, "sub"),
+        tasks=labels(args.task_id, "task"),
+        sessions=labels(args.session_id, "ses"),
     )
     records = sorted([*records, *_unprepared(args, records)], key=lambda record: record["key"])
     if args.dry_run:
-        print(f"{len(records)} runs: {counts(records)}; nothing was gathered")
+        print(f"{len(records)} runs: {_counts(records)}; nothing was gathered")
         return records
     gather.write_description(args.output_dir)
     gather.write_table(records, args.output_dir / "runs.tsv")
     if not any(record["status"] == "done" for record in records):
-        print_left_out(records)
-    specs = atlases or [saved_atlas(label, _work(args)) for label in gather.check_recipes(records)["atlases"]]
+        _print_left_out(records)
+    specs = atlases or [
+        saved_atlas(label, work_of(args)) for label in gather.check_recipes(records)["atlases"]
+    ]
     dataset = "-".join(sorted({record["dataset"] for record in records} - {""}))
     stores, failures = {}, dict[str, str]()
     for atlas in specs:
         path = gather.store_path(args.output_dir, dataset, atlas.label)
         with progress_bar(f"gather {atlas.label}") as progress:
-            done = gather.gather(records, atlas, path, work=_work(args), dtype=args.dtype, progress=progress)
+            done = gather.gather(
+                records, atlas, path, work=work_of(args), dtype=args.dtype, progress=progress
+            )
         failures |= {key: f"atlas {atlas.label}: {reason}" for key, reason in done.failures.items()}
         print_rounded(done)
         stores[atlas.label] = BoldStore.open(path)
@@ -216,7 +143,7 @@ def _unprepared(args: Args, records: list[dict[str, Any]]) -> list[dict[str, Any
     from brainflow.prepare import find_runs
     from brainflow.prepare.gather import unprepared
 
-    query = _query(args)
+    query = query_of(args)
     recipes = [record["recipe"] for record in records if "recipe" in record]
     if recipes:  # the options that chose the images need not be given again
         names = ("kind", "space", "description")
@@ -229,7 +156,7 @@ def _jobs(args: Args, atlases: list[AtlasSpec]) -> list[Job]:
     from brainflow.prepare.atlas import check_space
     from brainflow.prepare.run import jobs_for
 
-    query, template = _query(args), _template(args)
+    query, template = query_of(args), template_of(args)
     for atlas in atlases:
         check_space(atlas, template)
     runs = find_runs(args.bids_dir, query, derivatives=args.derivatives)
@@ -243,61 +170,83 @@ def _jobs(args: Args, atlases: list[AtlasSpec]) -> list[Job]:
         raise ValueError(
             f"participant_label: no runs of {', '.join(sorted(absent))} were found in {args.bids_dir}"
         )
-    return jobs_for(runs, kind=args.input, settings=_settings(args), atlases=atlases, work=_work(args))
+    return jobs_for(runs, kind=args.input, settings=settings_of(args), atlases=atlases, work=work_of(args))
 
 
-def _query(args: Args) -> Query:
-    from brainflow.prepare import Query, is_hcp
-    from brainflow.prepare.confounds import AROMA_IMAGE
-    from brainflow.prepare.hcp import SPACES
+def _print_plan(jobs: Sequence[Job], todo: Sequence[Job], processes: int) -> None:
+    """Print each run with what would be done, and the memory that this takes."""
+    from brainflow.prepare.pool import worker_bytes
 
-    hcp = is_hcp(args.bids_dir)
-    if args.hcp_image and not hcp:
-        raise ValueError(f"hcp_image: {args.bids_dir} holds no subjects of the HCP's pipelines")
-    return Query(
-        kind=args.input,
-        space=args.space or (SPACES.get(args.input, "") if hcp else ""),
-        resolution=args.res,
-        description=args.hcp_image or (AROMA_IMAGE if args.confounds == "aroma" else "preproc"),
-        participants=_labels(args.participant_label, "sub"),
-        tasks=_labels(args.task_id, "task"),
-        sessions=_labels(args.session_id, "ses"),
-        dataset=args.dataset,
+    waiting = {job.files.key for job in todo}
+    for job in jobs:
+        files = job.files
+        state = "prepare" if files.key in waiting else "ready"
+        lacks = [
+            name for name, there in (("confounds", files.confounds), ("sidecar", files.sidecars)) if not there
+        ]
+        note = f"  (no {', no '.join(lacks)})" if lacks else ""
+        print(f"{state:8} {printable(files.key)}  {printable(files.images[0].name)}{note}")
+    print(
+        f"{len(todo)} of {len(jobs)} runs to prepare, atlas {', '.join(jobs[0].atlas_labels)}; "
+        f"{processes} processes of at most {worker_bytes(jobs) / 1e9:.1f} GB each; nothing was done"
     )
 
 
-def _template(args: Args) -> str:
-    """The template that atlases have to be in; "" if any will do."""
-    return "" if args.allow_space_mismatch else _query(args).wanted_space
+def _counts(records: Sequence[dict[str, Any]]) -> str:
+    """How many runs were prepared, excluded and failed, in words."""
+    totals = {
+        name: sum(record["status"] == status for record in records) for status, name in _OUTCOMES.items()
+    }
+    return ", ".join(f"{total} {name}" for name, total in totals.items() if total)
 
 
-def _settings(args: Args) -> Settings:
-    from brainflow.prepare import CleanSettings, EventSettings, Rules, Settings, is_hcp
-
-    clean = CleanSettings(
-        confounds=args.confounds,
-        detrend=args.detrend,
-        high_pass=args.high_pass or None,
-        low_pass=args.low_pass or None,
-        standardize=args.standardize,
-        smoothing_fwhm=args.smoothing_fwhm or None if args.input == "volume" else None,
-        dummy_scans=args.dummy_scans,
-    )
-    rules = Rules(
-        max_mean_fd=args.max_mean_fd, min_volumes=args.min_volumes, allow_sheared=args.allow_sheared
-    )
-    preset = args.events_preset
-    if preset == "auto":
-        preset = "hcp" if is_hcp(args.bids_dir) else "bids"
-    events = EventSettings(
-        preset=preset, column=args.events_column, shift=args.hrf_shift, merge=args.merge_events
-    )
-    return Settings(clean=clean, rules=rules, events=events)
+def _print_left_out(records: Sequence[dict[str, Any]]) -> bool:
+    """Print a table of the runs that were left out; True if one of them failed."""
+    left_out = [record for record in records if record["status"] != "done"]
+    if left_out:
+        width = max(len(record["key"]) for record in left_out)
+        print(f"\n{'status':8}  {'run':{width}}  reason")
+        for record in sorted(left_out, key=lambda record: (record["status"], record["key"])):
+            print(f"{record['status']:8}  {printable(record['key']):{width}}  {printable(record['reason'])}")
+    return any(record["status"] == "failed" for record in left_out)
 
 
-def _work(args: Args) -> Path:
-    return (args.work_dir or args.output_dir / "work").absolute()
+class _Progress:
+    """A bar with the remaining time in a terminal, plain lines elsewhere; on stderr."""
 
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._began = total, 0, time.monotonic()
+        self._bar: Bar | None = None
+        if sys.stderr.isatty() and total:
+            self._bar = Bar(
+                TextColumn("prepare"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("", total=total)
 
-def _labels(given: tuple[str, ...], prefix: str) -> tuple[str, ...]:
-    return tuple(label.removeprefix(f"{prefix}-") for label in given)
+    def __enter__(self) -> _Progress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Count a run."""
+        self._done += 1
+        if self._bar:
+            self._bar.update(self._task, completed=self._done, description=escape(printable(record["key"])))
+            return
+        reason = f": {printable(record['reason'])}" if record["reason"] else ""
+        left = (time.monotonic() - self._began) / self._done * (self._total - self._done)
+        eta = f"{left / 60:.0f} min left" if left >= 60 else f"{left:.0f} s left"
+        sys.stderr.write(
+            f"{self._done}/{self._total} ({eta}) {record['status']} {printable(record['key'])}{reason}\n"
+        )
+        sys.stderr.flush()

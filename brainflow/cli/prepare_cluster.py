@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from brainflow.cli.prepare import Args
+    from brainflow.cli.prepare_args import Args
     from brainflow.prepare.run import Job
 
 _CHOSEN_ANEW = {
@@ -28,7 +28,7 @@ _CHOSEN_ANEW = {
 
 def write_slurm(args: Args, jobs: Sequence[Job]) -> int:
     """Write the array script and return the exit code."""
-    from brainflow.prepare.slurm import array_script, write_script
+    from brainflow.prepare.cluster import array_script, write_script
 
     assert args.slurm is not None
     participants = sorted({job.files.entities.get("sub", "") for job in jobs})
@@ -91,6 +91,6 @@ def _absolute(value: object) -> str:
 
 
 def _gigabytes(jobs: Sequence[Job]) -> int:
-    from brainflow.prepare.memory import worker_bytes
+    from brainflow.prepare.pool import worker_bytes
 
     return math.ceil(worker_bytes(jobs) / 1e9) + 1

@@ -12,9 +12,17 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from brainflow.prepare.files import Query, RunFiles
+from brainflow.prepare.files import (
+    RUN_ENTITIES,
+    BidsFile,
+    Query,
+    RunFiles,
+    entries_of,
+    is_folder,
+    make_key,
+    parse_name,
+)
 from brainflow.prepare.hcp import find_hcp_runs, is_hcp
-from brainflow.prepare.names import RUN_ENTITIES, BidsFile, entries_of, is_folder, make_key, parse_name
 
 _SKIP = {
     "sourcedata",

@@ -8,7 +8,7 @@ import numpy as np
 
 from brainflow.optional import need
 from brainflow.prepare.confounds import Confounds
-from brainflow.prepare.errors import Unusable
+from brainflow.prepare.records import Unusable
 from brainflow.prepare.settings import CleanSettings
 
 

@@ -1,7 +1,8 @@
-"""Participants as jobs of a cluster through submitit (an extra); the SLURM array script needs nothing."""
+"""One job a participant on a cluster: a SLURM array script, which needs nothing, or submitit (an extra)."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,66 @@ from typing import Literal
 from brainflow.optional import need
 
 Cluster = Literal["slurm", "local"]
-MINUTES = 12 * 60
+_HOURS = 12
+_SCRIPT = """\
+#!/bin/bash
+# Prepare one participant in each array task; then gather:
+#   job=$(sbatch --parsable {name})
+#   sbatch --dependency=afterany:$job --wrap={gather}
+# Running it again repeats only what failed. Change the lines below to what your cluster wants.
+#SBATCH --job-name=brainflow-prepare
+#SBATCH --array=0-{last}
+#SBATCH --cpus-per-task=1
+#SBATCH --mem={gigabytes}G
+#SBATCH --time={hours}:00:00
+#SBATCH --output=%x-%A_%a.log
+
+set -eu
+participants=({participants})
+export OMP_NUM_THREADS=1
+
+exec {command} --participant-label "${{participants[$SLURM_ARRAY_TASK_ID]}}"
+"""
+
+
+def array_script(
+    *,
+    name: str,
+    participants: Sequence[str],
+    participant: Sequence[str],
+    group: Sequence[str],
+    gigabytes: int,
+) -> str:
+    """Text of the script.
+
+    Parameters
+    ----------
+    name : file name of the script, for the comment
+    participants : labels
+    participant, group : command lines of the two levels, without `--participant-label`
+    gigabytes : memory of a task
+
+    Raises
+    ------
+    ValueError : if there are no participants
+    """
+    if not participants:
+        raise ValueError("slurm: no participants were found")
+    return _SCRIPT.format(
+        name=shlex.quote(name),
+        last=len(participants) - 1,
+        participants=" ".join(map(shlex.quote, participants)),
+        command=shlex.join(participant),
+        gather=shlex.quote(shlex.join(group)),
+        gigabytes=gigabytes,
+        hours=_HOURS,
+    )
+
+
+def write_script(path: Path, text: str) -> None:
+    """Write the script and make it executable."""
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
 
 
 def submit(
@@ -33,7 +93,7 @@ def submit(
     submitit = need("submitit", "submitting jobs", "slurm")
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
     executor.update_parameters(
-        name="brainflow-prepare", timeout_min=MINUTES, mem_gb=gigabytes, cpus_per_task=1
+        name="brainflow-prepare", timeout_min=60 * _HOURS, mem_gb=gigabytes, cpus_per_task=1
     )
     environment = {"OMP_NUM_THREADS": "1"}
     with executor.batch():

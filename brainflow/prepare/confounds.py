@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from brainflow.optional import need
-from brainflow.prepare.errors import Unusable
 from brainflow.prepare.hcp import MOVEMENT, read_movement
+from brainflow.prepare.records import Unusable
 from brainflow.prepare.settings import Strategy
 
 _PUBLISHED = {

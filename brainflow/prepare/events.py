@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from brainflow.optional import need
-from brainflow.prepare.errors import Unusable
+from brainflow.prepare.records import Unusable
 from brainflow.storage.columns import shown
 from brainflow.storage.segments import Segment
 

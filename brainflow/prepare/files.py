@@ -1,12 +1,93 @@
-"""What the index finds: a recording with its files, and what to look for."""
+"""Files of a recording: what BIDS names say, the files that belong to one run, and what to look for."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+import os
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from brainflow.prepare.settings import Kind
+from brainflow.storage.text import printable
+
+Kind = Literal["volume", "cifti", "gifti"]
+_LOG = logging.getLogger(__name__)
+RUN_ENTITIES = ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run", "echo", "part")
+"""Entities that tell one recording from another, in the order in which BIDS names have them."""
+_ENTITY = re.compile(r"([A-Za-z]+)-([A-Za-z0-9+.]+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BidsFile:
+    """A file and what its name says."""
+
+    path: Path
+    entities: Mapping[str, str]
+    suffix: str
+    extension: str
+
+    @property
+    def recording(self) -> tuple[str, ...]:
+        """Values of `RUN_ENTITIES`, "" where the name has none: the same for all files of one recording."""
+        return tuple(self.entities.get(name, "") for name in RUN_ENTITIES)
+
+
+def parse_name(path: Path) -> BidsFile | None:
+    """Take a file name apart; None if it is not a BIDS name.
+
+    Examples
+    --------
+    >>> file = parse_name(Path("sub-01_task-rest_desc-preproc_bold.nii.gz"))
+    >>> file.entities, file.suffix, file.extension
+    ({'sub': '01', 'task': 'rest', 'desc': 'preproc'}, 'bold', '.nii.gz')
+    """
+    stem, dot, extension = path.name.partition(".")
+    while dot and not _is_extension(extension):  # a dot inside an entity, as in `sub-01.2`
+        more, dot, extension = extension.partition(".")
+        stem = f"{stem}.{more}"
+    *parts, suffix = stem.split("_")
+    entities: dict[str, str] = {}
+    for part in parts:
+        match = _ENTITY.fullmatch(part)
+        if match is None:
+            return None
+        entities[match[1]] = match[2]
+    if not dot or "-" in suffix:
+        return None
+    return BidsFile(path=path, entities=entities, suffix=suffix, extension=f".{extension}")
+
+
+def entries_of(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """What a folder holds, by name; a folder that cannot be read is warned of, and stops nothing."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        _LOG.warning(
+            "%s: cannot be read (%s); runs in it are not found", printable(str(folder)), error.strerror
+        )
+        return []
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; a link that leads nowhere is not."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        _LOG.warning("%s: is passed over (%s)", printable(entry.path), error.strerror)
+        return False
+
+
+def _is_extension(text: str) -> bool:
+    return "_" not in text and "-" not in text
+
+
+def make_key(dataset: str, entities: Mapping[str, str]) -> str:
+    """Key of a run in a store, `ds-<dataset>_sub-…[_ses-…]_task-…[_run-…]`, as in the released data."""
+    parts = [f"{name}-{entities[name]}" for name in RUN_ENTITIES if entities.get(name)]
+    return "_".join([f"ds-{dataset}", *parts])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,7 @@ from typing import Any
 
 from brainflow.prepare.atlas import AtlasSpec
 from brainflow.prepare.files import RunFiles
-from brainflow.prepare.networks import networks_of
-from brainflow.prepare.parcels import coordinates
+from brainflow.prepare.parcels import coordinates, networks_of
 from brainflow.prepare.records import DONE, FAILED, parts_of, read_records
 from brainflow.storage.files import replace_durably
 from brainflow.storage.ingest.limits import TEXT_BYTES, regular_size

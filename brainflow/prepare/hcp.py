@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from brainflow.prepare.errors import Unusable
-from brainflow.prepare.files import Query, RunFiles
-from brainflow.prepare.names import entries_of, make_key
+from brainflow.prepare.files import Query, RunFiles, entries_of, make_key
+from brainflow.prepare.records import Unusable
 
 RESULTS = ("MNINonLinear", "Results")
 MOVEMENT = "Movement_Regressors.txt"

@@ -1,4 +1,7 @@
-"""Centre of each network in mm: nilearn's for volumes, means over vertices and voxels for surfaces."""
+"""Networks of an atlas, in the order of a store's columns: their names and their centres in mm.
+
+Centres are nilearn's for volumes, and for surfaces the vertex or voxel nearest to the mean.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,24 @@ from typing import Any
 import numpy as np
 
 from brainflow.optional import need
-from brainflow.prepare.atlas import BACKGROUND, AtlasSpec, read_labels
-from brainflow.prepare.named import templateflow_home
+from brainflow.prepare.atlas import BACKGROUND, AtlasSpec, network_names, read_labels, templateflow_home
 from brainflow.prepare.surfaces import labels_of
 
 _FSLR_VERTICES, _FSAVERAGE5_VERTICES = 32_492, 10_242
 _CORTEX = {"CIFTI_STRUCTURE_CORTEX_LEFT": 0, "CIFTI_STRUCTURE_CORTEX_RIGHT": 1, "0": 0, "1": 1}
 _MAPS_AT_ONCE = 16
+
+
+def networks_of(atlas: AtlasSpec) -> list[str]:
+    """Name of each network: labels in ascending order without the background, or maps in their order."""
+    if atlas.kind in ("dlabel", "gifti"):
+        labelled, known = labels_of(atlas)
+        return network_names(atlas, sorted(set(labelled.values()) - {BACKGROUND}), known)
+    image = need("nibabel", "reading an atlas", "bids").load(atlas.paths[0])
+    if atlas.kind == "maps":
+        return network_names(atlas, range(1, image.shape[3] + 1))
+    values = np.unique(read_labels(image))
+    return network_names(atlas, values[values != BACKGROUND].tolist())
 
 
 def coordinates(spec: AtlasSpec) -> np.ndarray | None:

@@ -1,12 +1,13 @@
-"""A pool of worker processes that outlives them: if one is killed, its run fails, the others go on.
+"""Worker processes: a pool that outlives them, and how much memory each needs.
 
-`concurrent.futures` gives up all work when one process dies; clusters kill processes that take too much
-memory.
+If a worker is killed, its run fails and the others go on. `concurrent.futures` gives up all work when one
+process dies, and clusters kill processes that take too much memory.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import multiprocessing
 import os
 import signal
@@ -15,10 +16,11 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from brainflow.optional import need
 from brainflow.prepare.run import Job, failed_record, prepare_run
+from brainflow.prepare.volumes import BLOCK_BYTES
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-
 _NEEDED = ("nibabel", "nilearn", "pandas", "scipy", "threadpoolctl")
 """What every run takes; scikit-learn comes with nilearn."""
 _PRELOADED = [
@@ -30,6 +32,14 @@ _PRELOADED = [
     __name__,
 ]
 """Imported once, by the process that workers are forked from: that takes seconds, and memory is shared."""
+PROGRAM_BYTES = 300 * 2**20
+"""Python with nilearn, scipy, pandas and nibabel."""
+_BLOCKS = 4
+"""Copies of a block of volumes that are alive at once: read, smoothed, made finite, in nilearn's hands."""
+_RESAMPLING = 800
+"""Bytes a voxel while the matrix is made that resamples maps."""
+_MAP_SHARE = 0.1
+"""Share of the voxels that one map covers, stored as 12 bytes each; DiFuMo's maps cover less."""
 
 
 def prepare_runs(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:
@@ -146,3 +156,34 @@ def _check_installed() -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"prepare needs {', '.join(missing)}; pip install 'brainflow-fmri[bids]'")
+
+
+def worker_bytes(jobs: Sequence[Job]) -> int:
+    """Memory that one worker needs for the largest of some runs, in bytes; an upper estimate.
+
+    Volumes are read in blocks. Surfaces are read whole: their size counts twice.
+    """
+    nibabel = need("nibabel", "reading images", "bids")
+    job = max(jobs, key=_file_size)
+    try:
+        shapes = [nibabel.load(path).shape for path in job.files.images]
+    except Exception:  # a damaged image is reported when it is prepared
+        return PROGRAM_BYTES + _BLOCKS * BLOCK_BYTES
+    if job.kind != "volume":
+        size = 4 * max(math.prod(shape) for shape in shapes) if shapes[0] else 0
+        return PROGRAM_BYTES + 4 * size
+    voxels = math.prod(shapes[0][:3])
+    block = min(8 * math.prod(shapes[0]), max(BLOCK_BYTES, 8 * voxels))
+    atlases = 0
+    for atlas in job.atlases:
+        own = nibabel.load(atlas.paths[0]).shape
+        if atlas.kind == "labels":
+            atlases += 32 * max(voxels, math.prod(own[:3]))
+        else:
+            block_of_maps = 16 * 16 * math.prod(own[:3])
+            atlases += _RESAMPLING * voxels + block_of_maps + int(12 * _MAP_SHARE * voxels * own[3])
+    return PROGRAM_BYTES + _BLOCKS * block + atlases
+
+
+def _file_size(job: Job) -> int:
+    return sum(path.stat().st_size for path in job.files.images if path.is_file())

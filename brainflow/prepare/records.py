@@ -1,4 +1,4 @@
-"""What became of each run, on disk.
+"""Outcome of each run, on disk, and the two reasons why there is no time series.
 
 <work>/parts/<atlas>/<key>.part.npz    time series, censor bits and segments of a run under one atlas
 <work>/runs/<key>.json                 status, reason and quality of a run; written last
@@ -11,12 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from brainflow.prepare.names import RUN_ENTITIES
+from brainflow.prepare.files import RUN_ENTITIES
 from brainflow.storage.files import replace_durably
 from brainflow.storage.layout import to_json
 from brainflow.storage.parts import part_path
 
 DONE, EXCLUDED, FAILED = "done", "excluded", "failed"
+
+
+class Excluded(Exception):
+    """A rule that the user chose leaves the run out; not an error. The message is the reason."""
+
+
+class Unusable(ValueError):
+    """The run cannot be prepared: a file is missing, damaged or contradicts another; the message says it."""
 
 
 def parts_of(work: Path, atlas: str) -> Path:

@@ -18,22 +18,23 @@ from brainflow.prepare.atlas import AtlasSpec
 from brainflow.prepare.clean import clean, temporal_snr
 from brainflow.prepare.confounds import Confounds
 from brainflow.prepare.confounds import load as load_confounds
-from brainflow.prepare.errors import Excluded, Unusable
 from brainflow.prepare.events import segments_of
-from brainflow.prepare.files import RunFiles
+from brainflow.prepare.files import Kind, RunFiles
 from brainflow.prepare.records import (
     DONE,
     EXCLUDED,
     FAILED,
+    Excluded,
+    Unusable,
     forget,
     is_complete,
     parts_of,
     read_record,
     write_record,
 )
-from brainflow.prepare.settings import AUTO, Kind, Settings
-from brainflow.prepare.shear import is_sheared, wrongly_resampled
+from brainflow.prepare.settings import AUTO, Settings
 from brainflow.prepare.timing import nifti_repetition_time, repetition_time
+from brainflow.prepare.volumes import is_sheared, wrongly_resampled
 from brainflow.storage.columns import check_segments
 from brainflow.storage.errors import StoreError
 from brainflow.storage.ingest.limits import TEXT_BYTES, regular_size

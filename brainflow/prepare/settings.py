@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from brainflow.prepare.events import EventSettings
 
-Kind = Literal["volume", "cifti", "gifti"]
 Strategy = Literal["published", "motion", "simple", "scrubbing", "compcor", "aroma", "none"]
 AUTO = -1
 

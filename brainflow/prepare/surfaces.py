@@ -7,24 +7,18 @@ the geodesic distances of a mesh (`wb_command -cifti-smoothing` does it beforeha
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.parsers import expat
 
 import numpy as np
 
 from brainflow.optional import need
 from brainflow.prepare.atlas import BACKGROUND, AtlasSpec, network_names
-from brainflow.prepare.errors import Unusable
-from brainflow.prepare.gifti import check_gifti
+from brainflow.prepare.precheck import check_cifti, check_gifti
+from brainflow.prepare.records import Unusable
 from brainflow.storage.ingest.limits import budget, regular_size
-
-_NIFTI2_BYTES = 544
-_CIFTI_CODE = 32
-_MOST_POINTS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,44 +162,12 @@ def _load(path: Path) -> Any:
         if path.name.endswith(".gii"):
             check_gifti(path)
         else:
-            _check_cifti(path, size)
+            check_cifti(path, size)
         return nibabel.load(path)
     except Unusable:
         raise
     except Exception as error:  # expat, zlib and nibabel raise many kinds for a damaged file
         raise Unusable(f"{path.name}: cannot be opened ({' '.join(str(error).split())})") from error
-
-
-def _check_cifti(path: Path, size: int) -> None:
-    """Look at the XML of a CIFTI-2 file: nibabel makes arrays of the lengths that it declares on loading.
-
-    Raises
-    ------
-    Unusable : if these are more than any surface has
-    """
-    with open(path, "rb") as file:
-        head = file.read(_NIFTI2_BYTES)
-        order = "<" if head[:4] == b"\x1c\x02\0\0" else ">"
-        offset = struct.unpack_from(f"{order}q", head.ljust(_NIFTI2_BYTES, b"\0"), 168)[0]
-        extensions = file.read(max(0, min(offset if offset > 0 else size, size) - len(head)))
-    declared = 0
-
-    def start(tag: str, attributes: dict[str, str]) -> None:
-        nonlocal declared
-        declared += int(attributes.get("IndexCount", 0))
-        if declared > _MOST_POINTS:
-            raise Unusable(f"{path.name}: declares {declared} points, expected at most {_MOST_POINTS}")
-
-    begin = 0
-    while begin + 8 <= len(extensions):
-        length, code = struct.unpack_from(f"{order}ii", extensions, begin)
-        if code == _CIFTI_CODE:
-            parser = expat.ParserCreate()
-            parser.StartElementHandler = start
-            parser.Parse(extensions[begin + 8 : begin + length].rstrip(b"\0 "), True)
-        if length < 8:
-            return
-        begin += length
 
 
 def _axes(image: Any, path: Path) -> list[Any]:

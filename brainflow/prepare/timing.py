@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brainflow.prepare.errors import Unusable
+from brainflow.prepare.records import Unusable
 from brainflow.storage.columns import shown
 
 _SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}

@@ -9,10 +9,12 @@ float32, which was off by 3e-4 to 7e-4 of a standard deviation.
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,9 @@ import numpy as np
 
 from brainflow.optional import need
 from brainflow.prepare.atlas import BACKGROUND, AtlasSpec, network_names, read_labels
-from brainflow.prepare.errors import Unusable
-from brainflow.prepare.resample import trilinear
+from brainflow.prepare.records import Unusable
 from brainflow.storage.ingest.foreign import MAX_TIME
-from brainflow.storage.ingest.limits import budget, regular_size
+from brainflow.storage.ingest.limits import TEXT_BYTES, budget, regular_size
 
 BLOCK_BYTES = 16 * 2**20
 """Bytes of float64 that are read, smoothed and averaged at once; 256 MB, which no cache holds, took 2.5 to
@@ -31,6 +32,7 @@ BLOCK_BYTES = 16 * 2**20
 _GRIDS_KEPT = 4
 _MAPS_AT_ONCE = 16
 _RANK_CUTOFF = 1e-12
+_SHEARED_BY = "20.2.0"  # version of fMRIPrep that resampled sheared images wrongly
 
 Projection = Callable[[np.ndarray], np.ndarray]
 """An atlas on a voxel grid: [voxels, time] → [time, networks]; voxels in the order of NIfTI (Fortran)."""
@@ -170,3 +172,105 @@ def _fit_maps(atlas: AtlasSpec, shape: tuple[int, ...], affine: np.ndarray) -> P
 
 def _is_on(image: Any, shape: tuple[int, ...], affine: np.ndarray) -> bool:
     return image.shape[:3] == tuple(shape) and np.allclose(image.affine, affine)
+
+
+def trilinear(
+    source_shape: tuple[int, ...],
+    source_affine: np.ndarray,
+    target_shape: tuple[int, ...],
+    target_affine: np.ndarray,
+) -> Any:
+    """Weights of source voxels in target voxels, csr [source voxels, target voxels], voxels in Fortran order.
+
+    nilearn resamples map by map and voxel by voxel, which takes minutes for a thousand maps; maps are mostly
+    zeros, and a product of sparse matrices skips them. The values are those of its
+    `resample_img(interpolation="linear")`: what lies outside the source grid is 0.
+
+    Parameters
+    ----------
+    source_shape, target_shape : voxels along x, y, z
+    source_affine, target_affine : [4, 4], voxel indices to mm
+    """
+    sparse = need("scipy.sparse", "resampling an atlas", "bids")
+    to_source = np.linalg.inv(source_affine) @ target_affine
+    targets = np.prod(target_shape)
+    index = np.stack(np.unravel_index(np.arange(targets), target_shape, order="F"))
+    points = to_source[:3, :3] @ index + to_source[:3, 3:]  # [3, targets], in source voxels
+    last = np.array(source_shape)[:, None] - 1
+    inside = ((points >= 0) & (points <= last)).all(axis=0)
+    points, columns = points[:, inside], np.flatnonzero(inside)
+    corner = np.minimum(np.floor(points).astype(np.int64), np.maximum(last - 1, 0))
+    beyond = points - corner
+    rows, weights = [], []
+    for step in product((0, 1), repeat=3):
+        step_column = np.array(step)[:, None]
+        weights.append(np.where(step_column, beyond, 1 - beyond).prod(axis=0))
+        neighbour = np.minimum(corner + step_column, last)  # a flat axis has no second voxel; its weight is 0
+        rows.append(np.ravel_multi_index(tuple(neighbour), source_shape, order="F"))
+    used = np.concatenate(weights) > 0
+    matrix = sparse.coo_array(
+        (np.concatenate(weights)[used], (np.concatenate(rows)[used], np.tile(columns, 8)[used])),
+        shape=(np.prod(source_shape), targets),
+    )
+    return matrix.tocsr()
+
+
+def is_sheared(affine: np.ndarray) -> bool:
+    """Whether the axes of an affine are not at right angles, beyond what float32 headers round."""
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    off_diagonal = axes.T @ axes - np.eye(3)
+    return bool(np.abs(off_diagonal).max() > 1e-4)
+
+
+def wrongly_resampled(image: Path, source: Path | None) -> bool:
+    """Whether fMRIPrep 20.2.0 made an image from a sheared one of the scanner's.
+
+    Parameters
+    ----------
+    image : of the derivatives
+    source : of the raw dataset; None if it is not there, which gives False
+
+    Raises
+    ------
+    Unusable : if the source cannot be opened
+    """
+    if source is None or _fmriprep_version(image) != _SHEARED_BY:
+        return False
+    nibabel = need("nibabel", "reading images", "bids")
+    try:
+        regular_size(source)
+        return is_sheared(nibabel.load(source).affine)
+    except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
+        raise Unusable(
+            f"{source.name}: cannot be opened to see whether it is sheared, which fMRIPrep 20.2.0 got wrong "
+            f"({' '.join(str(error).split())}); fetch it, or take the run with --allow-sheared"
+        ) from error
+
+
+def _fmriprep_version(image: Path) -> str:
+    """Version in the `dataset_description.json` above an image, or in the name of the folder."""
+    for folder in image.absolute().parents:
+        if folder.name.lower() == f"fmriprep-{_SHEARED_BY}":
+            return _SHEARED_BY
+        description = folder / "dataset_description.json"
+        if description.is_file():
+            return _version_of(description)
+    return ""
+
+
+def _version_of(description: Path) -> str:
+    try:
+        regular_size(description, TEXT_BYTES)
+        content = json.loads(description.read_text(encoding="utf-8"))
+        makers = [*content.get("GeneratedBy", []), content.get("PipelineDescription", {})]
+        return next(
+            (str(m.get("Version", "")) for m in makers if m.get("Name", "").lower() == "fmriprep"), ""
+        )
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ):  # other people's file: no version is no reason
+        return ""

@@ -630,8 +630,8 @@ from pathlib import Path
 import numpy as np
 from brainflow.storage import StoreError
 from brainflow.storage.ingest.loading import load_array
-from brainflow.prepare.errors import Unusable
-from brainflow.prepare.gifti import check_gifti
+from brainflow.prepare.records import Unusable
+from brainflow.prepare.precheck import check_gifti
 
 folder = Path(sys.argv[1])
 shape = (60_000, 4_000)

@@ -10,10 +10,9 @@ from nilearn import datasets, plotting
 from nilearn.image import resample_img
 from sklearn.utils import Bunch
 
-from brainflow.prepare import find_atlas, named
-from brainflow.prepare.networks import networks_of
-from brainflow.prepare.parcels import coordinates
-from brainflow.prepare.resample import trilinear
+from brainflow.prepare import atlas, find_atlas
+from brainflow.prepare.parcels import coordinates, networks_of
+from brainflow.prepare.volumes import trilinear
 
 FMRIPREP = "MNI152NLin2009cAsym"
 
@@ -30,9 +29,9 @@ def templateflow(tmp_path, monkeypatch):
     table = "index\tname\tcolor\n1\t7Networks_LH_Vis_1\t#781283\n2\t7Networks_LH_Vis_2\t#781284\n"
     (folder / f"{stem.replace('_res-02', '')}.tsv").write_text(table)
     monkeypatch.setenv("TEMPLATEFLOW_HOME", str(home))
-    find = named.importlib.util.find_spec
+    find = atlas.importlib.util.find_spec
     monkeypatch.setattr(
-        named.importlib.util, "find_spec", lambda name: None if name == "templateflow" else find(name)
+        atlas.importlib.util, "find_spec", lambda name: None if name == "templateflow" else find(name)
     )
     return folder
 
@@ -68,7 +67,7 @@ def test_templateflows_client_downloads(templateflow, monkeypatch):
     api.get = get
     monkeypatch.setitem(sys.modules, "templateflow", ModuleType("templateflow"))
     monkeypatch.setitem(sys.modules, "templateflow.api", api)
-    monkeypatch.setattr(named.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(atlas.importlib.util, "find_spec", lambda name: object())
     assert find_atlas("difumo-64", FMRIPREP).kind == "maps"
     wanted = {"atlas": "DiFuMo", "desc": "64dimensions", "suffix": "probseg", "extension": ".nii.gz"}
     assert asked[0] == (FMRIPREP, {**wanted, "resolution": 2})

@@ -7,8 +7,8 @@ from nilearn.maskers import NiftiLabelsMasker
 
 import brainflow.cli.prepare as cli
 from brainflow.prepare import Query, find_runs, is_hcp
-from brainflow.prepare.errors import Unusable
 from brainflow.prepare.hcp import read_movement
+from brainflow.prepare.records import Unusable
 from brainflow.storage import BoldStore
 
 T_R = 0.72

@@ -13,7 +13,7 @@ import pytest
 
 from brainflow.cli import export, prepare
 from brainflow.prepare import Query, find_runs
-from brainflow.prepare.errors import Unusable
+from brainflow.prepare.records import Unusable
 from brainflow.prepare.surfaces import read_cifti, read_gifti
 from brainflow.storage import BoldStore, StoreWriter
 from brainflow.storage.parts import part_path, read_part, write_part

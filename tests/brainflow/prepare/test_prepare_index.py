@@ -6,7 +6,7 @@ import pytest
 
 from brainflow.prepare import Query, find_runs
 from brainflow.prepare.bids import dataset_name
-from brainflow.prepare.names import parse_name
+from brainflow.prepare.files import parse_name
 
 NAME = "{}_task-rest_run-{}_space-{}_desc-preproc_bold{}"
 SPACE = "MNI152NLin2009cAsym"

@@ -4,7 +4,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from brainflow.prepare.nifti import bold_from_nifti
+from brainflow.prepare.masker import bold_from_nifti
 
 
 def test_voxels_of_a_mask_in_its_order(tmp_path):

@@ -13,8 +13,7 @@ from nilearn.maskers import SurfaceLabelsMasker
 from nilearn.surface import InMemoryMesh, PolyMesh, SurfaceImage
 
 from brainflow.prepare import CleanSettings, Query, Settings, find_atlas, find_runs
-from brainflow.prepare.networks import networks_of
-from brainflow.prepare.parcels import coordinates
+from brainflow.prepare.parcels import coordinates, networks_of
 from brainflow.prepare.records import parts_of
 from brainflow.prepare.run import jobs_for, prepare_run
 from brainflow.prepare.timing import repetition_time

@@ -21,7 +21,7 @@ from brainflow.prepare import (
     volumes,
 )
 from brainflow.prepare.confounds import AROMA_IMAGE
-from brainflow.prepare.networks import networks_of
+from brainflow.prepare.parcels import networks_of
 from brainflow.prepare.records import parts_of
 from brainflow.prepare.run import jobs_for, prepare_run
 from brainflow.storage.parts import part_path, read_part

@@ -1,14 +1,15 @@
-"""A look at a GIFTI file before nibabel reads it: nothing outside of it, nothing larger than it can hold."""
+"""Checks of GIFTI and CIFTI files before nibabel reads them: it trusts what they name and declare."""
 
 from __future__ import annotations
 
 import base64
 import math
+import struct
 import zlib
 from pathlib import Path
 from xml.parsers import expat
 
-from brainflow.prepare.errors import Unusable
+from brainflow.prepare.records import Unusable
 from brainflow.storage.columns import shown
 from brainflow.storage.ingest.foreign import MAX_NETWORKS, MAX_TIME
 from brainflow.storage.ingest.limits import budget, regular_size
@@ -17,6 +18,9 @@ _ENCODINGS = ("ASCII", "Base64Binary", "GZipBase64Binary")  # nibabel takes more
 _MOST_ELEMENTS = 8 * MAX_TIME
 _WORD = 8  # no type that nibabel reads is wider
 _PIECE = 2**20
+_NIFTI2_BYTES = 544
+_CIFTI_CODE = 32
+_MOST_POINTS = 2**20
 
 
 def check_gifti(path: Path) -> None:
@@ -100,3 +104,35 @@ class _Scan:
         """Leave an element."""
         if tag == "Data":
             self._unpack = None
+
+
+def check_cifti(path: Path, size: int) -> None:
+    """Look at the XML of a CIFTI-2 file: nibabel makes arrays of the lengths that it declares on loading.
+
+    Raises
+    ------
+    Unusable : if these are more than any surface has
+    """
+    with open(path, "rb") as file:
+        head = file.read(_NIFTI2_BYTES)
+        order = "<" if head[:4] == b"\x1c\x02\0\0" else ">"
+        offset = struct.unpack_from(f"{order}q", head.ljust(_NIFTI2_BYTES, b"\0"), 168)[0]
+        extensions = file.read(max(0, min(offset if offset > 0 else size, size) - len(head)))
+    declared = 0
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        nonlocal declared
+        declared += int(attributes.get("IndexCount", 0))
+        if declared > _MOST_POINTS:
+            raise Unusable(f"{path.name}: declares {declared} points, expected at most {_MOST_POINTS}")
+
+    begin = 0
+    while begin + 8 <= len(extensions):
+        length, code = struct.unpack_from(f"{order}ii", extensions, begin)
+        if code == _CIFTI_CODE:
+            parser = expat.ParserCreate()
+            parser.StartElementHandler = start
+            parser.Parse(extensions[begin + 8 : begin + length].rstrip(b"\0 "), True)
+        if length < 8:
+            return
+        begin += length

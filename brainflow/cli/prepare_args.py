@@ -1,0 +1,165 @@
+"""Arguments of `brainflow prepare`, and what they mean for the modules that prepare runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from brainflow.prepare import Query, Settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Arguments of `brainflow prepare`."""
+
+    bids_dir: Annotated[Path, tyro.conf.Positional]
+    """BIDS dataset with `derivatives/`, fMRIPrep's output, or subjects of the HCP's pipelines."""
+    output_dir: Annotated[Path, tyro.conf.Positional]
+    """Where stores, tables and the report go."""
+    analysis_level: Annotated[
+        tuple[Literal["participant", "group"], ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="{participant,group} [{participant,group}]"),
+    ]
+    """`participant` prepares runs, `group` gathers them; both words do both."""
+    participant_label: tuple[str, ...] = ()
+    """Participants, with or without `sub-`; all if not given."""
+    session_id: tuple[str, ...] = ()
+    """Sessions, with or without `ses-`."""
+    task_id: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-t"])] = ()
+    """Tasks, with or without `task-`."""
+    derivatives: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["-d"])] = ()
+    """Further directories with derivatives or event files."""
+    dataset: str = ""
+    """Name of the dataset in the keys of runs; by default the name of its folder."""
+    input: Literal["volume", "cifti", "gifti"] = "volume"
+    """Images to take: volumes, CIFTI .dtseries.nii, or pairs of GIFTI .func.gii."""
+    space: str = ""
+    """Their space; by default MNI152NLin2009cAsym, fsLR or fsaverage5."""
+    res: str = ""
+    """Their resolution (`res-` or `den-`), where there are several."""
+    atlas: tuple[str, ...] = ()
+    """Parcellations: difumo-N, schaefer-N, a path, or LABEL=PATH; several are done in one pass."""
+    allow_space_mismatch: bool = False
+    """Take an atlas in another template than the images, as the published models did: nilearn has DiFuMo and
+    Schaefer in MNI152NLin6Asym, TemplateFlow also in fMRIPrep's MNI152NLin2009cAsym."""
+    surfaces: tuple[Path, ...] = ()
+    """Meshes LEFT RIGHT (.surf.gii) for the coordinates of an atlas on a surface; by default fsLR 32k from
+    TemplateFlow's folder, or nilearn's fsaverage5."""
+    hcp_image: str = ""
+    """HCP: what follows a run's name, such as hp2000_clean or Atlas_MSMAll; by default nothing, or Atlas."""
+    confounds: Literal["published", "motion", "simple", "scrubbing", "compcor", "aroma", "none"] = "published"
+    """What is regressed out: 6 motion + white matter + CSF + global signal, 6 motion (all that the HCP has),
+    or a strategy of nilearn's."""
+    smoothing_fwhm: float = 3.0
+    """Smoothing of volumes in mm; 0 for none."""
+    detrend: bool = True
+    """Remove linear trends."""
+    high_pass: float = 0.008
+    """High-pass filter in Hz; 0 for none. Cosine terms among the confounds take its place."""
+    low_pass: float = 0.0
+    """Low-pass filter in Hz; 0 for none."""
+    standardize: bool = True
+    """Z-score each parcel and run."""
+    dummy_scans: int = 0
+    """Volumes to drop at the start of each run; -1 drops those that fMRIPrep marked as non-steady."""
+    max_mean_fd: float | None = None
+    """Leave out runs whose mean framewise displacement (mm) is larger."""
+    min_volumes: int = 50
+    """Leave out shorter runs."""
+    allow_sheared: bool = False
+    """Keep runs with a sheared affine (a fault of fMRIPrep 20.2.0)."""
+    events_preset: Literal["auto", "bids", "hcp", "mdtb"] = "auto"
+    """Which events become labelled segments: all, the HCP's 20 states, or blocks of the MDTB's 26 tasks; auto
+    is hcp for the HCP's folders, else bids."""
+    events_column: str = ""
+    """Column of events.tsv with the label; by default trial_type (MDTB: taskName)."""
+    hrf_shift: float | None = None
+    """Seconds added to onsets for the haemodynamic lag; by default 3, HCP 2.88 (4 TRs), MDTB 3 (3 TRs)."""
+    merge_events: bool = False
+    """Merge successive events with one label into a block."""
+    dtype: Literal["float16", "float32", "int16", "int8"] = "float16"
+    """Element type of the stores."""
+    nprocs: Annotated[int, tyro.conf.arg(aliases=["--n-procs", "--nthreads"])] = 1
+    """Worker processes, one thread each."""
+    work_dir: Annotated[Path | None, tyro.conf.arg(aliases=["-w"])] = None
+    """Where parts lie until they are gathered; both levels need it. By default OUTPUT_DIR/work."""
+    report: bool = True
+    """Write the quality report at the group level."""
+    dry_run: bool = False
+    """Print what would be done, and stop."""
+    slurm: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write a SLURM array script with one job a participant, and stop."""
+    submit: Literal["no", "slurm", "local"] = "no"
+    """Submit one job a participant through submitit, and wait for them; `local` starts them here."""
+
+
+def query_of(args: Args) -> Query:
+    """Which runs to look for.
+
+    Raises
+    ------
+    ValueError
+        If an image of the HCP is asked for in a folder that is not the HCP's.
+    """
+    from brainflow.prepare import Query, is_hcp
+    from brainflow.prepare.confounds import AROMA_IMAGE
+    from brainflow.prepare.hcp import SPACES
+
+    hcp = is_hcp(args.bids_dir)
+    if args.hcp_image and not hcp:
+        raise ValueError(f"hcp_image: {args.bids_dir} holds no subjects of the HCP's pipelines")
+    return Query(
+        kind=args.input,
+        space=args.space or (SPACES.get(args.input, "") if hcp else ""),
+        resolution=args.res,
+        description=args.hcp_image or (AROMA_IMAGE if args.confounds == "aroma" else "preproc"),
+        participants=labels(args.participant_label, "sub"),
+        tasks=labels(args.task_id, "task"),
+        sessions=labels(args.session_id, "ses"),
+        dataset=args.dataset,
+    )
+
+
+def template_of(args: Args) -> str:
+    """The template that atlases have to be in; "" if any will do."""
+    return "" if args.allow_space_mismatch else query_of(args).wanted_space
+
+
+def settings_of(args: Args) -> Settings:
+    """How runs are cleaned, left out and labelled."""
+    from brainflow.prepare import CleanSettings, EventSettings, Rules, Settings, is_hcp
+
+    clean = CleanSettings(
+        confounds=args.confounds,
+        detrend=args.detrend,
+        high_pass=args.high_pass or None,
+        low_pass=args.low_pass or None,
+        standardize=args.standardize,
+        smoothing_fwhm=args.smoothing_fwhm or None if args.input == "volume" else None,
+        dummy_scans=args.dummy_scans,
+    )
+    rules = Rules(
+        max_mean_fd=args.max_mean_fd, min_volumes=args.min_volumes, allow_sheared=args.allow_sheared
+    )
+    preset = args.events_preset
+    if preset == "auto":
+        preset = "hcp" if is_hcp(args.bids_dir) else "bids"
+    events = EventSettings(
+        preset=preset, column=args.events_column, shift=args.hrf_shift, merge=args.merge_events
+    )
+    return Settings(clean=clean, rules=rules, events=events)
+
+
+def work_of(args: Args) -> Path:
+    """Where parts and records lie; absolute, since jobs of a cluster start elsewhere."""
+    return (args.work_dir or args.output_dir / "work").absolute()
+
+
+def labels(given: tuple[str, ...], prefix: str) -> tuple[str, ...]:
+    """Labels with or without their prefix, such as `sub-`, as labels without it."""
+    return tuple(label.removeprefix(f"{prefix}-") for label in given)
