@@ -23,7 +23,7 @@ from brainflow.data.sampler import WindowSampler
 from brainflow.prepare.masker import bold_from_nifti
 from brainflow.storage import BoldStore, StoreWriter
 from brainflow.storage.layout import CHUNK_ROWS, ZSTD_LEVEL
-from brainflow.storage.segments import RunTable, encode_strings
+from brainflow.storage.tables import RunTable, encode_strings
 
 from . import baselines, timing
 from .timing import Row, speed_rows

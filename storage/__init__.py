@@ -5,9 +5,9 @@ if __name__ == "storage":
 
 from .errors import StoreError, StoreWarning
 from .parts import gather, write_part
-from .remote import publish
-from .segments import RunTable, Segment, SegmentTable
+from .publish import publish
 from .store import BoldStore
+from .tables import RunTable, Segment, SegmentTable
 from .verify import VerifyReport, verify
 from .writer import StoreWriter
 

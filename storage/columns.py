@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from .errors import StoreError
-from .segments import MISSING_INTEGER, NO_CENSOR, RUN_STRINGS, Label, Segment, decode_strings, encode_strings
+from .tables import MISSING_INTEGER, NO_CENSOR, RUN_STRINGS, Label, Segment, decode_strings, encode_strings
 
 MAX_TEXT_BYTES = 255
 MAX_NAME_BYTES = 255  # a label's column is a directory

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .errors import StoreError
-from .index import directory_of
 from .local import LocalFiles
-from .manifest import MANIFEST, MANIFEST_LIMIT, Manifest, manifest_copy, parse_manifest
+from .manifest import MANIFEST, MANIFEST_LIMIT, Manifest, directory_of, manifest_copy, parse_manifest
 
 if TYPE_CHECKING:
     from .remote import RemoteFiles

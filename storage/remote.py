@@ -1,4 +1,4 @@
-"""Stores on s3://, gs://, https:// (and memory://, for tests): reading objects with retries, and publishing.
+"""Stores on s3://, gs://, https:// (and memory://, for tests): objects with retries, chunks with checks.
 
 obstore does the transfers: one wheel without dependencies that speaks to all of these, from plain threads.
 (fsspec needs one more package a scheme, and s3fs pins botocore.) Credentials and end points come from the
@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +23,8 @@ import numpy as np
 from zarr.storage import ObjectStore
 
 from .cache import ChunkCache
-from .errors import StoreError, StoreUnavailable
-from .layout import Grid, group_metadata
-from .manifest import INDEX_GROUP, MANIFEST, manifest_copy
-from .remote_chunks import RemoteChunks
+from .errors import DamagedChunk, StoreError, StoreUnavailable
+from .layout import Grid, crc32c
 
 SCHEMES = ("s3", "gs", "https", "http", "memory")
 ATTEMPTS = 7
@@ -36,6 +34,11 @@ REQUESTS = 32  # at the same time, a store
 
 T = TypeVar("T")
 _in_memory: dict[str, Any] = {}
+_LARGEST_REQUEST = 2**22  # bytes: neighbouring chunks are read together up to this
+_CHECKED_READS = 3  # of a chunk with a wrong checksum, before it counts as damaged
+_READ_AHEAD = 16  # chunks
+
+Pending = dict[int, "Future[dict[int, np.ndarray]]"]
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -162,82 +165,6 @@ class RemoteFiles:
         raise AssertionError("not reached")
 
 
-def publish(
-    local: str | os.PathLike[str], url: str, progress: Callable[[int, int], None] | None = None
-) -> int:
-    """Upload a store, or what has been appended to it since it was last published there.
-
-    The root's `zarr.json` goes last: readers see the old generation until then, the new one from then on. One
-    process may publish to a URL at a time. Repeat it if it was interrupted.
-
-    Parameters
-    ----------
-    local : directory of the store
-    url : s3://bucket/name, gs://bucket/name, …
-    progress : called with (bytes sent, bytes in all)
-
-    Returns
-    -------
-    int : bytes sent
-
-    Raises
-    ------
-    StoreError : if another store, or a newer generation, is at `url`
-    """
-    from .store import BoldStore
-
-    store, files = BoldStore.open(local, fallback=False), RemoteFiles(url)
-    published = {"bold": 0, "statistics": 0}  # chunks
-    if files.exists(MANIFEST):
-        there = BoldStore.open(url, fallback=False)
-        if there.snapshot == store.snapshot:
-            return 0
-        for name in published:
-            old, new = there.checksums[name], store.checksums[name]
-            if there.generation >= store.generation or not np.array_equal(old, new[: len(old)]):
-                raise StoreError(
-                    f"{url}: holds another store or a newer generation; publish to another URL, or remove "
-                    "it first"
-                )
-            published[name] = len(old)
-    data: dict[str, bytes | Path] = {}
-    runs, manifest = store.runs, store.manifest
-    arrays = (
-        (store.layout.bold_grid, runs.start, runs.length, manifest.rows),
-        (store.layout.statistics_grid, runs.slot, np.ones(len(runs), np.int64), manifest.slots),
-    )
-    for grid, starts, lengths, _ in arrays:
-        for shard in grid.chunks_in_shards(starts, lengths)[0].tolist():
-            if shard * grid.chunks_per_shard >= published[grid.name]:
-                data[grid.shard_path(shard)] = Path(store.path) / grid.shard_path(shard)
-    for relative in manifest.files:
-        data[relative] = store.check_file(relative).tobytes()
-    if manifest.copied:
-        data[manifest_copy(manifest.generation)] = store.manifest_bytes
-    data[INDEX_GROUP] = group_metadata({})
-    last = {f"{grid.name}/zarr.json": store.layout.array_metadata(grid, rows) for grid, _, _, rows in arrays}
-    last[MANIFEST] = store.manifest_bytes  # the commit
-    sizes = {
-        name: value.stat().st_size if isinstance(value, Path) else len(value)
-        for name, value in {**data, **last}.items()
-    }
-    total, done = sum(sizes.values()), 0
-    jobs = {files.pool.submit(files.write, name, value): name for name, value in data.items()}
-    try:
-        for job in as_completed(jobs):
-            job.result()
-            done += sizes[jobs[job]]
-            if progress is not None:
-                progress(done, total)
-    finally:
-        files.pool.shutdown(cancel_futures=True)
-    for name, value in last.items():
-        files.write(name, value)
-    if progress is not None:
-        progress(total, total)
-    return total
-
-
 def _connect(url: str) -> Any:
     """The object store of a URL."""
     parts = urlsplit(url)
@@ -292,3 +219,154 @@ def _body(answer: Any, limit: int) -> np.ndarray:
 def _brief(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else text[:200] + " …"
+
+
+class RemoteChunks:
+    """Gives the stored bytes of the chunks of an array.
+
+    Parameters
+    ----------
+    files : where the shards are
+    grid : layout of the array
+    present : {shard: number of its chunks}
+    sums : uint32 [chunks], their CRC-32C
+
+    Attributes
+    ----------
+    waits : int, calls of `fetch` that had to wait for chunks
+    """
+
+    def __init__(self, files: RemoteFiles, grid: Grid, present: dict[int, int], sums: np.ndarray) -> None:
+        self.grid = grid
+        self._files = files
+        self._present = present
+        self._sums = sums
+        self._ahead: tuple[Pending, Pending] = ({}, {})  # of the last two calls of `advise`
+        self._ahead_of_stored: Pending = {}
+        self._indexes: dict[int, np.ndarray] = {}
+        self.waits = 0
+
+    def fetch(self, chunks: list[int]) -> dict[int, np.ndarray]:
+        """Stored bytes of some chunks, uint8 [bytes] each.
+
+        Parameters
+        ----------
+        chunks : ascending numbers of chunks that exist
+
+        Raises
+        ------
+        DamagedChunk : if one has a wrong checksum however often it is read
+        StoreError : if the server does not answer
+        """
+        pending = self._submit(chunks, {**self._ahead[0], **self._ahead[1]})
+        self.waits += not all(job.done() for job in pending.values())
+        return {chunk: pending[chunk].result()[chunk] for chunk in chunks}
+
+    def damaged(self, chunks: list[int]) -> set[int]:
+        """Which of some chunks are damaged."""
+        bad: set[int] = set()
+        try:
+            self.fetch(chunks)
+            return bad
+        except DamagedChunk:
+            pass
+        for chunk in chunks:
+            try:
+                self.fetch([chunk])
+            except DamagedChunk:
+                bad.add(chunk)
+        return bad
+
+    def advise(self, chunks: list[int]) -> None:
+        """Begin to fetch chunks that will be needed soon; they are kept until the second next call."""
+        self._ahead = self._ahead[1], self._submit(chunks, {**self._ahead[0], **self._ahead[1]})
+
+    def stored(self, chunk: int) -> np.ndarray:
+        """Bytes of a chunk as the server has them, past the cache; reads ahead."""
+        if chunk not in self._ahead_of_stored:
+            shard = chunk // self.grid.chunks_per_shard
+            end = shard * self.grid.chunks_per_shard + self._present[shard]
+            jobs: Pending = {}
+            for one in range(chunk, min(chunk + _READ_AHEAD, end)):
+                jobs[one] = self._files.pool.submit(self._read, [one])
+            self._ahead_of_stored = jobs
+        try:
+            return self._ahead_of_stored[chunk].result()[chunk]
+        except DamagedChunk as error:
+            raise StoreError(str(error)) from error
+
+    def _submit(self, chunks: list[int], known: Pending) -> Pending:
+        """Requests for some chunks, new ones for those without a known request that has not failed."""
+        pending: Pending = {}
+        missing = []
+        for chunk in chunks:
+            job = known.get(chunk)
+            if job is None or (job.done() and job.exception() is not None):
+                missing.append(chunk)
+            else:
+                pending[chunk] = job
+        for group in self._groups(missing):
+            pending |= dict.fromkeys(group, self._files.pool.submit(self._cached, group))
+        return pending
+
+    def _groups(self, chunks: list[int]) -> Iterable[list[int]]:
+        """Neighbouring chunks of one shard together."""
+        most = max(1, _LARGEST_REQUEST // self.grid.chunk_bytes)
+        group: list[int] = []
+        for chunk in chunks:
+            if group and (
+                chunk != group[-1] + 1 or chunk % self.grid.chunks_per_shard == 0 or len(group) == most
+            ):
+                yield group
+                group = []
+            group.append(chunk)
+        if group:
+            yield group
+
+    def _cached(self, group: list[int]) -> dict[int, np.ndarray]:
+        """Bytes of neighbouring chunks, from the cache of this machine as far as it has them."""
+        cache = self._files.cache
+        if cache is None:
+            return self._read(group)
+        name = self.grid.name
+        held = {chunk: cache.get(name, chunk, int(self._sums[chunk])) for chunk in group}
+        found = {chunk: data for chunk, data in held.items() if data is not None}
+        for missing in self._groups([chunk for chunk in group if chunk not in found]):
+            read = self._read(missing)
+            for chunk, data in read.items():
+                cache.put(name, chunk, int(self._sums[chunk]), data)
+            found |= read
+        return found
+
+    def _read(self, group: list[int]) -> dict[int, np.ndarray]:
+        """Bytes of neighbouring chunks, in one request; repeated if a checksum is wrong."""
+        shard = group[0] // self.grid.chunks_per_shard
+        places = [self._place(chunk) for chunk in group]
+        begin = places[0][0]
+        size = places[-1][0] + places[-1][1] - begin
+        bad: list[int] = []
+        for _ in range(_CHECKED_READS):
+            data = self._files.read_range(self.grid.shard_path(shard), begin, size)
+            pieces = {
+                chunk: data[offset - begin :][:length]
+                for chunk, (offset, length) in zip(group, places, strict=True)
+            }
+            bad = [chunk for chunk, piece in pieces.items() if crc32c(piece) != self._sums[chunk]]
+            if not bad:
+                return pieces
+        raise DamagedChunk(bad[0])
+
+    def _place(self, chunk: int) -> tuple[int, int]:
+        """Offset and bytes of a chunk in its shard."""
+        shard, position = divmod(chunk, self.grid.chunks_per_shard)
+        if self.grid.compression is None:
+            return position * self.grid.chunk_bytes, self.grid.chunk_bytes
+        if shard not in self._indexes:
+            path = self.grid.shard_path(shard)
+            tail = self._files.read_tail(path, self.grid.index_bytes).tobytes()
+            try:
+                self._indexes[shard] = self.grid.read_index(tail, self._present[shard])
+            except ValueError as error:
+                raise StoreError(f"{self._files.where}/{path}: {error}; publish the store again") from error
+        offset, size = self._indexes[shard][position].tolist()
+        return int(offset), int(size)

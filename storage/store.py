@@ -12,19 +12,23 @@ from urllib.parse import unquote
 import numpy as np
 import zarr
 
-from .buffers import aligned_empty
-from .decoding import DecodedRows, chunks_of
+from .chunks import DecodedRows, chunks_of
 from .errors import DamagedChunk, StoreError, StoreUnavailable, StoreWarning
 from .fallback import older_manifests, remedy
-from .hints import ReadHints
-from .index import directory_of, read_columns
 from .layout import Grid, crc32c
 from .local import LocalFiles
-from .manifest import MANIFEST, MANIFEST_LIMIT, Manifest, manifest_copy, parse_manifest
-from .mapping import MappedShards
-from .remote import RemoteFiles, is_remote
-from .remote_chunks import RemoteChunks
-from .segments import RunTable, SegmentTable
+from .manifest import (
+    MANIFEST,
+    MANIFEST_LIMIT,
+    Manifest,
+    directory_of,
+    manifest_copy,
+    parse_manifest,
+    read_columns,
+)
+from .mapping import MappedShards, ReadHints, aligned_empty
+from .remote import RemoteChunks, RemoteFiles, is_remote
+from .tables import RunTable, SegmentTable
 from .validate import table_faults
 
 _ATTEMPTS = 5

@@ -12,7 +12,7 @@ import numpy as np
 from .attributes import StoreAttributes
 from .columns import RUN_NUMBERS, SEGMENT_NUMBERS
 from .manifest import Manifest
-from .segments import NO_CENSOR, RUN_STRINGS
+from .tables import NO_CENSOR, RUN_STRINGS
 
 Columns = Mapping[str, np.ndarray]
 

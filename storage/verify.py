@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .decoding import DecodedRows
+from .chunks import DecodedRows
 from .errors import DamagedChunk, StoreError, StoreWarning
-from .index import directory_of
 from .layout import Grid, crc32c, group_metadata
-from .leftovers import unaccounted
-from .manifest import INDEX_GROUP, MANIFEST, MANIFEST_LIMIT, Manifest, manifest_copy, parse_manifest
-from .segments import RUN_STRINGS, decode_strings
+from .local import LocalFiles
+from .manifest import (
+    INDEX_GROUP,
+    MANIFEST,
+    MANIFEST_LIMIT,
+    Manifest,
+    directory_of,
+    manifest_copy,
+    parse_manifest,
+)
 from .store import BoldStore
+from .tables import RUN_STRINGS, decode_strings
+
+_PROGRESS_BYTES = 16 * 2**20
+_SHOWN = 100
+_OF_WRITERS = re.compile(r"(bold|statistics)/c/\d+(/0)+|index/g\d{8,}/.*|(.*/)?\.[^/]*\.tmp")
 
 
 @dataclass(kw_only=True)
@@ -44,9 +56,6 @@ class VerifyReport:
         return not self.errors
 
 
-_PROGRESS_BYTES = 16 * 2**20
-
-
 def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> VerifyReport:
     """Read every byte of a store, compare it with its checksums, and the tables with each other.
 
@@ -67,7 +76,7 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | 
         report.notes += _what_can_be_read(path)
         return report
     report.errors += [*_bad_metadata(store), *_bad_copies(store), *_bad_texts(store)]
-    report.notes += unaccounted(store)
+    report.notes += _unaccounted(store)
     runs = store.runs
     jobs = [
         (store.layout.bold_grid, runs.start, runs.length),
@@ -229,3 +238,50 @@ def _note(
     report.bad_runs += [key for key in keys if key not in report.bad_runs]
     if grid.name == "bold":
         report.bad_chunks.append(chunk)
+
+
+def _unaccounted(store: BoldStore) -> list[str]:
+    """Files, links and devices that are not of the store, one note each; none for a store at a URL."""
+    files = store.files
+    if not isinstance(files, LocalFiles):
+        return []
+    known = _known(store)
+    notes = []
+    for path in sorted(_walk(files)):
+        if path not in known:
+            what = "left over from a writer" if _OF_WRITERS.fullmatch(path) else "not of this store"
+            notes.append(f"{store.path}/{path}: {what}; nothing reads it")
+    more = len(notes) - _SHOWN
+    return notes if more <= 0 else [*notes[:_SHOWN], f"{store.path}: and {more} more such files"]
+
+
+def _known(store: BoldStore) -> set[str]:
+    """Paths of all files of this generation and the one before."""
+    layout, runs, generation = store.layout, store.runs, store.generation
+    known = {MANIFEST, INDEX_GROUP, manifest_copy(generation), *store.manifest.files}
+    ones = np.ones(len(runs), np.int64)
+    for grid, starts, lengths in (
+        (layout.bold_grid, runs.start, runs.length),
+        (layout.statistics_grid, runs.slot, ones),
+    ):
+        known.add(f"{grid.name}/zarr.json")
+        known |= {grid.shard_path(shard) for shard in grid.chunks_in_shards(starts, lengths)[0].tolist()}
+    older = manifest_copy(generation - 1)
+    try:
+        known |= {older, *parse_manifest(store.read_file(older, MANIFEST_LIMIT).tobytes(), "")[0].files}
+    except StoreError:
+        known.add(older)
+    return known
+
+
+def _walk(files: LocalFiles) -> Iterator[str]:
+    """Paths of everything in the store that is not a folder; links are not followed."""
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        for name, kind in files.entries(folder or ".").items():
+            path = f"{folder}/{name}" if folder else name
+            if kind == "folder":
+                folders.append(path)
+            else:
+                yield path

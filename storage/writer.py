@@ -26,15 +26,22 @@ from .files import (
     sync_directory,
     write_durably,
 )
-from .index import directory_of, write_index
 from .layout import CHUNK_ROWS, SHARD_ROWS, run_key
-from .manifest import MANIFEST, MANIFEST_COPY, MANIFEST_LIMIT, Manifest, parse_manifest
+from .manifest import (
+    MANIFEST,
+    MANIFEST_COPY,
+    MANIFEST_LIMIT,
+    Manifest,
+    directory_of,
+    parse_manifest,
+    write_index,
+)
 from .quantise import Overflow, encode, run_statistics
 from .remote import is_remote
-from .segments import Segment
 from .shards import ShardWriter
 from .staging import OURS, check_target, discard, stage
 from .store import BoldStore
+from .tables import Segment
 
 
 @dataclass(frozen=True, kw_only=True)

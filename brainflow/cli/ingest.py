@@ -22,7 +22,7 @@ from brainflow.cli.usage import WrongUsage
 from brainflow.data.splits import split_runs
 from brainflow.storage import BoldStore
 from brainflow.storage.ingest.arrays import ingest_arrays
-from brainflow.storage.ingest.report import IngestReport
+from brainflow.storage.ingest.session import IngestReport
 from brainflow.storage.ingest.webdataset import ingest_tar
 from brainflow.storage.text import printable
 

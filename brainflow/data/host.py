@@ -11,7 +11,7 @@ import torch
 from brainflow.batch import PackedBatch, Windows
 from brainflow.data.loader import Loader, WindowStore, batch_dtype
 from brainflow.data.sampler import Sampler
-from brainflow.storage.buffers import aligned_empty
+from brainflow.storage.mapping import aligned_empty
 
 
 class HostLoader(Loader):

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from brainflow.batch import Windows
 from brainflow.data.counter_rng import key, permute, uniform
 from brainflow.storage import StoreError
-from brainflow.storage.intervals import Intervals
+from brainflow.storage.tables import Intervals
 
 # Streams of random numbers: what is drawn for a window, one counter space each.
 _ORDER, _INNER, _LENGTH, _ONSET, _GAP, _NEXT, _OTHER, _OTHER_ONSET = range(8)

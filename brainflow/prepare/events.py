@@ -19,7 +19,7 @@ import numpy as np
 from brainflow.optional import need
 from brainflow.prepare.records import Unusable
 from brainflow.storage.columns import shown
-from brainflow.storage.segments import Segment
+from brainflow.storage.tables import Segment
 
 Preset = Literal["bids", "hcp", "mdtb"]
 HCP_SHIFT = 4 * 0.72

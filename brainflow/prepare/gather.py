@@ -14,7 +14,7 @@ from brainflow.prepare.parcels import coordinates, networks_of
 from brainflow.prepare.records import DONE, FAILED, parts_of, read_records
 from brainflow.storage.files import replace_durably
 from brainflow.storage.ingest.limits import TEXT_BYTES, regular_size
-from brainflow.storage.ingest.report import IngestReport
+from brainflow.storage.ingest.session import IngestReport
 from brainflow.storage.layout import to_json
 from brainflow.storage.parts import part_path, read_part
 from brainflow.storage.quantise import rounding

@@ -12,12 +12,11 @@ from typing import Any
 
 from ..columns import MAX_LABEL_COLUMNS, shown
 from ..errors import StoreError
-from ..segments import Label, Segment
+from ..tables import Label, Segment
 from .limits import TEXT_BYTES, regular_size
 from .listing import ENTITIES, fill, read_config
 from .loading import load_array
-from .report import IngestReport
-from .session import IngestSession
+from .session import IngestReport, IngestSession
 
 MAX_SEGMENTS = 2**18
 _BIDS = re.compile(r"(?:^|[_/])(ds|sub|ses|task|run)-([A-Za-z0-9]+)")

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import StoreError
-from ..segments import Label, Segment
+from ..tables import Label, Segment
 from .limits import regular_size
-from .report import IngestReport
-from .session import IngestSession
+from .session import IngestReport, IngestSession
 from .unpickle import Value, restricted_loads
 
 PICKLES = (".pyd", ".pickle", ".pkl")

@@ -8,7 +8,7 @@ import numpy as np
 
 from brainflow.storage import BoldStore, Segment, StoreWriter
 from brainflow.storage.layout import crc32c, to_compact_json
-from brainflow.storage.segments import RUN_STRINGS
+from brainflow.storage.tables import RUN_STRINGS
 
 NETWORKS, CHUNK, SHARD = 4, 8, 64
 KINDS = {"float16": {}, "int8": {"dtype": "int8"}, "zstd": {"compression": "zstd"}}

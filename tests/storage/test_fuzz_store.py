@@ -19,7 +19,7 @@ from numcodecs import Zstd
 from stores import KINDS, index_of, lie_in_file, read_all, rewrite, root_of, seal, write_store
 
 from brainflow.storage import Segment, StoreError, verify, write_part
-from brainflow.storage.decoding import zstd_content_bytes
+from brainflow.storage.chunks import zstd_content_bytes
 from brainflow.storage.layout import crc32c
 from brainflow.storage.parts import read_part
 

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainflow.storage import intervals
-from brainflow.storage.intervals import Intervals
+from brainflow.storage import tables
+from brainflow.storage.tables import Intervals
 
 
 @given(
@@ -15,7 +15,7 @@ from brainflow.storage.intervals import Intervals
 @settings(max_examples=200, deadline=None)
 def test_the_table_finds_what_a_search_finds(steps, first, offsets):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(intervals, "_FEW", 1)
+        patch.setattr(tables, "_FEW", 1)
         starts = first + np.cumsum(steps)
         found = Intervals(starts)
     assert found._table is not None

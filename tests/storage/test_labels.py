@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from brainflow.storage import BoldStore, StoreWriter
 from brainflow.storage.columns import MISSING_INTEGER, PendingRuns, check_segments, column_name
-from brainflow.storage.segments import Segment
+from brainflow.storage.tables import Segment
 
 VALUES = (
     st.integers(-(2**63) + 1, 2**63 - 1)
