@@ -5,7 +5,7 @@ if __name__ == "storage":
 
 from .errors import StoreError, StoreWarning
 from .parts import gather, write_part
-from .publish import publish
+from .publishing import publish
 from .store import BoldStore
 from .tables import RunTable, Segment, SegmentTable
 from .verify import VerifyReport, verify

@@ -22,7 +22,7 @@ from stores import (
     write_store,
 )
 
-from brainflow.storage import BoldStore, StoreError, StoreWriter, remote, verify, write_part
+from brainflow.storage import BoldStore, StoreError, StoreWriter, publish, remote, verify, write_part
 from brainflow.storage.cache import ChunkCache
 from brainflow.storage.errors import StoreUnavailable, StoreWarning
 from brainflow.storage.layout import crc32c
@@ -482,10 +482,10 @@ def test_an_answer_is_read_up_to_what_was_asked_for():
 def test_remote_stores_fall_back_and_bound_what_they_read(tmp_path, monkeypatch):
     pytest.importorskip("obstore", reason="obstore (extra `remote`) is not installed")
     path, url = write_store(tmp_path / "s", commits=(3,)), "memory://hostile"
-    remote.publish(path, url)
+    publish(path, url)
     with StoreWriter.append_to(path) as writer:
         writer.append(np.zeros((5, NETWORKS)), t_r=1.0, dataset="d", subject="new")
-    remote.publish(path, url)
+    publish(path, url)
     assert verify(url).ok
     files, name = remote.RemoteFiles(url), "index/g00000001/runs/start/c/0"
     good = files.read(name, 10**6).tobytes()
