@@ -1,35 +1,44 @@
-"""Optional dependencies: imported where they are used, with one message that says how to get them."""
+"""Optional dependencies: one message that names the missing package and the extra that brings it."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
-def need(module: str, purpose: str, extra: str) -> Any:
-    """Import an optional module.
+@contextmanager
+def requires(purpose: str, extra: str) -> Iterator[None]:
+    """Let a failed import in the block say how to get the package.
 
     Parameters
     ----------
-    module
-        Its full name, such as "nilearn.signal".
     purpose
-        What it is needed for: the beginning of the error message.
+        What needs the package: the first words of the message.
     extra
         Which extra of `brainflow-fmri` brings it.
 
     Raises
     ------
     ImportError
-        If it cannot be imported, saying which extra to install.
+        In place of the original error.
     """
     try:
-        return importlib.import_module(module)
+        yield
     except ImportError as error:
-        # What is missing may be a package that the module needs in its turn.
-        package = (error.name or module).split(".")[0]
+        # A package that is there may lack what it needs in its turn, or fail to load.
+        missing = (error.name or str(error)).split(".")[0]
+        cause = (
+            "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported ({error})"
+        )
         raise ImportError(
-            f"{purpose} needs {package}, which is not installed ({error}); "
-            f"pip install 'brainflow-fmri[{extra}]'",
+            f"{purpose} needs {missing}, which {cause}; pip install 'brainflow-fmri[{extra}]'",
             name=error.name,
         ) from error
+
+
+def need(module: str, purpose: str, extra: str) -> Any:
+    """Import an optional module by its full name, such as "nilearn.signal"; else as `requires`."""
+    with requires(purpose, extra):
+        return importlib.import_module(module)

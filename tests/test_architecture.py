@@ -48,7 +48,10 @@ def test_import_contracts():
     [
         ("brainflow", {"torch", "numpy", "zarr", "tyro"}),
         ("brainflow.config", {"torch", "numpy", "zarr"}),
-        ("brainflow.storage", {"torch", "triton", "nvidia"}),
+        (
+            "brainflow.storage",
+            {"torch", "triton", "nvidia", "nilearn", "nibabel", "pandas", "brainflow.prepare"},
+        ),
         ("brainflow.kernels", {"zarr", "numcodecs", "nvidia", "tyro", "rich", "brainflow.storage"}),
     ],
 )

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from brainflow.cli.usage import WrongUsage
+from brainflow.optional import need
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,12 +54,7 @@ def run(args: Args) -> int:
     """Write the picture or the page and return the exit code."""
     if not args.runs:
         raise WrongUsage("runs: got none, expected the directory of at least one run")
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-    except ImportError:
-        raise ImportError("plot needs matplotlib: pip install 'brainflow-fmri[report]'") from None
+    need("matplotlib", "plot", "report").use("Agg")
     from brainflow.training.metrics import read_metrics
 
     lines = {folder: read_metrics(folder) for folder in args.runs}

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from brainflow.optional import need
+
 TIME_IS_UP = ("SIGUSR1", "SIGUSR2")  # what people ask SLURM to send before the time limit
 WARNING = 180  # seconds before the time limit
 
@@ -93,10 +95,7 @@ def submit(words: Sequence[str], folder: Path, config: SlurmConfig) -> Any:
     ImportError
         If submitit is not installed.
     """
-    try:
-        import submitit
-    except ImportError as error:
-        raise ImportError("--submit needs submitit: pip install 'brainflow-fmri[slurm]'") from error
+    submitit = need("submitit", "--submit", "slurm")
     executor = submitit.AutoExecutor(folder=folder, cluster=config.cluster)
     named = {"slurm_partition": config.partition, "slurm_account": config.account, "mem_gb": config.memory}
     executor.update_parameters(

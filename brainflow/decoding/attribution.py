@@ -16,6 +16,7 @@ from brainflow.decoding.finetune import Decoder
 from brainflow.decoding.task import DecodingTask
 from brainflow.decoding.windows import ArrayWindows
 from brainflow.files import beside
+from brainflow.optional import need
 
 Method = Literal["integrated-gradients", "occlusion"]
 STEPS = 32
@@ -93,7 +94,7 @@ def attribute(
     ImportError
         If captum is not installed.
     """
-    captum = _captum()
+    captum = need("captum.attr", "attribution", "explain")
     decoder.eval()
     device = next(decoder.parameters()).device
     result: list[Any] = [None] * len(windows)
@@ -187,7 +188,7 @@ class HeldOut:
     """
 
     def __init__(self, task: DecodingTask, method: Method) -> None:
-        _captum()  # missing is better known before hours of fitting
+        need("captum.attr", "attribution", "explain")  # missing is better known before hours of fitting
         bold, lengths = task.read()
         self._task, self._method = task, method
         self._windows = np.split(np.asarray(bold, dtype=np.float32), np.cumsum(lengths)[:-1])
@@ -238,13 +239,3 @@ def _logits(decoder: Decoder, t_r: float) -> Callable[[Tensor], Tensor]:
         return logits
 
     return forward
-
-
-def _captum() -> Any:
-    try:
-        import captum.attr
-    except ImportError as error:
-        raise ImportError(
-            "attributions need captum, which is not installed; pip install 'brainflow-fmri[explain]'"
-        ) from error
-    return captum.attr

@@ -13,11 +13,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from brainflow.decoding.extra import requires_report
 from brainflow.decoding.linear_over_time import LinearOverTime
 from brainflow.decoding.splits import Fold
+from brainflow.optional import requires
 
-with requires_report("decoding"):
+with requires("decoding", "report"):
     from sklearn.decomposition import PCA
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression, RidgeClassifier

@@ -16,17 +16,17 @@ import torch
 from numpy.typing import NDArray
 
 from brainflow.config import ModelConfig
-from brainflow.decoding.extra import requires_report
 from brainflow.decoding.finetune import Pooling, frozen_features, probabilities
 from brainflow.decoding.fit import AdaptConfig, Mode, fit_decoder
 from brainflow.decoding.persist import load_decoder, save_decoder
 from brainflow.decoding.windows import ArrayWindows, as_windows, cut_events
 from brainflow.frameworks import build
+from brainflow.optional import requires
 from brainflow.pretrained.compatibility import check_windows
 from brainflow.pretrained.format import load_pretrained, read_config
 from brainflow.pretrained.hub import base_model, fetch
 
-with requires_report("decoding"):
+with requires("decoding", "report"):
     from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_array, check_is_fitted, check_X_y

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from brainflow.decoding.attentive import AttentiveHead
 from brainflow.decoding.baselines import single_threaded
-from brainflow.decoding.extra import requires_report
 from brainflow.models.heads import DecodingHead
+from brainflow.optional import requires
 
-with requires_report("decoding"):
+with requires("decoding", "report"):
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.neural_network import MLPClassifier

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from brainflow.decoding.extra import requires_report
+from brainflow.optional import requires
 
-with requires_report("decoding"):
+with requires("decoding", "report"):
     from scipy import stats
 
 Metric = Callable[[NDArray[np.float64]], NDArray[np.float64]]

@@ -13,9 +13,9 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from brainflow.decoding.extra import requires_report
+from brainflow.optional import requires
 
-with requires_report("decoding"):
+with requires("decoding", "report"):
     from sklearn.model_selection import GroupKFold, LeaveOneGroupOut
 
 SplitName = Literal["leave-one-run-out", "leave-one-subject-out", "k-fold", "subject-wise"]

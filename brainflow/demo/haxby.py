@@ -12,10 +12,10 @@ from itertools import groupby
 
 import numpy as np
 
-from brainflow.decoding.extra import requires_report
+from brainflow.optional import requires
 from brainflow.storage import Segment, StoreWriter
 
-with requires_report("the demo"):
+with requires("the demo", "report"):
     import nibabel
     from nilearn import signal
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from brainflow.optional import need
 from brainflow.pretrained.format import CARD, CONFIG, HEAD, WEIGHTS, load_pretrained
 
 SHARED = (CONFIG, WEIGHTS, HEAD, CARD)
@@ -80,17 +81,5 @@ def _may_be_a_repository(name: str | os.PathLike[str], ownerless: bool) -> bool:
 
 
 def client() -> Any:
-    """Return the module huggingface_hub.
-
-    Raises
-    ------
-    ImportError
-        If it is not installed.
-    """
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError(
-            "the hub needs huggingface_hub, which is not installed; pip install 'brainflow-fmri[hub]'"
-        ) from error
-    return huggingface_hub
+    """Return the module huggingface_hub, an optional dependency."""
+    return need("huggingface_hub", "the hub", "hub")

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from brainflow.decoding.extra import requires_report
+from brainflow.optional import requires
 from brainflow.report.page import Picture, Section, View
 
-with requires_report("brain maps"):
+with requires("brain maps", "report"):
     import matplotlib
     import matplotlib.figure
     from nilearn import plotting, surface

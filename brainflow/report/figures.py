@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from brainflow.decoding.extra import requires_report
+from brainflow.optional import requires
 
-with requires_report("a report's pictures"):
+with requires("a report's pictures", "report"):
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap

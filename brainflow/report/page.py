@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from brainflow.decoding.extra import requires_report
 from brainflow.files import beside, write_text
+from brainflow.optional import requires
 from brainflow.report.template import TEMPLATE
 from brainflow.storage.files import output_folder
 
-with requires_report("the report"):
+with requires("the report", "report"):
     from jinja2 import Environment, StrictUndefined
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from brainflow.decoding.extra import requires_report
+from brainflow.optional import requires
 
-with requires_report("the quality report"):
+with requires("the quality report", "report"):
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

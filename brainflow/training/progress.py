@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from brainflow.config import PretrainConfig, to_dict
+from brainflow.optional import requires
 
 from .run_dir import flatten
 
@@ -113,13 +114,9 @@ def make_tracker(config: PretrainConfig) -> Tracker:
     """
     if config.train.tracker == "none":
         return lambda line: None
-    try:
+    with requires(f"train.tracker: {config.train.tracker}", "tracking"):
         make = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}[config.train.tracker]
         return make(Path(config.out), config)
-    except ImportError as error:
-        raise ImportError(
-            f"train.tracker: {config.train.tracker} is not installed; pip install 'brainflow-fmri[tracking]'"
-        ) from error
 
 
 def _tensorboard(folder: Path, config: PretrainConfig) -> Tracker:

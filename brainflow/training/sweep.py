@@ -30,6 +30,7 @@ from typing import Any
 from brainflow.config import SECTIONS, PretrainConfig, check_names, check_values, from_dict
 from brainflow.files import is_number, read_json, read_toml, write_text
 from brainflow.frameworks import check_framework
+from brainflow.optional import need
 from brainflow.storage.files import output_folder
 
 from .metrics import read_metrics
@@ -151,10 +152,7 @@ def sweep(
     ImportError
         If Optuna is not installed.
     """
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError("sweep needs Optuna: pip install 'brainflow-fmri[sweep]'") from error
+    optuna = need("optuna", "sweep", "sweep")
     trials = trials or len(grid(space))
     if not trials:
         raise ValueError("trials: got 0, but the space has a range; say how many runs you want")
