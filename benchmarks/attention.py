@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from brainflow.kernels.gather_windows import gather_windows
+from brainflow.kernels.gathering import gather_windows
 from brainflow.kernels.varlen_attention import attention, shifted_attention
 from brainflow.kernels.varlen_attention.backends import BACKENDS
 

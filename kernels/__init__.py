@@ -13,10 +13,10 @@ __all__ = [
 ]
 
 if __name__ != "kernels":
-    from .gather_windows import gather_windows
-    from .linear_masked_loss import linear_masked_loss
-    from .mask_tokens import mask_tokens
-    from .masked_loss import masked_loss
+    from .gathering import gather_windows
+    from .linear_loss import linear_masked_loss
+    from .loss import masked_loss
+    from .masking import mask_tokens
     from .masks import MaskSpec
     from .varlen_attention import attention, shifted_attention
 else:

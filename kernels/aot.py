@@ -32,7 +32,7 @@ from triton.runtime.jit import create_function_from_signature
 from .dispatch import AotConfig, interpreting
 
 ARCHS = (80, 90, 100)
-OPS = ("mask_tokens", "masked_loss", "linear_masked_loss", "gather_windows")
+OPS = ("masking", "loss", "linear_loss", "gathering")
 MAX_REGISTERS = 80
 WIDE = 128
 

@@ -82,13 +82,34 @@ def test_transformers_does_not_take_our_kernels_folder_for_its_package():
         "import storage",
         "import storage.layout",
         "import kernels.masks",
-        "from kernels.masked_loss import cpu",
+        "from kernels.loss import cpu",
+        "import benchmarks",
+        "import benchmarks.timing",
     ],
 )
 def test_a_bare_name_is_refused_with_what_to_write(statement):
     done = subprocess.run([sys.executable, "-c", statement], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "write `from brainflow." in done.stderr.splitlines()[-1]
+
+
+def test_the_folder_of_benchmarks_is_a_command():
+    command = [sys.executable, "-m", "benchmarks", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "brainflow bench" in done.stdout
+    command[2:] = ["benchmarks.timing"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "write `from brainflow." in done.stderr.splitlines()[-1]
+
+
+def test_an_operator_is_not_also_the_name_of_a_package():
+    code = (
+        "import importlib.util, brainflow.kernels as k\n"
+        "print([n for n in k.__all__ if importlib.util.find_spec(f'brainflow.kernels.{n}')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_a_checkout_without_links_and_a_folder_shared_with_the_other_brainflow_say_so(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from brainflow.batch import PackedBatch
 from brainflow.data.loader import Loader, WindowStore
 from brainflow.data.sampler import Sampler, SkipCorruptSampler
-from brainflow.kernels.gather_windows import gather_windows
+from brainflow.kernels.gathering import gather_windows
 from brainflow.storage import StoreError
 
 _LOAD_ROWS = 65_536

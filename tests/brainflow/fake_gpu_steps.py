@@ -21,10 +21,10 @@ from triton.runtime.jit import JITFunction
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from brainflow.data import make_loader
 from brainflow.data.sampler import MicrobatchSampler, WindowSampler
-from brainflow.kernels.gather_windows import triton as gather
-from brainflow.kernels.linear_masked_loss import triton as linear
-from brainflow.kernels.mask_tokens import triton as tokens
-from brainflow.kernels.masked_loss import triton as loss
+from brainflow.kernels.gathering import triton as gather
+from brainflow.kernels.linear_loss import triton as linear
+from brainflow.kernels.masking import triton as tokens
+from brainflow.kernels.loss import triton as loss
 from brainflow.kernels.varlen_attention import backends, ops, shifted
 from brainflow.models import autoencoder
 from brainflow.storage import BoldStore

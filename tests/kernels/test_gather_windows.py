@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from brainflow.kernels.dispatch import HAS_TRITON, interpreting
-from brainflow.kernels.gather_windows import STORES, cpu, gather_windows
-from brainflow.kernels.mask_tokens import mask_tokens
+from brainflow.kernels.gathering import STORES, cpu, gather_windows
+from brainflow.kernels.masking import mask_tokens
 from brainflow.kernels.masks import MaskSpec
 from brainflow.kernels.testing import guarded, nan_memory, ulp_distance
 

@@ -8,10 +8,10 @@ import torch
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
 from brainflow.kernels import MaskSpec
-from brainflow.kernels.gather_windows import triton as gather
-from brainflow.kernels.linear_masked_loss import triton as linear
-from brainflow.kernels.mask_tokens import triton as tokens
-from brainflow.kernels.masked_loss import triton as loss
+from brainflow.kernels.gathering import triton as gather
+from brainflow.kernels.linear_loss import triton as linear
+from brainflow.kernels.loss import triton as loss
+from brainflow.kernels.masking import triton as tokens
 
 ROWS, NETWORKS, WIDTH = 64, 48, 16
 BOUNDS = torch.tensor([0, 30, ROWS], dtype=torch.int32)

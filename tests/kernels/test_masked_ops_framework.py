@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from brainflow.kernels import MaskSpec, linear_masked_loss, mask_tokens, masked_loss
-from brainflow.kernels.linear_masked_loss import cpu as linear_cpu
-from brainflow.kernels.mask_tokens import cpu as tokens_cpu
-from brainflow.kernels.masked_loss import cpu as loss_cpu
+from brainflow.kernels.linear_loss import cpu as linear_cpu
+from brainflow.kernels.loss import cpu as loss_cpu
+from brainflow.kernels.masking import cpu as tokens_cpu
 
 CU_SEQLENS = torch.tensor([0, 5, 6, 17], dtype=torch.int32)
 NETWORKS = MaskSpec.networks(0.4, seed=2**60 + 1)
@@ -207,9 +207,9 @@ class _Seen(TorchDispatchMode):
 def test_launches_syncs_and_allocations(mask, monkeypatch):
     """What an op does around its launches, which are counted here and not made, with fake tensors."""
     jit = pytest.importorskip("triton.runtime.jit")
-    from brainflow.kernels.linear_masked_loss import triton as linear
-    from brainflow.kernels.mask_tokens import triton as tokens
-    from brainflow.kernels.masked_loss import triton as loss
+    from brainflow.kernels.linear_loss import triton as linear
+    from brainflow.kernels.loss import triton as loss
+    from brainflow.kernels.masking import triton as tokens
 
     launched = []
     monkeypatch.setattr(jit.JITFunction, "run", lambda self, *a, grid, warmup, **k: launched.append(grid))

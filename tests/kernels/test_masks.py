@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from brainflow.kernels import MaskSpec, blocks
-from brainflow.kernels.masked_loss.naive import dense_mask
+from brainflow.kernels.loss.naive import dense_mask
 from brainflow.kernels.random import philox, philox_ints
 
 

@@ -15,7 +15,7 @@ from brainflow.kernels import (
     masked_loss,
     shifted_attention,
 )
-from brainflow.kernels.linear_masked_loss.cpu import _scaled
+from brainflow.kernels.linear_loss.cpu import _scaled
 from brainflow.kernels.testing import error_ratio
 from brainflow.kernels.varlen_attention import backends
 

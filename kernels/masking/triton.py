@@ -15,7 +15,7 @@ from torch.library import custom_op
 
 from .. import masks
 from ..dispatch import AotConfig, accumulator
-from ..masked_loss.triton import acc_type, launch_arguments
+from ..loss.triton import acc_type, launch_arguments
 from ..masks_triton import COLUMNS, SCALARS, SUBTILE, column_words, event, locate, row_mask
 
 GROUPS = 256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..masked_loss.naive import dense_mask
+from ..loss.naive import dense_mask
 from ..masks import MaskSpec, locate, windows
 
 

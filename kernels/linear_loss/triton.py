@@ -16,7 +16,7 @@ from torch.library import custom_op
 
 from .. import masks
 from ..dispatch import AotConfig, accumulator
-from ..masked_loss.triton import LANES, acc_type, launch_arguments
+from ..loss.triton import LANES, acc_type, launch_arguments
 from ..masks_triton import (
     COLUMNS,
     SCALARS,

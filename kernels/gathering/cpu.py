@@ -12,7 +12,7 @@ import torch
 
 from ..blocks import BLOCK, as_windows, column_blocks, rows_of
 from ..dispatch import accumulator
-from ..mask_tokens.cpu import mask_tokens_backward
+from ..masking.cpu import mask_tokens_backward
 from ..masks import COLUMNS
 
 
