@@ -33,7 +33,6 @@ OPTIONAL = {
     "nvidia-dali-cuda120": "DALI pipeline for older drivers: extra dali-cuda12",
     "scikit-learn": "decoding: extra report",
     "nilearn": "decoding, reports, preparation: extra report",
-    "captum": "attributions: extra explain",
     "huggingface_hub": "sharing: extra hub",
     "obstore": "remote stores: extra remote",
 }

@@ -1,4 +1,4 @@
-"""Which networks, at which time, carry a decision: integrated gradients and occlusion, by captum."""
+"""Attribution of decisions to networks and time points: integrated gradients and occlusion."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from brainflow.decoding.finetune import Decoder
 from brainflow.decoding.task import DecodingTask
 from brainflow.decoding.windows import ArrayWindows
 from brainflow.files import beside
-from brainflow.optional import need
 
 Method = Literal["integrated-gradients", "occlusion"]
+Logits = Callable[[Tensor], Tensor]
+"""`[windows, time, networks]` → `[windows, classes]`."""
 STEPS = 32
 """Points on the path of integrated gradients."""
+COPIES = 8
+"""Copies of at most 64 windows that are read at once: points on the path, or networks left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +94,12 @@ def attribute(
 
     Raises
     ------
-    ImportError
-        If captum is not installed.
+    ValueError
+        If there is no such method.
     """
-    captum = need("captum.attr", "attribution", "explain")
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, expected {' or '.join(METHODS)}")
+    explain = METHODS[method]
     decoder.eval()
     device = next(decoder.parameters()).device
     result: list[Any] = [None] * len(windows)
@@ -106,19 +111,8 @@ def attribute(
         for part in np.array_split(rows, -(-len(rows) // 64)):
             x = torch.from_numpy(np.stack([windows[i] for i in part]).astype(np.float32)).to(device)
             target = torch.from_numpy(targets[part]).to(device)
-            if method == "integrated-gradients":
-                explained = captum.IntegratedGradients(forward).attribute(
-                    x, target=target, n_steps=STEPS, internal_batch_size=512
-                )
-            elif method == "occlusion":
-                with torch.no_grad():
-                    explained = captum.Occlusion(forward).attribute(
-                        x, target=target, sliding_window_shapes=(int(length), 1), perturbations_per_eval=8
-                    )
-                explained = explained / length
-            else:
-                raise ValueError(f"method: got {method!r}, expected integrated-gradients or occlusion")
-            for i, values in zip(part, explained.detach().float().cpu().numpy(), strict=True):
+            explained = explain(forward, x, target)
+            for i, values in zip(part, explained.cpu().numpy(), strict=True):
                 result[i] = values
     return result
 
@@ -188,7 +182,6 @@ class HeldOut:
     """
 
     def __init__(self, task: DecodingTask, method: Method) -> None:
-        need("captum.attr", "attribution", "explain")  # missing is better known before hours of fitting
         bold, lengths = task.read()
         self._task, self._method = task, method
         self._windows = np.split(np.asarray(bold, dtype=np.float32), np.cumsum(lengths)[:-1])
@@ -224,8 +217,8 @@ def _mean_and_error(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], N
     return values.mean(axis=0), error
 
 
-def _logits(decoder: Decoder, t_r: float) -> Callable[[Tensor], Tensor]:
-    """Return a function from `[windows, time, networks]` to logits, as captum wants it."""
+def _logits(decoder: Decoder, t_r: float) -> Logits:
+    """Return a function from `[windows, time, networks]` to logits, for windows of one length."""
 
     def forward(x: Tensor) -> Tensor:
         count, time, _ = x.shape
@@ -239,3 +232,39 @@ def _logits(decoder: Decoder, t_r: float) -> Callable[[Tensor], Tensor]:
         return logits
 
     return forward
+
+
+def _integrated_gradients(forward: Logits, x: Tensor, target: Tensor) -> Tensor:
+    """Return x times the mean gradient on the straight path from 0, by Gauss-Legendre quadrature."""
+    nodes, weights = (torch.from_numpy(v).to(x) / 2 for v in np.polynomial.legendre.leggauss(STEPS))
+    total = torch.zeros_like(x)
+    for places, weight in zip(nodes.split(COPIES), weights.split(COPIES), strict=True):
+        points = ((places + 0.5).view(-1, 1, 1, 1) * x).requires_grad_()  # the nodes are those of [-1, 1]
+        chosen = _of(forward(points.flatten(0, 1)), target).sum()  # windows do not see each other
+        total += torch.einsum("s,swtn->wtn", weight, torch.autograd.grad(chosen, points)[0])
+    return total * x
+
+
+@torch.no_grad()
+def _occlusion(forward: Logits, x: Tensor, target: Tensor) -> Tensor:
+    """Return by how much the logit falls when a network is 0, spread evenly over its time points."""
+    before = _of(forward(x), target)[0]
+    fall = torch.empty_like(x)
+    for networks in torch.arange(x.shape[2], device=x.device).split(COPIES):
+        blank = x.repeat(len(networks), 1, 1, 1)
+        for copy, network in zip(blank, networks, strict=True):
+            copy[:, :, network] = 0
+        falls = before - _of(forward(blank.flatten(0, 1)), target)
+        fall[:, :, networks] = (falls.T / x.shape[1])[:, None]
+    return fall
+
+
+def _of(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the logits of the windows' targets, `[copies, windows]`, of `[copies * windows, classes]`."""
+    return logits.unflatten(0, (-1, len(target)))[:, torch.arange(len(target)), target]
+
+
+METHODS: dict[str, Callable[[Logits, Tensor, Tensor], Tensor]] = {
+    "integrated-gradients": _integrated_gradients,
+    "occlusion": _occlusion,
+}
