@@ -1,8 +1,7 @@
-"""Reading and writing the files of a folder that a stranger may have filled.
+"""Reading the files of a folder that a stranger may have filled.
 
 What is read must be a regular file (links are followed: the hub's cache is made of them) of a size that fits
-its kind; what is damaged is a ValueError that names the file. What is written is written beside and renamed
-into place, so that a link is replaced and never followed.
+its kind; what is damaged is a ValueError that names the file.
 """
 
 from __future__ import annotations
@@ -13,11 +12,8 @@ import json
 import math
 import os
 import re
-import secrets
 import stat
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,37 +116,6 @@ def read_toml(path: Name) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid TOML (nested too deeply)") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not valid TOML ({error})") from None
-
-
-@contextmanager
-def beside(path: Name) -> Iterator[Path]:
-    """Give a new file beside `path`; once the block has filled it, it takes the place of `path`.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written: `path` is as it was, and is the error's file name.
-    """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
-        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(target)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink()
-        if isinstance(error, OSError) and error.errno is not None:
-            error.filename, error.filename2 = os.fspath(target), None
-        raise
-
-
-def write_text(path: Name, text: str) -> None:
-    """Put a text in place of a file in one step; see :func:`beside`."""
-    with beside(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def own_folder(path: Path) -> Path:

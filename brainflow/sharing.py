@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brainflow.files import open_regular, write_text
+from brainflow.files import open_regular
 from brainflow.pretrained import card, hub
 from brainflow.pretrained.format import CARD, CONFIG, HEAD, WEIGHTS, load_pretrained, read_config
 from brainflow.pretrained.hub import SHARED
 from brainflow.pretrained.privacy import Subjects, published
+from brainflow.storage.files import write_text
 from brainflow.storage.text import printable
 
 

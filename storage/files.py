@@ -59,7 +59,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """Write a file that takes the place of `path` in one step: readers see all old bytes or all new ones.
 
     Yields a new file beside it, which is flushed and renamed at the end of the block, or removed on failure.
-    Its name cannot be guessed and nothing that exists is opened, so no link is ever followed.
+    Its name cannot be guessed and nothing that exists is opened, so no link is ever followed. Errors of it
+    name `path`.
     """
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
     try:
@@ -68,9 +69,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # gone if it was the rename that was interrupted
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename == os.fspath(temporary):
+            error.filename, error.filename2 = os.fspath(path), None
         raise
     sync_directory(path.parent)
 
@@ -79,6 +82,11 @@ def replace_durably(path: Path, data: bytes) -> None:
     """Put `data` in place of `path` in one step; see `replacing`."""
     with replacing(path) as file:
         file.write(data)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Put a UTF-8 text in place of `path` in one step; see `replacing`."""
+    replace_durably(Path(path), text.encode())
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainflow.data.sampler import RunColumns
+from brainflow.storage.files import write_text
 
 By = Literal["run", "subject"]
 _FORMAT = 1
@@ -91,10 +92,7 @@ class Split:
         """Write the split as JSON with a checksum, in one atomic step."""
         body = self._body()
         text = json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True)
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(target)
+        write_text(path, f"{text}\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, snapshot: str | None = None) -> Split:

@@ -15,7 +15,7 @@ from torch import Tensor
 from brainflow.decoding.finetune import Decoder
 from brainflow.decoding.task import DecodingTask
 from brainflow.decoding.windows import ArrayWindows
-from brainflow.files import beside
+from brainflow.storage.files import replacing
 
 Method = Literal["integrated-gradients", "occlusion"]
 Logits = Callable[[Tensor], Tensor]
@@ -59,7 +59,7 @@ class Attribution:
         """Write all arrays as NPZ, under their names."""
         texts = {name: np.array(getattr(self, name)) for name in ("classes", "network_names")}
         arrays: dict[str, Any] = {**vars(self), **texts}
-        with beside(path) as partial, partial.open("wb") as file:
+        with replacing(path) as file:
             np.savez(file, **arrays)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from brainflow.decoding.calibration import Calibration, calibration
 from brainflow.decoding.finetune import History
 from brainflow.decoding.scores import Interval, Scores, paired_difference, score
 from brainflow.decoding.task import DecodingTask
-from brainflow.files import beside, write_text
+from brainflow.storage.files import replacing, write_text
 from brainflow.storage.text import csv_cell
 
 
@@ -244,12 +245,13 @@ def _row(entry: Result) -> list[Any]:
 
 def write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
     """Write a table, whose texts no spreadsheet takes for formulas, in place of a file in one step."""
-    with beside(path) as partial, partial.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.writer(handle)
-        for row in (header, *rows):
-            writer.writerow([csv_cell(cell) if isinstance(cell, str) else cell for cell in row])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    for row in (header, *rows):
+        writer.writerow([csv_cell(cell) if isinstance(cell, str) else cell for cell in row])
+    write_text(path, text.getvalue())
 
 
 def _write_array(path: Path, array: NDArray) -> None:
-    with beside(path) as partial, partial.open("wb") as handle:
+    with replacing(path) as handle:
         np.save(handle, array)

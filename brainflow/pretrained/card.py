@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from brainflow.files import is_number, parse_json, read_text, write_text
+from brainflow.files import is_number, parse_json, read_text
 from brainflow.pretrained.format import CARD, CONFIG, read_config
 from brainflow.pretrained.privacy import HASHED
+from brainflow.storage.files import write_text
 from brainflow.storage.text import printable
 
 METRICS = "metrics.jsonl"

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from brainflow.config import ModelConfig, from_dict
-from brainflow.files import beside, digest, open_regular, read_json, write_text
+from brainflow.files import digest, open_regular, read_json
 from brainflow.frameworks import build, framework_spec
 from brainflow.pretrained.metadata import check_facts
+from brainflow.storage.files import replacing, write_text
 
 WEIGHTS, HEAD, CONFIG, CARD = "model.safetensors", "head.safetensors", "config.json", "README.md"
 DIGESTS = "sha256"
@@ -70,7 +71,7 @@ def save_pretrained(
     new: dict[str, str] = {}
     with ExitStack() as renames:  # all files are whole on disk before the first is renamed
         for name, tensors in {WEIGHTS: module.state_dict(), **(files or {})}.items():
-            partial = renames.enter_context(beside(folder / name))
+            partial = Path(renames.enter_context(replacing(folder / name)).name)
             _save_tensors(partial, tensors, folder / name)
             new[name] = digest(partial)
         # whoever is killed between two renames leaves a folder that loads, with the old weights or the new

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from brainflow.config import ModelConfig
-from brainflow.files import beside, open_regular
+from brainflow.files import open_regular
 from brainflow.frameworks import build
 from brainflow.pretrained.format import (
     HEAD,
@@ -32,6 +32,7 @@ from brainflow.pretrained.format import (
     save_pretrained,
 )
 from brainflow.pretrained.legacy_names import Rule, head_rules, rules
+from brainflow.storage.files import replacing
 
 CARRIED = "legacy.safetensors"
 BUFFERS = re.compile(r"(\.attn\.(bias|masked_bias)|embeddings\.(position_ids|token_type_ids))$")
@@ -142,8 +143,8 @@ def export_checkpoint(directory: str | os.PathLike[str], path: str | os.PathLike
     state.update(saved[CARRIED])
     if not legacy:
         state.update(_placeholders(config))
-    with beside(path) as partial:
-        torch.save(state, partial)
+    with replacing(Path(path)) as file:
+        torch.save(state, file)
     return sorted(state)
 
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from brainflow.files import beside, write_text
 from brainflow.optional import requires
 from brainflow.report.template import TEMPLATE
-from brainflow.storage.files import output_folder
+from brainflow.storage.files import output_folder, replace_durably, write_text
 
 with requires("the report", "report"):
     from jinja2 import Environment, StrictUndefined
@@ -105,8 +104,7 @@ def write_page(page: Page, folder: str | Path) -> Path:
     target = output_folder(Path(folder), "page")
     for section in page.sections:
         for picture in section.pictures:
-            with beside(target / f"{picture.name}.png") as partial:
-                partial.write_bytes(picture.png)
+            replace_durably(target / f"{picture.name}.png", picture.png)
         for name, volume in section.volumes.items():
             (target / name).unlink(missing_ok=True)  # a link would be followed
             volume.to_filename(target / name)

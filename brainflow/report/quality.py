@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from brainflow.files import write_text
 from brainflow.report.page import Page, Picture, Section, Table, render
 from brainflow.report.quality_figures import carpet, correlation, framewise_displacement, run_overview
+from brainflow.storage.files import write_text
 
 if TYPE_CHECKING:
     from brainflow.storage import BoldStore

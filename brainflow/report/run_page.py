@@ -13,12 +13,13 @@ import numpy as np
 
 from brainflow.data.splits import Split
 from brainflow.decoding.baselines import DESCRIPTIONS
-from brainflow.files import beside, open_regular, own_folder, read_json
+from brainflow.files import open_regular, own_folder, read_json
 from brainflow.pretrained.format import CONFIG, load_pretrained, read_config
 from brainflow.report import figures
 from brainflow.report.page import Page, Picture, Section, Table, write_page
 from brainflow.report.reconstruction import reconstruct
 from brainflow.storage import BoldStore
+from brainflow.storage.files import replacing
 from brainflow.training.metrics import METRICS, read_metrics
 from brainflow.training.run_dir import SPLIT
 
@@ -135,7 +136,7 @@ def _reconstruction(folder: Path, masker: Any) -> list[Section]:
         raise ValueError(f"{folder / CONFIG}: pretrain.data.seq_max: got {longest!r}, expected at least 2")
     length = longest - 1
     r = reconstruct(store, load_pretrained(folder), runs, length=length)
-    with beside(folder / RECONSTRUCTION) as partial, partial.open("wb") as file:
+    with replacing(folder / RECONSTRUCTION) as file:
         np.savez(file, error=r.error, mean_error=r.mean_error, explained=r.explained)
     picture = Picture(
         name="reconstruction",

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from brainflow.files import write_text
+from brainflow.storage.files import write_text
 
 MARKER = "PREEMPTED"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

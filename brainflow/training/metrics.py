@@ -23,7 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from brainflow.files import is_count, is_number, parse_json, read_text, write_text
+from brainflow.files import is_count, is_number, parse_json, read_text
+from brainflow.storage.files import write_text
 
 # Keys that differ between two runs of the same configuration.
 TIMING = (

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from brainflow.config import PretrainConfig, check_names, check_values, to_dict
-from brainflow.files import read_json, write_text
-from brainflow.storage.files import output_folder
+from brainflow.files import read_json
+from brainflow.storage.files import output_folder, write_text
 
 from .checkpoint import latest, remove_partial
 from .interrupt import MARKER

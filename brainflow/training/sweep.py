@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from brainflow.config import SECTIONS, PretrainConfig, check_names, check_values, from_dict
-from brainflow.files import is_number, read_json, read_toml, write_text
+from brainflow.files import is_number, read_json, read_toml
 from brainflow.frameworks import check_framework
 from brainflow.optional import need
-from brainflow.storage.files import output_folder
 
 from .metrics import read_metrics
 from .run_dir import Busy, flatten

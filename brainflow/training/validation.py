@@ -29,8 +29,9 @@ from torch import Tensor
 
 from brainflow.batch import Windows, upload
 from brainflow.data import make_loader
-from brainflow.files import beside, own_folder
+from brainflow.files import own_folder
 from brainflow.storage import BoldStore
+from brainflow.storage.files import replacing
 
 from .compute import autocast
 from .parallel import Ranks
@@ -285,6 +286,6 @@ def draw(path: Path, example: Example, step: int) -> bool:
         if i == SHOWN - 1:
             axes.set_xlabel("seconds")
     own_folder(path.parent)
-    with beside(path) as partial:
-        figure.savefig(partial, dpi=80, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, dpi=80, format="png")
     return True

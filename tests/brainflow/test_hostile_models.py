@@ -26,11 +26,11 @@ from brainflow.config import ModelConfig
 from brainflow.decoding.finetune import Decoder
 from brainflow.decoding.heads import make_head
 from brainflow.decoding.persist import HEAD, load_decoder, save_decoder
-from brainflow.files import beside
 from brainflow.frameworks import build
 from brainflow.pretrained.format import CONFIG, WEIGHTS, load_pretrained, save_pretrained
 from brainflow.pretrained.legacy import export_checkpoint, import_checkpoint
 from brainflow.pretrained.warm_start import load_initial
+from brainflow.storage.files import replacing
 from brainflow.training import checkpoint
 from brainflow.training.metrics import METRICS, RunLog
 from brainflow.training.run_dir import exclusive
@@ -365,22 +365,22 @@ def test_a_save_that_is_killed_between_two_files_leaves_a_model_that_loads(folde
     module = load_pretrained(folder)
     with torch.no_grad():
         module.mask_token += 1
-    real, left = Path.replace, 0
+    real, left = os.replace, 0
 
-    def killed(self, target):
+    def killed(source, target):
         nonlocal left
         if left == 0:
             raise KeyboardInterrupt
         left -= 1
-        return real(self, target)
+        real(source, target)
 
-    monkeypatch.setattr(Path, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     for renames in range(3):
         left = renames
         with pytest.raises(KeyboardInterrupt):
             save_pretrained(module, folder)
         load_pretrained(folder)
-        assert not list(folder.glob(".*.partial"))
+        assert not list(folder.glob(".*.tmp"))
 
 
 # What an import must refuse: name → the object that was saved.
@@ -594,8 +594,8 @@ def test_a_link_that_is_in_the_way_is_replaced(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("kept")
     (tmp_path / "x").symlink_to(victim)
-    with beside(tmp_path / "x") as partial:
-        partial.write_text("new")
+    with replacing(tmp_path / "x") as file:
+        file.write(b"new")
     assert (victim.read_text(), (tmp_path / "x").read_text()) == ("kept", "new")
     assert not (tmp_path / "x").is_symlink()
 
@@ -604,8 +604,8 @@ def test_a_file_is_as_it_was_where_writing_fails(tmp_path):
     (tmp_path / "x").write_text("old")
 
     def fill():
-        with beside(tmp_path / "x") as partial:
-            partial.write_text("half")
+        with replacing(tmp_path / "x") as file:
+            file.write(b"half")
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="/x'") as caught:
@@ -613,6 +613,9 @@ def test_a_file_is_as_it_was_where_writing_fails(tmp_path):
     assert caught.value.filename == str(tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x").read_text() == "old"
+    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "nowhere" / "x"):
+        pass
+    assert caught.value.filename == str(tmp_path / "nowhere" / "x")
 
 
 def _under_a_limit(decoder, scratch):
