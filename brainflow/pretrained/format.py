@@ -89,6 +89,8 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor], target: Path) -> No
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
         save_file(plain, path, metadata={"format": "pt"})
+        with path.open("rb") as file:  # save_file renames a file of its own, which nobody has flushed
+            os.fsync(file.fileno())
     except SafetensorError as error:  # its way to say that the disk is full
         raise OSError(
             f"{target}: could not be written ({error}); free space, then run the same command again"

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -24,7 +25,14 @@ def test_round_trip(tmp_path, framework):
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
     assert read_config(tmp_path / "m")["parcellation"] == "toy"
-    assert not list((tmp_path / "m").glob("*.tmp"))
+    assert not list((tmp_path / "m").glob(".*"))
+
+
+def test_what_is_renamed_into_place_is_on_disk(tmp_path, monkeypatch):
+    real, flushed = os.fsync, set()
+    monkeypatch.setattr(os, "fsync", lambda file: (flushed.add(os.fstat(file).st_ino), real(file))[1])
+    folder = save_pretrained(make_model(), tmp_path / "m")
+    assert {path.stat().st_ino for path in [folder, *folder.iterdir()]} <= flushed
 
 
 def test_what_does_not_fit_is_named(tmp_path):
