@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from brainflow.files import open_regular
-from brainflow.pretrained import card, hub
+from brainflow.optional import need
+from brainflow.pretrained import card
 from brainflow.pretrained.format import CARD, CONFIG, HEAD, WEIGHTS, load_pretrained, read_config
 from brainflow.pretrained.hub import SHARED
 from brainflow.pretrained.privacy import Subjects, published
@@ -172,7 +173,7 @@ def push_to_hub(
 
 
 def _send(upload: Upload, repository: str, *, private: bool) -> None:
-    client = hub.client()
+    client = need("huggingface_hub", "the hub", "hub")
     contents: dict[str, Any] = {name: text.encode() for name, text in upload.texts.items()} | upload.files
     parts = [
         client.CommitOperationAdd(path_in_repo=name, path_or_fileobj=contents[name]) for name in upload.names

@@ -56,8 +56,9 @@ def fetch(
         raise FileNotFoundError(
             f"{start}: no {CONFIG} there; expected a model's folder or a repository of the hub as owner/name"
         )
+    client = need("huggingface_hub", "the hub", "hub")
     try:
-        return Path(client().snapshot_download(name, revision=revision, allow_patterns=list(files)))
+        return Path(client.snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{start} is neither a model's folder here nor to be had from the hub ({error})"
@@ -78,8 +79,3 @@ def _may_be_a_repository(name: str | os.PathLike[str], ownerless: bool) -> bool:
     if "/" not in name:
         return ownerless
     return name.count("/") == 1 and not Path(name).parent.is_dir()
-
-
-def client() -> Any:
-    """Return the module huggingface_hub, an optional dependency."""
-    return need("huggingface_hub", "the hub", "hub")

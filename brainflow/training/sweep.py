@@ -31,6 +31,7 @@ from brainflow.config import SECTIONS, PretrainConfig, check_names, check_values
 from brainflow.files import is_number, read_json, read_toml
 from brainflow.frameworks import check_framework
 from brainflow.optional import need
+from brainflow.storage.files import output_folder, write_text
 
 from .metrics import read_metrics
 from .run_dir import Busy, flatten

@@ -67,10 +67,11 @@ def folder(tmp_path):
 def hub(monkeypatch):
     """A hub that keeps what it is sent, with the real client's signatures."""
     real = pytest.importorskip("huggingface_hub")
+    theirs = real.HfApi
     there = types.SimpleNamespace(private={}, files={}, calls=[])
 
     def checked(name, *arguments, **options):
-        inspect.signature(getattr(real.HfApi, name)).bind(None, *arguments, **options)
+        inspect.signature(getattr(theirs, name)).bind(None, *arguments, **options)
         there.calls.append(name)
 
     class HfApi:
@@ -88,8 +89,7 @@ def hub(monkeypatch):
                 what = part.path_or_fileobj
                 there.files[part.path_in_repo] = what if isinstance(what, bytes) else Path(what).read_bytes()
 
-    stub = types.SimpleNamespace(HfApi=HfApi, CommitOperationAdd=real.CommitOperationAdd)
-    monkeypatch.setattr("brainflow.pretrained.hub.client", lambda: stub)
+    monkeypatch.setattr(real, "HfApi", HfApi)
     return there
 
 
