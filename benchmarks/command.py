@@ -110,12 +110,13 @@ def run(args: Args) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every look at memory prints two lines
     import torch
 
+    from brainflow.devices import resolve_device
+    from brainflow.storage.files import write_text
+
     from . import show
 
     before = None if args.compare is None else show.read_rows(args.compare)
-    device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: got cuda, but torch sees no CUDA device; use --device cpu")
+    device = resolve_device(args.device).type
     if args.threads:
         torch.set_num_threads(args.threads)
     env = environment(device)
@@ -128,7 +129,7 @@ def run(args: Args) -> int:
             f"--only: got {args.only!r}, which gave no row in {args.suite}; expected a pattern of names"
         )
     if args.json is not None:
-        _write(args.json, [row.to_dict(env) for row in rows])
+        write_text(args.json, json.dumps([row.to_dict(env) for row in rows], indent=1) + "\n")
     for suite, measured in found.items():
         show.print_rows(suite, measured)
     if before is not None:
@@ -269,13 +270,6 @@ def _cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the rows as a JSON list, complete or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _static() -> int:

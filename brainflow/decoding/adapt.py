@@ -15,6 +15,7 @@ from brainflow.decoding.finetune import Decoder, History, frozen_features, proba
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.result import Result, judge
 from brainflow.decoding.task import DecodingTask
+from brainflow.devices import resolve_device
 from brainflow.frameworks import build
 from brainflow.pretrained.compatibility import check_fits
 from brainflow.pretrained.format import load_pretrained, read_config
@@ -69,7 +70,7 @@ def adapt(
     if seeds < 1:
         raise ValueError(f"seeds: got {seeds}, expected at least 1")
     check_fits(checkpoint, task.store, allow=allow_mismatch)
-    where = pick_device(device)
+    where = resolve_device(device)
     parts, histories = [], []
     for number in range(seeds):
         seeded = replace(config, seed=config.seed + number)
@@ -109,20 +110,6 @@ def load_module(checkpoint: str | os.PathLike[str], config: AdaptConfig, device:
         torch.manual_seed(config.seed)
         module = build(module.config)
     return module.to(device)
-
-
-def pick_device(device: Device) -> torch.device:
-    """Return the device of a name.
-
-    Raises
-    ------
-    ValueError
-        If CUDA is asked for and not there.
-    """
-    where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    if device == "cuda" and where.type != "cuda":
-        raise ValueError("device: got cuda, but torch sees no CUDA device; use --device cpu")
-    return where
 
 
 def _fold_chances(

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from brainflow.decoding.adapt import Device, load_module, pick_device
+from brainflow.decoding.adapt import Device, load_module
 from brainflow.decoding.finetune import Decoder
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.heads import Neighbours, make_head
 from brainflow.decoding.result import Result
 from brainflow.decoding.task import DecodingTask, check_classes
+from brainflow.devices import resolve_device
 from brainflow.files import own_folder
 from brainflow.pretrained.card import write_card
 from brainflow.pretrained.format import (
@@ -126,7 +127,7 @@ def save_for_task(
     device: Device = "auto",
 ) -> Path:
     """Fit a decoder to all labelled windows of a task; write it with the scores of its folds and a card."""
-    where = pick_device(device)
+    where = resolve_device(device)
     decoder, _ = fit_decoder(
         load_module(checkpoint, config, where),
         task,

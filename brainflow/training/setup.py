@@ -16,6 +16,7 @@ from brainflow.batch import PackedBatch, Windows
 from brainflow.config import PretrainConfig
 from brainflow.data.sampler import WindowSampler
 from brainflow.data.splits import Split, split_runs
+from brainflow.devices import resolve_device
 from brainflow.storage import BoldStore
 
 from .parallel import Ranks
@@ -123,10 +124,9 @@ def collecting_rarely() -> Iterator[None]:
 
 def device_of(name: str, number: int = 0) -> torch.device:
     """Return the device of a setting; GPU `number` of this machine."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: got cuda, but torch sees no CUDA device; use --device cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
+    device = resolve_device(name)
+    if device.type == "cpu":
+        return device
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 

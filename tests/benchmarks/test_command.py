@@ -193,7 +193,7 @@ def test_numbers_have_three_digits_and_no_exponent(value, text):
 
 def test_what_does_not_go_together_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match="--device: got cuda"):
+    with pytest.raises(ValueError, match="device: got cuda"):
         _run(device="cuda")
     with pytest.raises(ValueError, match="--threads: got -1"):
         _run(threads=-1)
