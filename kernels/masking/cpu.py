@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.library import CustomOpDef
 
 from ..blocks import BLOCK, as_windows, column_blocks, host_bounds, keep, keep_bits, rows_of
 from ..dispatch import accumulator
@@ -92,33 +93,35 @@ def mask_tokens_backward(
     return grad_x, grad_token
 
 
-@mask_tokens.register_fake
-def _(x, mask_token, bounds, period, mask):
-    return torch.empty_like(x)
+def register(forward: CustomOpDef, backward: CustomOpDef) -> None:
+    """Give shapes and gradients to the two operators of one implementation."""
+
+    @forward.register_fake
+    def _(x, mask_token, bounds, period, mask):
+        return torch.empty_like(x)
+
+    @backward.register_fake
+    def _(grad, bounds, period, mask, positions, need_x, need_token):
+        shape = (positions, 1) if positions else (grad.shape[1],)
+        grad_token = grad.new_empty(shape if need_token else 0, dtype=accumulator(grad.dtype))
+        return torch.empty_like(grad) if need_x else grad.new_empty(0), grad_token
+
+    def setup(ctx, inputs, output):
+        _, mask_token, bounds, ctx.period, ctx.mask = inputs
+        ctx.positions = mask_token.shape[0] if mask_token.ndim == 2 else 0
+        ctx.token_dtype = mask_token.dtype
+        ctx.save_for_backward(bounds)
+
+    def differentiate(ctx, grad):
+        (bounds,) = ctx.saved_tensors
+        need_x, need_token = ctx.needs_input_grad[:2]
+        grad_x, grad_token = backward(
+            grad.contiguous(), bounds, ctx.period, ctx.mask, ctx.positions, need_x, need_token
+        )
+        token = grad_token.to(ctx.token_dtype) if need_token else None
+        return grad_x if need_x else None, token, None, None, None
+
+    forward.register_autograd(differentiate, setup_context=setup)
 
 
-@mask_tokens_backward.register_fake
-def _(grad, bounds, period, mask, positions, need_x, need_token):
-    shape = (positions, 1) if positions else (grad.shape[1],)
-    grad_token = grad.new_empty(shape if need_token else 0, dtype=accumulator(grad.dtype))
-    return torch.empty_like(grad) if need_x else grad.new_empty(0), grad_token
-
-
-def _setup(ctx, inputs, output):
-    _, mask_token, bounds, ctx.period, ctx.mask = inputs
-    ctx.positions = mask_token.shape[0] if mask_token.ndim == 2 else 0
-    ctx.token_dtype = mask_token.dtype
-    ctx.save_for_backward(bounds)
-
-
-def _backward(ctx, grad):
-    (bounds,) = ctx.saved_tensors
-    need_x, need_token = ctx.needs_input_grad[:2]
-    grad_x, grad_token = mask_tokens_backward(
-        grad.contiguous(), bounds, ctx.period, ctx.mask, ctx.positions, need_x, need_token
-    )
-    token = grad_token.to(ctx.token_dtype) if need_token else None
-    return grad_x if need_x else None, token, None, None, None
-
-
-mask_tokens.register_autograd(_backward, setup_context=_setup)
+register(mask_tokens, mask_tokens_backward)

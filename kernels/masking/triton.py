@@ -17,6 +17,7 @@ from .. import masks
 from ..dispatch import AotConfig, accumulator
 from ..loss.triton import acc_type, launch_arguments
 from ..masks_triton import COLUMNS, SCALARS, SUBTILE, column_words, event, locate, row_mask
+from .cpu import register
 
 GROUPS = 256
 """Most groups of tiles: fixed, so that sums do not depend on the device."""
@@ -214,36 +215,7 @@ def mask_tokens_backward(
     return backward_impl(grad, bounds, period, mask, positions, need_x, need_token)
 
 
-@mask_tokens.register_fake
-def _(x, mask_token, bounds, period, mask):
-    return torch.empty_like(x)
-
-
-@mask_tokens_backward.register_fake
-def _(grad, bounds, period, mask, positions, need_x, need_token):
-    shape = (positions, 1) if positions else (grad.shape[1],)
-    grad_token = grad.new_empty(shape if need_token else 0, dtype=accumulator(grad.dtype))
-    return torch.empty_like(grad) if need_x else grad.new_empty(0), grad_token
-
-
-def _setup(ctx, inputs, output):
-    _, mask_token, bounds, ctx.period, ctx.mask = inputs
-    ctx.positions = mask_token.shape[0] if mask_token.ndim == 2 else 0
-    ctx.token_dtype = mask_token.dtype
-    ctx.save_for_backward(bounds)
-
-
-def _backward(ctx, grad):
-    (bounds,) = ctx.saved_tensors
-    need_x, need_token = ctx.needs_input_grad[:2]
-    grad_x, grad_token = mask_tokens_backward(
-        grad.contiguous(), bounds, ctx.period, ctx.mask, ctx.positions, need_x, need_token
-    )
-    token = grad_token.to(ctx.token_dtype) if need_token else None
-    return grad_x if need_x else None, token, None, None, None
-
-
-mask_tokens.register_autograd(_backward, setup_context=_setup)
+register(mask_tokens, mask_tokens_backward)
 
 
 def _aot_configs() -> list[AotConfig]:
