@@ -43,6 +43,11 @@ def test_import_contracts():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_no_import_is_hidden_from_the_contracts():
+    hidden = re.compile(r"import_module\(\s*f?\"brainflow\.")
+    assert [str(path) for path in SOURCES if hidden.search(path.read_text())] == []
+
+
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
