@@ -23,8 +23,8 @@ from brainflow.data import make_loader
 from brainflow.data.sampler import MicrobatchSampler, WindowSampler
 from brainflow.kernels.gathering import triton as gather
 from brainflow.kernels.linear_loss import triton as linear
-from brainflow.kernels.masking import triton as tokens
 from brainflow.kernels.loss import triton as loss
+from brainflow.kernels.masking import triton as tokens
 from brainflow.kernels.varlen_attention import backends, ops, shifted
 from brainflow.models import autoencoder
 from brainflow.storage import BoldStore
