@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brainflow.storage import BoldStore, StoreWriter
@@ -31,6 +31,7 @@ def label_of(column, row):
 
 
 @given(st.lists(st.tuples(ROWS, st.booleans()), min_size=1, max_size=4))
+@settings(deadline=None)  # each example writes a store
 def test_what_is_taken_comes_back_exactly(runs):
     """Runs with labels of any kind, some of them behind a commit: refused when checked, or exact."""
     pending, taken = PendingRuns(), []
