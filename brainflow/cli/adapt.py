@@ -1,14 +1,14 @@
-"""Adapt a pretrained model to decode labelled segments of a store; score it beside model-free classifiers.
+"""Adapt a pretrained model to decode labelled segments of a store; score it beside what has to be beaten.
 
-Every decoder is fitted and tested in the same folds. Intervals are 95 %, over subjects, or over runs where
-there is one subject.
+Every decoder is fitted and tested in the same folds: the model, the same network from random weights, and
+decoders without a model. Intervals are 95 %, over subjects, or over runs where there is one subject.
 
 Examples
 --------
   brainflow adapt store --from run --target condition --out decoding --hrf-shift 5
   brainflow adapt store --from run --target state --split leave-one-subject-out --mode lora --out decoding
   brainflow adapt store --from run --target state --n-train-subjects 48 --n-test-subjects 20 --out decoding
-  brainflow adapt store --from run --target state --mode linear --learning-curve 1,3,6,12 --out curve
+  brainflow adapt store --from run --target state --learning-curve 1,2,4,8 --draws 10 --out curve
   brainflow adapt store --from run --target condition --mode all --out decoding --json
   brainflow adapt runs.toml --from run --target condition --mode all --attribute integrated-gradients \\
     --report --mask mask.nii.gz --out decoding
@@ -17,7 +17,7 @@ Examples
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -49,9 +49,11 @@ class Args:
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
     """Folder for scores, predictions and the confusion matrix."""
     mode: Modes = "finetune"
-    """`finetune` all weights, `lora`: low-rank changes; on frozen weights `attentive` (attention over time
-    points), `linear` (logistic regression), `mlp`, `knn`; `all` judges each of them, the files are
-    fine-tuning's."""
+    """`finetune` all weights or `lora`: low-rank changes, both from a head fitted in closed form; on frozen
+    weights `attentive` (attention over time points), `linear` (ridge in closed form), `mlp`, `knn`; `all`
+    judges each of them, the files are fine-tuning's."""
+    published: bool = False
+    """`finetune`, `lora`: as published, a random head on the CLS token, 500 steps."""
     split: Literal["leave-one-run-out", "leave-one-subject-out", "k-fold", "subject-wise"] | None = None
     """What is left out of training and tested in turn; `k-fold` keeps subjects (or runs) whole;
     `subject-wise` deals subjects once to training, validation and test, as published. By default
@@ -68,6 +70,9 @@ class Args:
     """Deals subjects in `subject-wise`, and draws the training subjects of a learning curve."""
     learning_curve: Annotated[str | None, tyro.conf.arg(metavar="N,N,…")] = None
     """Also judge decoders trained on so many subjects (runs where there is one subject) of each fold."""
+    draws: int = 1
+    """How often the training subjects of a point of the learning curve are drawn; intervals then hold for
+    other draws, too."""
     hrf_shift: float = 0.0
     """Seconds by which segments are moved later, to where their BOLD response is (about 3 to 6; 0 where the
     recorded segments were moved already)."""
@@ -78,23 +83,30 @@ class Args:
     allow_mismatch: bool = False
     """Go on where the store's parcellation, TR or normalisation is not what the model was trained on."""
     scratch: bool = False
-    """Take the checkpoint's architecture with fresh weights: what pretraining has to beat."""
-    pooling: Literal["cls", "last", "mean", "first"] | None = None
-    """How one vector is made of a window (not with attentive, all); by default `cls` for finetune and lora,
-    `mean` for linear, mlp and knn."""
+    """Take the checkpoint's architecture with fresh weights alone (they stand beside the model anyhow)."""
+    pooling: Literal["bins", "moments", "cls", "last", "mean", "first"] | None = None
+    """How one vector is made of a window (not with attentive, all): `bins`, the default, the means of equal
+    time bins side by side; `moments`, mean and log-SD over time; `cls`, the default of --published."""
+    bins: int = 10
+    """Number of time bins."""
+    layer: int | None = None
+    """States that are read: 0 the embedding, 1, 2, … after so many blocks; by default chosen by leaving
+    people out within the training windows."""
     freeze: Annotated[str, tyro.conf.arg(metavar="PART,…")] = ""
     """`finetune`: pretrained parts that stay as they are: embedder, decoder, decoder-without-heads,
     unembedder."""
-    steps: int = 500
-    """Optimizer steps a fold."""
+    steps: int | None = None
+    """Optimizer steps a fold; by default 60 from a fitted head (fewer where training people who are left out
+    say so), 500 from a random one."""
     batch_size: int = 32
     """Windows a step."""
     lr: float | None = None
-    """Peak learning rate of AdamW; by default 3e-4 for `finetune`, 1e-3 for `lora` and `attentive`."""
+    """Peak learning rate of AdamW; by default 1e-4 for `finetune` (3e-4 if published), 1e-3 for `lora` and
+    `attentive`."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
     dropout: float = 0.1
-    """Dropout of the decoding head."""
+    """Dropout of a random head."""
     rank: int = 8
     """Rank of the changes of `lora`."""
     balance: bool = False
@@ -129,14 +141,17 @@ def run(args: Args) -> int:
     from brainflow.decoding.adapt import adapt
     from brainflow.decoding.attribution import HeldOut
     from brainflow.decoding.curve import curve_dict, learning_curve, write_curve
+    from brainflow.decoding.doctor import examine
     from brainflow.decoding.persist import check_decoder_classes, save_for_task
-    from brainflow.decoding.result import baselines, within_subject, write_results
+    from brainflow.decoding.result import baselines, gains, within_subject, write_results
     from brainflow.decoding.task import load_task
     from brainflow.pretrained.hub import fetch
     from brainflow.storage.files import output_folder
     from brainflow.storage.text import printable
 
     counts = _numbers(args.learning_curve)
+    if args.draws < 1 or (args.draws > 1 and not counts):
+        raise WrongUsage(f"draws: got {args.draws}, expected at least 1; more go with --learning-curve")
     if not args.report and (args.mask or args.labels or args.maps):
         raise WrongUsage("mask, labels, maps: draw on the brain in a report; add --report")
     masker = None
@@ -151,27 +166,35 @@ def run(args: Args) -> int:
     task = load_task(_open(args, out), task_config)
     if not args.new_classes:
         check_decoder_classes(checkpoint, task)
+    doubts = [vars(row) for row in examine(task.store, checkpoint) if row.verdict in ("differs", "look")]
     explain = HeldOut(task, args.attribute) if args.attribute else None
     settings: dict[str, Any] = {
         "seeds": args.seeds,
         "device": args.device,
         "allow_mismatch": args.allow_mismatch,
     }
-    fits, total = itertools.count(1), (len(configs) + len(counts)) * args.seeds * len(task.folds)
+    pair = [configs[-1]] if args.scratch else [configs[-1], replace(configs[-1], scratch=True)]
+    judged = len(configs) - 1 + len(pair) * (1 + len(counts) * args.draws)
+    fits, total = itertools.count(1), judged * args.seeds * len(task.folds)
     with progress_bar("fits", quiet=args.json) as progress:
         settings["progress"] = lambda done, _: progress(next(fits), total)
         results = [adapt(task, checkpoint, config, **settings) for config in configs[:-1]]
         result = adapt(task, checkpoint, configs[-1], explain=explain, **settings)
-        others = [*results, *baselines(task)]
-        extra: dict[str, Any] = {"command": _recorded(args)}
+        fresh = [adapt(task, checkpoint, config, **settings) for config in pair[1:]]
+        without = baselines(task)
+        others = [*results, *fresh, *without]
+        extra: dict[str, Any] = {"command": _recorded(args), "doctor": doubts}
+        if fresh:
+            extra["gains"] = gains(task, result, fresh[0], without)
         if counts:
             curve = learning_curve(
                 task,
                 counts,
-                lambda part: [adapt(part, checkpoint, configs[-1], **settings), *baselines(part)],
+                lambda part: [*(adapt(part, checkpoint, one, **settings) for one in pair), *baselines(part)],
+                draws=args.draws,
                 seed=args.split_seed,
             )
-            extra["learning_curve"] = curve_dict(task, curve)
+            extra["learning_curve"] = curve_dict(task, curve, draws=args.draws, pair=bool(fresh))
             write_curve(extra["learning_curve"], out / "learning_curve.csv")
     write_results(task, result, others, out, extra)
     if args.save:
@@ -191,7 +214,13 @@ def run(args: Args) -> int:
     )
     Console().print(scores_table([result, *others], title=escape(printable(title))))
     print(f"chance {result.scores.chance:.3f}; classes: {printable(', '.join(task.classes))}")
-    print(f"intervals: 95 %, bootstrap over {len(set(task.groups[task.tested]))} {task.group_kind}s")
+    groups = len(set(task.groups[task.tested]))
+    print(f"intervals: 95 %, bootstrap over {groups} {task.group_kind}s{narrow(groups)}")
+    for name, gain in extra.get("gains", {}).items():
+        print(gain_line(name, gain))
+    for row in doubts:
+        told = f"{row['what']}: the model saw {row['model']}, the store has {row['store']}; {row['advice']}"
+        print(printable(f"{row['verdict']}: {told}"))
     if within_subject(task):
         print("decoding within subjects: other runs of the tested subjects train")
     saw = result.details.get("pretraining_saw")
@@ -230,6 +259,20 @@ def _modes(args: Args, checkpoint: Path) -> list[str]:
     return [mode for mode in reversed(NAMES) if mode != "lora" or blocks]
 
 
+def narrow(groups: int) -> str:
+    """Return a warning where too few groups are resampled for an interval to be trusted."""
+    from brainflow.decoding.result import FEW_GROUPS
+
+    return "" if groups >= FEW_GROUPS else f"; below {FEW_GROUPS} they are too narrow"
+
+
+def gain_line(name: str, gain: dict[str, Any]) -> str:
+    """Return a paired difference in words."""
+    ends = "" if gain["low"] is None else f" [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+    best = f" ({gain['and']})" if name.endswith("baseline") else ""
+    return f"{name}{best}: {gain['value']:+.3f}{ends}"
+
+
 def scores_table(results: list[Result], *, title: str) -> Table:
     """Return a table with one decoder a row."""
     table = Table(title=title, title_justify="left", title_style="bold")
@@ -252,12 +295,18 @@ def scores_table(results: list[Result], *, title: str) -> Table:
 def curve_table(curve: dict[str, Any]) -> Table:
     """Return a learning curve with one point a row."""
     title = f"Learning curve, intervals over {curve['interval_over']}"
+    title += ", too narrow with so few" if curve["too_narrow"] else ""
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in ("decoder", f"training {curve['unit']}s", "accuracy", "95 %"):
         table.add_column(name, justify="left" if name == "decoder" else "right")
     for p in curve["points"]:
         ends = "" if p["low"] is None else rf"\[{p['low']:.3f}, {p['high']:.3f}]"
         table.add_row(p["decoder"], str(p["train"]), f"{p['value']:.3f}", ends)
+    for train, found in curve["gains"].items():
+        for name, gain in found.items():
+            ends = "" if gain["low"] is None else rf"\[{gain['low']:+.3f}, {gain['high']:+.3f}]"
+            best = f" ({gain['and']})" if name.endswith("baseline") else ""
+            table.add_row(name + best, train, f"{gain['value']:+.3f}", ends)
     return table
 
 
@@ -290,8 +339,9 @@ def _task_config(args: Args) -> Any:
 def _adapt_config(args: Args, mode: str) -> Any:
     from brainflow.decoding.fit import PROBES, AdaptConfig
 
-    shared = ("scratch", "pooling", "steps", "batch_size", "lr", "weight_decay", "dropout", "rank", "balance")
-    chosen: Any = {name: getattr(args, name) for name in shared}
+    shared = ("scratch", "pooling", "bins", "layer", "steps", "batch_size", "lr", "weight_decay", "dropout")
+    chosen: Any = {name: getattr(args, name) for name in (*shared, "rank", "balance")}
+    published = args.published and (args.mode != "all" or mode in ("finetune", "lora"))
     if args.mode == "all" and args.pooling:
         raise WrongUsage(
             f"pooling: got {args.pooling} with mode all, where each mode has its own; leave it out"
@@ -299,7 +349,8 @@ def _adapt_config(args: Args, mode: str) -> Any:
     smoothing = 0.0 if args.mode == "all" and mode in PROBES else args.label_smoothing
     known: Any = mode
     frozen = args.freeze if args.mode != "all" or mode == "finetune" else ""
-    return AdaptConfig(mode=known, label_smoothing=smoothing, freeze=frozen, seed=args.seed, **chosen)
+    chosen |= {"freeze": frozen, "published": published, "seed": args.seed}
+    return AdaptConfig(mode=known, label_smoothing=smoothing, **chosen)
 
 
 def _numbers(text: str | None) -> list[int]:

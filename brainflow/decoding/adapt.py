@@ -124,8 +124,8 @@ def _fold_chances(
     classes = len(task.classes)
     chances = np.zeros((len(task.labels), classes), dtype=np.float32)
     features = None
-    if config.by_features:
-        features = frozen_features(module, task, pooling=config.pooled_by, device=device)
+    if config.fitted_first:
+        features = frozen_features(module, task, config.readouts(module), device=device)
     histories = []
     for number, fold in enumerate(task.folds):
         decoder, history = fit_decoder(
@@ -139,11 +139,12 @@ def _fold_chances(
             features=features,
         )
         histories.append(history)
-        if features is None:
+        if features is None or not config.by_features:
             chances[fold.test] = probabilities(decoder, task, fold.test, device=device)
         else:
+            known = features[config.readouts(module).index(decoder.readout)]
             with torch.no_grad():
-                logits = decoder.head(torch.from_numpy(features[fold.test]).to(device))
+                logits = decoder.head(torch.from_numpy(known[fold.test]).to(device))
                 chances[fold.test] = logits.float().softmax(dim=-1).cpu().numpy()
         if explain is not None:
             explain(decoder, fold.test)

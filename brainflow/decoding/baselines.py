@@ -1,41 +1,72 @@
 """Decoders without a pretrained model, on the same windows and folds: what a model has to beat.
 
-Nothing is tuned: every classifier keeps its package's default regularisation. What is scaled or projected is
-fitted to the training windows of a fold alone.
+Nothing is tuned by hand. Ridge is the one that reads models, too: its penalty comes from people left out
+within the training windows. Other classifiers keep their package's default regularisation. What is scaled or
+projected is fitted to the training windows of a fold alone; only half-whitening knows the covariance of all
+runs, without labels, those of the tested people included, which can only favour it.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
-from brainflow.decoding.linear_over_time import LinearOverTime
+from brainflow.decoding.readout import time_bins
+from brainflow.decoding.ridge import RidgeDecoder
 from brainflow.decoding.splits import Fold
 from brainflow.optional import requires
 
 with requires("decoding", "report"):
+    from sklearn.covariance import ledoit_wolf
     from sklearn.decomposition import PCA
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression, RidgeClassifier
+    from sklearn.linear_model import LogisticRegression
     from sklearn.neural_network import MLPClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
-BaselineName = Literal["logistic", "ridge", "connectome", "mlp", "linear-over-time", "nilearn"]
+BaselineName = Literal[
+    "ridge",
+    "ridge-spatial",
+    "ridge-whitened",
+    "ridge-spatial-whitened",
+    "logistic",
+    "logistic-spatial",
+    "means",
+    "log-variance",
+    "connectome",
+    "tangent",
+    "mlp",
+    "linear-over-time",
+    "nilearn",
+]
 BASELINES: tuple[BaselineName, ...] = get_args(BaselineName)
 DESCRIPTIONS: dict[str, str] = {
+    "ridge": "ridge, no model",
+    "ridge-spatial": "ridge, mean and SD over networks removed, no model",
+    "ridge-whitened": "ridge, half-whitened, no model",
+    "ridge-spatial-whitened": "ridge, mean and SD over networks removed, half-whitened, no model",
     "logistic": "logistic regression, no model",
-    "ridge": "ridge classifier, no model",
+    "logistic-spatial": "logistic regression, mean and SD over networks removed, no model",
+    "means": "logistic regression on window means, no model",
+    "log-variance": "logistic regression on log-variances, no model",
+    "tangent": "tangent connectome + ridge, no model",
     "connectome": "connectome + logistic regression, no model",
     "mlp": "MLP on the time series, no model",
     "linear-over-time": "linear over time, no model",
     "nilearn": "nilearn Decoder on window means, no model",
 }
+ITERATIONS, WEIGHT_PENALTY = 30, 1e-3
+"""Of the linear model over time."""
+RUNS = 64
+"""Most runs that half-whitening looks at."""
 EDGES = 10_000
 """Most edges of a connectome that are used; of more, this many are drawn once with a fixed seed."""
 
@@ -53,8 +84,8 @@ def flatten(bold: NDArray, lengths: NDArray) -> NDArray[np.float32]:
     Returns
     -------
     ndarray
-        float32 `[windows, length · networks]` where all windows have one length, else the means over time
-        `[windows, networks]`: rows of unequal length have no common features.
+        float32 `[windows, length · networks]`; where windows differ in length, equal time bins of each, as
+        many as the median length has time points.
     """
     if int(np.sum(lengths)) != len(bold):
         raise ValueError(
@@ -63,7 +94,49 @@ def flatten(bold: NDArray, lengths: NDArray) -> NDArray[np.float32]:
     bold = np.asarray(bold, dtype=np.float32)
     if (lengths == lengths[0]).all():
         return bold.reshape(len(lengths), -1)
-    return means(bold, lengths)
+    return time_bins(torch.from_numpy(bold), lengths, int(np.median(lengths))).numpy()
+
+
+def spatially_normalised(bold: NDArray) -> NDArray[np.float32]:
+    """Return `bold` `[tokens, networks]` without mean and SD over the networks at each time point."""
+    centred = np.asarray(bold, dtype=np.float64)
+    centred = centred - centred.mean(axis=1, keepdims=True)
+    return (centred / np.maximum(centred.std(axis=1, keepdims=True), 1e-6)).astype(np.float32)
+
+
+def half_whitener(store: Any, *, spatial: bool) -> NDArray[np.float32]:
+    """Return the covariance of a store's runs to the power -1/4, `[networks, networks]`.
+
+    Half-way to whitening: directions of much variance, as the global signal, no longer drown the others,
+    and those of noise are not blown up. At most `RUNS` runs are read, spread evenly.
+    """
+    total, count = np.zeros((store.networks, store.networks)), 0
+    for run in np.unique(np.linspace(0, len(store.runs) - 1, min(RUNS, len(store.runs))).astype(int)):
+        bold = np.asarray(store.run(int(run)), dtype=np.float64)
+        bold = spatially_normalised(bold).astype(np.float64) if spatial else bold
+        bold = bold - bold.mean(axis=0)
+        total, count = total + bold.T @ bold, count + len(bold)
+    value, vector = np.linalg.eigh(total / count)
+    value = np.maximum(value, max(1e-3 * value.mean(), 1e-12))
+    return np.asarray((vector * value**-0.25) @ vector.T, dtype=np.float32)
+
+
+def log_variances(bold: NDArray, lengths: NDArray) -> NDArray[np.float32]:
+    """Return the log of each network's variance within each window, `[windows, networks]`."""
+    windows = np.split(np.asarray(bold, dtype=np.float64), np.cumsum(lengths)[:-1])
+    return np.log(np.stack([w.var(axis=0) for w in windows]) + 1e-6).astype(np.float32)
+
+
+def covariances(bold: NDArray, lengths: NDArray) -> NDArray[np.float64]:
+    """Return the shrunk covariance (Ledoit & Wolf 2004) of each window, `[windows, networks, networks]`.
+
+    Of more networks than give `EDGES` edges a part is drawn once with a fixed seed.
+    """
+    most = int(np.sqrt(2 * EDGES))
+    if bold.shape[1] > most:
+        bold = bold[:, np.sort(np.random.default_rng(0).choice(bold.shape[1], most, replace=False))]
+    windows = np.split(np.asarray(bold, dtype=np.float64), np.cumsum(lengths)[:-1])
+    return np.stack([ledoit_wolf(w - w.mean(axis=0), assume_centered=True)[0] for w in windows])
 
 
 def means(bold: NDArray, lengths: NDArray) -> NDArray[np.float32]:
@@ -97,10 +170,25 @@ def padded(bold: NDArray, lengths: NDArray) -> NDArray[np.float32]:
     return result
 
 
-def make_features(name: BaselineName, bold: NDArray, lengths: NDArray) -> NDArray[np.float32]:
-    """Return what a baseline sees of windows laid end to end, one entry a window."""
-    makers = {"connectome": connectomes, "nilearn": means, "linear-over-time": padded}
-    return makers.get(name, flatten)(bold, lengths)
+MAKERS: dict[str, Any] = {
+    "connectome": connectomes,
+    "tangent": covariances,
+    "nilearn": means,
+    "means": means,
+    "log-variance": log_variances,
+    "linear-over-time": padded,
+}
+
+
+def make_features(name: BaselineName, bold: NDArray, lengths: NDArray, store: Any) -> NDArray:
+    """Return what a baseline sees of windows laid end to end, one entry a window; `store` holds the runs."""
+    spatial = "-spatial" in name
+    if spatial:
+        bold = spatially_normalised(bold)
+    if "-whitened" in name:
+        bold = np.asarray(bold, dtype=np.float32) @ half_whitener(store, spatial=spatial)
+    features: NDArray = MAKERS.get(name, flatten)(bold, lengths)
+    return features
 
 
 def single_threaded() -> Any:
@@ -118,10 +206,12 @@ def make_classifier(name: BaselineName) -> Any:
     """
     # A penalised linear model is the same on all principal components as on the features, and much faster
     # where there are more features than windows.
-    if name in ("logistic", "connectome"):
+    if name in ("logistic", "logistic-spatial", "means", "log-variance", "connectome"):
         return make_pipeline(StandardScaler(), PCA(svd_solver="full"), LogisticRegression(max_iter=1_000))
-    if name == "ridge":
-        return make_pipeline(StandardScaler(), RidgeClassifier())
+    if name.startswith("ridge"):
+        return RidgeDecoder()
+    if name == "tangent":
+        return TangentDecoder()
     if name == "mlp":
         # no PCA here: it costs the MLP 9 points on the example data
         return make_pipeline(StandardScaler(), MLPClassifier(random_state=0))
@@ -130,6 +220,77 @@ def make_classifier(name: BaselineName) -> Any:
     if name == "nilearn":
         return NetworkDecoder()
     raise ValueError(f"name: got {name!r}, expected one of {', '.join(get_args(BaselineName))}")
+
+
+class TangentDecoder:
+    """Ridge on covariances seen from their mean: log(M^-1/2 C M^-1/2) (Varoquaux et al. 2010).
+
+    M is the mean of the training windows' covariances.
+    """
+
+    def fit(self, X: NDArray, y: NDArray[np.int64], groups: NDArray | None = None) -> Self:
+        """Fit to covariances `[windows, networks, networks]`, classes and the person of each window."""
+        value, vector = np.linalg.eigh(X.mean(axis=0))
+        self._root = (vector * np.maximum(value, 1e-12 * value[-1]) ** -0.5) @ vector.T
+        self._ridge = RidgeDecoder().fit(self._edges(X), y, groups)
+        self.classes_ = self._ridge.classes_
+        return self
+
+    def predict(self, X: NDArray) -> NDArray[np.int64]:
+        """Return the class of each window."""
+        return self._ridge.predict(self._edges(X))
+
+    def predict_proba(self, X: NDArray) -> NDArray[np.float64]:
+        """Return the probability of each of `classes_` for each window."""
+        return self._ridge.predict_proba(self._edges(X))
+
+    def _edges(self, X: NDArray) -> NDArray[np.float64]:
+        value, vector = np.linalg.eigh(self._root @ X @ self._root)
+        log = (vector * np.log(np.maximum(value, 1e-9))[:, None, :]) @ vector.transpose(0, 2, 1)
+        return np.asarray(log[:, *np.triu_indices(X.shape[1])])
+
+
+class LinearOverTime:
+    """Linear over time points → 1, Linear over networks → classes (the linear model of arXiv 2206.11417).
+
+    Fitted by L-BFGS with a quadratic penalty, from zero weights over networks and uniform ones over time:
+    nothing is drawn.
+    """
+
+    def fit(self, X: NDArray, y: NDArray[np.int64]) -> Self:
+        """Fit to windows `[windows, time, networks]` (short ones padded with zeros) and their classes."""
+        self.classes_, target = np.unique(y, return_inverse=True)
+        x, named = torch.from_numpy(np.asarray(X, dtype=np.float32)), torch.from_numpy(target)
+        self._mean, self._scale = x.mean(dim=(0, 1)), x.std(dim=(0, 1)).clamp_min(1e-6)
+        x = (x - self._mean) / self._scale
+        self._time = torch.full((x.shape[1],), 1.0 / x.shape[1], requires_grad=True)
+        self._weight = torch.zeros(x.shape[2], len(self.classes_), requires_grad=True)
+        self._bias = torch.zeros(len(self.classes_), requires_grad=True)
+        parameters = [self._time, self._weight, self._bias]
+        optimizer = torch.optim.LBFGS(parameters, max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            penalty = WEIGHT_PENALTY * (self._weight.square().sum() + self._time.square().sum())
+            loss = F.cross_entropy(self._logits(x), named) + penalty
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return self
+
+    def predict(self, X: NDArray) -> NDArray[np.int64]:
+        """Return the class of each window."""
+        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+
+    def predict_proba(self, X: NDArray) -> NDArray[np.float32]:
+        """Return the probability of each of `classes_` for each window."""
+        with torch.no_grad():
+            x = (torch.from_numpy(np.asarray(X, dtype=np.float32)) - self._mean) / self._scale
+            return self._logits(x).softmax(dim=1).numpy()
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("wtn,t->wn", x, self._time) @ self._weight + self._bias
 
 
 class NetworkDecoder:
@@ -181,6 +342,7 @@ def predict_folds(
     folds: Sequence[Fold],
     *,
     classes: int,
+    groups: NDArray | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
     """Fit a classifier in each fold and return what it says about every window that a fold tests.
 
@@ -196,6 +358,8 @@ def predict_folds(
         Folds that test each window at most once.
     classes
         Number of classes.
+    groups
+        Person or run of each window: ridge leaves these out to choose its penalty.
 
     Returns
     -------
@@ -211,7 +375,12 @@ def predict_folds(
         # too small for threads, and results do not depend on them
         with single_threaded(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            classifier = make_classifier(name).fit(features[fold.train], labels[fold.train])
+            classifier = make_classifier(name)
+            known = (features[fold.train], labels[fold.train])
+            if isinstance(classifier, RidgeDecoder | TangentDecoder) and groups is not None:
+                classifier.fit(*known, groups[fold.train])
+            else:
+                classifier.fit(*known)
             predictions[fold.test] = classifier.predict(features[fold.test])
             if chances is None or not hasattr(classifier, "predict_proba"):
                 chances = None

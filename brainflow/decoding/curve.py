@@ -9,17 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from brainflow.decoding.result import Result, write_csv
+from brainflow.decoding.result import FEW_GROUPS, Result, gains, judge, write_csv
 from brainflow.decoding.splits import Fold
 from brainflow.decoding.task import DecodingTask
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One point: the decoder, its training groups a fold, and its result."""
+    """One point: the task with few training groups, their number, and the decoders' results on it."""
 
     groups: int
-    result: Result
+    task: DecodingTask
+    results: list[Result]
 
 
 def learning_curve(
@@ -27,11 +28,13 @@ def learning_curve(
     counts: Sequence[int],
     decoders: Callable[[DecodingTask], Sequence[Result]],
     *,
+    draws: int = 1,
     seed: int = 0,
 ) -> list[Point]:
     """Judge decoders that are trained on few groups: subjects, or runs where there is one subject.
 
-    The groups of a smaller count are among those of a larger one, and every point tests the same windows.
+    Within a draw the groups of a smaller count are among those of a larger one, and every point tests the
+    same windows. What several draws say is pooled, and intervals hold for other draws, too.
 
     Parameters
     ----------
@@ -40,23 +43,50 @@ def learning_curve(
     counts
         Numbers of training groups.
     decoders
-        Judges them all on a task.
+        Judges them all on a task, in the same order each time.
+    draws
+        How often the training groups of each count are drawn; once where a count takes all of them.
     seed
         Draws the groups of each fold.
 
     Raises
     ------
     ValueError
-        If a count is larger than the number of training groups of a fold.
+        If a count is larger than the number of training groups of a fold, or `draws` is below 1.
     """
+    if draws < 1:
+        raise ValueError(f"draws: got {draws}, expected at least 1")
     # every count is checked before the first fit
-    reduced_tasks = [(count, reduce_task(task, count, seed=seed)) for count in sorted(set(counts))]
-    return [
-        Point(groups=count, result=result) for count, reduced in reduced_tasks for result in decoders(reduced)
-    ]
+    reduced = {
+        count: [reduce_task(task, count, seed=seed, draw=draw) for draw in range(draws)]
+        for count in sorted(set(counts))
+    }
+    points = []
+    for count, tasks in reduced.items():
+        alike = all(len(np.unique(task.groups[fold.train])) == count for fold in task.folds)
+        judged = [list(decoders(one)) for one in (tasks[:1] if alike else tasks)]
+        results = [_pooled(task, column) for column in zip(*judged, strict=True)]
+        points.append(Point(groups=count, task=tasks[0], results=results))
+    return points
 
 
-def reduce_task(task: DecodingTask, count: int, *, seed: int = 0) -> DecodingTask:
+def _pooled(task: DecodingTask, draws: Sequence[Result]) -> Result:
+    """Return what several draws of the training groups say, as one result."""
+    if len(draws) == 1:
+        return draws[0]
+    known: list[Any] = [result.probabilities for result in draws]
+    chances = None if any(one is None for one in known) else np.mean(known, axis=0)
+    return judge(
+        task,
+        draws[0].name,
+        np.concatenate([np.atleast_2d(result.predictions) for result in draws]),
+        probabilities=chances,
+        details=draws[0].details,
+        draws=len(draws),
+    )
+
+
+def reduce_task(task: DecodingTask, count: int, *, seed: int = 0, draw: int = 0) -> DecodingTask:
     """Return the task with `count` training groups in each fold."""
     folds = []
     for number, fold in enumerate(task.folds):
@@ -67,7 +97,7 @@ def reduce_task(task: DecodingTask, count: int, *, seed: int = 0) -> DecodingTas
                 f"learning_curve: got {count} training {task.group_kind}s, expected 1 to {len(names)}, the "
                 f"training {task.group_kind}s of the fold of {fold.name}"
             )
-        order = np.random.default_rng([seed, number]).permutation(names)
+        order = np.random.default_rng([seed, draw, number]).permutation(names)
         train = fold.train[np.isin(groups, order[:count])]
         if len(np.unique(task.labels[train])) < 2:
             raise ValueError(
@@ -78,20 +108,34 @@ def reduce_task(task: DecodingTask, count: int, *, seed: int = 0) -> DecodingTas
     return replace(task, folds=folds)
 
 
-def curve_dict(task: DecodingTask, points: Sequence[Point]) -> dict[str, Any]:
-    """Return a curve ready for JSON."""
+def curve_dict(
+    task: DecodingTask, points: Sequence[Point], *, draws: int = 1, pair: bool = False
+) -> dict[str, Any]:
+    """Return a curve ready for JSON.
+
+    With `pair` the results begin with a pretrained and a fresh model: `gains` then holds their paired
+    difference and that from the best decoder without a model, by number of training groups.
+    """
+    rows = [(point.groups, result) for point in points for result in point.results]
     return {
         "unit": task.group_kind,
-        "interval_over": f"{task.group_kind}s",
+        "interval_over": f"{task.group_kind}s" + (" and draws of training ones" if draws > 1 else ""),
+        "draws": draws,
+        "too_narrow": len(np.unique(task.groups[task.tested])) < FEW_GROUPS,
         "points": [
             {
-                "decoder": point.result.name,
-                "train": point.groups,
-                **point.result.to_dict()["accuracy"],
-                "chance": point.result.scores.chance,
+                "decoder": result.name,
+                "train": groups,
+                **result.to_dict()["accuracy"],
+                "chance": result.scores.chance,
             }
-            for point in points
+            for groups, result in rows
         ],
+        "gains": {
+            str(point.groups): gains(point.task, point.results[0], point.results[1], point.results[2:])
+            for point in points
+            if pair
+        },
     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from brainflow.pretrained.compatibility import MUST_MATCH, TR_TOLERANCE, differences, fingerprint
 from brainflow.pretrained.format import read_config
-from brainflow.storage import BoldStore
+from brainflow.storage import BoldStore, StoreError
 
 SLOW_HZ = 0.1
 LIMITS = {"variance": 0.3, "spectrum": 0.15, "correlation": 0.15}
@@ -117,7 +117,10 @@ def _from_training_store(saved: dict[str, Any]) -> dict[str, Any] | None:
     path = (saved.get("pretrain") or {}).get("store")
     if not path or not Path(path).is_dir():
         return None
-    store = BoldStore.open(path)
+    try:
+        store = BoldStore.open(path)
+    except (StoreError, OSError):  # what became of it does not matter here
+        return None
     return fingerprint(store) if store.snapshot == (saved.get("data") or {}).get("store_snapshot") else None
 
 

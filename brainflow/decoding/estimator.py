@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from brainflow.config import ModelConfig
-from brainflow.decoding.finetune import Pooling, frozen_features, probabilities
+from brainflow.decoding.finetune import frozen_features, probabilities
 from brainflow.decoding.fit import AdaptConfig, Mode, fit_decoder
 from brainflow.decoding.persist import load_decoder, save_decoder
+from brainflow.decoding.readout import BINS, Pooling, Readout
 from brainflow.decoding.windows import ArrayWindows, as_windows, cut_events
 from brainflow.frameworks import build
 from brainflow.optional import requires
@@ -47,6 +48,7 @@ class _OnWindows(BaseEstimator):
     allow_mismatch: bool
     device: Literal["cpu", "cuda"]
     random_state: int
+    _owner: NDArray[np.int64] | None
 
     def _module(self, windows: list[NDArray]) -> Any:
         """Return the checkpoint's module if windows fit it, or a small one with fresh weights."""
@@ -89,10 +91,10 @@ class _OnWindows(BaseEstimator):
             X, events = [X], [events]
         X = self._runs(X, fit=fit)
         if _are_tables(events):
-            windows, labels, _ = cut_events(X, events, t_r=self.t_r, hrf_shift=self.hrf_shift)
+            windows, labels, self._owner = cut_events(X, events, t_r=self.t_r, hrf_shift=self.hrf_shift)
             X = windows
         else:
-            labels = events
+            labels, self._owner = events, None
         if isinstance(X, (list, tuple)) and X and all(np.ndim(window) == 2 for window in X):
             windows = as_windows(X)
             if any(window.shape[1] != windows[0].shape[1] for window in windows):
@@ -130,14 +132,16 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         Folder of a pretrained model, or `owner/name` on the hub. None: a small model with fresh weights,
         whose features are random ones.
     mode
-        How it is adapted: `finetune`, `lora`, or a probe on frozen weights: `attentive`, `linear`, `mlp`,
-        `knn`.
-    pooling
-        How one vector is made of a window; None: `cls` for `finetune` and `lora`, `mean` for `linear`, `mlp`
-        and `knn`; `attentive` makes its own.
+        How it is adapted: `finetune` or `lora` from a fitted head, or a probe on frozen weights: `linear`
+        (ridge in closed form), `attentive`, `mlp`, `knn`.
+    published
+        `finetune`, `lora`: as published, from a random head on the CLS token.
+    pooling, bins, layer
+        How one vector is made of a window, see :class:`~brainflow.decoding.fit.AdaptConfig`; by default the
+        means of equal time bins, of the layer that reads left-out people best.
     steps, batch_size, lr
-        Optimizer steps, windows a step, peak learning rate (None: 3e-4, or 1e-3 for `lora` and `attentive`)
-        of `finetune`, `lora` and `attentive`.
+        Optimizer steps (None: 60 from a fitted head, else 500), windows a step, peak learning rate (None:
+        1e-4; 3e-4 if `published`; 1e-3 for `lora` and `attentive`) of `finetune`, `lora` and `attentive`.
     balance
         Weigh windows by the inverse of their class's frequency.
     label_smoothing
@@ -179,8 +183,11 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         checkpoint: Checkpoint = None,
         *,
         mode: Mode = "linear",
+        published: bool = False,
         pooling: Pooling | None = None,
-        steps: int = 200,
+        bins: int = BINS,
+        layer: int | None = None,
+        steps: int | None = None,
         batch_size: int = 32,
         lr: float | None = None,
         balance: bool = False,
@@ -194,7 +201,10 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
     ) -> None:
         self.checkpoint = checkpoint
         self.mode = mode
+        self.published = published
         self.pooling = pooling
+        self.bins = bins
+        self.layer = layer
         self.steps = steps
         self.batch_size = batch_size
         self.lr = lr
@@ -207,7 +217,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         self.device = device
         self.random_state = random_state
 
-    def fit(self, X: Any, y: Any) -> Self:
+    def fit(self, X: Any, y: Any, groups: Any = None) -> Self:
         """Fit to labelled windows, or to runs and their tables of events.
 
         Parameters
@@ -216,6 +226,9 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
             Windows or runs, see the module's first lines.
         y
             One label a window, or a table of events for each run (for a single run, its table).
+        groups
+            Person (or run) of each window, or of each run: penalty, layer and steps are chosen by leaving
+            these out. By default runs with tables of events are left out, else single windows.
         """
         windows, labels = self._windows(X, y, fit=True)
         if labels is None:
@@ -227,9 +240,17 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
             raise ValueError(
                 f"y: got one class, {self.classes_[0]!r}; the classifier needs windows of at least 2 classes"
             )
-        source = ArrayWindows(windows, t_r=self.t_r, labels=named)
-        config = AdaptConfig(
+        owner = self._owner
+        if groups is not None:
+            groups = np.asarray(groups)[owner] if owner is not None else np.asarray(groups)
+            if len(groups) != len(windows):
+                raise ValueError(f"groups: got {len(groups)} for {len(windows)} windows, expected one each")
+        source = ArrayWindows(windows, t_r=self.t_r, labels=named, groups=owner if groups is None else groups)
+        self.config_ = config = AdaptConfig(
             mode=self.mode,
+            published=self.published,
+            bins=self.bins,
+            layer=self.layer,
             pooling=self.pooling,
             steps=self.steps,
             batch_size=self.batch_size,
@@ -278,7 +299,9 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         facts: dict[str, Any] = {"estimator": parameters, "data": self.trained_on_}
         facts |= base_model(self.checkpoint)
         classes = tuple(name.item() for name in self.classes_)
-        save_decoder(self.decoder_, folder, mode=self.mode, classes=classes, facts=facts)
+        save_decoder(
+            self.decoder_, folder, mode=self.mode, kind=self.config_.head, classes=classes, facts=facts
+        )
 
     @classmethod
     def load(
@@ -310,6 +333,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         names = set(cls().get_params()) - UNSAVED
         known = {name: value for name, value in estimator.items() if name in names}
         known |= {"mode": section["mode"], "pooling": section["pooling"]}
+        known |= {name: section[name] for name in ("bins",) if name in section}
         result = cls(**known, masker=masker, device=device)
         result.trained_on_ = data
         result.decoder_ = decoder.to(result.device)
@@ -327,8 +351,8 @@ class BoldEncoder(TransformerMixin, _OnWindows):
     ----------
     checkpoint, t_r, hrf_shift, masker, allow_mismatch, device, random_state
         See :class:`MentalStateDecoder`.
-    pooling
-        How one vector is made of a window.
+    pooling, bins, layer
+        How one vector is made of a window, see :class:`~brainflow.decoding.readout.Readout`.
 
     Examples
     --------
@@ -341,6 +365,8 @@ class BoldEncoder(TransformerMixin, _OnWindows):
         checkpoint: Checkpoint = None,
         *,
         pooling: Pooling = "mean",
+        bins: int = BINS,
+        layer: int | None = None,
         t_r: float = 2.0,
         hrf_shift: float = 0.0,
         masker: Any = None,
@@ -350,6 +376,8 @@ class BoldEncoder(TransformerMixin, _OnWindows):
     ) -> None:
         self.checkpoint = checkpoint
         self.pooling = pooling
+        self.bins = bins
+        self.layer = layer
         self.t_r = t_r
         self.hrf_shift = hrf_shift
         self.masker = masker
@@ -365,10 +393,11 @@ class BoldEncoder(TransformerMixin, _OnWindows):
     def fit(self, X: Any, y: Any = None) -> Self:
         """Load the model; nothing is fitted to X but the masker."""
         if self.pooling == "tokens":
-            raise ValueError("pooling: got 'tokens', expected one vector a window: mean, last, first or cls")
+            raise ValueError("pooling: got 'tokens', expected one vector a window, as bins or mean")
+        readout = Readout(pooling=self.pooling, bins=self.bins, layer=self.layer)
         windows, _ = self._windows(X, y if _is_table(y) or _are_tables(y) else None, fit=True)
         self.module_ = self._module(windows)
-        self._n_features_out = self.module_.config.width
+        self._n_features_out = readout.width(self.module_.config.width)
         return self
 
     def transform(self, X: Any, events: Any = None) -> NDArray[np.float32]:
@@ -376,7 +405,8 @@ class BoldEncoder(TransformerMixin, _OnWindows):
         check_is_fitted(self, "module_")
         windows, _ = self._windows(X, events, fit=False)
         source = ArrayWindows(windows, t_r=self.t_r)
-        return frozen_features(self.module_, source, pooling=self.pooling, device=torch.device(self.device))
+        readout = Readout(pooling=self.pooling, bins=self.bins, layer=self.layer)
+        return frozen_features(self.module_, source, [readout], device=torch.device(self.device))[0]
 
 
 def _are_tables(y: Any) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,9 +16,9 @@ from torch.nn import functional as F
 
 from brainflow.batch import PackedBatch
 from brainflow.decoding.heads import class_weights
+from brainflow.decoding.readout import Readout, read
 from brainflow.decoding.windows import WindowSource
 
-Pooling = Literal["cls", "last", "mean", "first", "tokens"]
 EVALUATION_BATCH = 256
 CHECKS = 10
 """How often a fit looks at its validation windows."""
@@ -46,21 +47,21 @@ class Decoder(nn.Module):
     Parameters
     ----------
     module
-        Framework module with `features(batch, pooling) -> [windows, width]`.
+        Framework module.
     head
-        Module from features `[windows, width]` to logits `[windows, classes]`; with the pooling "tokens" from
+        Module from what the readout gives to logits `[windows, classes]`; with the pooling "tokens" from
         states `[tokens, width]` and lengths `[windows]`.
-    pooling
+    readout
         How one vector is made of a window; "tokens" leaves that to the head.
     frozen
         Train the head alone: the module stays in evaluation mode and gets no gradients.
     """
 
-    def __init__(self, module: Any, head: nn.Module, *, pooling: Pooling, frozen: bool = False) -> None:
+    def __init__(self, module: Any, head: nn.Module, readout: Readout, *, frozen: bool = False) -> None:
         super().__init__()
         self.module = module
         self.head = head
-        self.pooling: Pooling = pooling
+        self.readout = readout
         self.frozen = frozen
         if frozen:
             module.requires_grad_(False)
@@ -74,8 +75,9 @@ class Decoder(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return logits `[windows, classes]`."""
-        features = self.module.features(batch, self.pooling)
-        return self.head(features, batch.lengths) if self.pooling == "tokens" else self.head(features)
+        features = self.readout(self.module, batch)
+        tokens = self.readout.pooling == "tokens"
+        return self.head(features, batch.lengths) if tokens else self.head(features)
 
 
 def finetune(
@@ -93,11 +95,14 @@ def finetune(
     balance: bool = False,
     smoothing: float = 0.0,
     validation: NDArray[np.int64] | None = None,
+    jitter: int = 0,
+    stop: int | None = None,
 ) -> History:
     """Fit the trainable weights of a decoder to some windows by cross-entropy.
 
     AdamW, gradients clipped to norm 1, learning rate rising over the first 10 % of the steps and falling
-    linearly to 0 after it. With validation windows the weights of the best of ten looks at them are kept.
+    linearly to 0 after it. With validation windows the weights of the best of ten looks at them are kept; a
+    head that was fitted before is the first of them.
 
     Parameters
     ----------
@@ -121,6 +126,10 @@ def finetune(
         Share of each label spread over all classes.
     validation
         Positions of windows that choose the weights, in neither training nor test.
+    jitter
+        Time points by which onsets move, where the source can.
+    stop
+        Step after which to stop, with the learning rates of a fit of `steps`; by default `steps`.
     """
     trained = [p for p in decoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
@@ -128,14 +137,18 @@ def finetune(
     weights = torch.from_numpy(class_weights(labels, classes)).to(device) if balance else None
     warmup = max(1, steps // 10)
     rates = [lr * min((i + 1) / warmup, (steps - i) / max(1, steps - warmup)) for i in range(steps)]
-    losses = torch.zeros(steps, device=device)
+    stop = steps if stop is None else stop
+    losses = torch.zeros(stop, device=device)
     looks = {steps - 1 - look * max(1, steps // CHECKS) for look in range(CHECKS)}
     checks: list[tuple[int, float, float]] = []
     best: dict[str, Tensor] | None = None
+    if validation is not None:
+        checks.append((0, *_check(decoder, source, validation, device)))
+        best = copy.deepcopy(decoder.state_dict())
     decoder.train()
     size = min(batch, len(windows))
-    with source.loader(windows, batch=size, shuffle=True, seed=seed, device=device) as loader:
-        for step, packed in enumerate(itertools.islice(loader, steps)):
+    with source.loader(windows, batch=size, shuffle=True, seed=seed, device=device, jitter=jitter) as loader:
+        for step, packed in enumerate(itertools.islice(loader, stop)):
             for group in optimizer.param_groups:
                 group["lr"] = rates[step]
             optimizer.zero_grad(set_to_none=True)
@@ -147,13 +160,13 @@ def finetune(
             losses[step] = loss.detach()
             if validation is not None and step in looks:
                 now, right = _check(decoder, source, validation, device)
-                if best is None or now < min(check[1] for check in checks):
+                if now < min(check[1] for check in checks):
                     best = copy.deepcopy(decoder.state_dict())
                 checks.append((step + 1, now, right))
                 decoder.train()
     if best is not None:
         decoder.load_state_dict(best)
-    return History(losses=losses.tolist(), rates=rates, checks=checks)
+    return History(losses=losses.tolist(), rates=rates[:stop], checks=checks)
 
 
 @torch.no_grad()
@@ -179,11 +192,11 @@ def _check(
 
 @torch.no_grad()
 def frozen_features(
-    module: Any, source: WindowSource, *, pooling: Pooling, device: torch.device
-) -> NDArray[np.float32]:
-    """Return the features `[windows, width]` of all windows from a module in evaluation mode."""
+    module: Any, source: WindowSource, readouts: Sequence[Readout], *, device: torch.device
+) -> list[NDArray[np.float32]]:
+    """Return what each readout gives of all windows, `[windows, …]`, from a module in evaluation mode."""
     module.eval()
     everything = np.arange(len(source.labels))
     with source.loader(everything, batch=EVALUATION_BATCH, shuffle=False, seed=0, device=device) as loader:
-        parts = [module.features(packed, pooling).float().cpu() for packed in loader]
-    return torch.cat(parts).numpy()
+        parts = [[x.float().cpu() for x in read(module, packed, readouts)] for packed in loader]
+    return [torch.cat(column).numpy() for column in zip(*parts, strict=True)]

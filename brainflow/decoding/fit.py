@@ -1,24 +1,40 @@
-"""One decoder from labelled windows: all weights, low-rank changes, or a head on frozen weights."""
+"""One decoder from labelled windows: a fitted head, and then all weights or low-rank changes with it.
+
+By default a linear head is fitted in closed form to time bins of the frozen states, of the layer that reads
+people best who were left out; then head and body train together for a few steps (Kumar et al. 2022, arXiv
+2202.10054: a head that begins at random pulls the features out of shape).
+"""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from brainflow.decoding.finetune import Decoder, History, Pooling, finetune, frozen_features
-from brainflow.decoding.heads import ProbeName, fit_probe, make_head
+from brainflow.decoding.finetune import Decoder, History, finetune, frozen_features
+from brainflow.decoding.heads import ProbeName, fit_probe, linear_head, make_head
 from brainflow.decoding.lora import add_lora, merge_lora
+from brainflow.decoding.readout import BINS, Pooling, Readout, layers
+from brainflow.decoding.ridge import Ridge, fit_ridge
 from brainflow.decoding.windows import WindowSource
 from brainflow.pretrained.warm_start import freeze
 
 Mode = Literal["finetune", "lora", "attentive", "linear", "mlp", "knn"]
 PROBES = get_args(ProbeName)
-LEARNING_RATES = {"finetune": 3e-4, "lora": 1e-3, "attentive": 1e-3}
+LEARNING_RATES = {"finetune": 1e-4, "lora": 1e-3, "attentive": 1e-3}
+PUBLISHED_RATES = LEARNING_RATES | {"finetune": 3e-4}
+STEPS, LONG_STEPS = 60, 500
+"""Steps from a fitted head, and from a random one."""
+JITTER = 1
+"""Time points by which onsets of training windows move."""
+HELD_OUT = 5
+"""One of so many training people, at least one, says when to stop."""
 NAMES = {
     "finetune": "fine-tuned",
     "lora": "LoRA",
@@ -34,28 +50,38 @@ class AdaptConfig:
     """How a pretrained model is adapted."""
 
     mode: Mode = "finetune"
-    """`finetune`: all weights. `lora`: low-rank changes of the blocks' projections. On frozen weights:
-    `attentive` (attention over the time points), and on one vector a window `linear` (logistic regression),
-    `mlp` (one hidden layer), `knn` (nearest neighbours)."""
+    """`finetune`: all weights, from a fitted head. `lora`: low-rank changes of the blocks' projections, from
+    one. On frozen weights: `attentive` (attention over the time points), and on one vector a window `linear`
+    (ridge in closed form), `mlp` (one hidden layer), `knn` (nearest neighbours)."""
+    published: bool = False
+    """`finetune`, `lora`: as published, from a random tanh head on the appended CLS token."""
     scratch: bool = False
     """Take the checkpoint's architecture with fresh weights: what pretraining has to beat."""
     pooling: Pooling | None = None
-    """How one vector is made of a window: `cls` appends the CLS token as published, `last`, `mean`, `first`
-    take hidden states of the time points, `tokens` keeps them all for `attentive`, which takes nothing else.
-    By default `cls` for `finetune` and `lora`, `mean` for `linear`, `mlp` and `knn`."""
+    """How one vector is made of a window: `bins` lays the means of equal time bins side by side, `moments`
+    takes mean and log-SD over time, `cls` appends the CLS token, `last`, `mean`, `first` take hidden states
+    of the time points, `tokens` keeps them all for `attentive`, which takes nothing else. By default `bins`;
+    `cls` if `published`."""
+    bins: int = BINS
+    """Number of time bins."""
+    layer: int | None = None
+    """Which states are read: 0 the embedding, 1, 2, … after so many blocks (their number: the last). By
+    default the layer is chosen by leaving people out within the training windows; of one person the last is
+    read."""
     freeze: str = ""
     """`finetune` only: pretrained parts that stay as they are, e.g. embedder,decoder: of embedder, decoder,
     decoder-without-heads and unembedder."""
-    steps: int = 500
-    """Optimizer steps a fold."""
+    steps: int | None = None
+    """Optimizer steps a fold; by default 60 from a fitted head, 500 from a random one."""
     batch_size: int = 32
     """Windows a step."""
     lr: float | None = None
-    """Peak learning rate of AdamW; by default 3e-4 for `finetune`, 1e-3 for `lora` and `attentive`."""
+    """Peak learning rate of AdamW; by default 1e-4 for `finetune` (3e-4 if `published`), 1e-3 for `lora` and
+    `attentive`."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
     dropout: float = 0.1
-    """Dropout of the decoding head."""
+    """Dropout of a random head."""
     rank: int = 8
     """Rank of `lora`'s changes."""
     balance: bool = False
@@ -69,7 +95,7 @@ class AdaptConfig:
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode: got {self.mode!r}, expected one of {', '.join(get_args(Mode))}")
         for name in ("steps", "batch_size", "rank"):
-            if getattr(self, name) < 1:
+            if (getattr(self, name) or 1) < 1 or getattr(self, name) == 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr: got {self.lr}, expected a positive number")
@@ -88,6 +114,9 @@ class AdaptConfig:
                 f"pooling: got {self.pooling!r} with mode {self.mode}; tokens goes with attentive, and "
                 "attentive with nothing else"
             )
+        if self.published and self.mode not in ("finetune", "lora"):
+            raise ValueError(f"published: got True with mode {self.mode}, expected mode finetune or lora")
+        Readout(pooling=self.pooled_by, bins=self.bins, layer=self.layer)
 
     @property
     def by_features(self) -> bool:
@@ -95,16 +124,38 @@ class AdaptConfig:
         return self.mode in PROBES
 
     @property
+    def fitted_first(self) -> bool:
+        """Whether the decoder begins with, or is, what is fitted to frozen features."""
+        return self.mode != "attentive" and not self.published
+
+    @property
+    def head(self) -> str:
+        """Kind of the head, as :func:`~brainflow.decoding.heads.make_head` calls it."""
+        return "linear" if self.mode in ("finetune", "lora") and self.fitted_first else self.mode
+
+    @property
     def pooled_by(self) -> Pooling:
         """Pooling, the default filled in."""
         if self.mode == "attentive":
             return "tokens"
-        return self.pooling or ("mean" if self.by_features else "cls")
+        return self.pooling or ("cls" if self.published else "bins")
 
     @property
     def name(self) -> str:
         """What tables call the decoder."""
-        return f"{NAMES[self.mode]}, {'from scratch' if self.scratch else 'pretrained'}"
+        how = NAMES[self.mode] + (" as published" if self.published else "")
+        return f"{how}, {'from scratch' if self.scratch else 'pretrained'}"
+
+    def readouts(self, module: Any) -> list[Readout]:
+        """Return what may be read of a module; the last of them where nothing can choose."""
+        known = layers(module)
+        if self.layer is not None:
+            chosen = [None if self.layer == len(known) - 1 else self.layer]
+        elif self.pooled_by == "cls" or not self.fitted_first:
+            chosen = [None]
+        else:
+            chosen = known
+        return [Readout(pooling=self.pooled_by, bins=self.bins, layer=layer) for layer in chosen]
 
 
 def fit_decoder(
@@ -116,7 +167,7 @@ def fit_decoder(
     classes: int,
     device: torch.device,
     validation: NDArray[np.int64] | None = None,
-    features: NDArray[np.float32] | None = None,
+    features: Sequence[NDArray[np.float32]] | None = None,
 ) -> tuple[Decoder, History | None]:
     """Fit a decoder to some windows.
 
@@ -134,51 +185,150 @@ def fit_decoder(
         Where to compute.
     validation
         Windows that choose the weights of `finetune`, `lora` and `attentive`, in neither training nor test.
+        Without them some of the training people choose when a fitted head's training stops.
     features
-        Frozen features of all windows of the source, where they are known already.
+        Frozen features of all windows of the source, one array for each of `config.readouts(module)`, where
+        they are known already.
 
     Returns
     -------
     decoder, history
         The decoder in evaluation mode; how its training went, None for `linear`, `mlp` and `knn`.
     """
-    width = module.config.width
+    if not config.fitted_first:
+        return _from_random_head(module, source, windows, config, classes, device, validation)
+    readouts = config.readouts(module)
+    if features is None:
+        features = frozen_features(module, source, readouts, device=device)
+    place, ridge = choose(features, source, windows, classes=classes, balance=config.balance)
+    readout, labels = readouts[place], source.labels[windows]
     if config.by_features:
-        if features is None:
-            features = frozen_features(module, source, pooling=config.pooled_by, device=device)
-        kind: Any = config.mode
-        head = fit_probe(
-            kind,
-            features[windows],
-            source.labels[windows],
-            classes=classes,
-            balance=config.balance,
-            seed=config.seed,
+        head: nn.Module = linear_head(ridge)
+        if config.mode != "linear":
+            kind: Any = config.mode
+            settings: Any = {"classes": classes, "balance": config.balance, "seed": config.seed}
+            head = fit_probe(kind, features[place][windows], labels, **settings)
+        return Decoder(module, head.to(device), readout).eval(), None
+    stop: int | None = None
+    checks: list[tuple[int, float, float]] = []
+    if validation is None:
+        stop, checks = _steps_to_take(
+            module, source, windows, config, readout, features[place], classes, device
         )
-        return Decoder(module, head.to(device), pooling=config.pooled_by).eval(), None
-    torch.manual_seed(config.seed)
-    head = make_head(config.mode, width=width, classes=classes, dropout=config.dropout)
+    decoder = _trainable(module, linear_head(ridge), readout, config, device)
+    history = _train(decoder, source, windows, config, classes, device, validation, stop=stop)
+    return decoder.eval(), replace(history, checks=history.checks or checks)
+
+
+def choose(
+    features: Sequence[NDArray],
+    source: WindowSource,
+    windows: NDArray[np.int64],
+    *,
+    classes: int,
+    balance: bool,
+) -> tuple[int, Ridge]:
+    """Return which features read left-out people of the training windows best, and the ridge on them.
+
+    The last features are taken where nobody can be left out.
+    """
+    groups = None if source.groups is None else source.groups[windows]
+    fits = [
+        fit_ridge(x[windows], source.labels[windows], classes=classes, groups=groups, balance=balance)
+        for x in features
+    ]
+    losses = [fit.loss for fit in fits]
+    place = len(fits) - 1 if np.isnan(losses).any() else int(np.argmin(losses))
+    return place, fits[place]
+
+
+def _steps_to_take(
+    module: Any,
+    source: WindowSource,
+    windows: NDArray[np.int64],
+    config: AdaptConfig,
+    readout: Readout,
+    features: NDArray[np.float32],
+    classes: int,
+    device: torch.device,
+) -> tuple[int | None, list[tuple[int, float, float]]]:
+    """Return after how many steps people who neither fitted the head nor trained were read best."""
+    if source.groups is None:
+        return None, []
+    groups = source.groups[windows]
+    names = np.random.default_rng(config.seed).permutation(np.unique(groups))
+    out = np.isin(groups, names[: max(1, len(names) // HELD_OUT)])
+    rest, held = windows[~out], windows[out]
+    if not len(rest) or len(np.setdiff1d(source.labels[windows], source.labels[rest])):
+        return None, []
+    ridge = fit_ridge(
+        features[rest], source.labels[rest], classes=classes, groups=groups[~out], balance=config.balance
+    )
+    decoder = _trainable(module, linear_head(ridge), readout, config, device)
+    checks = _train(decoder, source, rest, config, classes, device, held).checks
+    return min(checks, key=lambda check: check[1])[0], checks
+
+
+def _trainable(
+    module: Any, head: nn.Module, readout: Readout, config: AdaptConfig, device: torch.device
+) -> Decoder:
+    """Return a decoder with a copy of the module, of which the right parts can be trained."""
     own = copy.deepcopy(module)
     if config.mode == "lora":
+        torch.manual_seed(config.seed)
         add_lora(own, rank=config.rank)
     freeze(own, config.freeze)
-    frozen = config.mode == "attentive"
-    decoder = Decoder(own, head, pooling=config.pooled_by, frozen=frozen).to(device)
+    return Decoder(own, head, readout, frozen=config.mode == "attentive").to(device)
+
+
+def _train(
+    decoder: Decoder,
+    source: WindowSource,
+    windows: NDArray[np.int64],
+    config: AdaptConfig,
+    classes: int,
+    device: torch.device,
+    validation: NDArray[np.int64] | None,
+    *,
+    stop: int | None = None,
+) -> History:
+    torch.manual_seed(config.seed)  # dropout
+    rates = PUBLISHED_RATES if config.published else LEARNING_RATES
     history = finetune(
         decoder,
         source,
         windows,
         classes=classes,
-        steps=config.steps,
+        steps=config.steps or (STEPS if config.fitted_first else LONG_STEPS),
         batch=config.batch_size,
-        lr=config.lr or LEARNING_RATES[config.mode],
+        lr=config.lr or rates[config.mode],
         weight_decay=config.weight_decay,
         seed=config.seed,
         device=device,
         balance=config.balance,
         smoothing=config.label_smoothing,
         validation=validation,
+        jitter=JITTER if config.fitted_first else 0,
+        stop=stop,
     )
     if config.mode == "lora":
-        merge_lora(own)
+        merge_lora(decoder.module)
+    return history
+
+
+def _from_random_head(
+    module: Any,
+    source: WindowSource,
+    windows: NDArray[np.int64],
+    config: AdaptConfig,
+    classes: int,
+    device: torch.device,
+    validation: NDArray[np.int64] | None,
+) -> tuple[Decoder, History]:
+    (readout,) = config.readouts(module)
+    torch.manual_seed(config.seed)
+    width = readout.width(module.config.width)
+    head = make_head(config.mode, width=width, classes=classes, dropout=config.dropout)
+    decoder = _trainable(module, head, readout, config, device)
+    history = _train(decoder, source, windows, config, classes, device, validation)
     return decoder.eval(), history

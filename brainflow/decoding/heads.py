@@ -14,19 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brainflow.decoding.attentive import AttentiveHead
+from brainflow.batch import upload, window_of
 from brainflow.decoding.baselines import single_threaded
+from brainflow.decoding.ridge import NEVER, Ridge, fit_ridge
 from brainflow.models.heads import DecodingHead
 from brainflow.optional import requires
 
 with requires("decoding", "report"):
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
     from sklearn.neural_network import MLPClassifier
 
 ProbeName = Literal["linear", "mlp", "knn"]
-NEVER = -1e4
-"""Logit of a class that the training windows do not hold."""
 MLP_UNITS = 256
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 
@@ -60,6 +58,54 @@ class Neighbours(nn.Module):
         return (votes / votes.sum(dim=-1, keepdim=True)).clamp_min(1e-12).log()
 
 
+class AttentiveHead(nn.Module):
+    """One learned query a head attends over a window's hidden states; what it reads is classified.
+
+    Cross-attention pooling as in Bardes et al. 2024 (V-JEPA, arXiv 2404.08471), with one layer and without
+    the feed-forward block that follows it there. Windows lie end to end: the softmax is taken within each.
+
+    Parameters
+    ----------
+    width
+        Width of the hidden states.
+    classes
+        Number of classes.
+    dropout
+        Dropout before the last layer.
+
+    Examples
+    --------
+    >>> AttentiveHead(16, 3)(torch.zeros(5, 16), np.array([2, 3])).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, width: int, classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = next(count for count in (8, 4, 2, 1) if width % count == 0)
+        self.norm = nn.LayerNorm(width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.query = nn.Parameter(torch.randn(self.heads, width // self.heads) * 0.02)
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(width, classes)
+
+    def forward(self, hidden: Tensor, lengths: np.ndarray) -> Tensor:
+        """Return logits `[windows, classes]` of `hidden` `[tokens, width]`; `lengths` in host memory."""
+        hidden = self.norm(hidden)
+        window = upload(hidden.device, window=window_of(lengths))["window"]
+        shape = (len(hidden), self.heads, -1)
+        score = (self.key(hidden).view(shape) * self.query).sum(dim=-1) * self.query.shape[1] ** -0.5
+        index = window[:, None].expand_as(score)
+        blank = score.new_zeros(len(lengths), self.heads)
+        top = blank.scatter_reduce(0, index, score.detach(), "amax", include_self=False)
+        weight = (score - top[window]).exp()
+        share = weight / blank.index_add(0, window, weight)[window]
+        read = share[..., None] * self.value(hidden).view(shape)
+        pooled = blank.new_zeros(len(lengths), hidden.shape[1]).index_add(0, window, read.flatten(1))
+        logits: Tensor = self.output(self.dropout(pooled))
+        return logits
+
+
 def make_head(kind: str, *, width: int, classes: int, dropout: float = 0.0, examples: int = 0) -> nn.Module:
     """Return an unfitted head; `kind` is the mode of adaptation."""
     if kind == "linear":
@@ -87,7 +133,8 @@ def fit_probe(
     Parameters
     ----------
     kind
-        `linear`: logistic regression; `mlp`: one hidden layer of 256; `knn`: see :class:`Neighbours`.
+        `linear`: :func:`~brainflow.decoding.ridge.fit_ridge`; `mlp`: one hidden layer of 256; `knn`: see
+        :class:`Neighbours`.
     features, labels
         `[windows, width]` and int64 `[windows]` in [0, classes).
     classes
@@ -98,6 +145,8 @@ def fit_probe(
         Seeds the MLP.
     """
     width = features.shape[1]
+    if kind == "linear":
+        return linear_head(fit_ridge(features, labels, classes=classes, balance=balance))
     head = make_head(kind, width=width, classes=classes, examples=len(features)).eval()
     weights = class_weights(labels, classes)[labels] if balance else None
     if kind == "knn":
@@ -113,24 +162,27 @@ def fit_probe(
     scaled = (features - mean) / scale
     with single_threaded(), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        if kind == "linear":
-            fitted: Any = LogisticRegression(max_iter=1_000).fit(scaled, labels, sample_weight=weights)
-            layers = [(fitted.coef_, fitted.intercept_)]
-        else:
-            fitted = MLPClassifier((MLP_UNITS,), random_state=seed, max_iter=200)
-            fitted.fit(scaled, labels, sample_weight=weights)
-            layers = [(w.T, b) for w, b in zip(fitted.coefs_, fitted.intercepts_, strict=True)]
+        fitted: Any = MLPClassifier((MLP_UNITS,), random_state=seed, max_iter=200)
+        fitted.fit(scaled, labels, sample_weight=weights)
+        layers = [(w.T, b) for w, b in zip(fitted.coefs_, fitted.intercepts_, strict=True)]
     weight, bias = layers[0]
     layers[0] = (weight / scale, bias - (weight / scale) @ mean)  # the scaler, folded in
     layers[-1] = _all_classes(*layers[-1], np.asarray(fitted.classes_), classes)
-    linears = (
-        [head] if isinstance(head, nn.Linear) else [m for m in head.children() if isinstance(m, nn.Linear)]
-    )
+    linears = [m for m in head.children() if isinstance(m, nn.Linear)]
     with torch.no_grad():
         for linear, (weight, bias) in zip(linears, layers, strict=True):
             linear.weight.copy_(torch.from_numpy(weight))
             linear.bias.copy_(torch.from_numpy(bias))
     return head
+
+
+def linear_head(ridge: Ridge) -> nn.Linear:
+    """Return a ridge classifier as a layer."""
+    head = nn.Linear(ridge.weight.shape[1], len(ridge.bias))
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(ridge.weight))
+        head.bias.copy_(torch.from_numpy(ridge.bias))
+    return head.eval()
 
 
 def class_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:

@@ -15,6 +15,7 @@ from brainflow.decoding.adapt import Device, load_module
 from brainflow.decoding.finetune import Decoder
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.heads import Neighbours, make_head
+from brainflow.decoding.readout import Readout, layers
 from brainflow.decoding.result import Result
 from brainflow.decoding.task import DecodingTask, check_classes
 from brainflow.devices import resolve_device
@@ -35,6 +36,7 @@ def save_decoder(
     folder: str | os.PathLike[str],
     *,
     mode: str,
+    kind: str,
     classes: tuple[Any, ...],
     facts: dict[str, Any] | None = None,
 ) -> Path:
@@ -47,7 +49,9 @@ def save_decoder(
     folder
         Folder; made if absent.
     mode
-        How it was adapted; decides what its head is.
+        How it was adapted.
+    kind
+        What its head is, as :func:`~brainflow.decoding.heads.make_head` calls it.
     classes
         Names of the classes (str, int or float), in the order of the logits.
     facts
@@ -56,7 +60,8 @@ def save_decoder(
     head = decoder.head
     section = {
         "mode": mode,
-        "pooling": decoder.pooling,
+        "head": kind,
+        **asdict(decoder.readout),
         "classes": list(classes),
         "examples": len(head.keys) if isinstance(head, Neighbours) else 0,
     }
@@ -82,18 +87,37 @@ def load_decoder(folder: str | os.PathLike[str]) -> tuple[Decoder, dict[str, Any
         )
     module: Any = load_pretrained(folder)
     with TensorFile(path) as tensors:
+        readout = _readout(section, module)
+        width = readout.width(module.config.width)
         with torch.device("meta"):  # no memory before the sizes are those of the file
-            tensors.check(_head(section, module.config.width).state_dict())
+            tensors.check(_head(section, width).state_dict())
         check_digest(path, config)
-        head = _head(section, module.config.width)
+        head = _head(section, width)
         head.load_state_dict(tensors.read())
-    return Decoder(module, head, pooling=section["pooling"]).eval(), config
+    return Decoder(module, head, readout).eval(), config
+
+
+def _readout(section: dict[str, Any], module: Any) -> Readout:
+    """Return what a decoder reads; of an older version it names its pooling alone."""
+    named = {name: section[name] for name in ("pooling", "bins", "layer") if name in section}
+    try:
+        readout = Readout(**named)
+        if readout.layer not in layers(module):
+            raise ValueError(
+                f"layer: got {readout.layer}, but the model has {len(layers(module)) - 2} blocks"
+            )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"decoder: {error}") from None
+    return readout
 
 
 def _head(section: dict[str, Any], width: int) -> nn.Module:
     try:
         return make_head(
-            section["mode"], width=width, classes=len(section["classes"]), examples=section["examples"]
+            section.get("head", section["mode"]),
+            width=width,
+            classes=len(section["classes"]),
+            examples=section["examples"],
         )
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"decoder: no head can be as large as the configuration says ({error})") from None
@@ -153,6 +177,7 @@ def save_for_task(
         **{name: scores[name] for name in ("accuracy", "balanced_accuracy", "macro_f1", "chance")},
     }
     with torch.no_grad():
-        target = save_decoder(decoder.cpu(), folder, mode=config.mode, classes=task.classes, facts=facts)
+        names: Any = {"mode": config.mode, "kind": config.head, "classes": task.classes}
+        target = save_decoder(decoder.cpu(), folder, **names, facts=facts)
     write_card(target)
     return target

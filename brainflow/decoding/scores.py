@@ -7,7 +7,7 @@ windows of one group are not independent, so groups are what is resampled.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,10 @@ class Interval:
     value: float
     low: float
     high: float
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Return value, low and high, ready for JSON (None where there is no interval)."""
+        return {key: _finite(getattr(self, key)) for key in ("value", "low", "high")}
 
     def __str__(self) -> str:
         if np.isnan(self.low):
@@ -64,7 +68,7 @@ class Scores:
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, lists and dicts, ready for JSON (an interval without ends has None)."""
         named = {
-            name: {key: _finite(getattr(interval, key)) for key in ("value", "low", "high")}
+            name: interval.to_dict()
             for name, interval in (
                 ("accuracy", self.accuracy),
                 ("balanced_accuracy", self.balanced_accuracy),
@@ -106,6 +110,7 @@ def score(
     *,
     groups: NDArray,
     classes: int,
+    draws: int = 1,
     seed: int = 0,
     resamples: int = 2_000,
     permutations: int = 1_000,
@@ -117,6 +122,9 @@ def score(
     labels, predictions
         True and predicted class, int64 `[windows]` in `[0, classes)`. Predictions of a decoder that was
         fitted with several seeds are `[seeds, windows]`; their windows are pooled.
+    draws
+        Number of draws of training people that the rows of the predictions come from, those of a draw
+        together. Intervals then resample draws, too: other people might have been labelled.
     groups
         Group of each window `[windows]`: subjects, or runs where there is one subject.
     classes
@@ -131,13 +139,14 @@ def score(
     ValueError
         If the arrays differ in length, are empty, or hold a class outside `[0, classes)`.
     """
-    per_group, names = group_confusions(labels, predictions, groups=groups, classes=classes)
+    counts, names = draw_confusions(labels, predictions, groups=groups, classes=classes, draws=draws)
+    per_group = counts.sum(axis=0)
     total = per_group.sum(axis=0)
-    draws = _resample(len(per_group), resamples, seed)
+    resampled = _resample(counts, resamples, seed)
     return Scores(
-        accuracy=_interval(accuracy, per_group, draws),
-        balanced_accuracy=_interval(balanced_accuracy, per_group, draws),
-        macro_f1=_interval(macro_f1, per_group, draws),
+        accuracy=_interval(accuracy, total, resampled, len(names)),
+        balanced_accuracy=_interval(balanced_accuracy, total, resampled, len(names)),
+        macro_f1=_interval(macro_f1, total, resampled, len(names)),
         chance=float(np.bincount(labels, minlength=classes).max() / len(labels)),
         permutation_p=permutation_p(labels, predictions, groups=groups, permutations=permutations, seed=seed),
         confusion=total.astype(np.int64),
@@ -152,18 +161,25 @@ def paired_difference(
     *,
     groups: NDArray,
     classes: int,
+    draws: int = 1,
     seed: int = 0,
     resamples: int = 2_000,
 ) -> Interval:
     """Return accuracy of `first` minus accuracy of `second` on the same windows, with its interval.
 
-    Both are resampled by the same groups, which removes what makes groups easy or hard for either.
+    Both are resampled by the same groups and draws of training people, which removes what makes these easy
+    or hard for either.
     """
-    ours, _ = group_confusions(labels, first, groups=groups, classes=classes)
-    theirs, _ = group_confusions(labels, second, groups=groups, classes=classes)
-    draws = _resample(len(ours), resamples, seed)
-    both = np.stack([ours, theirs], axis=1)
-    return _interval(lambda c: accuracy(c[..., 0, :, :]) - accuracy(c[..., 1, :, :]), both, draws)
+    settings: dict[str, Any] = {"groups": groups, "classes": classes, "draws": draws}
+    ours, names = draw_confusions(labels, first, **settings)
+    theirs, _ = draw_confusions(labels, second, **settings)
+    both = np.stack([ours, theirs], axis=2)
+    return _interval(
+        lambda c: accuracy(c[..., 0, :, :]) - accuracy(c[..., 1, :, :]),
+        both.sum(axis=(0, 1)),
+        _resample(both, resamples, seed),
+        len(names),
+    )
 
 
 def permutation_p(
@@ -193,11 +209,82 @@ def permutation_p(
     return float((1 + (hits >= seen).sum()) / (1 + permutations))
 
 
-def group_confusions(
-    labels: NDArray[np.int64], predictions: NDArray[np.int64], *, groups: NDArray, classes: int
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Confidence against accuracy in bins of equal width over [0, 1] (Guo et al. 2017).
+
+    Attributes
+    ----------
+    error
+        Expected calibration error: mean over windows of |accuracy - confidence| of their bin.
+    confidence, accuracy
+        Means of each bin that holds windows.
+    windows
+        Number of windows in each of these bins.
+    """
+
+    error: float
+    confidence: list[float]
+    accuracy: list[float]
+    windows: list[int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and lists, ready for JSON."""
+        return asdict(self)
+
+
+def calibration(labels: NDArray[np.int64], probabilities: NDArray, *, bins: int = 10) -> Calibration:
+    """Return how well the probability of the class named predicts that it is right.
+
+    Parameters
+    ----------
+    labels
+        int64 `[windows]`.
+    probabilities
+        `[windows, classes]`, rows sum to 1.
+    bins
+        Number of bins over [0, 1].
+
+    Examples
+    --------
+    >>> sure = np.array([[1.0, 0.0], [1.0, 0.0]])
+    >>> calibration(np.array([0, 1]), sure).error
+    0.5
+    """
+    if len(labels) != len(probabilities) or not len(labels):
+        raise ValueError(
+            f"labels, probabilities: got lengths {len(labels)} and {len(probabilities)}, expected one length"
+        )
+    named = probabilities.argmax(axis=1)
+    sure = probabilities[np.arange(len(labels)), named].astype(np.float64)
+    place = np.minimum((sure * bins).astype(np.int64), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    filled = count > 0
+    confidence = np.bincount(place, sure, minlength=bins)[filled] / count[filled]
+    accuracy = (
+        np.bincount(place, (named == labels).astype(np.float64), minlength=bins)[filled] / count[filled]
+    )
+    error = float((np.abs(accuracy - confidence) * count[filled]).sum() / len(labels))
+    return Calibration(
+        error=error,
+        confidence=confidence.tolist(),
+        accuracy=accuracy.tolist(),
+        windows=count[filled].tolist(),
+    )
+
+
+def draw_confusions(
+    labels: NDArray[np.int64],
+    predictions: NDArray[np.int64],
+    *,
+    groups: NDArray,
+    classes: int,
+    draws: int = 1,
 ) -> tuple[NDArray[np.float64], list[str]]:
-    """Return the confusion matrix of each group `[groups, classes, classes]` and the groups' names."""
+    """Return a confusion matrix a draw and group, `[draws, groups, classes, classes]`, and groups' names."""
     seeds = 1 if predictions.ndim == 1 else len(predictions)
+    if seeds % draws:
+        raise ValueError(f"draws: got {draws} for {seeds} rows of predictions, expected as many rows a draw")
     if not len(labels) == predictions.shape[-1] == len(groups) or predictions.size == 0:
         raise ValueError(
             f"labels, predictions, groups: got lengths {len(labels)}, {predictions.shape[-1]}, {len(groups)}"
@@ -209,30 +296,41 @@ def group_confusions(
                 f"{name}: got classes from {values.min()} to {values.max()}, expected 0 to {classes - 1}"
             )
     names, member = np.unique(groups, return_inverse=True)
-    result = np.zeros((len(names), classes, classes))
-    np.add.at(result, (np.tile(member, seeds), np.tile(labels, seeds), predictions.ravel()), 1.0)
+    result = np.zeros((draws, len(names), classes, classes))
+    draw = np.repeat(np.arange(draws), predictions.size // draws)
+    np.add.at(result, (draw, np.tile(member, seeds), np.tile(labels, seeds), predictions.ravel()), 1.0)
     return result, [str(name) for name in names]
 
 
-def _resample(groups: int, resamples: int, seed: int) -> NDArray[np.float64]:
-    """Return how often each bootstrap resample draws each group: `[resamples, groups]`."""
+def _resample(counts: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
+    """Return counts `[draws, groups, …]` summed over bootstrap resamples of both, `[resamples, …]`."""
+    draws, groups = counts.shape[:2]
     rng = np.random.default_rng(seed)
-    return rng.multinomial(groups, np.full(groups, 1.0 / groups), size=resamples).astype(np.float64)
+    of_groups = rng.multinomial(groups, np.full(groups, 1.0 / groups), size=resamples).astype(np.float64)
+    if draws == 1:
+        return np.tensordot(of_groups, counts[0], axes=1)
+    of_draws = rng.multinomial(draws, np.full(draws, 1.0 / draws), size=resamples).astype(np.float64)
+    return np.stack(
+        [
+            np.tensordot(g, np.tensordot(d, counts, axes=1), axes=1)
+            for g, d in zip(of_groups, of_draws, strict=True)
+        ]
+    )
 
 
-def _interval(metric: Metric, per_group: NDArray[np.float64], draws: NDArray[np.float64]) -> Interval:
+def _interval(
+    metric: Metric, total: NDArray[np.float64], resampled: NDArray[np.float64], groups: int
+) -> Interval:
     """Return the metric of the pooled windows with its expanded percentile interval at 95 %.
 
     Percentile intervals are too narrow for few groups; their level is widened as in Hesterberg 2015
     (The American Statistician 69:371, "expanded percentile"), so that 10 runs cover about what 95 % promises.
     """
-    value = float(metric(per_group.sum(axis=0)))
-    groups = len(per_group)
+    value = float(metric(total))
     if groups < 2:
         return Interval(value=value, low=float("nan"), high=float("nan"))
     tail = stats.norm.cdf(np.sqrt(groups / (groups - 1)) * stats.t.ppf(0.025, groups - 1))
-    resampled = metric(np.tensordot(draws, per_group, axes=1))
-    low, high = np.quantile(resampled, [tail, 1.0 - tail])
+    low, high = np.quantile(metric(resampled), [tail, 1.0 - tail])
     return Interval(value=value, low=float(low), high=float(high))
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from brainflow.batch import Windows
 from brainflow.data import make_loader
 from brainflow.data.segments import SegmentSampler
 from brainflow.decoding.splits import Fold, SplitName, make_folds
@@ -109,10 +110,20 @@ class DecodingTask:
 
     @contextmanager
     def loader(
-        self, windows: NDArray[np.int64], *, batch: int, shuffle: bool, seed: int, device: torch.device
+        self,
+        windows: NDArray[np.int64],
+        *,
+        batch: int,
+        shuffle: bool,
+        seed: int,
+        device: torch.device,
+        jitter: int = 0,
     ) -> Iterator[Iterator[PackedBatch]]:
-        """Open batches of some windows: endless if shuffled, else one pass in order."""
-        sampler = self.sampler(windows, batch=batch, shuffle=shuffle, seed=seed)
+        """Open batches of some windows: endless if shuffled, else one pass in order.
+
+        With `jitter`, onsets move by up to so many time points within their run, drawn anew each time.
+        """
+        sampler = self.sampler(windows, batch=batch, shuffle=shuffle, seed=seed, jitter=jitter)
         loader = make_loader(self.store, sampler, kind="host", device=str(device))
         try:
             yield iter(loader)
@@ -120,11 +131,12 @@ class DecodingTask:
             loader.close()
 
     def sampler(
-        self, windows: NDArray[np.int64], *, batch: int, shuffle: bool, seed: int = 0
+        self, windows: NDArray[np.int64], *, batch: int, shuffle: bool, seed: int = 0, jitter: int = 0
     ) -> SegmentSampler:
         """Return a sampler over some of the task's windows (positions in `labels`)."""
-        return SegmentSampler(
+        return JitteredSegments(
             self.store,
+            jitter=jitter,
             segments=self.segments[windows],
             labels=self.labels[windows],
             batch=batch,
@@ -138,6 +150,28 @@ class DecodingTask:
         everything = np.arange(len(self.labels))
         windows = self.sampler(everything, batch=len(everything), shuffle=False).batch(0)
         return self.store.windows(windows.starts, windows.lengths), windows.lengths
+
+
+class JitteredSegments(SegmentSampler):
+    """Segments whose onsets move by up to `jitter` time points, inside their run; otherwise the parent.
+
+    The move of a window is drawn from the seed and the step.
+    """
+
+    def __init__(self, store: BoldStore, *, jitter: int, **settings: Any) -> None:
+        super().__init__(store, **settings)
+        self._jitter = jitter
+        self._runs = np.asarray(store.runs.start, np.int64), np.asarray(store.runs.length, np.int64)
+
+    def batch(self, step: int) -> Windows:
+        """Return the segments of batch `step`."""
+        windows = super().batch(step)
+        if not self._jitter:
+            return windows
+        rng = np.random.default_rng([self.seed % 2**64, step])
+        moved = windows.starts + rng.integers(-self._jitter, self._jitter, len(windows), endpoint=True)
+        begin, length = (column[windows.runs] for column in self._runs)
+        return replace(windows, starts=np.clip(moved, begin, begin + length - windows.lengths))
 
 
 def load_task(store: BoldStore, config: TaskConfig) -> DecodingTask:

@@ -22,10 +22,25 @@ class WindowSource(Protocol):
         """Class of each window, `[windows]`."""
         ...
 
+    @property
+    def groups(self) -> NDArray | None:
+        """Person (or run) of each window, `[windows]`; None where that is not known."""
+        ...
+
     def loader(
-        self, windows: NDArray[np.int64], *, batch: int, shuffle: bool, seed: int, device: torch.device
+        self,
+        windows: NDArray[np.int64],
+        *,
+        batch: int,
+        shuffle: bool,
+        seed: int,
+        device: torch.device,
+        jitter: int = 0,
     ) -> AbstractContextManager[Iterator[PackedBatch]]:
-        """Open batches of some windows: endless if shuffled, else one pass in order."""
+        """Open batches of some windows: endless if shuffled, else one pass in order.
+
+        Where the source knows what lies around a window, its onset moves by up to `jitter` time points.
+        """
         ...
 
 
@@ -40,11 +55,19 @@ class ArrayWindows:
         Seconds between time points, one for all windows or `[windows]`.
     labels
         Class of each window; zeros if None.
+    groups
+        Person or run of each window, where that is known.
     """
 
     def __init__(
-        self, windows: Sequence[NDArray], *, t_r: float | NDArray, labels: NDArray[np.int64] | None = None
+        self,
+        windows: Sequence[NDArray],
+        *,
+        t_r: float | NDArray,
+        labels: NDArray[np.int64] | None = None,
+        groups: NDArray | None = None,
     ) -> None:
+        self.groups = groups
         self.t_r = np.broadcast_to(np.asarray(t_r, dtype=np.float64), len(windows))
         self.lengths = np.array([len(window) for window in windows], dtype=np.int32)
         self.bold = np.concatenate([np.asarray(window, dtype=np.float32) for window in windows])
@@ -54,9 +77,19 @@ class ArrayWindows:
         )
 
     def loader(
-        self, windows: NDArray[np.int64], *, batch: int, shuffle: bool, seed: int, device: torch.device
+        self,
+        windows: NDArray[np.int64],
+        *,
+        batch: int,
+        shuffle: bool,
+        seed: int,
+        device: torch.device,
+        jitter: int = 0,
     ) -> AbstractContextManager[Iterator[PackedBatch]]:
-        """Open batches of some windows: endless if shuffled, else one pass in order."""
+        """Open batches of some windows: endless if shuffled, else one pass in order.
+
+        `jitter` changes nothing: what lay around these windows is not known.
+        """
         return nullcontext(self._batches(np.asarray(windows), batch, shuffle, seed, device))
 
     def _batches(

@@ -11,7 +11,7 @@ from brainflow.files import is_count, is_number
 Check = tuple[Callable[[Any], bool], str]
 """Whether a value fits, and what is expected in words."""
 MODES = ("finetune", "lora", "attentive", "linear", "mlp", "knn")
-POOLINGS = ("cls", "last", "mean", "first", "tokens")
+POOLINGS = ("bins", "moments", "cls", "last", "mean", "first", "tokens")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -117,6 +117,9 @@ SECTIONS: dict[str, dict[str, Check]] = {
         "pooling": (lambda v: v in POOLINGS, f"one of {', '.join(POOLINGS)}"),
         "classes": (_classes, "a list of different names of one type"),
         "examples": (is_count, "a whole number from 0"),
+        "head": (lambda v: v in MODES, f"one of {', '.join(MODES)}"),
+        "bins": (is_count, "a whole number from 1"),
+        "layer": (_maybe(is_count), "a whole number from 0, or null"),
     },
     "decoding": {
         "target": _TEXT,
@@ -182,10 +185,21 @@ def check_facts(config: dict[str, Any], where: object) -> None:
             f"{where}: decoder.pooling: got {decoder['pooling']!r} with mode {decoder['mode']}; tokens goes "
             "with attentive, and attentive with nothing else"
         )
+    if decoder and not _head_fits(decoder):
+        raise ValueError(
+            f"{where}: decoder.head: got {decoder['head']!r} with mode {decoder['mode']}, expected that, or "
+            "linear with finetune and lora"
+        )
     if decoder and decoder["mode"] == "knn" and not decoder["examples"]:
         raise ValueError(
             f"{where}: decoder.examples: got 0 with mode knn, expected the number of its windows"
         )
+
+
+def _head_fits(decoder: dict[str, Any]) -> bool:
+    """Whether a head is one of its mode; a fitted one begins fine-tuning, and older decoders name none."""
+    mode, head = decoder["mode"], decoder.get("head")
+    return head in (None, mode) or (head == "linear" and mode in ("finetune", "lora"))
 
 
 def _check(value: Any, check: Check, where: object, name: str) -> None:

@@ -16,6 +16,7 @@ from brainflow.decoding.adapt import adapt
 from brainflow.decoding.baselines import BASELINES
 from brainflow.decoding.finetune import frozen_features
 from brainflow.decoding.fit import AdaptConfig, Mode
+from brainflow.decoding.readout import Readout
 from brainflow.decoding.result import baseline, difference, write_results
 from brainflow.decoding.task import TaskConfig, load_task
 from brainflow.decoding.windows import ArrayWindows
@@ -137,10 +138,10 @@ def test_permuted_labels_give_chance(permuted, model, name):
 
 
 def test_same_seed_same_predictions_and_another_seed_others(task, model):
-    config = AdaptConfig(steps=3, batch_size=10, dropout=0.5)
+    config = AdaptConfig(published=True, steps=3, batch_size=10, dropout=0.5)
     first, again = (adapt(task, model, config, device="cpu").probabilities for _ in range(2))
     np.testing.assert_array_equal(first, again)
-    other = adapt(task, model, AdaptConfig(steps=3, batch_size=10, dropout=0.5, seed=1), device="cpu")
+    other = adapt(task, model, replace(config, seed=1), device="cpu")
     assert not np.array_equal(first, other.probabilities)
 
 
@@ -185,16 +186,16 @@ def test_frozen_features_do_not_depend_on_the_batch(task, model):
     from brainflow.pretrained.format import load_pretrained
 
     module = load_pretrained(model)
-    features = frozen_features(module, task, pooling="mean", device=torch.device("cpu"))
+    readout = [Readout(pooling="mean")]
+    (features,) = frozen_features(module, task, readout, device=torch.device("cpu"))
     assert features.shape == (len(task.labels), 16)
-    alone = frozen_features(
-        module, ArrayWindows([task.store.run(0)[2:6]], t_r=2.0), pooling="mean", device=torch.device("cpu")
-    )
+    source = ArrayWindows([task.store.run(0)[2:6]], t_r=2.0)
+    (alone,) = frozen_features(module, source, readout, device=torch.device("cpu"))
     np.testing.assert_allclose(features[:1], alone, atol=1e-5)
 
 
 def test_files_are_written_under_their_names(task, tmp_path):
-    result = baseline(task, "ridge")
+    result = baseline(task, "nilearn")
     write_results(task, result, [], tmp_path / "a")
     assert not (tmp_path / "a" / "test_predictions.npy").exists()
     saved = json.loads((tmp_path / "a" / "scores.json").read_text())
@@ -213,7 +214,8 @@ def test_command_line(store, model, tmp_path):
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     assert printed["target"] == "state"
-    assert [entry["name"] for entry in printed["baselines"]] == list(BASELINES)
+    others = [entry["name"] for entry in printed["baselines"]]
+    assert others == ["fine-tuned, from scratch", *BASELINES]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "scores.json",
         "scores.csv",

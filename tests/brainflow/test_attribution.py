@@ -29,7 +29,7 @@ def planted():
 @pytest.fixture(scope="module")
 def decoder(planted):
     windows, labels, _ = planted
-    settings = {"steps": 150, "lr": 2e-3, "pooling": "mean"}
+    settings = {"published": True, "steps": 150, "lr": 2e-3, "pooling": "mean"}
     return brainflow.MentalStateDecoder(mode="finetune", **settings).fit(windows[:180], labels[:180])
 
 

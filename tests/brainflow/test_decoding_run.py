@@ -127,12 +127,16 @@ def test_command_writes_scores_curve_decoder_and_attributions(decoding):
     assert saved["learning_curve"]["unit"] == "subject"
     points = [(p["decoder"], p["train"]) for p in saved["learning_curve"]["points"]]
     assert [count for name, count in points if name == "ridge"] == [1, 3]
-    assert {name for name, _ in points} == {"fine-tuned, pretrained", *BASELINES}
-    assert len((decoding / "learning_curve.csv").read_text().splitlines()) == 1 + 2 * 7
+    both = {"fine-tuned, pretrained", "fine-tuned, from scratch"}
+    assert {name for name, _ in points} == both | set(BASELINES)
+    assert saved["learning_curve"]["too_narrow"]
+    assert saved["gains"].keys() == {"pretrained - scratch", "pretrained - best baseline"}
+    assert saved["learning_curve"]["gains"].keys() == {"1", "3"}
+    assert len((decoding / "learning_curve.csv").read_text().splitlines()) == 1 + 2 * (2 + len(BASELINES))
     assert saved["data"]["windows"] == dict.fromkeys(CLASSES, 24)
     checks = (decoding / "eval_history.csv").read_text().splitlines()
     assert checks[0] == "step,loss,accuracy,seed,fold"
-    assert len(checks) == 1 + 2 * 10
+    assert len(checks) == 1 + 2 * 11
     assert sum(saved["decoder"]["confusion"][0]) % 2 == 0  # two seeds, pooled
     assert 0 <= saved["decoder"]["calibration"]["error"] <= 1
     with np.load(decoding / "attributions.npz") as found:
@@ -155,8 +159,9 @@ def test_a_saved_decoder_is_loaded_by_the_estimator(decoding, store):
 def test_every_baseline_sees_the_planted_signal(store):
     task = load_task(store, TaskConfig(target="state", split="k-fold", folds=2))
     found = {entry.name: entry.scores.accuracy.value for entry in baselines(task)}
-    assert set(found) == {"logistic", "ridge", "connectome", "mlp", "linear-over-time", "nilearn"}
-    assert min(value for name, value in found.items() if name != "connectome") > 0.6
+    assert set(found) == set(BASELINES)
+    of_order = {"connectome", "tangent", "log-variance"}
+    assert min(value for name, value in found.items() if name not in of_order) > 0.6
 
 
 def test_a_head_of_other_classes_is_refused_by_name(decoding, tmp_path):

@@ -26,6 +26,7 @@ from brainflow.config import ModelConfig
 from brainflow.decoding.finetune import Decoder
 from brainflow.decoding.heads import make_head
 from brainflow.decoding.persist import HEAD, load_decoder, save_decoder
+from brainflow.decoding.readout import Readout
 from brainflow.frameworks import build
 from brainflow.pretrained.format import CONFIG, WEIGHTS, load_pretrained, save_pretrained
 from brainflow.pretrained.legacy import export_checkpoint, import_checkpoint
@@ -54,9 +55,8 @@ def make_decoder(folder, mode="linear"):
     head = make_head(mode, width=8, classes=2, examples=5)
     pooling = "tokens" if mode == "attentive" else "mean"
     facts = {"data": DATA, "step": 3, "pretrain": {"store": "/nowhere/store", "out": "/nowhere/run"}}
-    return save_decoder(
-        Decoder(module, head, pooling=pooling), folder, mode=mode, classes=("a", "b"), facts=facts
-    )
+    decoder = Decoder(module, head, Readout(pooling=pooling))
+    return save_decoder(decoder, folder, mode=mode, kind=mode, classes=("a", "b"), facts=facts)
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +269,10 @@ HUGE = {
     "knn of 2**62 windows": lambda folder: edit(
         folder, lambda config: config["decoder"].update(mode="knn", examples=2**62)
     ),
+    "a layer that is not there": put("decoder", "layer", 7),
+    "more bins than memory": put("decoder", "bins", 2**40),
+    "no bins": put("decoder", "bins", 0),
+    "a head of another mode": put("decoder", "head", "attentive"),
     "a million classes": put("decoder", "classes", [str(i) for i in range(10**6)]),
     "a header of 10 GB": content(WEIGHTS, struct.pack("<Q", 10**10) + b"{}"),
     "config.json: 64 MiB": lambda folder: os.truncate(folder / CONFIG, 2**26),

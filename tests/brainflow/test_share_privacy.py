@@ -16,6 +16,7 @@ from brainflow.config import ModelConfig, PretrainConfig, TrainConfig, to_dict
 from brainflow.decoding.finetune import Decoder
 from brainflow.decoding.heads import make_head
 from brainflow.decoding.persist import HEAD, load_decoder, save_decoder
+from brainflow.decoding.readout import Readout
 from brainflow.frameworks import build
 from brainflow.pretrained import card as cards
 from brainflow.pretrained.compatibility import differences
@@ -59,8 +60,10 @@ def folder(tmp_path):
         },
         "estimator": {"checkpoint": "/home/ann/run", "t_r": 2.0},
     }
-    decoder = Decoder(build(model), make_head("linear", width=8, classes=2), pooling="mean")
-    return save_decoder(decoder, tmp_path / "d", mode="linear", classes=("face", HOSTILE), facts=facts)
+    decoder = Decoder(build(model), make_head("linear", width=8, classes=2), Readout(pooling="mean"))
+    return save_decoder(
+        decoder, tmp_path / "d", mode="linear", kind="linear", classes=("face", HOSTILE), facts=facts
+    )
 
 
 @pytest.fixture

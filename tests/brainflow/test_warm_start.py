@@ -242,7 +242,7 @@ def test_adapting_leaves_frozen_parts_alone():
     bold = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
     source = ArrayWindows(np.split(bold, 6), t_r=2.0, labels=np.arange(6) % 2)
     module = build(ModelConfig(**SIZE))
-    config = AdaptConfig(steps=3, batch_size=6, lr=0.1, freeze="embedder")
+    config = AdaptConfig(published=True, steps=3, batch_size=6, lr=0.1, freeze="embedder")
     decoder, _ = fit_decoder(module, source, np.arange(6), config, classes=2, device=torch.device("cpu"))
     for name, value in decoder.module.named_parameters():
         same = torch.equal(value, dict(module.named_parameters())[name])

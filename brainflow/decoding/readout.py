@@ -1,0 +1,217 @@
+"""From the hidden states of a window to one vector: which layer is read, and what becomes of time.
+
+States that carry a pattern in time lose it by averaging: `bins` cuts a window of any length into equal parts
+and lays the means of the parts side by side. States that are regimes, which differ in variance, are kept by
+`moments`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from brainflow.batch import offsets, upload, window_of
+from brainflow.frameworks.base import pool
+
+if TYPE_CHECKING:
+    from brainflow.batch import PackedBatch
+
+Pooling = Literal["bins", "moments", "cls", "last", "mean", "first", "tokens"]
+BINS = 10
+MOST_BINS = 4_096
+EMBEDDING = 0
+SMALLEST_VARIANCE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readout:
+    """How one vector is made of a window's hidden states.
+
+    Parameters
+    ----------
+    pooling
+        `bins`: means of equal parts of the window, concatenated. `moments`: mean and log of the standard
+        deviation over time. `mean`, `last`, `first` of the states. `cls`: the state of the appended CLS
+        token. `tokens`: all of them, for a head that pools itself.
+    bins
+        Parts of `bins`.
+    layer
+        0: the embedded time points, without positions; 1, 2, …: after so many blocks; None: the last states,
+        after the final norm. `cls` is read from the last.
+
+    Raises
+    ------
+    ValueError
+        If there is no such pooling, or a number is out of range.
+    """
+
+    pooling: Pooling = "bins"
+    bins: int = BINS
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pooling not in get_args(Pooling):
+            raise ValueError(f"pooling: got {self.pooling!r}, expected one of {', '.join(get_args(Pooling))}")
+        if type(self.bins) is not int or not 1 <= self.bins <= MOST_BINS:
+            raise ValueError(f"bins: got {self.bins!r}, expected a whole number from 1 to {MOST_BINS}")
+        if self.layer is not None and (type(self.layer) is not int or self.layer < 0):
+            raise ValueError(f"layer: got {self.layer!r}, expected 0 (the embedding), 1, 2, …")
+
+    def width(self, width: int) -> int:
+        """Return the length of the vector of states of some width."""
+        return width * {"bins": self.bins, "moments": 2}.get(self.pooling, 1)
+
+    def __call__(self, module: Any, batch: PackedBatch) -> Tensor:
+        """Return `[windows, self.width(width)]`; for `tokens` `[tokens, width]`."""
+        return read(module, batch, [self])[0]
+
+
+def layers(module: Any) -> list[int | None]:
+    """Return what may be read of a module: the embedding, the states between blocks, the last ones."""
+    blocks = getattr(getattr(module, "transformer", None), "blocks", ())
+    return [EMBEDDING, *range(1, len(blocks)), None]
+
+
+def read(module: Any, batch: PackedBatch, readouts: Sequence[Readout]) -> list[Tensor]:
+    """Return the vectors of several readouts, `[windows, …]` each, from one pass through the module.
+
+    Raises
+    ------
+    ValueError
+        If the module has no such layer.
+    """
+    wanted = {readout.layer for readout in readouts if readout.pooling != "cls"}
+    states = _states(module, batch, wanted)
+    return [
+        module.features(batch, "cls")
+        if readout.pooling == "cls"
+        else _pooled(states[readout.layer], batch.lengths, readout)
+        for readout in readouts
+    ]
+
+
+def _states(module: Any, batch: PackedBatch, wanted: set[int | None]) -> dict[int | None, Tensor]:
+    """Return the states `[tokens, width]` of some layers."""
+    unknown = wanted - set(layers(module))
+    if unknown:
+        raise ValueError(
+            f"layer: got {min(filter(None, unknown))}, expected 0 (the embedding) to "
+            f"{len(layers(module)) - 2}, or none for the last states of this model"
+        )
+    between = sorted(layer for layer in wanted if layer)
+    found: dict[int | None, Tensor] = {}
+    if EMBEDDING in wanted:
+        found[EMBEDDING] = module.embedding(batch.bold)
+    if between or None in wanted:
+        with _watched(module, between, found):
+            found[None] = module.features(batch, "tokens")
+    return found
+
+
+@contextmanager
+def _watched(module: Any, between: Sequence[int], seen: dict[int | None, Tensor]) -> Iterator[None]:
+    """Put into `seen` what blocks give while the module runs, a row a time point of the batch."""
+    rows: list[Tensor | None] = [None]
+
+    def before(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        # BERT's sequences hold special tokens, too; the rows that it wants of them are the time points
+        rows[0] = kwargs.get("rows")
+
+    def keep(layer: int) -> Any:
+        def after(_: Any, args: Any, output: Tensor) -> None:
+            seen[layer] = output if rows[0] is None else output.index_select(0, rows[0])
+
+        return after
+
+    hooks = []
+    if between:
+        hooks.append(module.transformer.register_forward_pre_hook(before, with_kwargs=True))
+        hooks += [module.transformer.blocks[i - 1].register_forward_hook(keep(i)) for i in between]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _pooled(hidden: Tensor, lengths: np.ndarray, readout: Readout) -> Tensor:
+    if readout.pooling == "bins":
+        return time_bins(hidden, lengths, readout.bins)
+    if readout.pooling == "moments":
+        return moments(hidden, lengths)
+    how: Any = readout.pooling
+    return pool(hidden, lengths, how)
+
+
+def time_bins(hidden: Tensor, lengths: np.ndarray, bins: int) -> Tensor:
+    """Return the means of equal time bins of each window, laid side by side.
+
+    A window of L time points is a step function on [0, L); bin b is [b L / bins, (b + 1) L / bins). A time
+    point that lies in two bins counts in each by its share, so the mean over bins is the mean over time,
+    also where there are fewer time points than bins.
+
+    Parameters
+    ----------
+    hidden
+        `[tokens, width]`, windows end to end.
+    lengths
+        Host int `[windows]`, time points of each window, all at least 1.
+    bins
+        Number of bins.
+
+    Returns
+    -------
+    Tensor
+        `[windows, bins · width]`, bin by bin.
+
+    Examples
+    --------
+    >>> time_bins(torch.tensor([[1.0], [2.0], [6.0]]), np.array([3]), 2).tolist()
+    [[1.3333333730697632, 4.666666507720947]]
+    """
+    token, place, share = _overlaps(np.asarray(lengths, dtype=np.int64), bins)
+    sent = upload(hidden.device, token=token, place=place, share=share)
+    pieces = hidden.index_select(0, sent["token"]) * sent["share"].to(hidden.dtype)[:, None]
+    summed = hidden.new_zeros(len(lengths) * bins, hidden.shape[1]).index_add(0, sent["place"], pieces)
+    return summed.view(len(lengths), bins * hidden.shape[1])
+
+
+def _overlaps(lengths: NDArray[np.int64], bins: int) -> tuple[NDArray, NDArray, NDArray[np.float64]]:
+    """Return which token lies in which bin (counted over all windows), and its share of that bin.
+
+    In units of 1 / bins of a time point everything is a whole number: token t covers [t bins, (t + 1) bins),
+    bin b covers [b L, (b + 1) L).
+    """
+    starts = offsets(lengths)[:-1]
+    token, place, share = [], [], []
+    for length in np.unique(lengths):
+        windows = np.flatnonzero(lengths == length)
+        whole = int(length) * bins
+        cuts = np.union1d(np.arange(0, whole, bins), np.arange(0, whole, length))
+        token.append((starts[windows][:, None] + cuts // bins).ravel())
+        place.append((windows[:, None] * bins + cuts // length).ravel())
+        share.append(np.tile(np.diff(np.append(cuts, whole)) / length, len(windows)))
+    return np.concatenate(token), np.concatenate(place), np.concatenate(share)
+
+
+def moments(hidden: Tensor, lengths: np.ndarray) -> Tensor:
+    """Return mean and log standard deviation over the time of each window, `[windows, 2 · width]`.
+
+    Parameters
+    ----------
+    hidden
+        `[tokens, width]`, windows end to end.
+    lengths
+        Host int `[windows]`. The variance of one time point is 0; its log is that of a small constant.
+    """
+    mean = pool(hidden, lengths, "mean")
+    window = upload(hidden.device, window=window_of(lengths))["window"]
+    variance = pool((hidden - mean.index_select(0, window)).square(), lengths, "mean")
+    return torch.cat((mean, (variance + SMALLEST_VARIANCE).log() / 2), dim=1)

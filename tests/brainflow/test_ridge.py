@@ -1,0 +1,118 @@
+"""Ridge in closed form: the same as fitting again and again, penalty and scale from people left out."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import log_softmax
+from sklearn.linear_model import Ridge as ScikitRidge
+
+from brainflow.decoding import ridge as module
+from brainflow.decoding.ridge import NEVER, PENALTIES, fit_ridge
+
+
+def planted(people=6, features=40, signal=1.0, seed=0, classes=3):
+    rng = np.random.default_rng(seed)
+    labels = np.tile(np.arange(classes), people)
+    groups = np.repeat(np.arange(people), classes)
+    own = rng.normal(size=(people, features))[groups]
+    x = own + signal * rng.normal(size=(classes, features))[labels] + rng.normal(size=(len(labels), features))
+    return x, labels, groups
+
+
+def by_refitting(x, labels, weights, penalty):
+    """Weighted ridge on standardised features by scikit-learn, with the penalty in our units."""
+    mean = np.average(x, axis=0, weights=weights)
+    scaled = (x - mean) / np.sqrt(np.average((x - mean) ** 2, axis=0, weights=weights))
+    unit = (weights[:, None] * scaled**2).sum() / len(x)
+    fit = ScikitRidge(alpha=penalty * unit, solver="cholesky")
+    return fit, scaled
+
+
+@given(
+    wide=st.booleans(), balance=st.booleans(), seed=st.integers(0, 99), penalty=st.sampled_from([0.01, 1.0])
+)
+def test_left_out_scores_are_those_of_fits_without_the_group(wide, balance, seed, penalty):
+    x, labels, groups = planted(features=50 if wide else 5, seed=seed)
+    if balance:
+        x, labels, groups = (part[3:] if i != 1 else np.append(part[3:-1], 0) for i, part in
+                             enumerate((x, labels, groups)))  # fmt: skip
+    counts = np.bincount(labels)
+    weights = (len(x) / (3 * counts))[labels] if balance else np.ones(len(x))
+    fit, scaled = by_refitting(x, labels, weights, penalty)
+    onehot, root = np.eye(3)[labels], np.sqrt(weights)[:, None]
+    share = np.average(onehot, axis=0, weights=weights)
+    parts = module._parts(groups, len(x))
+    ours = module._Decomposition(root * scaled, root * (onehot - share))
+    found = ours.left_out(penalty, parts, root) / root + share
+    for part in parts:
+        rest = np.setdiff1d(np.arange(len(x)), part)
+        fit.fit(scaled[rest], onehot[rest], sample_weight=weights[rest])
+        np.testing.assert_allclose(found[part], fit.predict(scaled[part]), atol=1e-6)
+
+
+@pytest.mark.parametrize("features", [5, 60])
+@pytest.mark.parametrize("balance", [False, True])
+def test_weights_are_those_of_ridge_with_the_chosen_penalty(features, balance):
+    x, labels, groups = planted(features=features)
+    keep = np.flatnonzero(np.arange(len(x)) % 5 > 0)
+    x, labels, groups = x[keep] * 7 + 100, labels[keep], groups[keep]
+    ours = fit_ridge(x, labels, classes=3, groups=groups, balance=balance)
+    weights = (len(x) / (3 * np.bincount(labels)))[labels] if balance else np.ones(len(x))
+    fit, scaled = by_refitting(x, labels, weights, ours.penalty)
+    expected = fit.fit(scaled, np.eye(3)[labels], sample_weight=weights).predict(scaled)
+    logits = ours.logits(x)
+    slope = np.polyfit(expected.ravel(), logits.ravel(), 1)
+    np.testing.assert_allclose(np.polyval(slope, expected), logits, atol=1e-6)
+    assert ours.penalty in PENALTIES
+
+
+def test_probabilities_of_new_people_are_as_sure_as_they_are_right():
+    """Of people that were not seen the cross-entropy is nearly that of the best scale for them."""
+    x, labels, groups = planted(people=200, features=30, signal=0.5)
+    seen = groups < 100
+    logits = fit_ridge(x[seen], labels[seen], classes=3, groups=groups[seen]).logits(x[~seen])
+    rows = np.arange((~seen).sum())
+
+    def loss(factor):
+        return -log_softmax(factor * logits, axis=1)[rows, labels[~seen]].mean()
+
+    assert loss(1.0) < min(loss(f) for f in np.geomspace(0.2, 5, 41)) + 0.01
+    assert loss(1.0) < np.log(3) - 0.1
+
+
+def test_people_not_windows_choose_the_penalty():
+    """What marks persons, and their labels with them, is of no use for other persons: leave them out."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(8), 20)
+    labels = rng.integers(0, 2, 8)[groups] ^ (rng.random(160) < 0.2)
+    x = rng.normal(size=(8, 60))[groups] + 0.3 * rng.normal(size=(160, 60))
+    by_people = fit_ridge(x, labels, classes=2, groups=groups)
+    by_windows = fit_ridge(x, labels, classes=2)
+    assert by_windows.loss < 0.6 < by_people.loss
+    assert by_people.penalty > by_windows.penalty
+
+
+def test_one_person_has_the_fixed_penalty_and_absent_classes_are_never_named():
+    x, labels, _ = planted(people=1)
+    alone = fit_ridge(x, labels, classes=5, groups=np.zeros(3))
+    assert alone.penalty == module.PENALTY
+    assert np.isnan(alone.loss)
+    assert (alone.bias[3:] == NEVER).all()
+    assert (alone.logits(x).argmax(axis=1) == labels).all()
+
+
+def test_constant_features_and_constant_data_give_finite_weights():
+    x, labels, groups = planted()
+    x[:, 3] = 7.3
+    ours = fit_ridge(x, labels, classes=3, groups=groups)
+    assert (ours.weight[:, 3] == 0).all()
+    flat = fit_ridge(np.full((6, 4), 2.5), np.arange(6) % 3, classes=3)
+    assert np.isfinite(flat.logits(np.zeros((2, 4)))).all()
+
+
+def test_what_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="features: got NaN or infinity"):
+        fit_ridge(np.array([[np.nan], [1.0]]), np.array([0, 1]), classes=2)
+    with pytest.raises(ValueError, match=r"got shape \[2, 1\] for 3 labels"):
+        fit_ridge(np.ones((2, 1)), np.array([0, 1, 1]), classes=2)
