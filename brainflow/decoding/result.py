@@ -219,7 +219,7 @@ def write_results(
         for seed, fold, fit in result.histories
         for i, (loss, rate) in enumerate(zip(fit.losses, fit.rates, strict=True))
     ]
-    if steps:
+    if result.histories:
         write_csv(folder / "train_history.csv", ["step", "loss", "lr", "seed", "fold"], steps)
     checks = [[*check, seed, fold] for seed, fold, fit in result.histories for check in fit.checks]
     if checks:

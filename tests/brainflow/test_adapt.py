@@ -227,6 +227,7 @@ def test_command_line(store, model, tmp_path):
         "predictions.csv",
         "train_config.json",
         "train_history.csv",
+        "eval_history.csv",
     }
     header, *steps = (tmp_path / "out" / "train_history.csv").read_text().splitlines()
     assert header == "step,loss,lr,seed,fold"
