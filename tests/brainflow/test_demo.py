@@ -93,7 +93,7 @@ def test_demo_end_to_end(result, capsys):
     )  # ridge: 0.656 to 0.76 by the kind of window
     print_tables(result, Console(width=100))
     printed = capsys.readouterr().out
-    for words in ("each network's mean", "the last value", "chance", "0.125", "ridge classifier, no model"):
+    for words in ("each network's mean", "the last value", "chance", "0.125", "ridge, no model"):
         assert words in printed
     saved = json.loads((result.config.out / "decoding" / "scores.json").read_text())
     assert saved["hrf_shift"] == HRF_SHIFT
