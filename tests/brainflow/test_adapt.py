@@ -216,7 +216,7 @@ def test_command_line(store, model, tmp_path):
     printed = json.loads(done.stdout)
     assert printed["target"] == "state"
     others = [entry["name"] for entry in printed["baselines"]]
-    assert others == ["fine-tuned, from scratch", *BASELINES]
+    assert others == ["fine-tuned as published, from scratch", *BASELINES]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "scores.json",
         "scores.csv",
