@@ -14,13 +14,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from brainflow.data.sampler import RunColumns
 from brainflow.storage.files import write_text
+
+if TYPE_CHECKING:  # batches need torch, and `brainflow ingest` writes splits without it
+    from brainflow.data.sampler import RunColumns
 
 By = Literal["run", "subject"]
 _FORMAT = 1

@@ -27,8 +27,6 @@ from brainflow.training.run_dir import SPLIT
 
 HRF_SHIFT = 5.0
 """Seconds from a picture to the BOLD response it is decoded from: where the canonical response peaks."""
-ADAPT_LR = 1e-3
-"""Peak learning rate of adaptation: with it the training loss falls well below chance in few steps."""
 ADAPTATIONS: tuple[tuple[Mode, bool], ...] = (
     ("knn", False),
     ("linear", True),
@@ -57,8 +55,8 @@ class DemoConfig:
     change the last digits."""
     pretrain_steps: int = 300
     """Optimizer steps of pretraining."""
-    adapt_steps: int = 40
-    """Optimizer steps of adaptation, in each fold."""
+    adapt_steps: int | None = None
+    """Optimizer steps of adaptation, in each fold; by default as `adapt` takes."""
     width: int = 128
     """Hidden width of the model."""
 
@@ -142,7 +140,7 @@ def run_demo(config: DemoConfig, *, say: Callable[[str], None], quiet: bool = Fa
     task = load_task(store, TaskConfig(target=haxby.TARGET, split="leave-one-run-out", hrf_shift=HRF_SHIFT))
     say(f"decoding {len(task.classes)} conditions, each run left out once: classifiers without a model")
     decoders = baselines(task)
-    adaptation = AdaptConfig(steps=config.adapt_steps, lr=ADAPT_LR, seed=config.seed)
+    adaptation = AdaptConfig(steps=config.adapt_steps, seed=config.seed)
     for mode, scratch in ADAPTATIONS:
         say(f"decoding by {NAMES[mode]} on {'fresh' if scratch else 'pretrained'} weights")
         asked = replace(adaptation, mode=mode, scratch=scratch)

@@ -101,7 +101,7 @@ def test_teacher_forcing_is_drawn_once_a_batch(monkeypatch):
     monkeypatch.setattr(model, "_decoded", decoded)
 
     class Batch:
-        step = 0
+        step, mask = 0, None
 
     for step in range(200):
         Batch.step = step

@@ -92,9 +92,10 @@ def test_a_planted_signal_is_decoded_and_permuted_labels_are_not(name):
     assert none.permutation_p > 0.05
 
 
-def test_windows_of_unequal_length_become_means_over_time():
+def test_windows_of_unequal_length_become_time_bins():
     bold = np.arange(10, dtype=np.float32).reshape(5, 2)
-    assert flatten(bold, np.array([2, 3])).tolist() == [[1, 2], [6, 7]]
+    second = [(4 + 6 / 2) / 1.5, (5 + 7 / 2) / 1.5, (6 / 2 + 8) / 1.5, (7 / 2 + 9) / 1.5]
+    assert np.allclose(flatten(bold, np.array([2, 3])), [[0, 1, 2, 3], second])
     assert flatten(bold[:4], np.array([2, 2])).shape == (2, 4)
     with pytest.raises(ValueError, match="got a sum of 4"):
         flatten(bold, np.array([2, 2]))
