@@ -26,7 +26,7 @@ from .files import (
     sync_directory,
     write_durably,
 )
-from .layout import CHUNK_ROWS, SHARD_ROWS, run_key
+from .layout import CHUNK_ROWS, SHARD_ROWS, Grid, run_key
 from .manifest import (
     MANIFEST,
     MANIFEST_COPY,
@@ -413,24 +413,23 @@ class StoreWriter:
         self._bold = ShardWriter(self._root, self._attributes.bold_grid, self._manifest.rows)
         self._statistics = ShardWriter(self._root, self._attributes.statistics_grid, self._manifest.slots)
 
+    def _rows(self, manifest: Manifest) -> list[tuple[Grid, int]]:
+        """Both arrays, and how many rows each has by `manifest`."""
+        return [
+            (self._attributes.bold_grid, manifest.rows),
+            (self._attributes.statistics_grid, manifest.slots),
+        ]
+
     def _write_shapes(self, manifest: Manifest) -> None:
         """Let the metadata of both arrays say how many rows they have by `manifest`."""
-        attributes = self._attributes
-        for grid, rows in (
-            (attributes.bold_grid, manifest.rows),
-            (attributes.statistics_grid, manifest.slots),
-        ):
-            path, metadata = self._root / grid.name / "zarr.json", attributes.array_metadata(grid, rows)
+        for grid, rows in self._rows(manifest):
+            path, metadata = self._root / grid.name / "zarr.json", self._attributes.array_metadata(grid, rows)
             if not path.is_file() or path.read_bytes() != metadata:
                 replace_durably(path, metadata)
 
     def _remove_uncommitted(self, manifest: Manifest) -> None:
         """Remove what neither `manifest`, which is the one on disk, nor the one before it names."""
-        attributes = self._attributes
-        for grid, rows in (
-            (attributes.bold_grid, manifest.rows),
-            (attributes.statistics_grid, manifest.slots),
-        ):
+        for grid, rows in self._rows(manifest):
             for shard in _numbered(self._root / grid.name / "c", r"\d+"):
                 if int(shard.name) >= rows // grid.shard_rows:
                     remove(shard)

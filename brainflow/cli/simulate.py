@@ -14,7 +14,7 @@ Examples
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 import tyro
@@ -55,15 +55,7 @@ class Args:
 
 def run(args: Args) -> int:
     """Simulate, write and say what was written."""
-    cohort = Cohort(
-        kind=args.kind,
-        networks=args.networks,
-        states=args.states,
-        time_points=args.time_points,
-        t_r=args.t_r,
-        signal=args.signal,
-        seed=args.seed,
-    )
+    cohort = Cohort(**{field.name: getattr(args, field.name) for field in fields(Cohort)})
     with progress_bar("people", quiet=args.json) as progress:
         write_cohort(
             args.store,
