@@ -180,6 +180,8 @@ class PackedBatch:
         int32 [windows] NumPy array, on the host: time points of each window.
     runs
         int32 [windows] NumPy array, on the host: run id of each window.
+    t_r
+        float64 [windows] NumPy array, on the host: seconds between the time points of each window.
     step
         Which step the batch is for; the offset of the mask seed.
     labels
@@ -198,6 +200,7 @@ class PackedBatch:
     max_seqlen: int
     lengths: NDArray[np.int32]
     runs: NDArray[np.int32]
+    t_r: NDArray[np.float64]
     step: int
     labels: Tensor | None = None
     is_next: Tensor | None = None
@@ -247,6 +250,7 @@ class PackedBatch:
             max_seqlen=int(windows.lengths.max()),
             lengths=windows.lengths,
             runs=windows.runs,
+            t_r=windows.t_r,
             step=windows.step,
             **columns,
         )

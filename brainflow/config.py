@@ -52,16 +52,24 @@ class ModelConfig:
     none are dropped. All but `fallback` need bf16 or fp16."""
     recompute: bool = False
     """Activation checkpointing of the transformer: less memory, about a third more time."""
-    positions: Literal["learned", "rotary"] = "learned"
-    """Positions in a window: a learned table, or rotary (windows longer than `max_positions` may follow)."""
+    positions: Literal["learned", "rotary", "seconds"] = "learned"
+    """Positions in a window: a learned table (as published), or rotary ones, which windows longer than those
+    of training may have: by time point, or by `seconds`, which mean the same at every TR."""
     norm: Literal["layer", "rms"] = "layer"
     """The transformer's normalisation: LayerNorm or RMSNorm."""
     activation: Literal["published", "gelu", "gelu-tanh", "swiglu"] = "published"
     """The transformer's feed-forward: GELU (`published`: GPT-2's tanh form for CSM, BERT's exact one), or
     SwiGLU with as many weights."""
-    time_encoding: Literal["table", "fourier"] = "table"
-    """Seconds since onset: a table with a row each `time_resolution` (as published), or a learned projection
-    of sines and cosines, which knows every TR and length."""
+    time_encoding: Literal["table", "fourier", "none"] = "table"
+    """Seconds since onset: a table with a row each `time_resolution` (as published), a learned projection
+    of sines and cosines, which knows every TR and length, or none (with `positions=seconds`)."""
+    embedding_norm: bool = True
+    """LayerNorm after the projection of a time point, as published; it divides the amplitude away."""
+    norm_first: bool = False
+    """BERT: normalise before each part of a block, not after each sum (as published). GPT always does."""
+    linear: bool = False
+    """Carry the linear predictor of the targets, fitted in closed form before training; what the model
+    predicts is then a mean of it and of the network, weighed by what held-out runs say."""
     coordinates: bool = False
     """Add to each network's input weights a learned function of its coordinates, taken from the store."""
     late_read: bool = False
@@ -82,9 +90,9 @@ class ModelConfig:
             raise ValueError(
                 f"model.width: got {self.width}, which is not divisible by model.heads={self.heads}"
             )
-        if self.positions == "rotary" and self.width // self.heads % 2:
+        if self.positions != "learned" and self.width // self.heads % 2:
             raise ValueError(
-                f"model.positions: got rotary with {self.width // self.heads} values a head "
+                f"model.positions: got {self.positions} with {self.width // self.heads} values a head "
                 "(model.width / model.heads), expected an even number"
             )
         if not 0.0 <= self.dropout < 1.0:
@@ -205,6 +213,8 @@ class TrainConfig:
     """Run the transformer's blocks through torch.compile."""
     patience: int = 0
     """Stop after this many validations in a row without a lower validation loss; 0: never."""
+    keep_best: bool = False
+    """The trained model is the one with the lowest validation error, not the one of the last step."""
     seed: int = 0
     """Seeds weights, data order and masks."""
     log_every: int = 10

@@ -15,6 +15,16 @@ Settings = dict[str, dict[str, Any]]
 
 # Blocks, width, heads, peak learning rate. tiny and small run on a laptop; base to 1b are as wide and deep as
 # GPT-2 and GPT-3 of that size (arXiv 2005.14165, table 2.1), with about half of their learning rates.
+# What every preset but `published` has: forecasts that begin at the linear predictor, amplitudes that survive
+# the embedding, positions that mean the same in longer windows and at another TR, no over-fitted last step.
+MODEL: dict[str, Any] = {
+    "loss": "mse",
+    "positions": "seconds",
+    "time_encoding": "none",
+    "embedding_norm": False,
+    "norm_first": True,
+    "linear": True,
+}
 SIZES: dict[str, tuple[int, int, int, float]] = {
     "tiny": (2, 128, 2, 1e-3),
     "small": (4, 256, 4, 5e-4),
@@ -52,7 +62,12 @@ def preset(name: str, framework: str = "csm") -> Settings:
                 "LSTMs of that size are not trained"
             )
         layers = 2
-    settings: Settings = {"model": {"layers": layers, "width": width, "heads": heads}, "train": {"lr": lr}}
+    settings: Settings = {
+        "model": {**MODEL, "layers": layers, "width": width, "heads": heads},
+        "train": {"lr": lr, "keep_best": True},
+    }
+    if framework == "csm":
+        settings["model"]["masking"] = "next"
     if name == "1b":
         settings["model"]["recompute"] = True
     return settings

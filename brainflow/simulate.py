@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ KINDS = ("order", "drive", "regime")
 GROUPS = 6
 STEP = 3  # volumes from one group to the next
 WINDOW = 32  # volumes of a labelled sequence
+REACH = 100.0  # mm over which the background of `order` falls off: eigenvalues as those of recordings
 BLOCK, PAUSE = 16, 6  # volumes of a state of `drive` and `regime`, and between two of them
 _RESPONSE = np.array([0.1, 0.5, 1.0, 0.9, 0.6, 0.3, 0.1, -0.05, -0.1, -0.1, -0.05])  # to an event, by volumes
 _RESPONSE *= 1.8 / np.linalg.norm(_RESPONSE)
@@ -136,7 +138,7 @@ def write_cohort(
     people
         People without labels, task `unlabelled`, for pretraining.
     labelled
-        Further people, task `states`, whose states are segments.
+        Further people, task `states`, whose states are segments; their runs are twice as long.
     overwrite
         Replace the store at `path`.
     progress
@@ -161,7 +163,9 @@ def write_cohort(
         provenance=provenance,
         overwrite=overwrite,
     ) as writer:
-        for person, (bold, segments) in enumerate(_everybody(cohort, people + labelled)):
+        longer = replace(cohort, time_points=2 * cohort.time_points)
+        everybody = chain(_everybody(cohort, 0, people), _everybody(longer, people, people + labelled))
+        for person, (bold, segments) in enumerate(everybody):
             with_labels = person >= people
             writer.append(
                 bold,
@@ -175,9 +179,9 @@ def write_cohort(
                 progress(person + 1, people + labelled)
 
 
-def _everybody(cohort: Cohort, count: int) -> Iterator[Person]:
-    for first in range(0, count, _TOGETHER):
-        yield from cohort.people(first, min(_TOGETHER, count - first))
+def _everybody(cohort: Cohort, begin: int, end: int) -> Iterator[Person]:
+    for first in range(begin, end, _TOGETHER):
+        yield from cohort.people(first, min(_TOGETHER, end - first))
 
 
 def _order(
@@ -191,9 +195,10 @@ def _order(
         members = shared.choice(size, size // 5, replace=False)
         group[members] = shared.normal(1.0, 0.3, len(members))
     orders = np.stack([shared.permutation(GROUPS) for _ in range(cohort.states)])
-    # Background of the network: neighbours fluctuate together, as far as the connectome reaches.
-    mixing = np.linalg.inv(np.eye(size) - 0.6 * cohort.connectome())
-    mixing /= np.linalg.norm(mixing, axis=1, keepdims=True)
+    # Background: neighbours fluctuate together, and a few broad patterns hold most of the variance, as in BOLD.
+    points = cohort.coordinates()
+    distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    mixing = np.linalg.cholesky(np.exp(-distance / REACH) + 1e-6 * np.eye(size))
     bold, segments = np.empty((len(rngs), time, size)), []
     for person, rng in enumerate(rngs):
         weights = groups * (1 + 0.5 * rng.normal(size=groups.shape)) + 0.15 * rng.normal(size=groups.shape)

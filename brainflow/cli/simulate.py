@@ -34,13 +34,13 @@ class Args:
     people: int = 300
     """People without labels."""
     labelled: int = 40
-    """People with labels."""
+    """People with labels; their runs are twice as long."""
     networks: int = 60
     """Regions, an even number."""
     states: int = 8
     """Different states."""
     time_points: int = 300
-    """Volumes of a person's run."""
+    """Volumes of the run of a person without labels."""
     t_r: float = 2.0
     """Repetition time in seconds."""
     signal: float = 1.0
@@ -69,7 +69,7 @@ def run(args: Args) -> int:
     if args.json:
         print(json.dumps({"store": args.store, **cohort.__dict__, **counts}))
     else:
-        minutes = args.time_points * args.t_r * sum(counts.values()) / 60
+        minutes = args.time_points * args.t_r * (args.people + 2 * args.labelled) / 60
         print(
             f"{args.store}: {args.people} people without labels, {args.labelled} with; {minutes:,.0f} minutes"
         )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from brainflow.batch import PackedBatch, offsets, upload, window_of
+from brainflow.batch import Ints, PackedBatch, offsets, upload, window_of
 from brainflow.config import ModelConfig
 from brainflow.kernels import MaskSpec, linear_masked_loss
+from brainflow.models.linear_path import LinearPath
 
 Pooling = Literal["last", "mean", "first", "cls", "tokens"]
 
@@ -46,12 +47,31 @@ class Framework(nn.Module, ABC):
     ----------
     config
         What it was built from.
+    linear
+        Linear predictor of the targets that the model carries, None without one. `reconstruct` and `score`
+        return its mean with the network's prediction; the loss is that of the network alone.
     one_draw
         Whether all microbatches of a step draw from one seed: something is decided for the step as a whole.
     """
 
     config: ModelConfig
+    linear: LinearPath | None
     one_draw: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = None
+
+    def make_linear(self) -> LinearPath | None:
+        """Return a linear predictor of the targets, not fitted yet; None if the framework has none."""
+        return None
+
+    def predicted(self, values: Tensor, batch: PackedBatch, seed: int) -> Tensor:
+        """Return what the model predicts, float32 [rows, networks], of the network's prediction `values`."""
+        values = at_least_float(values)
+        if self.linear is None:
+            return values
+        return self.linear.blend(values, replace(batch, mask=self.drawn(batch, seed)))
 
     @property
     def untrained(self) -> tuple[nn.Parameter, ...]:
@@ -97,6 +117,25 @@ class Framework(nn.Module, ABC):
     @abstractmethod
     def features(self, batch: PackedBatch, pooling: Pooling = "last") -> Tensor:
         """Return one vector a window, [windows, width], for decoding; "tokens": one a time point."""
+
+
+def places(config: ModelConfig, place: Ints, window: Ints, batch: PackedBatch) -> np.ndarray:
+    """Return positions for the transformer: int64 places, or float32 seconds if `model.positions` says so.
+
+    Parameters
+    ----------
+    config
+        Reads positions.
+    place
+        [n], place of each token in its sequence, special tokens included.
+    window
+        [n], window of the batch that gives a token's repetition time.
+    batch
+        The batch.
+    """
+    if config.positions != "seconds":
+        return place
+    return (place * batch.t_r[window]).astype(np.float32)
 
 
 def drawn_rows(mask: MaskSpec, lengths: np.ndarray) -> np.ndarray:

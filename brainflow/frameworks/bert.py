@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from brainflow.batch import Ints, PackedBatch, offsets, positions, upload
+from brainflow.batch import Ints, PackedBatch, offsets, positions, upload, window_of
 from brainflow.config import ModelConfig
-from brainflow.frameworks.base import Framework, Pooling, StepOutput, pool
+from brainflow.frameworks.base import Framework, Pooling, StepOutput, places, pool
 from brainflow.models.embedding import BoldEmbedding
 from brainflow.models.heads import IsNextHead
 from brainflow.models.transformer import Layout, Transformer
@@ -152,12 +152,15 @@ class BertFramework(Framework):
         content[seating.cls] = bold.shape[0] + len(extra)
         content[seating.sep] = bold.shape[0] + len(extra) + 1
         dummy = self.embedding.dummy
+        # halves of a pair may have different TRs only if they are of different runs; the first one's counts
+        halves = len(batch.lengths) // len(seating.lengths)
+        sequence = window_of(seating.lengths) * halves
         sent = upload(
             bold.device,
             content=content,
             points=seating.time_points,
             time=np.full(total, dummy, dummy.dtype),
-            positions=positions(seating.lengths),
+            positions=places(self.config, positions(seating.lengths), sequence, batch),
             types=seating.types,
             cu=offsets(seating.lengths).astype(np.int32),
             **({} if wanted is None else {"wanted": wanted}),

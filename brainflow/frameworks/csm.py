@@ -27,13 +27,14 @@ from brainflow.frameworks.base import (
     Framework,
     Pooling,
     StepOutput,
-    at_least_float,
     drawn_rows,
+    places,
     pool,
     whole_loss,
 )
 from brainflow.kernels import MaskSpec, linear_masked_loss
 from brainflow.models.embedding import BoldEmbedding
+from brainflow.models.linear_path import LinearPath, NeighbourPath, before
 from brainflow.models.transformer import Layout, Transformer
 
 
@@ -55,6 +56,19 @@ class CSM(Framework):
         self.cls_token = nn.Parameter(torch.randn(c.networks))
         self.transformer = Transformer("gpt", c)
         self.unembedding = nn.Linear(c.width, c.networks)
+        self.linear = self.make_linear() if c.linear else None
+
+    def make_linear(self) -> LinearPath:
+        """Return a ridge from the two time points before (an autoregressive model of order 2)."""
+        single = self.config.masking == "single"
+        return NeighbourPath(
+            self.config.networks,
+            lambda batch: before(
+                batch.lengths, batch.mask if single else np.flatnonzero(positions(batch.lengths))
+            ),
+            neighbours=2,
+            kinds=2,
+        )
 
     @property
     def untrained(self) -> tuple[nn.Parameter, ...]:
@@ -85,12 +99,12 @@ class CSM(Framework):
 
     def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
         """Return predicted values, float32 [masked rows, networks], and their rows of `batch.bold`."""
-        return self._values(*self._predicting(batch, seed))
+        return self._values(batch, seed, *self._predicting(batch, seed))
 
     def score(self, batch: PackedBatch, *, seed: int) -> tuple[StepOutput, Tensor, Tensor]:
         """Return the output, and the predicted values and their rows, from one encoding."""
         found = self._predicting(batch, seed)
-        return self._output(batch, *found), *self._values(*found)
+        return self._output(batch, *found), *self._values(batch, seed, *found)
 
     def _output(self, batch: PackedBatch, hidden: Tensor, rows: Tensor, weights: Tensor | None) -> StepOutput:
         weight, bias, kind = self.unembedding.weight, self.unembedding.bias, self.config.loss
@@ -102,9 +116,11 @@ class CSM(Framework):
             )
         return StepOutput(loss=loss, metrics={"reconstruction": loss.detach()})
 
-    def _values(self, hidden: Tensor, rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _values(
+        self, batch: PackedBatch, seed: int, hidden: Tensor, rows: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         chosen = hidden if weights is None else hidden.index_select(0, rows)
-        return at_least_float(self.unembedding(chosen)), rows
+        return self.predicted(self.unembedding(chosen), batch, seed), rows
 
     def features(self, batch: PackedBatch, pooling: Pooling = "last") -> Tensor:
         """Return one vector a window, [windows, width], from the hidden states of the time points.
@@ -139,7 +155,8 @@ class CSM(Framework):
         place = positions(lengths)
         rows = np.flatnonzero(place)
         weights = (1.0 / (lengths - 1)).astype(np.float32)[window_of(lengths)[rows]]
-        sent = upload(batch.bold.device, positions=place, rows=rows, weights=weights)
+        where = places(self.config, place, window_of(lengths), batch)
+        sent = upload(batch.bold.device, positions=where, rows=rows, weights=weights)
         layout = Layout(cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, positions=sent["positions"])
         time = self.embedding.clock(batch.times)
         if self.config.masking == "next":
@@ -165,7 +182,7 @@ class CSM(Framework):
         content[seen], content[last] = np.arange(len(visible)), len(visible)
         sent = upload(
             batch.bold.device,
-            positions=place,
+            positions=places(self.config, place, window_of(cut), batch),
             cu=offsets(cut).astype(np.int32),
             source=source,
             visible=visible,
@@ -183,12 +200,15 @@ class CSM(Framework):
         """Return hidden states of the causal stream; `content` places the CLS token, row `tokens`."""
         time = self.embedding.clock(batch.times)
         if content is None:
-            place = upload(batch.bold.device, positions=positions(lengths))["positions"]
-            layout = Layout(cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, positions=place)
+            where = places(self.config, positions(lengths), window_of(lengths), batch)
+            sent = upload(batch.bold.device, positions=where)
+            layout = Layout(
+                cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, positions=sent["positions"]
+            )
             return self.transformer(self.embedding.finish(self.embedding(batch.bold), time), layout)
         sent = upload(
             batch.bold.device,
-            positions=positions(lengths),
+            positions=places(self.config, positions(lengths), window_of(lengths), batch),
             cu=offsets(lengths).astype(np.int32),
             content=content,
         )

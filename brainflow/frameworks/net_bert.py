@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from brainflow.batch import PackedBatch, offsets, upload
 from brainflow.config import ModelConfig
-from brainflow.frameworks.base import StepOutput, at_least_float
+from brainflow.frameworks.base import StepOutput
 from brainflow.frameworks.bert import BertFramework
 from brainflow.kernels import MaskSpec, linear_masked_loss, mask_tokens
 from brainflow.models.embedding import cast_input
+from brainflow.models.linear_path import LinearPath, NetworkPath
 
 
 class NetBERT(BertFramework):
@@ -25,6 +26,17 @@ class NetBERT(BertFramework):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.mask_token = nn.Parameter(torch.randn(config.max_positions, 1))
+        self.linear = self.make_linear() if config.linear else None
+
+    def make_linear(self) -> LinearPath:
+        """Return the conditional mean of masked networks, given the others of the same time point."""
+        return NetworkPath(self.config.networks, self._masked)
+
+    def _masked(self, batch: PackedBatch) -> Tensor:
+        """Return which values of a batch that carries its mask are masked, bool [tokens, networks]."""
+        bounds = upload(batch.bold.device, cu=self._bounds(batch))["cu"]
+        masked: Tensor = batch.mask.dense(bounds, self.config.networks)
+        return masked
 
     def mask(self, batch: PackedBatch, *, seed: int) -> MaskSpec:
         """Return the mask, which the kernels draw where they need it."""
@@ -84,7 +96,7 @@ class NetBERT(BertFramework):
         self, batch: PackedBatch, seed: int, read: Tensor, cu_seqlens: Tensor
     ) -> tuple[Tensor, Tensor]:
         masked = self.drawn(batch, seed).dense(cu_seqlens, self.config.networks)
-        values = at_least_float(self.unembedding(read)).masked_fill(~masked, torch.nan)
+        values = self.predicted(self.unembedding(read), batch, seed).masked_fill(~masked, torch.nan)
         return values, torch.arange(batch.tokens, device=values.device)
 
     def _predicting(self, batch: PackedBatch, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from brainflow.batch import Ints, PackedBatch, offsets, upload
 from brainflow.config import ModelConfig
-from brainflow.frameworks.base import StepOutput, at_least_float, drawn_rows, whole_loss
+from brainflow.frameworks.base import StepOutput, drawn_rows, whole_loss
 from brainflow.frameworks.bert import BertFramework
 from brainflow.kernels import MaskSpec
+from brainflow.models.linear_path import LinearPath, NeighbourPath, around
 
 
 class SeqBERT(BertFramework):
@@ -24,6 +25,16 @@ class SeqBERT(BertFramework):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.mask_token = nn.Parameter(torch.randn(config.networks))
+        self.linear = self.make_linear() if config.linear else None
+
+    def make_linear(self) -> LinearPath:
+        """Return a ridge from the nearest time points on both sides that are not masked."""
+        return NeighbourPath(
+            self.config.networks,
+            lambda batch: around(batch.lengths, batch.mask),
+            neighbours=2,
+            kinds=4,
+        )
 
     def mask(self, batch: PackedBatch, *, seed: int) -> Ints:
         """Draw the masked rows, int64 [masked]."""
@@ -45,12 +56,13 @@ class SeqBERT(BertFramework):
     def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
         """Return predicted values, float32 [masked rows, networks], and their rows of `batch.bold`."""
         _, chosen, rows = self._predicting(batch, seed)
-        return at_least_float(self.unembedding(chosen)), rows
+        return self.predicted(self.unembedding(chosen), batch, seed), rows
 
     def score(self, batch: PackedBatch, *, seed: int) -> tuple[StepOutput, Tensor, Tensor]:
         """Return the output, and the predicted values and their rows, from one encoding."""
         first, chosen, rows = self._predicting(batch, seed)
-        return self._output(batch, first, chosen, rows), at_least_float(self.unembedding(chosen)), rows
+        values = self.predicted(self.unembedding(chosen), batch, seed)
+        return self._output(batch, first, chosen, rows), values, rows
 
     def _output(self, batch: PackedBatch, first: Tensor, chosen: Tensor, rows: Tensor) -> StepOutput:
         target = batch.bold.index_select(0, rows)

@@ -26,16 +26,17 @@ class BoldEmbedding(nn.Module):
     Parameters
     ----------
     config
-        Reads networks, width, dropout, max_seconds, time_resolution, time_encoding and coordinates.
+        Reads networks, width, dropout, max_seconds, time_resolution, time_encoding, embedding_norm and
+        coordinates.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = config
         self.project = nn.Linear(c.networks, c.width)
-        self.norm = nn.LayerNorm(c.width)
+        self.norm = nn.LayerNorm(c.width) if c.embedding_norm else nn.Identity()
         self.dropout = Dropout(c.dropout)
-        encoding = SecondsTable if c.time_encoding == "table" else SecondsWaves
+        encoding = {"table": SecondsTable, "fourier": SecondsWaves, "none": NoSeconds}[c.time_encoding]
         self.time = encoding(c.width, c.max_seconds, c.time_resolution)
         self.place: nn.Linear | None = None
         if c.coordinates:
@@ -72,7 +73,7 @@ class BoldEmbedding(nn.Module):
         places.copy_(torch.from_numpy(np.concatenate((np.sin(angle), np.cos(angle)), 1)))
 
     def forward(self, bold: Tensor, special: Tensor | None = None) -> Tensor:
-        """Return Linear + LayerNorm of `bold` [tokens, networks] and, below it, of `special` [k, networks].
+        """Return Linear (+ LayerNorm) of `bold` [tokens, networks] and, below it, of `special` [k, networks].
 
         `bold` may be of any floating type: it is cast here, once. It gets no gradient. Dropout and the
         encoding of time follow in :meth:`finish`, when every token stands where it belongs.
@@ -140,6 +141,23 @@ class SecondsWaves(nn.Module):
         angle = seconds[:, None] * self.get_buffer("speeds")
         waves = torch.cat((angle.sin(), angle.cos()), 1).to(self.project.weight.dtype)
         return torch.where(seconds[:, None] < 0, self.special, self.project(waves))
+
+
+class NoSeconds(nn.Module):
+    """No encoding: positions that count seconds say it already."""
+
+    dummy = np.float32(0.0)
+
+    def __init__(self, width: int, longest: float, resolution: float) -> None:
+        super().__init__()
+
+    def code(self, times: Tensor) -> Tensor:
+        """Return `times`, float32 [tokens]."""
+        return times
+
+    def forward(self, seconds: Tensor) -> Tensor:
+        """Return zeros that broadcast to the tokens, [tokens, 1]."""
+        return torch.zeros_like(seconds)[:, None]
 
 
 def cast_input(bold: Tensor, weight: Tensor) -> Tensor:

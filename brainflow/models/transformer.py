@@ -41,7 +41,7 @@ class Layout:
     max_seqlen
         Tokens of the longest window.
     positions
-        int64 [T], place of a token in its window.
+        int64 [T], place of a token in its window; float32, seconds, where `model.positions` is `seconds`.
     token_types
         int64 [T] or None; only BERT reads it.
     """
@@ -130,12 +130,17 @@ def _norm(style: Style, c: ModelConfig) -> nn.Module:
     return nn.RMSNorm(c.width, eps=1e-6) if c.norm == "rms" else nn.LayerNorm(c.width, eps=EPS[style])
 
 
+def norm_first(style: Style, c: ModelConfig) -> bool:
+    """Whether a norm stands before each part of a block and after the last, not after each sum."""
+    return style == "gpt" or c.norm_first
+
+
 class Block(nn.Module):
     """Attention and feed-forward with residuals; a norm before each (GPT-2) or after each sum (BERT)."""
 
     def __init__(self, style: Style, c: ModelConfig) -> None:
         super().__init__()
-        self.pre = style == "gpt"
+        self.pre = norm_first(style, c)
         self.norm1, self.norm2 = _norm(style, c), _norm(style, c)
         self.attention = Attention(style, c)
         self.feedforward = FeedForward(style, c)
@@ -241,7 +246,7 @@ class Transformer(nn.Module):
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x = block(*inputs)
-        return self.norm(x) if self.style == "gpt" else x
+        return self.norm(x) if norm_first(self.style, self.config) else x
 
     def _placed(self, x: Tensor, layout: Layout) -> Tensor:
         """Add learned positions and token types."""
@@ -251,7 +256,7 @@ class Transformer(nn.Module):
             x = x + F.embedding(layout.token_types, self.token_types.weight)
         elif self.token_types is not None:
             x = x + self.token_types.weight[0]
-        return self.norm(x) if self.style == "bert" else x
+        return x if norm_first(self.style, self.config) else self.norm(x)
 
     def _rotation(self, layout: Layout, streams: int) -> Tensor:
         """Return cosines and sines of the angles position · base^(-2i / D), [streams · T, 2, D / 2]."""

@@ -25,7 +25,7 @@ from brainflow.data import make_loader
 from brainflow.data.loader import batch_dtype
 from brainflow.data.sampler import MicrobatchSampler, WindowSampler
 from brainflow.frameworks import build, check_framework, framework_spec
-from brainflow.pretrained.format import save_pretrained
+from brainflow.pretrained.format import DIGESTS, WEIGHTS, load_pretrained, read_config, save_pretrained
 from brainflow.storage import BoldStore
 
 from . import checkpoint, parallel
@@ -173,7 +173,12 @@ class _Run:
             ranks=ranks,
             precision=train.precision,
             on_corrupt=config.data.on_corrupt,
+            runs=self.split.part("validation", store.runs),
         )
+        if start_from is None or self.one_step.module.linear is None:
+            self.validate.fit_linear(self.one_step.module, seed=derive_seed(train.seed, "linear"))
+        else:
+            self.validate.linear = self.one_step.module.linear
 
     def _sampler(self, part: str, seed: int, *, share: int = 0, shares: int = 1) -> WindowSampler:
         data = self.config.data
@@ -245,7 +250,10 @@ class _Run:
                 "%d windows on damaged chunks were left out; `brainflow verify` lists the damage",
                 report["skipped_windows"],
             )
-        self._release(self.folder)
+        if config.keep_best and (self.folder / BEST / WEIGHTS).exists():
+            self._release_best()
+        else:
+            self._release(self.folder)
 
     def _rehearse(self) -> None:
         largest = largest_batch(self.microbatches[0], self.store, batch_dtype(self.store))
@@ -320,8 +328,10 @@ class _Run:
         self._write({"step": self.step, **scores}, progress)
         if self.ranks.first and self.config.train.plot and example is not None:
             draw(self.folder / RECONSTRUCTIONS / f"step-{self.step:08d}.png", example, self.step)
-        if scores["val_loss"] < self.best:
-            self.best, self.stale = scores["val_loss"], 0
+        # is-next says nothing about the signal: what carries a linear path is judged by what it predicts
+        error = scores["val_loss" if self.one_step.module.linear is None else "val_mse"]
+        if error < self.best:
+            self.best, self.stale = error, 0
             self.writer.wait()  # a full disk is first told of where the last checkpoint is known
             self._release(self.folder / BEST)
         else:
@@ -341,6 +351,13 @@ class _Run:
             ranks=self.ranks,
             attempt=self.attempt,
         )
+
+    def _release_best(self) -> None:
+        """Make the model with the lowest validation error the run's."""
+        if self.ranks.first:
+            best = read_config(self.folder / BEST)
+            known = {name: best[name] for name in best if name not in (DIGESTS, "format", "model")}
+            save_pretrained(load_pretrained(self.folder / BEST), self.folder, known)
 
     def _release(self, folder: Path) -> None:
         """Write the weights, averaged if they are, as `brainflow.load` reads them."""

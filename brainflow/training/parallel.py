@@ -155,7 +155,11 @@ def spread(module: Framework, ranks: Ranks, how: str, device: torch.device) -> n
     if how == "ddp":
         # To look for parameters without a gradient stops the GPU once a step. TrainingStep has taken out
         # those that never have one.
-        return DistributedDataParallel(module, find_unused_parameters=module.varying)
+        return DistributedDataParallel(
+            module,
+            find_unused_parameters=module.varying,
+            broadcast_buffers=False,  # all ranks fit the same linear path
+        )
     shape: tuple[int, ...] = (ranks.world,)
     names: tuple[str, ...] = ("shard",)
     if how == "hsdp":

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,7 +73,9 @@ def test_the_store_holds_unlabelled_and_labelled_people(tmp_path):
     assert store.runs.task.tolist() == ["unlabelled"] * 3 + ["states"] * 2
     assert set(store.segments.run.tolist()) == {3, 4}
     assert set(store.segments.columns["state"]) <= {"order-0", "order-1", "order-2"}
-    assert np.array_equal(store.run(4), cohort.people(4, 1)[0][0].astype(np.float16))
+    longer = replace(cohort, time_points=160)
+    assert np.array_equal(store.run(2), cohort.people(2, 1)[0][0].astype(np.float16))
+    assert np.array_equal(store.run(4), longer.people(4, 1)[0][0].astype(np.float16))
     assert store.attributes["provenance"]["simulated"]["kind"] == "order"
 
 

@@ -73,7 +73,7 @@ def validator(monkeypatch):
         return Loader()
 
     monkeypatch.setattr("brainflow.training.validation.make_loader", loader)
-    runs = SimpleNamespace(dataset=np.array(["a", "b"]))
+    runs = SimpleNamespace(dataset=np.array(["a", "b"]), subject=np.array(["1", "1"]))
     store = SimpleNamespace(networks=3, runs=runs)
     made = Validator(store, None, None, batches=2, device=torch.device("cpu"))
     return made, bold, lengths

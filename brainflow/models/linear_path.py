@@ -1,0 +1,320 @@
+"""The linear path: the best linear predictor of what a framework predicts, beside its network.
+
+BOLD of regions is close to linear (Nozari et al. 2023, doi:10.1038/s41551-023-01117-y), so a network that has
+to find the linear part by itself predicts worse than a ridge. The path is that ridge, fitted in closed form
+on the training runs. What the model predicts is (1 - gain) · linear + gain · network, where `gain` is fitted
+on held-out runs. The network itself still learns the whole target: one that only learns what the path leaves
+over has states that decode worse than raw data, because what decodes is what the path would take away.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from brainflow.batch import Ints, PackedBatch, offsets, positions, upload, window_of
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Penalties that are tried, in units of the mean variance of an input."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """Which time points a linear predictor reads; host arrays.
+
+    Attributes
+    ----------
+    rows
+        int64 [targets], rows of the batch that are predicted.
+    read
+        int64 [targets, k], rows that predict them; -1: there is none, and the mean stands for it.
+    kind
+        int64 [targets], which of the path's predictors that is.
+    """
+
+    rows: Ints
+    read: Ints
+    kind: Ints
+
+
+Look = Callable[[PackedBatch], Neighbours]
+
+
+class LinearPath(nn.Module, ABC):
+    """A linear predictor of a framework's targets.
+
+    Attributes
+    ----------
+    gain
+        Share of the network in what the model predicts, 0-d; 1 until it is fitted.
+    """
+
+    gain: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.ones(()))
+
+    @abstractmethod
+    def collect(self, batch: PackedBatch) -> None:
+        """Add a batch that carries its mask to the sums of which the predictor is fitted."""
+
+    @abstractmethod
+    def solve(self) -> None:
+        """Fit the predictor to what was collected, and forget that."""
+
+    @abstractmethod
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Return predictions of a batch that carries its mask, float32 [rows, networks].
+
+        The rows are those of :meth:`brainflow.frameworks.base.Framework.reconstruct`.
+        """
+
+    def blend(self, values: Tensor, batch: PackedBatch) -> Tensor:
+        """Return what the model predicts of what its network does, [rows, networks]."""
+        return torch.lerp(self(batch).to(values.dtype), values, self.gain.to(values.dtype))
+
+
+def _exactly(batch: PackedBatch) -> AbstractContextManager[Any]:
+    """Keep autocast away: a least-squares fit is not to be rounded to 8 bits."""
+    return torch.autocast(batch.bold.device.type, enabled=False)
+
+
+class NeighbourPath(LinearPath):
+    """Ridge from neighbouring time points, with a predictor for each kind of neighbourhood.
+
+    Parameters
+    ----------
+    networks
+        Networks.
+    look
+        Tells the neighbours of a batch's targets.
+    neighbours
+        Time points that predict one.
+    kinds
+        Kinds of neighbourhoods.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, networks: int, look: Look, *, neighbours: int, kinds: int) -> None:
+        super().__init__()
+        self.look = look
+        self.register_buffer("weight", torch.zeros(kinds, networks, neighbours * networks))
+        self.register_buffer("bias", torch.zeros(kinds, networks))
+        self._sums: list[list[_Sums]] = []
+
+    def _inputs(self, batch: PackedBatch) -> tuple[Tensor, Tensor, list[tuple[int, Ints]]]:
+        """Return the neighbours' values [targets, k · networks], the targets' rows, and who is of a kind."""
+        found = self.look(batch)
+        sent = upload(batch.bold.device, read=np.maximum(found.read, 0), rows=found.rows, has=found.read >= 0)
+        values = batch.bold.to(self.bias.dtype)[sent["read"]] * sent["has"][:, :, None]
+        kinds = [(kind, np.flatnonzero(found.kind == kind)) for kind in range(len(self.weight))]
+        return values.flatten(1), sent["rows"], [(kind, who) for kind, who in kinds if len(who)]
+
+    def collect(self, batch: PackedBatch) -> None:
+        """Add a batch to the sums; runs with odd and even ids are kept apart, to choose the penalty."""
+        inputs, rows, kinds = self._inputs(batch)
+        if not self._sums:
+            size = inputs.shape[1], batch.bold.shape[1]
+            self._sums = [[_Sums(*size, inputs.device) for _ in range(2)] for _ in self.weight]
+        target = batch.bold[rows]
+        odd = (batch.runs % 2)[window_of(batch.lengths)[self.look(batch).rows]]
+        for kind, who in kinds:
+            for half in range(2):
+                chosen = upload(inputs.device, who=who[odd[who] == half])["who"]
+                self._sums[kind][half].add(inputs[chosen], target[chosen])
+
+    def solve(self) -> None:
+        """Fit each kind; its penalty is what predicts the other half of the runs best."""
+        for kind, (even, odd) in enumerate(self._sums):
+            weight, bias = _ridge(even, odd)
+            self.weight[kind], self.bias[kind] = weight, bias
+        self._sums = []
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Return predictions, float32 [targets, networks]."""
+        with _exactly(batch):
+            inputs, rows, kinds = self._inputs(batch)
+            result = inputs.new_zeros(len(rows), self.bias.shape[1])
+            for kind, who in kinds:
+                chosen = upload(inputs.device, who=who)["who"]
+                said = torch.addmm(self.bias[kind], inputs[chosen], self.weight[kind].t())
+                result.index_copy_(0, chosen, said)
+            return result
+
+
+class _Sums:
+    """Sums of products of inputs and targets, float64."""
+
+    def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
+        zeros: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self.count = 0
+        self.x, self.y = torch.zeros(inputs, **zeros), torch.zeros(targets, **zeros)
+        self.xx, self.xy = torch.zeros(inputs, inputs, **zeros), torch.zeros(inputs, targets, **zeros)
+        self.yy = torch.zeros(targets, **zeros)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        x, y = x.double(), y.double()
+        self.count += len(x)
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx.addmm_(x.t(), x)
+        self.xy.addmm_(x.t(), y)
+        self.yy += y.square().sum(0)
+
+    def plus(self, other: _Sums) -> _Sums:
+        total = _Sums(len(self.x), len(self.y), self.x.device)
+        for name in ("count", "x", "y", "xx", "xy", "yy"):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
+
+    def fit(self, penalty: float) -> tuple[Tensor, Tensor]:
+        """Return weights [inputs, targets] and offsets [targets] of a ridge with free offsets."""
+        mean_x, mean_y = self.x / self.count, self.y / self.count
+        square = self.xx / self.count - torch.outer(mean_x, mean_x)
+        unit = square.diagonal().mean().clamp_min(1e-12)
+        square.diagonal().add_(penalty * unit)
+        weight = torch.linalg.solve(square, self.xy / self.count - torch.outer(mean_x, mean_y))
+        return weight, mean_y - mean_x @ weight
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Return the summed squared error of a predictor on what the sums are of."""
+        said = (weight * (self.xx @ weight)).sum() + 2 * bias @ (self.x @ weight) + self.count * bias @ bias
+        return float(self.yy.sum() - 2 * ((weight * self.xy).sum() + bias @ self.y) + said)
+
+
+def _ridge(even: _Sums, odd: _Sums) -> tuple[Tensor, Tensor]:
+    """Return weights [targets, inputs] and offsets; the mean where there is next to nothing to fit to."""
+    both = even.plus(odd)
+    if both.count < 2:
+        return torch.zeros_like(both.xy.t()), torch.zeros_like(both.y)
+    penalty = PENALTIES[-1]
+    if min(even.count, odd.count) >= 2:
+        fits = {p: (even.fit(p), odd.fit(p)) for p in PENALTIES}
+        penalty = min(fits, key=lambda p: odd.error(*fits[p][0]) + even.error(*fits[p][1]))
+    weight, bias = both.fit(penalty)
+    return weight.t(), bias
+
+
+class NetworkPath(LinearPath):
+    """Masked networks from the others of the same time point: the conditional mean of a normal distribution.
+
+    With the precision K of the networks and the networks m that are masked, that is
+    mean_m - K_mm^-1 K_mu (x_u - mean_u), so one small system is solved for each different mask.
+
+    Parameters
+    ----------
+    networks
+        Networks.
+    masked
+        Returns the masked values of a batch that carries its mask, bool [tokens, networks].
+    """
+
+    precision: Tensor
+    mean: Tensor
+
+    def __init__(self, networks: int, masked: Callable[[PackedBatch], Tensor]) -> None:
+        super().__init__()
+        self.masked = masked
+        self.register_buffer("precision", torch.eye(networks))
+        self.register_buffer("mean", torch.zeros(networks))
+        self._sums: list[_Sums] = []
+
+    def collect(self, batch: PackedBatch) -> None:
+        """Add a batch; runs with odd and even ids are kept apart."""
+        if not self._sums:
+            self._sums = [_Sums(batch.bold.shape[1], 0, batch.bold.device) for _ in range(2)]
+        odd = (batch.runs % 2)[window_of(batch.lengths)]
+        for half, sums in enumerate(self._sums):
+            chosen = upload(batch.bold.device, who=np.flatnonzero(odd == half))["who"]
+            values = batch.bold[chosen]
+            sums.add(values, values[:, :0])
+
+    def solve(self) -> None:
+        """Fit mean and precision; the penalty is what predicts each network of the other half best."""
+        even, odd = self._sums
+        both = even.plus(odd)
+        penalty = PENALTIES[-1]
+        if min(even.count, odd.count) >= 2:
+            penalty = min(
+                PENALTIES,
+                key=lambda p: _left_out(_precision(even, p), odd) + _left_out(_precision(odd, p), even),
+            )
+        self.precision.copy_(_precision(both, penalty))
+        self.mean.copy_(both.x / max(both.count, 1))
+        self._sums = []
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Return predictions, float32 [tokens, networks]; NaN where a network was not masked."""
+        with _exactly(batch):
+            return self._conditional(batch.bold.to(self.mean.dtype) - self.mean, self.masked(batch))
+
+    def _conditional(self, centred: Tensor, masked: Tensor) -> Tensor:
+        result = torch.full_like(centred, torch.nan)
+        patterns, which = torch.unique(masked, dim=0, return_inverse=True)
+        for number, pattern in enumerate(patterns):
+            hidden, seen = pattern.nonzero()[:, 0], (~pattern).nonzero()[:, 0]
+            rows = (which == number).nonzero()[:, 0]
+            if not len(hidden):
+                continue
+            pull = centred[rows][:, seen] @ self.precision[seen][:, hidden]
+            said = -torch.linalg.solve(self.precision[hidden][:, hidden], pull.t()).t() + self.mean[hidden]
+            result[rows[:, None], hidden] = said
+        return result
+
+
+def _precision(sums: _Sums, penalty: float) -> Tensor:
+    mean = sums.x / max(sums.count, 1)
+    square = sums.xx / max(sums.count, 1) - torch.outer(mean, mean)
+    square.diagonal().add_(penalty * square.diagonal().mean().clamp_min(1e-12))
+    return torch.linalg.inv(square)
+
+
+def _left_out(precision: Tensor, sums: _Sums) -> float:
+    """Return the summed squared error of each network predicted from all others."""
+    mean = sums.x / sums.count
+    square = sums.xx / sums.count - torch.outer(mean, mean)
+    weight = precision / precision.diagonal()
+    return float((weight * (square @ weight)).sum() * sums.count)
+
+
+def before(lengths: np.ndarray, rows: Ints) -> Neighbours:
+    """Return the two time points before each of `rows`, none of which is the first of its window.
+
+    Kind 0 has both; kind 1, the second time point of a window, has one.
+    """
+    second = positions(lengths)[rows] == 1
+    return Neighbours(
+        rows=rows,
+        read=np.stack((rows - 1, np.where(second, -1, rows - 2)), 1),
+        kind=second.astype(np.int64),
+    )
+
+
+def around(lengths: np.ndarray, rows: Ints) -> Neighbours:
+    """Return the nearest time points on both sides of each of `rows` that are not among them.
+
+    Kind 0: both are adjacent; 1 and 2: only the one before (after) is; 3: neither. Where a window has none on
+    one side, that one is missing.
+    """
+    tokens = int(np.sum(lengths))
+    seen = np.ones(tokens, bool)
+    seen[rows] = False
+    number = np.arange(tokens)
+    past = np.maximum.accumulate(np.where(seen, number, -1))[rows]
+    future = np.minimum.accumulate(np.where(seen, number, tokens)[::-1])[::-1][rows]
+    bounds, window = offsets(lengths), window_of(lengths)[rows]
+    past = np.where(past >= bounds[window], past, -1)
+    future = np.where(future < bounds[window + 1], future, -1)
+    adjacent = past == rows - 1, future == rows + 1
+    kind = np.select([adjacent[0] & adjacent[1], adjacent[0], adjacent[1]], [0, 1, 2], 3)
+    return Neighbours(rows=rows, read=np.stack((past, future), 1), kind=kind.astype(np.int64))
