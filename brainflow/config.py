@@ -128,7 +128,7 @@ class DataConfig:
     on_corrupt: Literal["error", "skip"] = "error"
     """A damaged chunk of the store stops the training, or (`skip`) its windows are left out and counted."""
     split: str = ""
-    """Split file (of `ingest tar --split`) with the parts train and validation; else the runs are split."""
+    """Split file (of `brainflow split`): its test people are never read; without, runs are split."""
     validation_fraction: float = 0.05
     """Share of the runs of each dataset held out for validation (at least 2 runs, as published)."""
     validation_batches: int = 10

@@ -7,6 +7,7 @@ Examples
 --------
   brainflow adapt store --from run --target condition --out decoding --hrf-shift 5
   brainflow adapt store --from run --target state --split leave-one-subject-out --mode lora --out decoding
+  brainflow adapt store --from run --target state --split split.json --out decoding
   brainflow adapt store --from run --target state --n-train-subjects 48 --n-test-subjects 20 --out decoding
   brainflow adapt store --from run --target state --learning-curve 1,2,4,8 --draws 10 --out curve
   brainflow adapt store --from run --target condition --mode all --out decoding --json
@@ -54,10 +55,12 @@ class Args:
     judges each of them, the files are fine-tuning's."""
     published: bool = False
     """`finetune`, `lora`: as published, a random head on the CLS token, 500 steps."""
-    split: Literal["leave-one-run-out", "leave-one-subject-out", "k-fold", "subject-wise"] | None = None
-    """What is left out of training and tested in turn; `k-fold` keeps subjects (or runs) whole;
-    `subject-wise` deals subjects once to training, validation and test, as published. By default
-    `subject-wise` where numbers of subjects are given, else `leave-one-run-out`."""
+    split: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
+    """What is left out of training and tested in turn: `leave-one-run-out`, `leave-one-subject-out`,
+    `k-fold`, which keeps subjects (or runs) whole, or `subject-wise`, which deals subjects once to training,
+    validation and test, as published. Or a file of `brainflow split`: its test people test, the others train;
+    a model that has seen them is refused. By default `subject-wise` where numbers of subjects are given, else
+    `leave-one-run-out`."""
     folds: int = 5
     """Number of parts of `k-fold`."""
     n_train_subjects: int | None = None
@@ -80,6 +83,8 @@ class Args:
     """Number or names of the classes that the column must hold; by default what is found there is taken."""
     new_classes: bool = False
     """Go on where the checkpoint is a decoder of other classes than the column holds."""
+    allow_seen: bool = False
+    """Go on where the model has seen people whom the split file keeps for the test."""
     allow_mismatch: bool = False
     """Go on where the store's parcellation, TR or normalisation is not what the model was trained on."""
     scratch: bool = False
@@ -172,6 +177,7 @@ def run(args: Args) -> int:
         "seeds": args.seeds,
         "device": args.device,
         "allow_mismatch": args.allow_mismatch,
+        "allow_seen": args.allow_seen,
     }
     pair = [configs[-1]] if args.scratch else [configs[-1], replace(configs[-1], scratch=True)]
     judged = len(configs) - 1 + len(pair) * (1 + len(counts) * args.draws)
@@ -210,7 +216,7 @@ def run(args: Args) -> int:
         print((out / "scores.json").read_text(encoding="utf-8"), end="")
         return 0
     title = (
-        f"{args.target}: {len(task.classes)} classes, {len(task.tested)} tested windows, {task_config.split}"
+        f"{args.target}: {len(task.classes)} classes, {len(task.tested)} tested windows, {task.split_name}"
     )
     Console().print(scores_table([result, *others], title=escape(printable(title))))
     print(f"chance {result.scores.chance:.3f}; classes: {printable(', '.join(task.classes))}")
@@ -226,7 +232,7 @@ def run(args: Args) -> int:
     saw = result.details.get("pretraining_saw")
     if saw:
         count = len(set(task.subjects[task.tested]))
-        print(f"pretraining read the BOLD, not the labels, of {len(saw)} of the {count} tested subjects")
+        print(f"the model has seen {len(saw)} of the {count} tested subjects (the warning above says how)")
     if counts:
         Console().print(curve_table(extra["learning_curve"]))
     print(printable(f"written to {args.out}" + (f"; page: {page}" if page else "")))

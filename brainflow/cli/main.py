@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "prepare": ("brainflow.cli.prepare", "turn fMRIPrep's derivatives into a store, as a BIDS App"),
     "ingest": ("brainflow.cli.ingest", "turn recorded runs into a store"),
     "simulate": ("brainflow.cli.simulate", "write a simulated cohort, whose truth is known, as a store"),
+    "split": ("brainflow.cli.split", "keep people out of pretraining, to test on them"),
     "info": ("brainflow.cli.info", "say what a store holds"),
     "verify": ("brainflow.cli.verify", "read all of a store and name every damaged chunk and run"),
     "pretrain": ("brainflow.cli.pretrain", "train a model on a store with one of the learning frameworks"),

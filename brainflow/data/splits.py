@@ -11,21 +11,31 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from brainflow.files import parse_json, read_text
 from brainflow.storage.files import write_text
+from brainflow.storage.text import printable
 
 if TYPE_CHECKING:  # batches need torch, and `brainflow ingest` writes splits without it
     from brainflow.data.sampler import RunColumns
 
 By = Literal["run", "subject"]
+Who = float | int | Sequence[str]
+"""A share of the people, a number of them, or their names as "dataset/subject"."""
 _FORMAT = 1
+_MOST = 2**30
+"""Bytes of the largest file that is read: the keys of some million runs."""
+_NAMED = 5
+
+
+class SplitWarning(UserWarning):
+    """A store holds people whom its split does not know; the message says what becomes of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +100,97 @@ class Split:
                 f"split: run {missing} is not in this store; use the store that the split was made for"
             ) from None
 
+    @property
+    def people(self) -> dict[str, str]:
+        """Person, as "dataset/subject" → part; of a split by run, people who stand in one part alone."""
+        parts: dict[str, set[str]] = {}
+        for part, keys in self.parts.items():
+            for run in keys:
+                parts.setdefault(self.subjects[run], set()).add(part)
+        return {person: min(found) for person, found in parts.items() if len(found) == 1}
+
+    @property
+    def left_out(self) -> list[str]:
+        """People of whom a run stands in no part, sorted."""
+        known = {run for keys in self.parts.values() for run in keys}
+        return sorted({person for run, person in self.subjects.items() if run not in known})
+
+    def for_store(self, runs: RunColumns, *, snapshot: str) -> Split:
+        """Return this split for a store that has grown since, or for another one of the same people.
+
+        A run stands where its person does (by run: where it stood). What the split does not know stands in no
+        part, see :attr:`left_out`.
+
+        Parameters
+        ----------
+        runs
+            Run table of the store.
+        snapshot
+            `store.snapshot`.
+        """
+        subjects = people_of(runs)
+        if self.by == "subject":
+            people = self.people
+            owners = {run: people.get(person) for run, person in subjects.items()}
+        else:
+            owners = {run: part for part, keys in self.parts.items() for run in keys if run in subjects}
+        parts = {
+            name: tuple(sorted(run for run, part in owners.items() if part == name)) for name in self.parts
+        }
+        return replace(self, snapshot=snapshot, parts=parts, subjects=subjects)
+
+    def sides(self, people: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return which windows train a decoder and which test it: one entry of scikit-learn's `cv`.
+
+        Parameters
+        ----------
+        people
+            Person of each window, named as "dataset/subject", `[windows]`.
+
+        Returns
+        -------
+        train, test
+            Positions, ascending: windows of people of the part "test" test, those of the other parts' people
+            train; people of no part do neither.
+
+        Raises
+        ------
+        ValueError
+            If the split is by run or has no part "test", or none of these people stands in it, or all do.
+
+        Examples
+        --------
+        >>> cross_val_score(decoder, windows, names, cv=[split.sides(people)])  # doctest: +SKIP
+        """
+        if self.by != "subject" or not self.parts.get("test"):
+            raise ValueError(
+                f"split: is by {self.by} with the parts {', '.join(self.parts)}, expected one by subject "
+                "with people in the part test; make one with `brainflow split`"
+            )
+        owner = self.people
+        part = np.array([owner.get(str(person), "") for person in np.asarray(people)], dtype=np.str_)
+        test = np.flatnonzero(part == "test").astype(np.int64)
+        train = np.flatnonzero((part != "test") & (part != "")).astype(np.int64)
+        for side, found in (("test", test), ("train", train)):
+            if not len(found):
+                known = sorted(
+                    person for person, name in owner.items() if (name == "test") == (side == "test")
+                )
+                raise ValueError(
+                    f"split: none of the labelled windows is of a person to {side} ({listed(known)}); the "
+                    f"windows are of {listed(sorted(set(map(str, np.asarray(people)))))}; use the split of "
+                    "this store, or make one with `brainflow split`"
+                )
+        return train, test
+
+    @property
+    def checksum(self) -> str:
+        """What the file of this split is sealed with; equal splits have equal ones."""
+        return _checksum(self._body())
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the split as JSON with a checksum, in one atomic step."""
-        body = self._body()
-        text = json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True)
+        text = json.dumps({**self._body(), "checksum": self.checksum}, indent=1, sort_keys=True)
         write_text(path, f"{text}\n")
 
     @classmethod
@@ -111,21 +208,26 @@ class Split:
         ------
         ValueError
             If the file is damaged or was edited, or the store is not the one that was split.
+        FileNotFoundError
+            If there is no such file.
         """
+        name = os.fspath(path)
         try:
-            body = json.loads(Path(path).read_text(encoding="utf-8"))
+            body = parse_json(read_text(path, most=_MOST), name)
             checksum = body.pop("checksum")
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"split: {os.fspath(path)} is not a split file; make a new one") from None
+        except (ValueError, KeyError):
+            raise ValueError(f"split: {name} is not a split file; make a new one") from None
         if checksum != _checksum(body):
             raise ValueError(
-                f"split: the checksum of {os.fspath(path)} does not fit its content: it was edited or damaged"
+                f"split: the checksum of {name} does not fit its content: it was edited or damaged"
             )
-        if body["format"] != _FORMAT:
-            raise ValueError(f"split: {os.fspath(path)} has format {body['format']}, expected {_FORMAT}")
+        if body.get("format") != _FORMAT:
+            raise ValueError(f"split: {name} has format {body.get('format')!r}, expected {_FORMAT}")
+        if not _is_split(body):
+            raise ValueError(f"split: {name} is not a split file; make a new one")
         if snapshot is not None and snapshot != body["snapshot"]:
             raise ValueError(
-                f"split: {os.fspath(path)} was made for snapshot {body['snapshot']!r}, this store is "
+                f"split: {name} was made for snapshot {body['snapshot']!r}, this store is "
                 f"{snapshot!r}; open the store that it was made for, or make a new split (and a new run)"
             )
         return cls(
@@ -203,8 +305,7 @@ def split_runs(
     parts: dict[str, list[str]] = {"train": [], **{name: [] for name in sizes}}
     for dataset, units in sorted(members.items()):
         names = sorted(units)
-        digest = hashlib.sha256(dataset.encode()).digest()
-        order = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")]).permutation(len(names))
+        order = _order(seed, dataset, len(names))
         taken = 0
         for part, size in sizes.items():
             count = _count(size, len(names), minimum if by == "run" else 1)
@@ -223,12 +324,141 @@ def split_runs(
         seed=seed,
         snapshot=snapshot,
         parts={name: tuple(sorted(part)) for name, part in parts.items()},
-        subjects={run: f"{d}/{s}" for run, d, s in zip(keys, datasets, subjects, strict=True)},
+        subjects=people_of(runs),
     )
+
+
+def split_people(
+    runs: RunColumns,
+    *,
+    test: Who,
+    validation: Who = 0.05,
+    labelled: Collection[str] | None = None,
+    seed: int = 0,
+    snapshot: str = "",
+) -> Split:
+    """Put whole people into the parts test and validation; all others are the part "train".
+
+    Parameters
+    ----------
+    runs
+        Run table of the store.
+    test, validation
+        Their names as "dataset/subject", or how many of the people of EACH dataset are drawn: a number, or a
+        share in (0, 1), which is at least one person and never all that are left of a dataset.
+    labelled
+        People with labels, named as "dataset/subject": test people are drawn among them. None or empty: among
+        all. Those who are named need no labels.
+    seed
+        Seed of the draw. The draw of a dataset depends on the seed, its name and its people alone.
+    snapshot
+        `store.snapshot`, kept in the file.
+
+    Raises
+    ------
+    ValueError
+        If somebody is not in the store or named for both parts, a dataset has too few people, or nobody is
+        left to train.
+    """
+    subjects = people_of(runs)
+    everybody = sorted(set(subjects.values()))
+    if len(everybody) < 2:
+        raise ValueError(
+            f"store: holds one person ({listed(everybody)}), expected at least 2: people who train and "
+            "others who test; `brainflow adapt` splits one person by run"
+        )
+    wanted: dict[str, Who] = {"test": test, "validation": validation}
+    owner: dict[str, str] = {}
+    for part, who in wanted.items():
+        for person in who if isinstance(who, Sequence) else ():
+            if person not in everybody:
+                raise ValueError(f"{part}: {person!r} is not in the store, which holds {listed(everybody)}")
+            if owner.setdefault(person, part) != part:
+                raise ValueError(f"{part}: {person!r} is in {owner[person]} already, expected in one part")
+    datasets: dict[str, set[str]] = {}
+    for run, dataset in zip(_text(runs.key), _text(runs.dataset), strict=True):
+        datasets.setdefault(dataset, set()).add(subjects[run])
+    for dataset, found in sorted(datasets.items()):
+        members = sorted(found)
+        order = [members[i] for i in _order(seed, dataset, len(members))]
+        for part, who in wanted.items():
+            if isinstance(who, Sequence):
+                continue
+            pool = [one for one in order if part != "test" or not labelled or one in labelled]
+            for person in _drawn(part, who, dataset, pool, order, owner):
+                owner[person] = part
+    parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for run, person in subjects.items():
+        parts[owner.get(person, "train")].append(run)
+    for part in ("test", "train"):
+        if not parts[part]:
+            raise ValueError(f"split: leaves nobody to {part}, expected at least one person; take others")
+    return Split(
+        by="subject",
+        seed=seed,
+        snapshot=snapshot,
+        parts={name: tuple(sorted(part)) for name, part in parts.items() if part},
+        subjects=subjects,
+    )
+
+
+def _drawn(
+    part: str, who: float | int, dataset: str, pool: list[str], members: list[str], owner: Mapping[str, str]
+) -> list[str]:
+    """Return the people of a dataset who are drawn for a part, of `pool` without those who have one."""
+    if not (0 < who < 1 if isinstance(who, float) else who >= 1):
+        raise ValueError(
+            f"{part}: got {who!r}, expected a share in (0, 1), a count of at least 1, or names of people"
+        )
+    free = [person for person in pool if person not in owner]
+    left = sum(person not in owner for person in members)
+    if isinstance(who, float):
+        return free[: min(_count(who, len(pool), 1), left - 1)] if free else []
+    if pool and (who > len(free) or who >= left):
+        raise ValueError(
+            f"{part}: got {who} people of each dataset, but dataset {dataset!r} has {len(free)} to draw from "
+            f"and {left} in all, and one must be left to train; ask for fewer, for a share, or name people"
+        )
+    return free[:who]
+
+
+def people_of(runs: RunColumns) -> dict[str, str]:
+    """Return the person of each run, named as "dataset/subject", by the run's key."""
+    columns = zip(_text(runs.key), _text(runs.dataset), _text(runs.subject), strict=True)
+    return {key: f"{dataset}/{subject}" for key, dataset, subject in columns}
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names for a message: the first few, and how many there are."""
+    shown = printable(", ".join(names[:_NAMED])) or "nobody"
+    return shown + (f", … ({len(names)} in all)" if len(names) > _NAMED else "")
+
+
+def _order(seed: int, dataset: str, units: int) -> NDArray[np.int64]:
+    digest = hashlib.sha256(dataset.encode()).digest()
+    return np.random.default_rng([seed, int.from_bytes(digest[:8], "little")]).permutation(units)
 
 
 def _count(size: float | int, units: int, minimum: int) -> int:
     return size if isinstance(size, int) else max(minimum, math.floor(size * units + 0.5))
+
+
+def _is_split(body: Mapping[str, Any]) -> bool:
+    """Whether the content of a file has the types of a split, and names a person for each run of a part."""
+    parts, subjects = body.get("parts"), body.get("subjects")
+    return (
+        body.get("by") in get_args(By)
+        and isinstance(body.get("seed"), int)
+        and isinstance(body.get("snapshot"), str)
+        and isinstance(parts, dict)
+        and isinstance(subjects, dict)
+        and all(isinstance(person, str) for person in subjects.values())
+        and all(isinstance(keys, list) and _all_in(keys, subjects) for keys in parts.values())
+    )
+
+
+def _all_in(keys: Iterable[Any], known: Mapping[str, str]) -> bool:
+    return all(isinstance(key, str) and key in known for key in keys)
 
 
 def _text(column: NDArray[Any]) -> list[str]:

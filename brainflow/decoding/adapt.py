@@ -13,13 +13,13 @@ import torch
 
 from brainflow.decoding.finetune import Decoder, History, frozen_features, probabilities
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
+from brainflow.decoding.leaks import check_unseen
 from brainflow.decoding.result import Result, judge
 from brainflow.decoding.task import DecodingTask
 from brainflow.devices import resolve_device
 from brainflow.frameworks import build
 from brainflow.pretrained.compatibility import check_fits
-from brainflow.pretrained.format import load_pretrained, read_config
-from brainflow.pretrained.privacy import seen
+from brainflow.pretrained.format import load_pretrained
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -32,6 +32,7 @@ def adapt(
     seeds: int = 1,
     device: Device = "auto",
     allow_mismatch: bool = False,
+    allow_seen: bool = False,
     explain: Callable[[Decoder, np.ndarray], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
@@ -51,6 +52,8 @@ def adapt(
         `auto` takes CUDA where there is one.
     allow_mismatch
         Go on where the store's parcellation, TR or normalisation is not what the model was trained on.
+    allow_seen
+        Go on where a split file names people to test whom the model has seen.
     explain
         Called with each fitted decoder and the windows that its fold tests.
     progress
@@ -64,12 +67,19 @@ def adapt(
     Raises
     ------
     ValueError
-        If the checkpoint does not fit the store; the message says in what.
+        If the checkpoint does not fit the store, or has seen people whom a split file keeps for the test; the
+        message says which.
+
+    Warns
+    -----
+    LeakWarning
+        If the checkpoint has seen tested people, or does not say whom it saw.
     """
     config = config or AdaptConfig()
     if seeds < 1:
         raise ValueError(f"seeds: got {seeds}, expected at least 1")
     check_fits(checkpoint, task.store, allow=allow_mismatch)
+    saw = [] if config.scratch else check_unseen(checkpoint, task, allow=allow_seen)
     where = resolve_device(device)
     parts, histories = [], []
     for number in range(seeds):
@@ -86,7 +96,7 @@ def adapt(
     stacked = np.stack(parts)
     details: dict[str, Any] = {"adapt": asdict(config), "seeds": seeds, "model": asdict(module.config)}
     if not config.scratch:
-        details["pretraining_saw"] = pretraining_saw(checkpoint, task)
+        details["pretraining_saw"] = saw
     return judge(
         task,
         config.name,
@@ -95,12 +105,6 @@ def adapt(
         details=details,
         histories=histories,
     )
-
-
-def pretraining_saw(checkpoint: str | os.PathLike[str], task: DecodingTask) -> list[str]:
-    """Return the tested subjects whose BOLD (never their labels) the model was pretrained on."""
-    data = read_config(checkpoint).get("data") or {}
-    return seen(data, {str(name) for name in task.subjects[task.tested]})
 
 
 def load_module(checkpoint: str | os.PathLike[str], config: AdaptConfig, device: torch.device) -> Any:

@@ -150,12 +150,16 @@ def save_for_task(
     *,
     device: Device = "auto",
 ) -> Path:
-    """Fit a decoder to all labelled windows of a task; write it with the scores of its folds and a card."""
+    """Fit a decoder to all labelled windows of a task; write it with the scores of its folds and a card.
+
+    Of the people whom a split file keeps for the test no window is taken, so that they remain unseen.
+    """
     where = resolve_device(device)
+    windows = task.folds[0].train if task.people else np.arange(len(task.labels))
     decoder, _ = fit_decoder(
         load_module(checkpoint, config, where),
         task,
-        np.arange(len(task.labels)),
+        windows,
         config,
         classes=len(task.classes),
         device=where,
@@ -168,11 +172,11 @@ def save_for_task(
     scores = result.to_dict()
     facts["decoding"] = {
         "target": task.config.target,
-        "split": task.config.split,
+        "split": task.split_name,
         "hrf_shift": task.config.hrf_shift,
         "adapt": asdict(config),
         "store_snapshot": task.store.snapshot,
-        "subjects": sorted({str(name) for name in task.subjects}),
+        "subjects": sorted({str(name) for name in task.subjects[windows]}),
         "interval_over": f"{task.group_kind}s",
         **{name: scores[name] for name in ("accuracy", "balanced_accuracy", "macro_f1", "chance")},
     }

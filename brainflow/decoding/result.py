@@ -178,7 +178,7 @@ def write_results(
     labels = task.labels[rows]
     summary = {
         "target": task.config.target,
-        "split": task.config.split,
+        "split": task.split_name,
         "hrf_shift": task.config.hrf_shift,
         "classes": list(task.classes),
         "windows": len(task.labels),
@@ -188,6 +188,7 @@ def write_results(
         "store_snapshot": task.store.snapshot,
         "data": _data(task),
         "within_subject": within_subject(task),
+        **_split_file(task),
         "decoder": result.to_dict(),
         "baselines": [entry.to_dict() for entry in others],
         **(extra or {}),
@@ -243,6 +244,16 @@ def write_results(
 def within_subject(task: DecodingTask) -> bool:
     """Whether some fold tests a subject of whom it trains on other runs."""
     return any(len(np.intersect1d(task.subjects[f.train], task.subjects[f.test])) for f in task.folds)
+
+
+def _split_file(task: DecodingTask) -> dict[str, Any]:
+    """Return which split file a task was judged by, ready for JSON."""
+    if task.people is None:
+        return {}
+    fold = task.folds[0]
+    sides = {"train": fold.train, "test": fold.test}
+    people = {name: sorted({str(one) for one in task.subjects[rows]}) for name, rows in sides.items()}
+    return {"split_file": {"path": task.config.split, "checksum": task.people.checksum, **people}}
 
 
 def _data(task: DecodingTask) -> dict[str, Any]:

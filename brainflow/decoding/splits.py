@@ -6,6 +6,7 @@ that does, whoever built it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -13,6 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from brainflow.data.splits import Split
 from brainflow.optional import requires
 
 with requires("decoding", "report"):
@@ -34,7 +36,7 @@ class Fold:
 
 
 def make_folds(
-    split: SplitName,
+    split: str,
     *,
     runs: NDArray,
     subjects: NDArray,
@@ -130,17 +132,71 @@ def _subject_wise(
     # test and validation come first, so that they stay the same when more subjects train
     parts = np.split(names, [test, test + validation, test + validation + train])
     rows = [np.flatnonzero(np.isin(subjects, part)).astype(np.int64) for part in parts[:3]]
-    unseen = np.setdiff1d(labels[rows[0]], labels[rows[2]])
-    if len(unseen):
-        raise ValueError(
-            f"split: no training subject has the classes {[classes[i] for i in unseen]} that test subjects "
-            "have; take more training subjects or another split_seed"
-        )
     fold = Fold(
         name=f"{test} subjects", train=rows[2], test=rows[0], validation=rows[1] if validation else None
     )
+    return _checked(fold, subjects, labels, classes, "take more training subjects or another split_seed")
+
+
+def _checked(
+    fold: Fold, subjects: NDArray, labels: NDArray[np.int64], classes: Sequence[str], advice: str
+) -> Fold:
+    """Return the only fold of a split by subject, or say what is wrong with it."""
+    unseen = np.setdiff1d(labels[fold.test], labels[fold.train])
+    if len(unseen):
+        raise ValueError(
+            f"split: no training subject has the classes {[classes[i] for i in unseen]} that test subjects "
+            f"have; {advice}"
+        )
     check_folds([fold], subjects, unit="subject", once=False)
     return fold
+
+
+def read_split(name: str) -> Split | None:
+    """Return the split file that a task names, None if it names a way to make folds.
+
+    Raises
+    ------
+    ValueError
+        If it is neither, or not by subject.
+    """
+    if name in get_args(SplitName):
+        return None
+    if not os.path.lexists(name):
+        raise ValueError(
+            f"split: got {name!r}, expected one of {', '.join(get_args(SplitName))}, or a file of "
+            "`brainflow split`"
+        )
+    split = Split.load(name)
+    if split.by != "subject":
+        raise ValueError(
+            f"split: {name} puts runs into parts, so that one person may stand in several, expected one by "
+            "subject; make one with `brainflow split`"
+        )
+    return split
+
+
+def people_fold(
+    split: Split, *, subjects: NDArray, labels: NDArray[np.int64], classes: Sequence[str]
+) -> Fold:
+    """Return the one fold of a split file: windows of its test people test, those of the others train.
+
+    Parameters
+    ----------
+    subjects
+        `dataset/subject` of each window, `[windows]`.
+    labels, classes
+        As in :func:`make_folds`.
+
+    Raises
+    ------
+    ValueError
+        If one side is empty, or a test person has a class that nobody else has.
+    """
+    train, test = split.sides(subjects)
+    name = f"{len(np.unique(subjects[test]))} test subjects"
+    fold = Fold(name=name, train=train, test=test)
+    return _checked(fold, subjects, labels, classes, "take other test people with `brainflow split`")
 
 
 def check_folds(folds: Sequence[Fold], groups: NDArray, *, unit: str = "group", once: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from brainflow.batch import Windows
 from brainflow.data import make_loader
 from brainflow.data.segments import SegmentSampler
-from brainflow.decoding.splits import Fold, SplitName, make_folds
+from brainflow.data.splits import Split, SplitWarning, listed
+from brainflow.decoding.splits import Fold, make_folds, people_fold, read_split
 from brainflow.storage import BoldStore
 
 if TYPE_CHECKING:
@@ -33,10 +35,11 @@ class TaskConfig:
 
     target: str
     """Label column to decode."""
-    split: SplitName = "leave-one-run-out"
-    """Which windows test a decoder that the others train: each run once, each subject once, `k-fold` over
-    whole subjects (whole runs where there is one subject), or `subject-wise`: some subjects train, others
-    choose the weights, others test, as published."""
+    split: str = "leave-one-run-out"
+    """Which windows test a decoder that the others train: each run once, each subject once
+    (`leave-one-subject-out`), `k-fold` over whole subjects (whole runs where there is one subject), or
+    `subject-wise`: some subjects train, others choose the weights, others test, as published. Else a file of
+    `brainflow split`: its test people test, the others train, and people of no part do neither."""
     folds: int = 5
     """Number of parts of `k-fold`."""
     train_subjects: int | None = None
@@ -73,7 +76,10 @@ class DecodingTask:
     runs, subjects
         Run key and `dataset/subject` of each window, str `[windows]`.
     folds
-        Folds that test each window once (`subject-wise`: the test subjects' windows once, others never).
+        Folds that test each window once (`subject-wise` and split files: the test subjects' windows once,
+        others never).
+    people
+        The split file that the folds come from, if they do.
     """
 
     store: BoldStore
@@ -84,6 +90,12 @@ class DecodingTask:
     runs: NDArray
     subjects: NDArray
     folds: list[Fold] = field(default_factory=list)
+    people: Split | None = None
+
+    @property
+    def split_name(self) -> str:
+        """What the folds are called in results: of a split file not its path, but what it is."""
+        return "split file" if self.people else self.config.split
 
     @property
     def groups(self) -> NDArray:
@@ -193,6 +205,12 @@ def load_task(store: BoldStore, config: TaskConfig) -> DecodingTask:
         )
     values = np.asarray(table.columns[config.target])
     segments = np.flatnonzero(_present(values)).astype(np.int64)
+    people = read_split(config.split)
+    everybody = np.array(
+        [f"{d}/{s}" for d, s in zip(store.runs.dataset, store.runs.subject, strict=True)], dtype=np.str_
+    )
+    if people is not None:
+        segments = _of_known_people(people, segments, everybody[np.asarray(table.run)[segments]])
     found, labels = np.unique(values[segments], return_inverse=True)
     classes = tuple(_name(value) for value in found)
     if len(classes) < 2:
@@ -203,23 +221,24 @@ def load_task(store: BoldStore, config: TaskConfig) -> DecodingTask:
         others = {name: _count(column) for name, column in table.columns.items() if name != config.target}
         check_classes(config.classes, classes, origin="classes", column=config.target, others=others)
     run = np.asarray(table.run)[segments]
-    subjects = np.array(
-        [f"{d}/{s}" for d, s in zip(store.runs.dataset, store.runs.subject, strict=True)], dtype=np.str_
-    )[run]
+    subjects = everybody[run]
     runs = np.asarray(store.runs.key, dtype=np.str_)[run]
     labels = labels.astype(np.int64)
-    folds = make_folds(
-        config.split,
-        runs=runs,
-        subjects=subjects,
-        labels=labels,
-        classes=classes,
-        folds=config.folds,
-        train_subjects=config.train_subjects,
-        validation_subjects=config.validation_subjects,
-        test_subjects=config.test_subjects,
-        seed=config.split_seed,
-    )
+    if people is not None:
+        folds = [people_fold(people, subjects=subjects, labels=labels, classes=classes)]
+    else:
+        folds = make_folds(
+            config.split,
+            runs=runs,
+            subjects=subjects,
+            labels=labels,
+            classes=classes,
+            folds=config.folds,
+            train_subjects=config.train_subjects,
+            validation_subjects=config.validation_subjects,
+            test_subjects=config.test_subjects,
+            seed=config.split_seed,
+        )
     task = DecodingTask(
         store=store,
         config=config,
@@ -229,9 +248,30 @@ def load_task(store: BoldStore, config: TaskConfig) -> DecodingTask:
         runs=runs,
         subjects=subjects,
         folds=folds,
+        people=people,
     )
     refuse_copies(task)
     return task
+
+
+def _of_known_people(split: Split, segments: NDArray[np.int64], people: NDArray) -> NDArray[np.int64]:
+    """Return the segments of people whom a split file knows; say who are the others."""
+    known = np.isin(people, list(split.people))
+    others = listed(sorted({str(one) for one in people[~known]}))
+    if not known.any():
+        raise ValueError(
+            f"split: the file knows nobody who has labels in this store ({others}); use the split of this "
+            "store, or make one with `brainflow split`"
+        )
+    if not known.all():
+        warnings.warn(
+            f"split: the file does not know {others}: their "
+            "labelled windows neither train nor test. To use them, make a new file: brainflow split STORE "
+            "--test OLD.json --out NEW.json",
+            SplitWarning,
+            stacklevel=3,
+        )
+    return segments[known]
 
 
 def refuse_copies(task: DecodingTask) -> None:

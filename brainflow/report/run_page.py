@@ -234,8 +234,8 @@ def _decoding(folder: Path, summary: dict[str, Any]) -> list[Section]:
         notes.append("Decoding within subjects: other runs of the tested subjects train.")
     if saw:
         notes.append(
-            f"Pretraining read the BOLD, not the labels, of {len(saw)} of the {len(ours['per_subject'])} "
-            "tested subjects."
+            f"The model has seen {len(saw)} of the {len(ours['per_subject'])} tested subjects before: "
+            f"{', '.join(saw[:5])}{', …' if len(saw) > 5 else ''}."
         )
     sections = [
         Section(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from brainflow.batch import PackedBatch, Windows
 from brainflow.config import PretrainConfig
 from brainflow.data.sampler import WindowSampler
-from brainflow.data.splits import Split, split_runs
+from brainflow.data.splits import Split, SplitWarning, listed, split_runs
 from brainflow.devices import resolve_device
 from brainflow.storage import BoldStore
 
@@ -146,11 +147,20 @@ def largest_batch(sampler: WindowSampler, store: BoldStore, dtype: torch.dtype) 
 
 
 def split_of(config: PretrainConfig, store: BoldStore, path: Path) -> Split:
-    """Read the run's split, or make and save it."""
+    """Read the run's split, or make and save it.
+
+    Of a split file only the parts train and validation are ever drawn from. It may be older than the store,
+    or made for another store of the same people: whom it does not know is left out, with a warning.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, or a part that training needs holds no run of this store.
+    """
     if path.exists():
         return Split.load(path, snapshot=store.snapshot)
     if config.data.split:
-        split = Split.load(config.data.split, snapshot=store.snapshot)
+        split = _given(config.data.split, store)
     else:
         split = split_runs(
             store.runs,
@@ -159,4 +169,24 @@ def split_of(config: PretrainConfig, store: BoldStore, path: Path) -> Split:
             snapshot=store.snapshot,
         )
     split.save(path)
+    return split
+
+
+def _given(path: str, store: BoldStore) -> Split:
+    """Return the split of a file for a store."""
+    split = Split.load(path).for_store(store.runs, snapshot=store.snapshot)
+    for part in ("train", "validation"):
+        if not split.parts.get(part):
+            raise ValueError(
+                f"data.split: {path} puts no run of {store.path} into the part {part}; make a file for this "
+                "store with `brainflow split`"
+            )
+    if split.left_out:
+        warnings.warn(
+            f"data.split: {path} does not know {listed(split.left_out)}: nothing of theirs is read. To train "
+            "on them, make a new file that keeps the test people: brainflow split "
+            f"{store.path} --test {path} --out NEW.json",
+            SplitWarning,
+            stacklevel=3,
+        )
     return split

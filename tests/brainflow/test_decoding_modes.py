@@ -10,10 +10,11 @@ import torch
 
 from brainflow.cli.main import main
 from brainflow.config import ModelConfig
-from brainflow.decoding.adapt import adapt, pretraining_saw
+from brainflow.decoding.adapt import adapt
 from brainflow.decoding.baselines import BASELINES
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.heads import AttentiveHead, class_weights, fit_probe
+from brainflow.decoding.leaks import LeakWarning
 from brainflow.decoding.lora import add_lora, has_blocks, merge_lora
 from brainflow.decoding.result import baselines
 from brainflow.decoding.splits import Fold
@@ -228,8 +229,8 @@ def test_constant_time_points_are_no_copies(tmp_path):
 
 def test_what_pretraining_saw_is_said(tmp_path, model):
     task = load_task(write_store(tmp_path / "s", [("s0", 0), ("s1", 1)]), TaskConfig(target="state"))
-    assert pretraining_saw(model, task) == ["toy/s0"]
-    result = adapt(task, model, AdaptConfig(mode="knn"), device="cpu")
+    with pytest.warns(LeakWarning, match="read the BOLD, not the labels, of toy/s0: 1 of the 2 tested"):
+        result = adapt(task, model, AdaptConfig(mode="knn"), device="cpu")
     assert result.to_dict()["pretraining_saw"] == ["toy/s0"]
     fresh = adapt(task, model, AdaptConfig(mode="knn", scratch=True), device="cpu")
     assert "pretraining_saw" not in fresh.to_dict()

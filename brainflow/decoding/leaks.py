@@ -1,0 +1,107 @@
+"""Has a model seen the people on whom it is tested?"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from brainflow.data.splits import listed
+from brainflow.decoding.task import DecodingTask
+from brainflow.files import read_json
+from brainflow.pretrained.format import CONFIG, read_config
+from brainflow.pretrained.privacy import seen
+
+TRAINED_BODY = ("finetune", "lora")
+"""Ways of decoding that change the weights below the head; a probe leaves none of its labels in them."""
+GENERATIONS = 8
+
+
+class LeakWarning(UserWarning):
+    """A model has seen people on whom it is tested, or does not say; the message names them."""
+
+
+def check_unseen(checkpoint: str | os.PathLike[str], task: DecodingTask, *, allow: bool = False) -> list[str]:
+    """Return the tested subjects whom a model has seen, and warn of them.
+
+    Parameters
+    ----------
+    checkpoint
+        Folder of a saved model.
+    task
+        Its folds.
+    allow
+        Go on where the folds come from a split file.
+
+    Raises
+    ------
+    ValueError
+        Naming them, where the folds come from a split file, which is there to keep them apart.
+
+    Warns
+    -----
+    LeakWarning
+        If there are any, or if the folds come from a split file and the model does not say whom it saw.
+    """
+    tested = {str(name) for name in task.subjects[task.tested]}
+    read, fitted, unknown = people_seen(checkpoint, tested)
+    told = [f"{checkpoint} was fitted to the labels of {listed(fitted)}"] if fitted else []
+    told += [f"pretraining of {checkpoint} read the BOLD, not the labels, of {listed(read)}"] if read else []
+    if told and task.people and not allow:
+        raise ValueError(
+            f"split: {'; '.join(told)}, whom the split file keeps for the test; pretrain with --data.split "
+            "and this file, or pass --allow-seen and say so with the scores"
+        )
+    if told:
+        counted = f"{len({*fitted, *read})} of the {len(tested)} tested subjects"
+        warnings.warn(f"{'; '.join(told)}: {counted}", LeakWarning, stacklevel=3)
+    if unknown and task.people:
+        warnings.warn(
+            f"{unknown} does not name the people that it was trained on, so that nobody can tell whether "
+            "they are among those who are tested",
+            LeakWarning,
+            stacklevel=3,
+        )
+    return sorted({*fitted, *read})
+
+
+def people_seen(checkpoint: str | os.PathLike[str], people: set[str]) -> tuple[list[str], list[str], str]:
+    """Return whom of some people a model has seen, and the models that it began from.
+
+    Parameters
+    ----------
+    checkpoint
+        Folder of a saved model.
+    people
+        Named as "dataset/subject".
+
+    Returns
+    -------
+    read, fitted, unknown
+        Those whose BOLD was read, those whose labels were fitted, and the first of the models, if any, that
+        does not say or is not to be had.
+    """
+    read: set[str] = set()
+    fitted: set[str] = set()
+    unknown, name = "", os.fspath(checkpoint)
+    for generation in range(GENERATIONS):
+        path = Path(name) / CONFIG
+        if not path.is_file():
+            unknown = unknown or name
+            break
+        if generation and not isinstance(read_json(path).get("model"), dict):
+            break  # a language model, which saw nobody
+        saved = read_config(name)
+        data: dict[str, Any] = saved.get("data") or {}
+        salt = {"subjects_salt": data.get("subjects_salt")}
+        read.update(seen(data, people))
+        if not data.get("training_subjects"):
+            unknown = unknown or name
+        if (saved.get("decoder") or {}).get("mode") in TRAINED_BODY:
+            named = (saved.get("decoding") or {}).get("subjects")
+            fitted.update(seen({"training_subjects": named, **salt}, people))
+        name = str(((saved.get("pretrain") or {}).get("train") or {}).get("init") or "")
+        if not name:
+            break
+    return sorted(read - fitted), sorted(fitted), unknown
