@@ -101,6 +101,9 @@ def _who(part: str, given: tuple[str, ...], everybody: list[str]) -> Who:
 
 
 def _number(text: str) -> float | int | None:
+    """Return the number in a text; 05 is none, but the name of a person."""
+    if len(text) > 1 and text.startswith("0") and text.isdigit():
+        return None
     for kind in (int, float):
         try:
             return kind(text)

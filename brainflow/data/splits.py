@@ -110,6 +110,11 @@ class Split:
         return {person: min(found) for person, found in parts.items() if len(found) == 1}
 
     @property
+    def test_people(self) -> set[str]:
+        """People of the part "test"."""
+        return {person for person, part in self.people.items() if part == "test"}
+
+    @property
     def left_out(self) -> list[str]:
         """People of whom a run stands in no part, sorted."""
         known = {run for keys in self.parts.values() for run in keys}
@@ -182,6 +187,26 @@ class Split:
                     "this store, or make one with `brainflow split`"
                 )
         return train, test
+
+    def check_training(self, people: ArrayLike) -> None:
+        """Refuse people of the part "test" among those who train.
+
+        Parameters
+        ----------
+        people
+            Person of each training window, named as "dataset/subject".
+
+        Raises
+        ------
+        ValueError
+            Naming them.
+        """
+        leak = sorted(self.test_people & set(map(str, np.asarray(people))))
+        if leak:
+            raise ValueError(
+                f"split: {listed(leak)} would train, but the split file keeps them for the test; train on "
+                "`Split.load(FILE).sides(people)[0]`"
+            )
 
     @property
     def checksum(self) -> str:

@@ -16,8 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from brainflow.config import ModelConfig
+from brainflow.data.splits import Split
 from brainflow.decoding.finetune import frozen_features, probabilities
 from brainflow.decoding.fit import AdaptConfig, Mode, fit_decoder
+from brainflow.decoding.leaks import check_checkpoint
 from brainflow.decoding.persist import load_decoder, save_decoder
 from brainflow.decoding.readout import BINS, Pooling, Readout
 from brainflow.decoding.windows import ArrayWindows, as_windows, cut_events
@@ -33,7 +35,7 @@ with requires("decoding", "report"):
     from sklearn.utils.validation import check_array, check_is_fitted, check_X_y
 
 Checkpoint = str | os.PathLike[str] | None
-UNSAVED = {"masker", "device"}
+UNSAVED = {"masker", "device", "split"}
 FRESH: dict[str, Any] = {"width": 64, "layers": 2, "heads": 4}
 """Size of the model with fresh weights that stands in where no checkpoint is given."""
 
@@ -46,6 +48,7 @@ class _OnWindows(BaseEstimator):
     hrf_shift: float
     masker: Any
     allow_mismatch: bool
+    split: str | os.PathLike[str] | None
     device: Literal["cpu", "cuda"]
     random_state: int
     _owner: NDArray[np.int64] | None
@@ -63,6 +66,8 @@ class _OnWindows(BaseEstimator):
                 )
             self.trained_on_ = read_config(folder).get("data") or {}
             self._check(windows)
+            if self.split is not None:
+                check_checkpoint(folder, Split.load(self.split))
         else:
             self.trained_on_ = {}
             torch.manual_seed(self.random_state)
@@ -154,6 +159,9 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         nilearn masker that turns images into `[time, networks]`; X is then a list of images.
     allow_mismatch
         Go on where TR, normalisation or the masker's labels are not what the checkpoint was trained on.
+    split
+        File of `brainflow split`: refused are a checkpoint that has seen its test people, and, where `groups`
+        names the people as "dataset/subject", windows of theirs in `fit`.
     device
         Where to compute.
     random_state
@@ -196,6 +204,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         hrf_shift: float = 0.0,
         masker: Any = None,
         allow_mismatch: bool = False,
+        split: str | os.PathLike[str] | None = None,
         device: Literal["cpu", "cuda"] = "cpu",
         random_state: int = 0,
     ) -> None:
@@ -214,6 +223,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         self.hrf_shift = hrf_shift
         self.masker = masker
         self.allow_mismatch = allow_mismatch
+        self.split = split
         self.device = device
         self.random_state = random_state
 
@@ -245,6 +255,8 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
             groups = np.asarray(groups)[owner] if owner is not None else np.asarray(groups)
             if len(groups) != len(windows):
                 raise ValueError(f"groups: got {len(groups)} for {len(windows)} windows, expected one each")
+            if self.split is not None:
+                Split.load(self.split).check_training(groups)
         source = ArrayWindows(windows, t_r=self.t_r, labels=named, groups=owner if groups is None else groups)
         self.config_ = config = AdaptConfig(
             mode=self.mode,
@@ -349,7 +361,7 @@ class BoldEncoder(TransformerMixin, _OnWindows):
 
     Parameters
     ----------
-    checkpoint, t_r, hrf_shift, masker, allow_mismatch, device, random_state
+    checkpoint, t_r, hrf_shift, masker, allow_mismatch, split, device, random_state
         See :class:`MentalStateDecoder`.
     pooling, bins, layer
         How one vector is made of a window, see :class:`~brainflow.decoding.readout.Readout`.
@@ -371,6 +383,7 @@ class BoldEncoder(TransformerMixin, _OnWindows):
         hrf_shift: float = 0.0,
         masker: Any = None,
         allow_mismatch: bool = False,
+        split: str | os.PathLike[str] | None = None,
         device: Literal["cpu", "cuda"] = "cpu",
         random_state: int = 0,
     ) -> None:
@@ -382,6 +395,7 @@ class BoldEncoder(TransformerMixin, _OnWindows):
         self.hrf_shift = hrf_shift
         self.masker = masker
         self.allow_mismatch = allow_mismatch
+        self.split = split
         self.device = device
         self.random_state = random_state
 

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from brainflow.data.splits import listed
+from brainflow.data.splits import Split, listed
 from brainflow.decoding.task import DecodingTask
 from brainflow.files import read_json
 from brainflow.pretrained.format import CONFIG, read_config
@@ -64,6 +64,22 @@ def check_unseen(checkpoint: str | os.PathLike[str], task: DecodingTask, *, allo
             stacklevel=3,
         )
     return sorted({*fitted, *read})
+
+
+def check_checkpoint(checkpoint: str | os.PathLike[str], split: Split) -> None:
+    """Refuse a model that has seen people whom a split file keeps for the test.
+
+    Raises
+    ------
+    ValueError
+        Naming them.
+    """
+    read, fitted, _ = people_seen(checkpoint, split.test_people)
+    if read or fitted:
+        raise ValueError(
+            f"checkpoint: {checkpoint} has seen {listed([*fitted, *read])}, whom the split file keeps for "
+            "the test; pretrain with --data.split and this file"
+        )
 
 
 def people_seen(checkpoint: str | os.PathLike[str], people: set[str]) -> tuple[list[str], list[str], str]:

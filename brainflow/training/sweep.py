@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from brainflow.config import SECTIONS, PretrainConfig, check_names, check_values, from_dict
+from brainflow.data.splits import Split
 from brainflow.files import is_number, read_json, read_toml
 from brainflow.frameworks import check_framework
 from brainflow.optional import need
@@ -148,7 +149,8 @@ def sweep(
     Raises
     ------
     ValueError
-        If the folder belongs to another sweep, or a space with ranges comes without `trials`.
+        If the folder belongs to another sweep, the split file is none, or a space with ranges comes without
+        `trials`.
     ImportError
         If Optuna is not installed.
     """
@@ -156,6 +158,8 @@ def sweep(
     trials = trials or len(grid(space))
     if not trials:
         raise ValueError("trials: got 0, but the space has a range; say how many runs you want")
+    if base.data.split:
+        Split.load(base.data.split)  # a bad file ends the sweep, not each of its trials
     _record(folder, base, space, metric)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = _study(storage, folder)
