@@ -32,6 +32,7 @@ from brainflow.cli.usage import WrongUsage
 
 if TYPE_CHECKING:
     from brainflow.decoding.result import Result
+    from brainflow.decoding.task import DecodingTask
 
 Modes = Literal["finetune", "lora", "attentive", "linear", "mlp", "knn", "all"]
 
@@ -77,8 +78,8 @@ class Args:
     """How often the training subjects of a point of the learning curve are drawn; intervals then hold for
     other draws, too."""
     hrf_shift: float = 0.0
-    """Seconds by which segments are moved later, to where their BOLD response is (about 3 to 6; 0 where the
-    recorded segments were moved already)."""
+    """Seconds by which segments are moved later, to where their BOLD response is (about 3 to 6). Refused
+    where `brainflow prepare` has moved them already, which it does by 3 s unless told otherwise."""
     classes: Annotated[str | None, tyro.conf.arg(metavar="N|NAME,NAME,…")] = None
     """Number or names of the classes that the column must hold; by default what is found there is taken."""
     new_classes: bool = False
@@ -86,7 +87,8 @@ class Args:
     allow_seen: bool = False
     """Go on where the model has seen people whom the split file keeps for the test."""
     allow_mismatch: bool = False
-    """Go on where the store's parcellation, TR or normalisation is not what the model was trained on."""
+    """Go on where the store's parcellation, TR or normalisation is not what the model was trained on, or
+    where segments are moved twice."""
     scratch: bool = False
     """Take the checkpoint's architecture with fresh weights alone (they stand beside the model anyhow)."""
     pooling: Literal["bins", "moments", "cls", "last", "mean", "first"] | None = None
@@ -168,7 +170,7 @@ def run(args: Args) -> int:
     task_config = _task_config(args)
     configs = [_adapt_config(args, mode) for mode in _modes(args, checkpoint)]
     output_folder(out, "decoding")
-    task = load_task(_open(args, out), task_config)
+    task = load_task(_open(args, out), task_config, allow_mismatch=args.allow_mismatch)
     if not args.new_classes:
         check_decoder_classes(checkpoint, task)
     doubts = [vars(row) for row in examine(task.store, checkpoint) if row.verdict in ("differs", "look")]
@@ -222,6 +224,7 @@ def run(args: Args) -> int:
     print(f"chance {result.scores.chance:.3f}; classes: {printable(', '.join(task.classes))}")
     groups = len(set(task.groups[task.tested]))
     print(f"intervals: 95 %, bootstrap over {groups} {task.group_kind}s{narrow(groups)}")
+    print(shift_line(task))
     for name, gain in extra.get("gains", {}).items():
         print(gain_line(name, gain))
     for row in doubts:
@@ -263,6 +266,14 @@ def _modes(args: Args, checkpoint: Path) -> list[str]:
         return [args.mode]
     blocks = has_blocks(load_pretrained(checkpoint))
     return [mode for mode in reversed(NAMES) if mode != "lora" or blocks]
+
+
+def shift_line(task: DecodingTask) -> str:
+    """Return how far windows lie behind their events, in words."""
+    moved = f"haemodynamic shift: {task.config.hrf_shift:g} s here"
+    if task.hrf_shift is None:
+        return f"{moved}; whether the store's segments were moved before is not recorded"
+    return f"{moved} + {task.hrf_shift - task.config.hrf_shift:g} s in the store = {task.hrf_shift:g} s"
 
 
 def narrow(groups: int) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from brainflow.batch import Windows
 from brainflow.data.counter_rng import key, permute
 from brainflow.data.sampler import RunColumns, rank_share
+from brainflow.files import is_number
 
 
 class SegmentColumns(Protocol):
@@ -31,6 +33,18 @@ class SegmentStore(Protocol):
     def runs(self) -> RunColumns: ...  # noqa: D102
     @property
     def segments(self) -> SegmentColumns: ...  # noqa: D102
+
+
+def stored_shift(attributes: Mapping[str, Any]) -> float | None:
+    """Return the seconds by which a store's segments were moved for the haemodynamic lag; None: not known.
+
+    Parameters
+    ----------
+    attributes
+        Of the store; `brainflow prepare` writes `preprocessing.hrf_shift`.
+    """
+    shift: Any = (attributes.get("preprocessing") or {}).get("hrf_shift")
+    return float(shift) if is_number(shift) else None
 
 
 class SegmentSampler:

@@ -173,7 +173,7 @@ def save_for_task(
     facts["decoding"] = {
         "target": task.config.target,
         "split": task.split_name,
-        "hrf_shift": task.config.hrf_shift,
+        "hrf_shift": task.config.hrf_shift if task.hrf_shift is None else task.hrf_shift,
         "adapt": asdict(config),
         "store_snapshot": task.store.snapshot,
         "subjects": sorted({str(name) for name in task.subjects[windows]}),

@@ -180,6 +180,7 @@ def write_results(
         "target": task.config.target,
         "split": task.split_name,
         "hrf_shift": task.config.hrf_shift,
+        "hrf_shift_total": task.hrf_shift,
         "classes": list(task.classes),
         "windows": len(task.labels),
         "tested": len(rows),

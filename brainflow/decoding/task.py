@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from brainflow.batch import Windows
 from brainflow.data import make_loader
-from brainflow.data.segments import SegmentSampler
+from brainflow.data.segments import SegmentSampler, stored_shift
 from brainflow.data.splits import Split, SplitWarning, listed
 from brainflow.decoding.splits import Fold, make_folds, people_fold, read_split
 from brainflow.storage import BoldStore
@@ -52,7 +52,7 @@ class TaskConfig:
     """Deals subjects to the parts of `subject-wise`."""
     hrf_shift: float = 0.0
     """Seconds by which every labelled segment is moved later, to where its BOLD response is (about 3 to 6;
-    0 where the segments were moved when they were recorded)."""
+    0 where the store's segments were moved before, as `brainflow prepare` does)."""
     classes: int | tuple[str, ...] | None = None
     """Number or names of the classes that the column must hold; by default what is found there is taken."""
 
@@ -96,6 +96,12 @@ class DecodingTask:
     def split_name(self) -> str:
         """What the folds are called in results: of a split file not its path, but what it is."""
         return "split file" if self.people else self.config.split
+
+    @property
+    def hrf_shift(self) -> float | None:
+        """Seconds from the events to the windows, the store's shift and this task's; None: not known."""
+        stored = stored_shift(self.store.attributes)
+        return None if stored is None else stored + self.config.hrf_shift
 
     @property
     def groups(self) -> NDArray:
@@ -186,17 +192,27 @@ class JitteredSegments(SegmentSampler):
         return replace(windows, starts=np.clip(moved, begin, begin + length - windows.lengths))
 
 
-def load_task(store: BoldStore, config: TaskConfig) -> DecodingTask:
+def load_task(store: BoldStore, config: TaskConfig, *, allow_mismatch: bool = False) -> DecodingTask:
     """Find the labelled windows of a store and deal them into folds.
 
     Segments without a value in the target column are left out.
 
+    Parameters
+    ----------
+    store
+        Store with labelled segments.
+    config
+        What is decoded and how it is judged.
+    allow_mismatch
+        Move segments that were moved for the haemodynamic lag when the store was prepared once more.
+
     Raises
     ------
     ValueError
-        If there is no such column, it holds fewer than two classes or another number than was asked for, or
-        the split cannot be made.
+        If there is no such column, it holds fewer than two classes or another number than was asked for, the
+        split cannot be made, or segments would be moved twice.
     """
+    _check_shift(store, config.hrf_shift, allow=allow_mismatch)
     table = store.segments
     if config.target not in table.columns:
         known = ", ".join(sorted(table.columns)) or "none, no segment is labelled"
@@ -252,6 +268,17 @@ def load_task(store: BoldStore, config: TaskConfig) -> DecodingTask:
     )
     refuse_copies(task)
     return task
+
+
+def _check_shift(store: BoldStore, shift: float, *, allow: bool) -> None:
+    stored = stored_shift(store.attributes)
+    if not stored or not shift or allow:
+        return
+    raise ValueError(
+        f"hrf_shift: got {shift:g} s, but the segments of {store.path} were moved by {stored:g} s already "
+        f"(preprocessing.hrf_shift), {stored + shift:g} s in all; leave --hrf-shift out, or prepare the "
+        f"store again with another --hrf-shift, or move them by {shift:g} s more with --allow-mismatch"
+    )
 
 
 def _of_known_people(split: Split, segments: NDArray[np.int64], people: NDArray) -> NDArray[np.int64]:

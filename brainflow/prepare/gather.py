@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from brainflow.prepare.atlas import AtlasSpec
+from brainflow.prepare.events import EventSettings
 from brainflow.prepare.files import RunFiles
 from brainflow.prepare.parcels import coordinates, networks_of
 from brainflow.prepare.records import DONE, FAILED, parts_of, read_records
@@ -130,7 +131,11 @@ def gather(
         parcellation=atlas.label,
         network_names=names,
         network_coordinates=coordinates(atlas),
-        preprocessing={**recipe, "confound_columns": done[0]["confounds"]},
+        preprocessing={
+            **recipe,
+            "confound_columns": done[0]["confounds"],
+            "hrf_shift": EventSettings(**recipe["events"]).seconds,
+        },
         normalisation="z-scored per run and network" if recipe["clean"]["standardize"] else "",
         provenance={"atlas_sha256": atlas.digest, "made_by": "brainflow prepare"},
         overwrite=path.exists(),

@@ -16,6 +16,7 @@ from nilearn.interfaces.fmriprep import load_confounds
 from nilearn.maskers import NiftiLabelsMasker
 
 from brainflow.cli import prepare
+from brainflow.data.segments import stored_shift
 from brainflow.prepare import Query, Settings, find_atlas, find_runs
 from brainflow.prepare.pool import prepare_runs
 from brainflow.prepare.run import jobs_for, prepare_run
@@ -108,6 +109,7 @@ def test_one_command(dataset, tmp_path):
     assert store.attributes["network_names"][0] == "stripe 1"
     recipe = store.attributes["preprocessing"]
     assert (recipe["space"], recipe["clean"]["smoothing_fwhm"]) == (SPACE, 3.0)
+    assert stored_shift(store.attributes) == 3.0
     assert len(recipe["confound_columns"]) == 9
     image = next(dataset.fmriprep.rglob("sub-02_ses-b_task-rest*bold.nii.gz"))
     chosen, _ = load_confounds(str(image), ("motion", "wm_csf", "global_signal"), "basic", wm_csf="basic")
