@@ -18,6 +18,7 @@ Examples
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -173,7 +174,12 @@ def run(args: Args) -> int:
     task = load_task(_open(args, out), task_config, allow_mismatch=args.allow_mismatch)
     if not args.new_classes:
         check_decoder_classes(checkpoint, task)
-    doubts = [vars(row) for row in examine(task.store, checkpoint) if row.verdict in ("differs", "look")]
+    lengths = task.store.segments.length[task.segments]
+    rows = examine(task.store, checkpoint, windows=lengths)
+    doubts = [vars(row) for row in rows if row.verdict in ("differs", "look")]
+    for row in doubts:  # before the fits, which take long
+        told = f"{row['what']}: the model saw {row['model']}, the store has {row['store']}; {row['advice']}"
+        print(printable(f"brainflow adapt: warning: {told}"), file=sys.stderr)
     explain = HeldOut(task, args.attribute) if args.attribute else None
     settings: dict[str, Any] = {
         "seeds": args.seeds,
@@ -227,9 +233,6 @@ def run(args: Args) -> int:
     print(shift_line(task))
     for name, gain in extra.get("gains", {}).items():
         print(gain_line(name, gain))
-    for row in doubts:
-        told = f"{row['what']}: the model saw {row['model']}, the store has {row['store']}; {row['advice']}"
-        print(printable(f"{row['verdict']}: {told}"))
     if within_subject(task):
         print("decoding within subjects: other runs of the tested subjects train")
     saw = result.details.get("pretraining_saw")
@@ -311,8 +314,9 @@ def scores_table(results: list[Result], *, title: str) -> Table:
 
 def curve_table(curve: dict[str, Any]) -> Table:
     """Return a learning curve with one point a row."""
-    title = f"Learning curve, intervals over {curve['interval_over']}"
-    title += ", too narrow with so few" if curve["too_narrow"] else ""
+    title = (
+        f"Learning curve, intervals over {curve['tested']} {curve['interval_over']}{narrow(curve['tested'])}"
+    )
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in ("decoder", f"training {curve['unit']}s", "accuracy", "95 %"):
         table.add_column(name, justify="left" if name == "decoder" else "right")

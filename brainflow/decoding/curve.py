@@ -117,11 +117,13 @@ def curve_dict(
     difference and that from the best decoder without a model, by number of training groups.
     """
     rows = [(point.groups, result) for point in points for result in point.results]
+    tested = len(np.unique(task.groups[task.tested]))
     return {
         "unit": task.group_kind,
         "interval_over": f"{task.group_kind}s" + (" and draws of training ones" if draws > 1 else ""),
         "draws": draws,
-        "too_narrow": len(np.unique(task.groups[task.tested])) < FEW_GROUPS,
+        "tested": tested,
+        "too_narrow": tested < FEW_GROUPS,
         "points": [
             {
                 "decoder": result.name,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from brainflow.pretrained.compatibility import MUST_MATCH, TR_TOLERANCE, differences, fingerprint
 from brainflow.pretrained.format import read_config
@@ -30,11 +31,22 @@ class Row:
     advice: str = ""
 
 
-def examine(store: BoldStore, checkpoint: str | os.PathLike[str]) -> list[Row]:
+def examine(
+    store: BoldStore, checkpoint: str | os.PathLike[str], *, windows: NDArray | None = None
+) -> list[Row]:
     """Compare a store with the data of a model.
 
     What the model saw is its `config.json`; where that holds no statistics of the signal, they are computed
     from the training store, if it still lies where it was and is the same.
+
+    Parameters
+    ----------
+    store
+        New data.
+    checkpoint
+        Folder of a saved model.
+    windows
+        Lengths of the windows that will be decoded in time points; by default of all labelled segments.
     """
     saved = read_config(checkpoint)
     data, model = saved.get("data") or {}, saved["model"]
@@ -71,7 +83,8 @@ def examine(store: BoldStore, checkpoint: str | os.PathLike[str]) -> list[Row]:
     ours = fingerprint(store)
     saw: dict[str, Any] | None = data.get("fingerprint") or _from_training_store(saved)
     limit = int(model.get("max_positions", 512))
-    shortest = int(((saved.get("pretrain") or {}).get("data") or {}).get("seq_min", 2))
+    drawn = (saved.get("pretrain") or {}).get("data") or {}
+    shortest = int(drawn.get("seq_min", 2))
     rows.append(
         Row(
             what="run length (time points)",
@@ -81,6 +94,9 @@ def examine(store: BoldStore, checkpoint: str | os.PathLike[str]) -> list[Row]:
             advice=f"windows may have {shortest} to {limit} time points",
         )
     )
+    lengths = np.asarray(store.segments.length if windows is None else windows).tolist()
+    if lengths and "seq_max" in drawn:
+        rows.append(_window_row(lengths, shortest, int(drawn["seq_max"]) - 1))
     units = {
         "variance": "z-score each network and run, as the model's data were",
         "spectrum": "check filter and TR: slow fluctuations carry another share of the power",
@@ -103,6 +119,21 @@ def examine(store: BoldStore, checkpoint: str | os.PathLike[str]) -> list[Row]:
             )
         )
     return rows
+
+
+def _window_row(lengths: list[int], shortest: int, longest: int) -> Row:
+    """Compare windows with those of pretraining, which had `shortest` to `longest` time points."""
+    fine = max(lengths) <= longest
+    advice = (
+        f"such long windows were never seen: cut them, or pretrain with --data.seq-max {max(lengths) + 1}"
+    )
+    return Row(
+        what="window length (time points)",
+        model=_span([shortest, longest]),
+        store=_span(lengths),
+        verdict="fine" if fine else "look",
+        advice="" if fine else advice,
+    )
 
 
 _LONG = {

@@ -291,6 +291,29 @@ def test_doctor_says_what_differs_and_what_to_do(store, model, tmp_path, capsys)
     assert "resample" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_adapt_warns_of_what_the_doctor_finds(store, tmp_path, capsys):
+    """Windows of 5 time points, runs of twice the variance, of which the model saw neither."""
+    data = {"t_r": [2.0], "fingerprint": compatibility.fingerprint(store)}
+    data["fingerprint"]["variance"] /= 2
+    torch.manual_seed(0)
+    module = build(ModelConfig(networks=NETWORKS, width=16, layers=1, heads=2))
+    drawn = {"data": {"seq_min": 2, "seq_max": int(store.segments.length.max())}}
+    model = save_pretrained(module, tmp_path / "m", {"data": data, "pretrain": drawn})
+    command = ["adapt", store.path, "--from", str(model), "--target", "state", "--mode", "knn"]
+    assert main([*command, "--out", str(tmp_path / "out"), "--device", "cpu", "--json"]) == 0
+    out, error = capsys.readouterr()
+    assert "warning: window length (time points): the model saw 2 to" in error
+    assert f"pretrain with --data.seq-max {store.segments.length.max() + 1}" in error
+    assert "warning: variance (median of networks): the model saw" in error
+    assert {row["what"] for row in json.loads(out)["doctor"]} == {
+        "window length (time points)",
+        "variance (median of networks)",
+    }
+    assert main(["doctor", store.path, "--for", str(model), "--json"]) == 0
+    rows = {row["what"]: row["verdict"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["window length (time points)"] == "look"
+
+
 def test_doctor_knows_the_library_of_the_same_name(monkeypatch, capsys):
     from brainflow.cli import doctor
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from brainflow.cli.adapt import curve_table
 from brainflow.cli.main import main
 from brainflow.config import ModelConfig
 from brainflow.data.splits import Split, SplitWarning, _checksum, split_people
@@ -242,6 +243,8 @@ def test_test_people_test_and_the_others_train(place, tmp_path, capsys):
     assert found["tested"] == 16
     assert set(found["decoder"]["per_subject"]) == {"toy/05", "toy/06"}
     assert {point["train"] for point in found["learning_curve"]["points"]} == {1, 4}
+    title = str(curve_table(found["learning_curve"]).title)
+    assert title.endswith("over 2 subjects and draws of training ones; below 5 they are too narrow")
     assert read_config(tmp_path / "out" / "decoder")["decoding"]["subjects"] == found["split_file"]["train"]
 
 
