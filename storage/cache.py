@@ -56,7 +56,7 @@ class ChunkCache:
             limit = int(float(size) * 1e9)
         except ValueError as error:
             raise StoreError(f"BRAINFLOW_CACHE_GB: got {size!r}, expected a number of gigabytes") from error
-        if not root or limit <= 0 or not _is_private(Path(root)):
+        if not root or limit <= 0 or not is_private(Path(root)):
             return None
         return cls(Path(root), hashlib.sha256(url.encode()).hexdigest()[:16], limit)
 
@@ -111,7 +111,7 @@ class ChunkCache:
         return self._folder / array / f"{chunk}-{checksum:08x}"
 
 
-def _is_private(root: Path) -> bool:
+def is_private(root: Path) -> bool:
     """Whether a directory, made if it is not there, is ours and only we may write it."""
     try:
         root.parent.mkdir(parents=True, exist_ok=True)

@@ -139,6 +139,9 @@ class Args:
     """4-D image of maps that are the networks, in place of --mask."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
+    cache: bool = True
+    """Decoders without a model are fitted once for the same windows and folds, and read from
+    ~/.cache/brainflow/baselines from then on; --no-cache fits them again."""
     json: bool = False
     """Print the scores as one JSON object on stdout; no progress on stderr."""
 
@@ -148,6 +151,7 @@ def run(args: Args) -> int:
     # torch and scikit-learn cost seconds that --help and a wrong command line need not pay
     from brainflow.decoding.adapt import adapt
     from brainflow.decoding.attribution import HeldOut
+    from brainflow.decoding.cache import cache_folder
     from brainflow.decoding.curve import curve_dict, learning_curve, write_curve
     from brainflow.decoding.doctor import examine
     from brainflow.decoding.persist import check_decoder_classes, save_for_task
@@ -174,8 +178,7 @@ def run(args: Args) -> int:
     task = load_task(_open(args, out), task_config, allow_mismatch=args.allow_mismatch)
     if not args.new_classes:
         check_decoder_classes(checkpoint, task)
-    lengths = task.store.segments.length[task.segments]
-    rows = examine(task.store, checkpoint, windows=lengths)
+    rows = examine(task.store, checkpoint, windows=task.lengths)
     doubts = [vars(row) for row in rows if row.verdict in ("differs", "look")]
     for row in doubts:  # before the fits, which take long
         told = f"{row['what']}: the model saw {row['model']}, the store has {row['store']}; {row['advice']}"
@@ -195,7 +198,8 @@ def run(args: Args) -> int:
         results = [adapt(task, checkpoint, config, **settings) for config in configs[:-1]]
         result = adapt(task, checkpoint, configs[-1], explain=explain, **settings)
         fresh = [adapt(task, checkpoint, config, **settings) for config in pair[1:]]
-        without = baselines(task)
+        cache = cache_folder() if args.cache else None
+        without = baselines(task, cache=cache)
         others = [*results, *fresh, *without]
         extra: dict[str, Any] = {"command": _recorded(args), "doctor": doubts}
         if fresh:
@@ -204,7 +208,10 @@ def run(args: Args) -> int:
             curve = learning_curve(
                 task,
                 counts,
-                lambda part: [*(adapt(part, checkpoint, one, **settings) for one in pair), *baselines(part)],
+                lambda part: [
+                    *(adapt(part, checkpoint, one, **settings) for one in pair),
+                    *baselines(part, cache=cache),
+                ],
                 draws=args.draws,
                 seed=args.split_seed,
             )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainflow.decoding.baselines import BASELINES, BaselineName, make_features, predict_folds
+from brainflow.decoding.cache import keep, recall
 from brainflow.decoding.finetune import History
 from brainflow.decoding.scores import Calibration, Interval, Scores, calibration, paired_difference, score
 from brainflow.decoding.task import DecodingTask
@@ -96,25 +98,41 @@ def judge(
 
 def baseline(task: DecodingTask, name: BaselineName) -> Result:
     """Fit a decoder without a pretrained model on the windows and folds of a task."""
-    return _baseline(task, name, *task.read())
+    return _baseline(task, name, task.read)
 
 
-def baselines(task: DecodingTask) -> list[Result]:
-    """Fit every decoder without a pretrained model that these windows allow."""
-    bold, lengths = task.read()
+def baselines(task: DecodingTask, *, cache: Path | None = None) -> list[Result]:
+    """Fit every decoder without a pretrained model that these windows allow.
+
+    With a folder as `cache`, what was fitted to the same windows and folds before is read from there, see
+    :mod:`brainflow.decoding.cache`.
+    """
+    lengths = task.lengths
     left_out = set()
     if lengths.min() < 3:
         left_out |= {"connectome", "tangent", "log-variance"}  # there is nothing to correlate
     if min(np.unique(task.labels[f.train], return_counts=True)[1].min() for f in task.folds) < 2:
         left_out.add("nilearn")  # it chooses its regularisation by cross-validation in the training windows
-    return [_baseline(task, name, bold, lengths) for name in BASELINES if name not in left_out]
+    read = lru_cache(task.read)
+    return [_baseline(task, name, read, cache) for name in BASELINES if name not in left_out]
 
 
-def _baseline(task: DecodingTask, name: BaselineName, bold: NDArray, lengths: NDArray[np.int32]) -> Result:
-    features = make_features(name, bold, lengths, task.store)
-    predictions, chances = predict_folds(
-        name, features, task.labels, task.folds, classes=len(task.classes), groups=task.groups
-    )
+def _baseline(
+    task: DecodingTask,
+    name: BaselineName,
+    read: Callable[[], tuple[NDArray, NDArray[np.int32]]],
+    cache: Path | None = None,
+) -> Result:
+    kept = None if cache is None else recall(cache, task, name)
+    if kept is None:
+        bold, lengths = read()
+        features = make_features(name, bold, lengths, task.store)
+        kept = predict_folds(
+            name, features, task.labels, task.folds, classes=len(task.classes), groups=task.groups
+        )
+        if cache is not None:
+            keep(cache, task, name, *kept)
+    predictions, chances = kept
     return judge(task, name, predictions, probabilities=chances)
 
 

@@ -165,9 +165,17 @@ class DecodingTask:
 
     def read(self) -> tuple[NDArray, NDArray[np.int32]]:
         """Return all windows end to end `[tokens, networks]` and their lengths `[windows]`."""
-        everything = np.arange(len(self.labels))
-        windows = self.sampler(everything, batch=len(everything), shuffle=False).batch(0)
+        windows = self._everything()
         return self.store.windows(windows.starts, windows.lengths), windows.lengths
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Time points of each window, `[windows]`."""
+        return self._everything().lengths
+
+    def _everything(self) -> Windows:
+        everything = np.arange(len(self.labels))
+        return self.sampler(everything, batch=len(everything), shuffle=False).batch(0)
 
 
 class JitteredSegments(SegmentSampler):
