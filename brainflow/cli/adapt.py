@@ -11,7 +11,7 @@ Examples
   brainflow adapt store --from run --target state --n-train-subjects 48 --n-test-subjects 20 --out decoding
   brainflow adapt store --from run --target state --learning-curve 1,2,4,8 --draws 10 --out curve
   brainflow adapt store --from run --target condition --mode all --out decoding --json
-  brainflow adapt runs.toml --from run --target condition --mode all --attribute integrated-gradients \\
+  brainflow adapt runs.toml --from run --target condition --hrf-shift 5 --mode all --attribute integrated-gradients \\
     --report --mask mask.nii.gz --out decoding
 """
 
