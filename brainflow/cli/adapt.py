@@ -5,14 +5,14 @@ decoders without a model. Intervals are 95 %, over subjects, or over runs where 
 
 Examples
 --------
-  brainflow adapt store --from run --target condition --out decoding --hrf-shift 5
+  brainflow adapt store --from run --target condition --out decoding
   brainflow adapt store --from run --target state --split leave-one-subject-out --mode lora --out decoding
   brainflow adapt store --from run --target state --split split.json --out decoding
   brainflow adapt store --from run --target state --n-train-subjects 48 --n-test-subjects 20 --out decoding
   brainflow adapt store --from run --target state --learning-curve 1,2,4,8 --draws 10 --out curve
   brainflow adapt store --from run --target condition --mode all --out decoding --json
-  brainflow adapt runs.toml --from run --target condition --hrf-shift 5 --mode all --attribute integrated-gradients \\
-    --report --mask mask.nii.gz --out decoding
+  brainflow adapt runs.toml --from run --target condition --hrf-shift 5 --mode all --report \\
+    --attribute integrated-gradients --mask mask.nii.gz --out decoding
 """
 
 from __future__ import annotations
