@@ -16,9 +16,9 @@ import brainflow
 from brainflow.cli.main import main
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from brainflow.decoding.baselines import BASELINES
-from brainflow.decoding.curve import reduce_task
+from brainflow.decoding.curve import learning_curve, reduce_task
 from brainflow.decoding.persist import check_decoder_classes
-from brainflow.decoding.result import baselines
+from brainflow.decoding.result import baseline, baselines
 from brainflow.decoding.splits import Fold, check_folds
 from brainflow.decoding.task import TaskConfig, load_task
 from brainflow.decoding.windows import ArrayWindows
@@ -118,6 +118,14 @@ def test_learning_curve_keeps_the_test_windows_and_nests_the_training_subjects(s
         assert len(set(task.subjects[small.train])) == 1
     with pytest.raises(ValueError, match="got 6 training subjects, expected 1 to 5"):
         reduce_task(task, 6)
+
+
+def test_a_decoder_that_a_draw_does_not_allow_is_left_out_of_the_curve(store):
+    task = load_task(store, TaskConfig(target="state", split="leave-one-subject-out"))
+    one, other = (baseline(task, name) for name in ("means", "log-variance"))
+    draws = iter([[one, other], [one], [one, other]])
+    (point,) = learning_curve(task, [2], lambda part: next(draws), draws=3)
+    assert [(result.name, result.draws) for result in point.results] == [("means", 3)]
 
 
 def test_command_writes_scores_curve_decoder_and_attributions(decoding):
