@@ -386,7 +386,8 @@ def split_people(
         left to train.
     """
     subjects = people_of(runs)
-    everybody = sorted(set(subjects.values()))
+    known = set(subjects.values())
+    everybody = sorted(known)
     if len(everybody) < 2:
         raise ValueError(
             f"store: holds one person ({listed(everybody)}), expected at least 2: people who train and "
@@ -396,15 +397,15 @@ def split_people(
     owner: dict[str, str] = {}
     for part, who in wanted.items():
         for person in who if isinstance(who, Sequence) else ():
-            if person not in everybody:
+            if person not in known:
                 raise ValueError(f"{part}: {person!r} is not in the store, which holds {listed(everybody)}")
             if owner.setdefault(person, part) != part:
                 raise ValueError(f"{part}: {person!r} is in {owner[person]} already, expected in one part")
     datasets: dict[str, set[str]] = {}
     for run, dataset in zip(_text(runs.key), _text(runs.dataset), strict=True):
         datasets.setdefault(dataset, set()).add(subjects[run])
-    for dataset, found in sorted(datasets.items()):
-        members = sorted(found)
+    for dataset, owners in sorted(datasets.items()):
+        members = sorted(owners)
         order = [members[i] for i in _order(seed, dataset, len(members))]
         for part, who in wanted.items():
             if isinstance(who, Sequence):
@@ -439,7 +440,7 @@ def _drawn(
     left = sum(person not in owner for person in members)
     if isinstance(who, float):
         return free[: min(_count(who, len(pool), 1), left - 1)] if free else []
-    if pool and (who > len(free) or who >= left):
+    if free and (who > len(free) or who >= left):
         raise ValueError(
             f"{part}: got {who} people of each dataset, but dataset {dataset!r} has {len(free)} to draw from "
             f"and {left} in all, and one must be left to train; ask for fewer, for a share, or name people"

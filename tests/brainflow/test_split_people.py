@@ -155,6 +155,9 @@ def test_a_name_that_two_datasets_have_must_name_its_dataset(tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["parts"]["test"] == {"people": ["b/1"], "runs": 1}
     assert told["checksum"] == Split.load(tmp_path / "s.json").checksum
+    assert main([*command, "b/1", "b/2", "b/3", "--validation", "1", "--overwrite"]) == 0  # all of a dataset
+    told = json.loads(capsys.readouterr().out)
+    assert [len(told["parts"][name]["people"]) for name in ("train", "validation", "test")] == [2, 1, 3]
 
 
 def test_what_is_no_split_is_refused_and_nothing_else_is_raised(place, tmp_path):
