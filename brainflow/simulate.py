@@ -195,7 +195,7 @@ def _order(
         members = shared.choice(size, size // 5, replace=False)
         group[members] = shared.normal(1.0, 0.3, len(members))
     orders = np.stack([shared.permutation(GROUPS) for _ in range(cohort.states)])
-    # Background: neighbours fluctuate together, and a few broad patterns hold most of the variance, as in BOLD.
+    # Background: neighbours fluctuate together; a few broad patterns hold most of the variance, as in BOLD.
     points = cohort.coordinates()
     distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
     mixing = np.linalg.cholesky(np.exp(-distance / REACH) + 1e-6 * np.eye(size))

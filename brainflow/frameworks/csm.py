@@ -34,7 +34,7 @@ from brainflow.frameworks.base import (
 )
 from brainflow.kernels import MaskSpec, linear_masked_loss
 from brainflow.models.embedding import BoldEmbedding
-from brainflow.models.linear_path import LinearPath, NeighbourPath, before
+from brainflow.models.linear_path import LinearPath, NeighbourPath, Neighbours, before
 from brainflow.models.transformer import Layout, Transformer
 
 
@@ -60,15 +60,11 @@ class CSM(Framework):
 
     def make_linear(self) -> LinearPath:
         """Return a ridge from the two time points before (an autoregressive model of order 2)."""
-        single = self.config.masking == "single"
-        return NeighbourPath(
-            self.config.networks,
-            lambda batch: before(
-                batch.lengths, batch.mask if single else np.flatnonzero(positions(batch.lengths))
-            ),
-            neighbours=2,
-            kinds=2,
-        )
+        return NeighbourPath(self.config.networks, self._before, neighbours=2, kinds=2)
+
+    def _before(self, batch: PackedBatch) -> Neighbours:
+        drawn = self.config.masking == "single"
+        return before(batch.lengths, batch.mask if drawn else np.flatnonzero(positions(batch.lengths)))
 
     @property
     def untrained(self) -> tuple[nn.Parameter, ...]:

@@ -36,8 +36,9 @@ class BoldEmbedding(nn.Module):
         self.project = nn.Linear(c.networks, c.width)
         self.norm = nn.LayerNorm(c.width) if c.embedding_norm else nn.Identity()
         self.dropout = Dropout(c.dropout)
-        encoding = {"table": SecondsTable, "fourier": SecondsWaves, "none": NoSeconds}[c.time_encoding]
-        self.time = encoding(c.width, c.max_seconds, c.time_resolution)
+        encodings: dict[str, type[SecondsTable | SecondsWaves | NoSeconds]]
+        encodings = {"table": SecondsTable, "fourier": SecondsWaves, "none": NoSeconds}
+        self.time = encodings[c.time_encoding](c.width, c.max_seconds, c.time_resolution)
         self.place: nn.Linear | None = None
         if c.coordinates:
             self.place = nn.Linear(6 * PLACE_WAVES, c.width, bias=False)
@@ -146,10 +147,13 @@ class SecondsWaves(nn.Module):
 class NoSeconds(nn.Module):
     """No encoding: positions that count seconds say it already."""
 
-    dummy = np.float32(0.0)
-
     def __init__(self, width: int, longest: float, resolution: float) -> None:
         super().__init__()
+
+    @property
+    def dummy(self) -> np.generic:
+        """Time of special tokens, which nothing reads."""
+        return np.float32(0.0)
 
     def code(self, times: Tensor) -> Tensor:
         """Return `times`, float32 [tokens]."""

@@ -246,14 +246,13 @@ class Validator:
         result["val_correlation"] = sum(known) / len(known) if known else math.nan
         result["val_network_correlation"] = correlations
         of_datasets = upload(self.device, of=self._dataset)["of"]
-        apart = [part.new_zeros(len(self.datasets), *part.shape[1:]) for part in (errors, values)]
-        apart = [
-            sums.index_add(0, of_datasets, part) for sums, part in zip(apart, (errors, values), strict=True)
-        ]
+        count = len(self.datasets)
+        errors = errors.new_zeros(count, guesses, 2).index_add(0, of_datasets, errors)
+        values = values.new_zeros(count).index_add(0, of_datasets, values)
         result["val_by_dataset"] = {
-            str(name): _scores(apart[0][i], apart[1][i], shown)
+            str(name): _scores(errors[i], values[i], shown)
             for i, name in enumerate(self.datasets)
-            if apart[1][i] > 0
+            if values[i] > 0
         }
         return result, example
 
@@ -277,9 +276,8 @@ class Validator:
             if counts and self.linear is not None:
                 linear = self.linear(batch)
                 step = (network - linear).nan_to_num().double()
-                sums += torch.stack(
-                    [(step * (batch.bold.float()[rows] - linear).nan_to_num()).sum(), (step**2).sum()]
-                )
+                left = (batch.bold.float()[rows] - linear).nan_to_num()
+                sums += torch.stack([(step * left).sum(), step.square().sum()])
         along, square = self.ranks.sum(sums)
         return (along / square.clamp_min(1e-12)).clamp(0.0, 1.0).float()
 
