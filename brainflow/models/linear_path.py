@@ -315,6 +315,6 @@ def around(lengths: np.ndarray, rows: Ints) -> Neighbours:
     bounds, window = offsets(lengths), window_of(lengths)[rows]
     past = np.where(past >= bounds[window], past, -1)
     future = np.where(future < bounds[window + 1], future, -1)
-    adjacent = past == rows - 1, future == rows + 1
+    adjacent = (past >= 0) & (past == rows - 1), future == rows + 1
     kind = np.select([adjacent[0] & adjacent[1], adjacent[0], adjacent[1]], [0, 1, 2], 3)
     return Neighbours(rows=rows, read=np.stack((past, future), 1), kind=kind.astype(np.int64))
