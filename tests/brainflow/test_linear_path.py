@@ -19,8 +19,19 @@ from brainflow.training.metrics import read_metrics
 from brainflow.training.step import TrainingStep
 from tests.helpers.tiny_training import at_step, curve, tiny
 
-CONFIG = ModelConfig(networks=5, width=16, layers=1, heads=2, loss="mse", positions="seconds", time_encoding="none",
-                     embedding_norm=False, norm_first=True, linear=True, mask_rate=0.3)  # fmt: skip
+CONFIG = ModelConfig(
+    networks=5,
+    width=16,
+    layers=1,
+    heads=2,
+    loss="mse",
+    positions="seconds",
+    time_encoding="none",
+    embedding_norm=False,
+    norm_first=True,
+    linear=True,
+    mask_rate=0.3,
+)
 FRAMEWORKS = {
     "csm": replace(CONFIG, masking="next"),
     "seq-bert": replace(CONFIG, framework="seq-bert"),
@@ -142,7 +153,8 @@ def test_networks_are_predicted_by_their_conditional_mean():
     covariance = np.linalg.inv(module.linear.precision.double().numpy())
     mean, bold = module.linear.mean.double().numpy(), batch.bold.double().numpy()
     said = module.linear(batch).numpy()
-    assert masked.any() and np.isnan(said[~masked]).all()
+    assert masked.any()
+    assert np.isnan(said[~masked]).all()
     for row in range(len(bold)):
         m, u = masked[row], ~masked[row]
         expected = mean[m] + covariance[np.ix_(m, u)] @ np.linalg.solve(
@@ -219,7 +231,8 @@ def test_without_it_validation_names_the_linear_predictor_all_the_same(store, tm
     last = next(line for line in reversed(read_metrics(run)) if "val_loss" in line)
     assert last["val_linear_explained_variance"] > 0.15
     assert last["val_linear_mse"] != last["val_mse"]
-    assert "val_share" not in last and load_pretrained(run).linear is None
+    assert "val_share" not in last
+    assert load_pretrained(run).linear is None
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
