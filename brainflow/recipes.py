@@ -26,7 +26,7 @@ MODEL: dict[str, Any] = {
     "linear": True,
 }
 SIZES: dict[str, tuple[int, int, int, float]] = {
-    "tiny": (2, 128, 2, 1e-3),
+    "tiny": (3, 128, 4, 1e-3),
     "small": (4, 256, 4, 5e-4),
     "base": (12, 768, 12, 3e-4),
     "large": (24, 1024, 16, 1.5e-4),

@@ -33,6 +33,7 @@ SCORES = {
     "val_mse": "MSE",
     "val_explained_variance": "explained variance",
     "val_correlation": "correlation",
+    "val_linear_explained_variance": "the same of the best linear predictor",
     "val_mean_l1": "L1 of the mean",
     "val_last_l1": "L1 of the last value",
 }
@@ -73,8 +74,8 @@ def run(args: Args) -> int:
 def _curves(runs: dict[str, list[dict[str, Any]]], *, log: bool) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    axes, below = figure.subplots(2, sharex=True)
     for i, (name, lines) in enumerate(runs.items()):
         training = [line for line in lines if "loss" in line]
         validation = [line for line in lines if "val_loss" in line]
@@ -83,13 +84,20 @@ def _curves(runs: dict[str, list[dict[str, Any]]], *, log: bool) -> Figure:
         if validation:
             steps, losses = [x["step"] for x in validation], [_number(x["val_loss"]) for x in validation]
             axes.plot(steps, losses, "o-", color=f"C{i}", label=f"{name}, validation")
-            mean = _number(validation[-1]["val_mean_l1"])
-            axes.axhline(mean, color=f"C{i}", ls="--", lw=1, label=f"{name}, predicting the mean")
-    axes.set(xlabel="optimizer steps", ylabel="loss")
+            # a loss may have is-next added or be L1: predictions are compared by what they explain
+            known = [_number(x.get("val_explained_variance")) for x in validation]
+            below.plot(steps, known, "o-", color=f"C{i}", label=name)
+            linear = _number(validation[-1].get("val_linear_explained_variance"))
+            below.axhline(linear, color=f"C{i}", ls="--", lw=1, label=f"{name}, best linear predictor")
+    axes.set(ylabel="loss")
+    below.set(xlabel="optimizer steps", ylabel="explained variance")
+    below.axhline(0.0, color="0.4", ls=":", lw=1, label="the mean")
     if log:
         axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    for part in (axes, below):
+        part.grid(alpha=0.3)
+        if part.get_legend_handles_labels()[0]:
+            part.legend()
     return figure
 
 

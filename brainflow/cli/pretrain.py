@@ -163,7 +163,7 @@ def run(args: Args) -> int:
     # torch costs seconds that --help and a wrong command line need not pay
     from brainflow.training.interrupt import Preempted
     from brainflow.training.loop import pretrain
-    from brainflow.training.metrics import read_metrics
+    from brainflow.training.metrics import explained, read_metrics, verdict
     from brainflow.training.parallel import from_environment
 
     first = from_environment().first  # under torchrun or srun one process speaks for all
@@ -187,11 +187,13 @@ def run(args: Args) -> int:
     if args.json:
         print(json.dumps(summary))
     else:
+        found = ", ".join(f"{name} {value:.3f}" for name, value in explained(summary).items())
         print(
             f"{folder}: {summary['step']} steps, validation loss {summary['val_loss']:.4f}; "
-            f"L1 {summary['val_l1']:.4f} (predicting the mean {summary['val_mean_l1']:.4f}, "
-            f"the last value {summary['val_last_l1']:.4f})"
+            f"explained variance of held-out runs: {found}, the mean 0"
         )
+    if against := verdict(summary):
+        print(f"brainflow pretrain: warning: {against}", file=sys.stderr)
     return 0
 
 

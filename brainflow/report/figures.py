@@ -53,20 +53,21 @@ def loss_curve(
     *,
     unit: str = "L1 error (standard deviations)",
 ) -> bytes:
-    """Draw training and validation error over steps, with errors that need no model as lines.
+    """Draw how training and validation go over steps, with what needs no model as lines.
 
     Parameters
     ----------
     train, validation
-        (steps, errors).
+        (steps, errors or explained variances); nothing is drawn of an empty training curve.
     references
-        Name → error of a prediction without a model.
+        Name → the same of a prediction without a model.
     unit
-        Label of the error axis.
+        Label of the vertical axis.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(7.2, 3.9)
-        axes.plot(*train, color=ACCENT, alpha=0.35, linewidth=1.2, label="training")
+        if len(train[0]):
+            axes.plot(*train, color=ACCENT, alpha=0.35, linewidth=1.2, label="training")
         axes.plot(*validation, color=ACCENT, linewidth=2.0, marker="o", markersize=4, label="held-out runs")
         for (name, value), color in zip(references.items(), (SECOND, THIRD, MUTED), strict=False):
             axes.axhline(value, color=color, linewidth=1.4, linestyle=DASHES, label=f"{name}: {value:.3f}")

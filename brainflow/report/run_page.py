@@ -20,7 +20,7 @@ from brainflow.report.page import Page, Picture, Section, Table, write_page
 from brainflow.report.reconstruction import reconstruct
 from brainflow.storage import BoldStore
 from brainflow.storage.files import replacing
-from brainflow.training.metrics import METRICS, read_metrics
+from brainflow.training.metrics import METRICS, explained, read_metrics
 from brainflow.training.run_dir import SPLIT
 
 DECODING, MAPS = "scores.json", "attributions.npz"
@@ -92,22 +92,23 @@ def _shaped(path: Path) -> Iterator[None]:
 
 def _pretraining(folder: Path, masker: Any) -> tuple[list[Section], list[tuple[str, str]]]:
     lines = read_metrics(folder)
-    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    held_out = [(line["step"], line["val_l1"]) for line in lines if line.get("val_l1") is not None]
+    held_out = [
+        (line["step"], line["val_explained_variance"])
+        for line in lines
+        if line.get("val_explained_variance") is not None
+    ]
     last: dict[str, Any] = next((line for line in reversed(lines) if "val_loss" in line), {})
-    references = {
-        name: last[key]
-        for name, key in (("mean", "val_mean_l1"), ("last value", "val_last_l1"))
-        if last.get(key) is not None
-    }
-    rows = [["model", _number(last.get("val_l1"))]] + [[n, _number(v)] for n, v in references.items()]
+    found = explained(last)
+    rows = [[name, _number(value)] for name, value in found.items()] + [["the mean", _number(0.0)]]
+    references = {name: value for name, value in found.items() if name not in ("model", "network alone")}
     picture = Picture(
         name="loss",
-        png=figures.loss_curve(_columns(train), _columns(held_out), references),
-        alt="Training and held-out error over steps",
-        caption="Training loss and L1 error of held-out runs. Dashed: predictions without a model.",
+        png=figures.loss_curve(([], []), _columns(held_out), references, unit="explained variance"),
+        alt="Explained variance of held-out runs over steps",
+        caption="Variance of masked values in held-out runs that the model explains. Dashed: predictions "
+        "without a network.",
     )
-    table = Table(header=["prediction of held-out runs", "L1 error"], rows=rows, strong=(0,))
+    table = Table(header=["prediction of held-out runs", "explained variance"], rows=rows, strong=(0,))
     facts = [(str(lines[-1]["step"] if lines else 0), "optimizer steps of pretraining")]
     section = Section(title="Pretraining", table=table, pictures=[picture])
     return [section, *_reconstruction(folder, masker)], facts

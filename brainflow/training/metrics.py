@@ -38,6 +38,7 @@ TIMING = (
 )
 METRICS, TRAIN_CSV, EVAL_CSV = "metrics.jsonl", "train_history.csv", "eval_history.csv"
 MOST_LOG = 2**30
+STAYS = 0.01  # explained variance below which a model is said to predict the mean
 MANY = ("val_network_correlation", "val_by_dataset")  # keys with more than one number
 _HEADERS = {TRAIN_CSV: "step,loss,lr\n", EVAL_CSV: "step,loss,accuracy\n"}
 
@@ -92,6 +93,46 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             f"{folder} holds no {METRICS}; expected the directory of a `brainflow pretrain` run"
         )
     return [_metrics(line, f"{path}, line {i}") for i, line in enumerate(_lines(path), 1)]
+
+
+def explained(line: dict[str, Any]) -> dict[str, float]:
+    """Return how much of the variance each prediction of a validation line explains, the model's first.
+
+    Examples
+    --------
+    >>> explained({"val_mse": 0.5, "val_mean_mse": 1.0, "val_last_mse": 0.8})
+    {'model': 0.5, 'last value': 0.19999999999999996}
+    """
+    total = line.get("val_mean_mse")
+    names = {
+        "model": "val_mse",
+        "network alone": "val_network_mse",
+        "best linear": "val_linear_mse",
+        "AR(1)": "val_ar1_mse",
+        "last value": "val_last_mse",
+    }
+    known = {name: line.get(key) for name, key in names.items()}
+    return {name: 1 - error / total for name, error in known.items() if error is not None and total}
+
+
+def verdict(line: dict[str, Any]) -> str:
+    """Return what a validation line says against the model, in words; nothing if it says nothing."""
+    found = explained(line)
+    if "model" not in found:
+        return ""
+    if found["model"] < STAYS:
+        return (
+            f"the model explains {100 * found['model']:.1f} % of the variance: it predicts the mean; train "
+            "longer, or look at the learning rate"
+        )
+    if found.get("network alone", 1.0) < STAYS:
+        return "the network explains nothing by itself: its states hold nothing to decode yet; train longer"
+    if "best linear" in found and found["model"] < found["best linear"] - 0.005:
+        return (
+            f"a ridge predicts better (explained variance {found['best linear']:.3f}); set model.linear, "
+            "or train longer"
+        )
+    return ""
 
 
 def _metrics(line: str, where: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from brainflow.config import PretrainConfig, to_dict
 from brainflow.optional import requires
 
+from .metrics import explained
 from .run_dir import flatten
 
 PLAIN_EVERY = 5.0  # seconds between plain lines
@@ -97,10 +98,11 @@ def _eta(line: dict[str, Any], steps: int) -> str:
 
 
 def _validation(line: dict[str, Any]) -> str:
+    found = explained(line)
+    others = ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name != "model")
     return (
-        f"validation loss {line['val_loss']:.4f}; L1 {line['val_l1']:.4f} "
-        f"(predicting the mean {line['val_mean_l1']:.4f}, the last value {line['val_last_l1']:.4f}); "
-        f"explained variance {line['val_explained_variance']:.3f}, correlation {line['val_correlation']:.3f}"
+        f"validation loss {line['val_loss']:.4f}; explained variance {line['val_explained_variance']:.3f} "
+        f"({others}, the mean 0), correlation {line['val_correlation']:.3f}"
     )
 
 

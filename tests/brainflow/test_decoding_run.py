@@ -261,7 +261,7 @@ def test_reconstruction_error_is_what_a_plain_loop_finds(store, framework):
 def test_report_of_logs_alone(tmp_path):
     lines = [
         {"step": 10, "loss": 0.9, "lr": 1e-4},
-        {"step": 10, "val_loss": 0.8, "val_l1": 0.8, "val_mean_l1": 0.79, "val_last_l1": 0.9},
+        {"step": 10, "val_loss": 0.8, "val_mse": 0.4, "val_mean_mse": 1.0, "val_last_mse": 0.21},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "0.790" in render(run_page(tmp_path))

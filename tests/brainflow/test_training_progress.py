@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from brainflow.training import progress
+from brainflow.training.metrics import verdict
 from brainflow.training.progress import TrainingProgress
 
 TRAINING = {
@@ -23,9 +24,10 @@ TRAINING = {
 VALIDATION = {
     "step": 10,
     "val_loss": 0.8,
-    "val_l1": 0.7,
-    "val_mean_l1": 0.9,
-    "val_last_l1": 0.85,
+    "val_mse": 0.75,
+    "val_mean_mse": 1.0,
+    "val_last_mse": 0.9,
+    "val_linear_mse": 0.6,
     "val_explained_variance": 0.25,
     "val_correlation": 0.5,
 }
@@ -51,8 +53,8 @@ def test_plain_lines_hold_everything_and_no_control_codes(monkeypatch, quick):
     first, second = out.getvalue().splitlines()
     assert first.startswith("step 10/100")
     assert all(text in first for text in (*SHOWN, "GPU 61.2 GiB", "skipped 3", "ETA 0:03:00"))
-    assert "predicting the mean 0.9000, the last value 0.8500" in second
-    assert "explained variance 0.250, correlation 0.500" in second
+    assert "explained variance 0.250 (best linear 0.400, last value 0.100, the mean 0)" in second
+    assert "correlation 0.500" in second
     assert "\x1b" not in out.getvalue()
 
 
@@ -87,3 +89,18 @@ def test_quiet_is_quiet(monkeypatch):
         shown.show(TRAINING)
         shown.show(VALIDATION)
     assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"val_mse": 0.999}, "predicts the mean"),
+        ({"val_mse": 0.5, "val_network_mse": 1.0}, "explains nothing by itself"),
+        ({"val_mse": 0.7, "val_linear_mse": 0.6}, "a ridge predicts better (explained variance 0.400)"),
+        ({"val_mse": 0.6, "val_linear_mse": 0.6, "val_network_mse": 0.8}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_model_that_learned_nothing_is_called_so(line, said):
+    assert said in verdict({"val_mean_mse": 1.0, **line})
+    assert bool(said) == bool(verdict({"val_mean_mse": 1.0, **line}))
