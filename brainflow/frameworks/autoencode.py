@@ -6,8 +6,11 @@ In evaluation mode the decoder runs freely: what is measured is what the vector 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainflow.batch import PackedBatch, upload
@@ -15,6 +18,13 @@ from brainflow.config import ModelConfig
 from brainflow.frameworks.base import Framework, Pooling, StepOutput, at_least_float, pool, whole_loss
 from brainflow.models.autoencoder import Decoder, Encoder, Steps, time_major
 from brainflow.models.embedding import BoldEmbedding
+from brainflow.models.linear_path import PrincipalPath
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": F.l1_loss,
+    "mse": F.mse_loss,
+    "huber": F.huber_loss,
+}
 
 
 class Autoencoder(Framework):
@@ -36,6 +46,18 @@ class Autoencoder(Framework):
         self.encoder = Encoder(c.width, c.layers, c.dropout, c.chained_states)
         self.decoder = Decoder(c.width, c.layers, c.dropout, c.chained_states)
         self.unembedding = nn.Linear(c.width, c.networks)
+        self.linear: PrincipalPath | None = self.make_linear() if c.linear else None
+        if self.linear is not None:  # begins as the principal components
+            for part in (self.encoder.pooler, self.unembedding):
+                nn.init.zeros_(part.weight)
+                nn.init.zeros_(part.bias)
+
+    def make_linear(self) -> PrincipalPath:
+        """Return principal components, as many as the vector of a window has numbers.
+
+        With it the encoder adds to the components' code, and the decoder to what they reconstruct from it.
+        """
+        return PrincipalPath(self.config.networks, self.config.width)
 
     @property
     def varying(self) -> bool:
@@ -53,31 +75,38 @@ class Autoencoder(Framework):
     def forward(self, batch: PackedBatch, *, seed: int) -> StepOutput:
         """Return the loss over all values of all windows; `seed` decides about teacher forcing."""
         forced = self.training and self.drawn(batch, seed)
-        return self._output(batch, self._decoded(batch, forced))
+        return self._output(batch, *self._decoded(batch, forced))
 
     def reconstruct(self, batch: PackedBatch, *, seed: int) -> tuple[Tensor, Tensor]:
         """Return all values decoded freely, float32 [tokens, networks], and all rows, whatever the `seed`."""
-        return self._values(batch, self._decoded(batch, forced=False))
+        return self._values(batch, seed, *self._decoded(batch, forced=False))
 
     def score(self, batch: PackedBatch, *, seed: int) -> tuple[StepOutput, Tensor, Tensor]:
         """Return the output, and all values and all rows, from one encoding that is decoded freely."""
         decoded = self._decoded(batch, forced=False)
-        return self._output(batch, decoded), *self._values(batch, decoded)
+        return self._output(batch, *decoded), *self._values(batch, seed, *decoded)
 
-    def _output(self, batch: PackedBatch, decoded: Tensor) -> StepOutput:
-        loss = whole_loss(decoded, self.unembedding, batch.bold, self.config.loss)
+    def _output(self, batch: PackedBatch, decoded: Tensor, linear: Tensor | None) -> StepOutput:
+        if linear is None:
+            loss = whole_loss(decoded, self.unembedding, batch.bold, self.config.loss)
+        else:
+            values = at_least_float(self.unembedding(decoded)) + linear
+            loss = LOSSES[self.config.loss](values, batch.bold.to(values.dtype))
         return StepOutput(loss=loss, metrics={"reconstruction": loss.detach()})
 
-    def _values(self, batch: PackedBatch, decoded: Tensor) -> tuple[Tensor, Tensor]:
-        values = self.unembedding(decoded)
-        return at_least_float(values), torch.arange(batch.tokens, device=values.device)
+    def _values(
+        self, batch: PackedBatch, seed: int, decoded: Tensor, linear: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        values = at_least_float(self.unembedding(decoded))
+        values = values if linear is None else values + linear
+        return self.predicted(values, batch, seed), torch.arange(batch.tokens, device=values.device)
 
     def features(self, batch: PackedBatch, pooling: Pooling = "cls") -> Tensor:
         """Return one vector a window, [windows, width]: "cls" is the pooled vector that the decoder gets."""
         embedded, steps, sent = self._embedded(batch)
         states, pooled, _ = self.encoder(embedded, steps)
         if pooling == "cls":
-            return pooled.index_select(0, sent["ranks"])
+            return self._coded(batch, pooled, sent).index_select(0, sent["ranks"])
         return pool(states.index_select(0, sent["back"]), batch.lengths, pooling)
 
     def _embedded(self, batch: PackedBatch) -> tuple[Tensor, Steps, dict[str, Tensor]]:
@@ -92,10 +121,23 @@ class Autoencoder(Framework):
         )
         return packed.index_select(0, sent["order"]), steps, sent
 
-    def _decoded(self, batch: PackedBatch, forced: bool) -> Tensor:
-        """Return decoded hidden states in packed order, [tokens, width]."""
+    def _coded(self, batch: PackedBatch, pooled: Tensor, sent: dict[str, Tensor]) -> Tensor:
+        """Return the windows' vectors, [windows, width] by rank: what was pooled, on top of the code."""
+        if self.linear is None:
+            return pooled
+        code = torch.empty_like(pooled).index_copy_(
+            0, sent["ranks"], self.linear.code(batch).to(pooled.dtype)
+        )
+        return pooled + code
+
+    def _decoded(self, batch: PackedBatch, forced: bool) -> tuple[Tensor, Tensor | None]:
+        """Return decoded hidden states [tokens, width] and what components reconstruct [tokens, networks]."""
         embedded, steps, sent = self._embedded(batch)
         _, pooled, ended = self.encoder(embedded, steps)
+        pooled = self._coded(batch, pooled, sent)
+        linear = None
+        if self.linear is not None:
+            linear = self.linear.expand(pooled.index_select(0, sent["ranks"]), batch)
         if self.config.chained_states:  # teacher forcing of 2022 gives a step the very value that it predicts
             decoded = self.decoder.run_free(pooled, steps, ended, given=embedded if forced else None)
         elif forced:
@@ -104,7 +146,7 @@ class Autoencoder(Framework):
             decoded = self.decoder(pooled, before, steps)
         else:
             decoded = self.decoder.run_free(pooled, steps)
-        return decoded.index_select(0, sent["back"])
+        return decoded.index_select(0, sent["back"]), linear
 
 
 def _uniform(seed: int, step: int) -> float:

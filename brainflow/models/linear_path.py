@@ -10,10 +10,10 @@ over has states that decode worse than raw data, because what decodes is what th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from brainflow.batch import Ints, PackedBatch, offsets, positions, upload, windo
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Penalties that are tried, in units of the mean variance of an input."""
+FREQUENCIES = 64
+"""Frequencies at which the variance of a pattern is known, from 0 to half a cycle a time point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +56,12 @@ class LinearPath(nn.Module, ABC):
     ----------
     gain
         Share of the network in what the model predicts, 0-d; 1 until it is fitted.
+    divisible
+        Whether any share makes sense, or only all or nothing.
     """
 
     gain: Tensor
+    divisible: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -285,6 +290,125 @@ def _left_out(precision: Tensor, sums: _Sums) -> float:
     square = sums.xx / sums.count - torch.outer(mean, mean)
     weight = precision / precision.diagonal()
     return float((weight * (square @ weight)).sum() * sums.count)
+
+
+class PrincipalPath(LinearPath):
+    """Windows by their principal components: as many numbers a window as a vector has.
+
+    The components of a stationary process are, but for the ends of a window, waves in time times patterns
+    over networks. So they are that here: patterns are the eigenvectors of the networks' covariance, waves
+    those of the discrete cosine transform (DCT-II), and of all pairs the ones are kept which have the most
+    variance at a window's length. One fit serves windows of every length.
+
+    Parameters
+    ----------
+    networks
+        Networks.
+    numbers
+        Numbers of a window's code; each has variance 1.
+    """
+
+    divisible = False  # a mean of two reconstructions would need the numbers of both
+    mean: Tensor
+    patterns: Tensor
+    spectrum: Tensor
+
+    def __init__(self, networks: int, numbers: int) -> None:
+        super().__init__()
+        self.numbers = numbers
+        self.register_buffer("mean", torch.zeros(networks))
+        self.register_buffer("patterns", torch.eye(networks))
+        self.register_buffer("spectrum", torch.ones(FREQUENCIES, networks))
+        self._batches: list[PackedBatch] = []
+
+    def collect(self, batch: PackedBatch) -> None:
+        """Keep a batch: variances over time can be summed when the patterns are known."""
+        self._batches.append(replace(batch, bold=batch.bold.clone()))
+
+    def solve(self) -> None:
+        """Fit mean, patterns and their variance by frequency."""
+        networks = len(self.mean)
+        sums = _Sums(networks, 0, self.mean.device)
+        for batch in self._batches:
+            sums.add(batch.bold, batch.bold[:, :0])
+        mean = sums.x / sums.count
+        self.mean.copy_(mean)
+        self.patterns.copy_(torch.linalg.eigh(sums.xx / sums.count - torch.outer(mean, mean))[1].flip(1))
+        power = torch.zeros(FREQUENCIES, networks, dtype=torch.float64, device=self.mean.device)
+        count = power.new_zeros(FREQUENCIES)
+        for batch in self._batches:
+            for length, waves, values, _ in self._of_length(batch):
+                place = torch.from_numpy(_frequency(length)).to(power.device)
+                power.index_add_(0, place, (waves @ values).double().square().sum(0))
+                count.index_add_(0, place, count.new_full((length,), float(len(values))))
+        seen = count > 0  # a frequency that no window has is as rare as the rarest that one has
+        power[seen] /= count[seen, None]
+        power[~seen] = power[seen].amin(0)
+        self.spectrum.copy_(power)
+        self._batches = []
+
+    def code(self, batch: PackedBatch) -> Tensor:
+        """Return the codes of a batch's windows, [windows, numbers]; with zeros where one has fewer values."""
+        with _exactly(batch):
+            result = self.mean.new_zeros(batch.windows, self.numbers)
+            for length, waves, values, windows in self._of_length(batch):
+                place, scale = self._components(length)
+                of = (waves @ values).flatten(1)[:, place] / scale
+                result[windows, : of.shape[1]] = of
+            return result
+
+    def expand(self, code: Tensor, batch: PackedBatch) -> Tensor:
+        """Return the windows of some codes, [tokens, networks]; differentiable."""
+        with _exactly(batch):
+            starts = offsets(batch.lengths)
+            parts, rows = [], []
+            for length in np.unique(batch.lengths):
+                windows = np.flatnonzero(batch.lengths == length)
+                place, scale = self._components(int(length))
+                sent = upload(code.device, windows=windows)["windows"]
+                of = code.to(self.mean.dtype)[sent, : len(place)] * scale
+                full = of.new_zeros(len(windows), int(length) * len(self.mean)).index_copy(1, place, of)
+                back = self._waves(int(length)).t() @ full.view(len(windows), int(length), -1)
+                parts.append((back @ self.patterns.t() + self.mean).flatten(0, 1))
+                rows.append((starts[windows][:, None] + np.arange(length)).ravel())
+            order = upload(code.device, order=np.argsort(np.concatenate(rows)))["order"]
+            return torch.cat(parts)[order]
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Return what is left of a batch's windows in their codes, [tokens, networks]."""
+        return self.expand(self.code(batch), batch)
+
+    def blend(self, values: Tensor, batch: PackedBatch) -> Tensor:
+        """Return the network's reconstruction, or with a gain of 0 that of the components."""
+        return torch.where(self.gain > 0.5, values, self(batch).to(values.dtype))
+
+    def _of_length(self, batch: PackedBatch) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Yield, by length, waves [length, length], values [windows, length, networks] and the windows."""
+        projected = (batch.bold.to(self.mean.dtype) - self.mean) @ self.patterns
+        starts = offsets(batch.lengths)
+        for length in np.unique(batch.lengths):
+            windows = np.flatnonzero(batch.lengths == length)
+            rows = starts[windows][:, None] + np.arange(length)
+            sent = upload(projected.device, rows=rows, windows=windows)
+            yield int(length), self._waves(int(length)), projected[sent["rows"]], sent["windows"]
+
+    def _waves(self, length: int) -> Tensor:
+        """Return the orthonormal DCT-II, [frequencies, time points]."""
+        time, wave = np.arange(length), np.arange(length)[:, None]
+        matrix = np.cos(np.pi / length * (time + 0.5) * wave) * np.sqrt(2.0 / length)
+        matrix[0] /= np.sqrt(2.0)
+        return torch.from_numpy(matrix).to(self.mean)
+
+    def _components(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return which (frequency, pattern) pairs a code of such a window holds, and their deviations."""
+        variance = self.spectrum[torch.from_numpy(_frequency(length)).to(self.mean.device)].flatten()
+        top, place = variance.topk(min(self.numbers, len(variance)))
+        return place, top.sqrt().clamp_min(1e-6)
+
+
+def _frequency(length: int) -> Ints:
+    """Return the row of the spectrum of each wave of a window."""
+    return np.arange(length) * FREQUENCIES // length
 
 
 def before(lengths: np.ndarray, rows: Ints) -> Neighbours:

@@ -279,7 +279,8 @@ class Validator:
                 left = (batch.bold.float()[rows] - linear).nan_to_num()
                 sums += torch.stack([(step * left).sum(), step.square().sum()])
         along, square = self.ranks.sum(sums)
-        return (along / square.clamp_min(1e-12)).clamp(0.0, 1.0).float()
+        share = (along / square.clamp_min(1e-12)).clamp(0.0, 1.0).float()
+        return share if module.linear.divisible else share.round()
 
     def _loader(self, part: _RankSlice) -> Any:
         return make_loader(self.store, part, kind="host", device=str(self.device), on_corrupt=self.on_corrupt)

@@ -37,6 +37,7 @@ FRAMEWORKS = {
     "seq-bert": replace(CONFIG, framework="seq-bert"),
     "net-bert": replace(CONFIG, framework="net-bert"),
 }
+AUTOENCODER = replace(CONFIG, framework="autoencoder", width=24)
 lengths_and_rows = st.lists(st.integers(2, 9), min_size=1, max_size=4).flatmap(
     lambda lengths: st.tuples(st.just(lengths), st.sets(st.integers(0, sum(lengths) - 1)))
 )
@@ -94,7 +95,7 @@ def test_the_two_time_points_before_are_of_the_same_window(lengths):
 
 def fitted(framework, count=12):
     torch.manual_seed(0)
-    module = build(FRAMEWORKS[framework]).eval()
+    module = build({**FRAMEWORKS, "autoencoder": AUTOENCODER}[framework]).eval()
     for step in range(count):
         batch = packed([40, 60, 50], seed=step, step=step, runs=[step, step, step])
         module.linear.collect(replace(batch, mask=module.mask(batch, seed=0)))
@@ -174,6 +175,50 @@ def test_the_gain_weighs_path_and_network(framework):
     torch.testing.assert_close(
         module.reconstruct(batch, seed=0)[0], 0.75 * linear + 0.25 * network, equal_nan=True
     )
+
+
+def test_an_autoencoder_begins_as_principal_components():
+    module = fitted("autoencoder")
+    batch = packed([30, 4, 17, 30], seed=3)
+    path = module.linear
+    values, rows = module.reconstruct(batch, seed=0)
+    torch.testing.assert_close(values, path(batch))
+    assert rows.tolist() == list(range(batch.tokens))
+    code = module.features(batch, "cls")
+    torch.testing.assert_close(code, path.code(batch))
+    torch.testing.assert_close(path.code(replace(batch, bold=path(batch))), code, rtol=1e-4, atol=1e-4)
+    short = slice(30, 34)  # 4 time points of 5 networks are fewer values than the code has numbers
+    torch.testing.assert_close(values[short], batch.bold[short], rtol=1e-4, atol=1e-4)
+    loss = module(batch, seed=0).loss
+    torch.testing.assert_close(loss, (values - batch.bold).square().mean())
+
+
+def test_the_components_are_nearly_as_good_as_those_of_windows_of_one_length():
+    module = fitted("autoencoder")
+    train = np.concatenate([process(150, s)[: 150 // 30 * 30].reshape(-1, 150) for s in range(12)])
+    test = np.concatenate([process(600, s).reshape(-1, 150) for s in range(50, 60)])
+    mean = train.mean(0)
+    basis = np.linalg.svd(train - mean, full_matrices=False)[2][:24]
+    left = ((test - mean) - (test - mean) @ basis.T @ basis).var()
+    batch = PackedBatch.pack(
+        torch.from_numpy(test.reshape(-1, 5)), Windows.end_to_end([30] * len(test), t_r=1.0)
+    )
+    ours = float((module.linear(batch) - batch.bold).square().mean())
+    assert ours < 1.02 * left
+    codes = module.linear.code(batch)
+    assert 0.5 < float(codes.square().mean()) < 1.5
+
+
+def test_an_autoencoder_learns_on_top_of_its_components(store, tmp_path):
+    config = settings(store, tmp_path / "run", "csm", keep_best=True, steps=30, validate_every=10)
+    run = pretrain(replace(config, model=AUTOENCODER), quiet=True)
+    last = next(line for line in reversed(read_metrics(run)) if "val_loss" in line)
+    assert last["val_share"] in (0.0, 1.0)
+    assert last["val_explained_variance"] > last["val_linear_explained_variance"] - 0.01
+    assert last["val_network_mse"] != last["val_linear_mse"]
+    batch = packed([20], seed=4)
+    model = load_pretrained(run)
+    assert torch.isfinite(model.reconstruct(batch, seed=0)[0]).all()
 
 
 @pytest.fixture(scope="module")
