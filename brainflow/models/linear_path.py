@@ -348,7 +348,7 @@ class PrincipalPath(LinearPath):
         self._batches = []
 
     def code(self, batch: PackedBatch) -> Tensor:
-        """Return the codes of a batch's windows, [windows, numbers]; with zeros where one has fewer values."""
+        """Return the windows' codes, [windows, numbers]; with zeros where a window has fewer values."""
         with _exactly(batch):
             result = self.mean.new_zeros(batch.windows, self.numbers)
             for length, waves, values, windows in self._of_length(batch):
