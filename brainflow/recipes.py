@@ -68,6 +68,8 @@ def preset(name: str, framework: str = "csm") -> Settings:
     }
     if framework == "csm":
         settings["model"]["masking"] = "next"
+    if framework == "seq-bert":
+        settings["model"]["mask_fill"] = "neighbours"
     if name == "1b":
         settings["model"]["recompute"] = True
     return settings

@@ -16,6 +16,7 @@ from brainflow.config import ModelConfig
 from brainflow.frameworks.base import StepOutput, drawn_rows, whole_loss
 from brainflow.frameworks.bert import BertFramework
 from brainflow.kernels import MaskSpec
+from brainflow.models.embedding import cast_input
 from brainflow.models.linear_path import LinearPath, NeighbourPath, around
 
 
@@ -69,6 +70,14 @@ class SeqBERT(BertFramework):
         loss = whole_loss(chosen, self.unembedding, target, self.config.loss)
         return self.output(batch, first, loss)
 
+    def _filled(self, batch: PackedBatch, rows: Ints) -> Tensor:
+        """Return the mask token on top of the mean of each masked row's nearest neighbours that are seen."""
+        read = around(batch.lengths, rows).read
+        share = (read >= 0) / np.maximum((read >= 0).sum(1, keepdims=True), 1)
+        sent = upload(batch.bold.device, read=np.maximum(read, 0), share=share[:, :, None].astype(np.float32))
+        mean = (batch.bold[sent["read"]] * sent["share"]).sum(1)
+        return cast_input(mean, self.mask_token) + self.mask_token
+
     def _predicting(self, batch: PackedBatch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the hidden states of the first seats, those that predict, and the rows that they predict."""
         seating = self.seating(batch)
@@ -76,16 +85,14 @@ class SeqBERT(BertFramework):
         seen = np.ones(batch.tokens, bool)
         seen[rows] = False
         visible = np.flatnonzero(seen)
-        source = np.where(seen, np.cumsum(seen) - 1, len(visible))
         sent = upload(batch.bold.device, visible=visible, rows=rows)
+        given, extra = batch.bold.index_select(0, sent["visible"]), (self.mask_token,)
+        source = np.where(seen, np.cumsum(seen) - 1, len(visible))
+        if self.config.mask_fill == "neighbours":
+            given, extra = torch.cat((cast_input(given, self.mask_token), self._filled(batch, rows))), ()
+            source[rows] = len(visible) + np.arange(len(rows))
         first = offsets(seating.lengths)[:-1]
-        hidden = self.encode(
-            batch,
-            seating,
-            batch.bold.index_select(0, sent["visible"]),
-            source,
-            (self.mask_token,),
-            wanted=np.concatenate((first, seating.read[rows])),
-        )
+        wanted = np.concatenate((first, seating.read[rows]))
+        hidden = self.encode(batch, seating, given, source, extra, wanted=wanted)
         cls, chosen = hidden.split((len(first), len(rows)))
         return cls, chosen, sent["rows"]

@@ -288,3 +288,22 @@ def test_windows_longer_than_the_position_table_are_read(framework):
     batch = packed([400], seed=1)
     values, _ = module.reconstruct(batch, seed=0)
     assert torch.isfinite(values[~values.isnan()]).all()
+
+
+def test_masked_time_points_are_filled_from_neighbours_and_never_from_themselves():
+    torch.manual_seed(0)
+    module = build(replace(FRAMEWORKS["seq-bert"], mask_fill="neighbours", linear=False)).eval()
+    batch = packed([30, 20], seed=2)
+    batch = replace(batch, mask=module.mask(batch, seed=0))
+    values, rows = module.reconstruct(batch, seed=0)
+    hidden = batch.bold.clone()
+    hidden[rows] = 1e6
+    torch.testing.assert_close(module.reconstruct(replace(batch, bold=hidden), seed=0)[0], values)
+    filled = module._filled(batch, rows.numpy()) - module.mask_token
+    alone = [
+        r for r in rows.tolist() if {r - 1, r + 1}.isdisjoint(rows.tolist()) and r not in (0, 29, 30, 49)
+    ]
+    assert alone
+    for row in alone:
+        mean = (batch.bold[row - 1] + batch.bold[row + 1]) / 2
+        torch.testing.assert_close(filled[rows.tolist().index(row)], mean, rtol=1e-4, atol=1e-4)
