@@ -45,8 +45,8 @@ class ModelConfig:
     """Seq-BERT: mask contiguous spans of this many time points; Net-BERT: mask networks over this many time
     points. 0 is as published: single time points, networks over the whole window."""
     mask_fill: Literal["token", "neighbours"] = "token"
-    """Seq-BERT: what is read at a masked time point: the mask token, as published, or the mask token on top of
-    the mean of the nearest time points that are not masked."""
+    """Seq-BERT: what is read at a masked time point: the mask token (as published), or that on top of the
+    mean of the nearest time points that are not masked."""
     teacher_forcing: float = 0.5
     """Autoencoder: probability that a batch is decoded from the true values before each time point."""
     attention: Literal["auto", "fa4", "fa2", "torch", "fallback"] = "auto"

@@ -86,7 +86,8 @@ class SeqBERT(BertFramework):
         seen[rows] = False
         visible = np.flatnonzero(seen)
         sent = upload(batch.bold.device, visible=visible, rows=rows)
-        given, extra = batch.bold.index_select(0, sent["visible"]), (self.mask_token,)
+        given = batch.bold.index_select(0, sent["visible"])
+        extra: tuple[Tensor, ...] = (self.mask_token,)
         source = np.where(seen, np.cumsum(seen) - 1, len(visible))
         if self.config.mask_fill == "neighbours":
             given, extra = torch.cat((cast_input(given, self.mask_token), self._filled(batch, rows))), ()
