@@ -1,10 +1,16 @@
-"""Turn recorded runs into a store: released WebDataset tars, or array files that a TOML file lists.
+"""Turn recorded runs into a store: released WebDataset tars, array files that a TOML file lists, or the runs
+of another store.
+
+Nothing is scaled unless it is asked for, with --normalise (arrays: `normalise` in the TOML file): `zscore`
+z-scores each network of a run, `spatial` also takes away mean and SD over networks at each volume, `gsr` also
+regresses out the global signal. What was done, and how the runs were scaled before, is said.
 
 Examples
 --------
   brainflow ingest tar runs/*.tar store --parcellation DiFuMo-1024
   brainflow ingest tar hcp/*.tar store --split split.json --validation-subjects 5 --test-subjects 10
   brainflow ingest arrays runs.toml --store store
+  brainflow ingest store store spatial --normalise spatial
 """
 
 from __future__ import annotations
@@ -23,7 +29,9 @@ from brainflow.data.splits import split_runs
 from brainflow.storage import BoldStore
 from brainflow.storage.ingest.arrays import ingest_arrays
 from brainflow.storage.ingest.session import IngestReport
+from brainflow.storage.ingest.stores import ingest_store
 from brainflow.storage.ingest.webdataset import ingest_tar
+from brainflow.storage.normalise import Kind
 from brainflow.storage.text import printable
 
 _SHOWN = 10
@@ -43,7 +51,9 @@ class Tar:
     parcellation: str = ""
     """Name of the parcellation, kept in a new store."""
     normalisation: str = ""
-    """Normalisation already applied to the runs, kept in a new store."""
+    """Normalisation already applied to the tars' runs, in words; kept in a new store."""
+    normalise: Kind = "none"
+    """What to do to each run."""
     dtype: Literal["float16", "float32", "int16", "int8"] = "float16"
     """Element type of a new store."""
     compression: Literal["zstd"] | None = None
@@ -76,18 +86,41 @@ class Arrays:
     """Print one JSON object."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """Copy the runs of a store, with their labels and all else that is known of them, into another one."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Store to read."""
+    store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+    """Store to write. Runs are added if it exists."""
+    normalise: Kind = "none"
+    """What to do to each run. What `spatial` and `gsr` took away cannot be put back."""
+    overwrite: bool = False
+    """Replace the store."""
+    json: bool = False
+    """Print one JSON object."""
+
+
 Args = (
     Annotated[Tar, tyro.conf.subcommand("tar", prefix_name=False)]
     | Annotated[Arrays, tyro.conf.subcommand("arrays", prefix_name=False)]
+    | Annotated[Store, tyro.conf.subcommand("store", prefix_name=False)]
 )
 
 
-def run(args: Tar | Arrays) -> int:
+def run(args: Tar | Arrays | Store) -> int:
     """Ingest, print what was written, and return 1 if a source was bad."""
     if isinstance(args, Arrays):
         store = args.store
         with progress_bar("files", quiet=args.json) as progress:
             report = ingest_arrays(args.config, store, overwrite=args.overwrite, progress=progress)
+    elif isinstance(args, Store):
+        store = args.store
+        with progress_bar("runs", quiet=args.json) as progress:
+            report = ingest_store(
+                args.source, store, normalise=args.normalise, overwrite=args.overwrite, progress=progress
+            )
     else:
         *sources, store = args.paths if args.store is None else (*args.paths, args.store)
         if not sources:
@@ -113,6 +146,7 @@ def _tar(args: Tar, sources: list[str], store: str, progress: Callable[[int, int
         dtype=args.dtype,
         parcellation=args.parcellation,
         normalisation=args.normalisation,
+        normalise=args.normalise,
         compression=args.compression,
     )
 
@@ -139,11 +173,23 @@ def _show(report: IngestReport, store: str, as_json: bool) -> None:
     for reason in report.failures.values():
         print(f"FAILED {printable(reason)}")
     print_rounded(report)
+    _print_scale(report, store)
     print(
         f"{len(report.runs)} runs written to {store} from {report.sources} files; {len(report.failures)} bad"
     )
     if report.runs:
         print(f"the store now holds {len(BoldStore.open(store).runs)} runs")
+
+
+def _print_scale(report: IngestReport, store: str) -> None:
+    """Print how the runs were scaled, and what was done to that; at most ten runs by name."""
+    notes = report.scale.notes
+    for key, what in list(notes.items())[:_SHOWN]:
+        print(f"SCALE {printable(key)}: {what}")
+    if len(notes) > _SHOWN:
+        print(f"… and so for {len(notes) - _SHOWN} runs more (--json names all)")
+    if report.runs:
+        print(printable(report.scale.said(BoldStore.open(store).attributes["normalisation"])))
 
 
 def print_rounded(report: IngestReport) -> None:
@@ -153,5 +199,5 @@ def print_rounded(report: IngestReport) -> None:
     if report.rounded:
         print(
             f"{len(report.rounded)} of {len(report.runs)} runs lost more than 0.1 % of a standard deviation "
-            "to rounding; z-score the runs, or choose dtype float32"
+            "to rounding; z-score the runs (--normalise), or choose dtype float32"
         )

@@ -49,7 +49,8 @@ def ingest_arrays(
     """
     path = Path(config)
     store, jobs = read_config(path)
-    with IngestSession(store_path, store, overwrite=overwrite) as session:
+    normalise = store.pop("normalise", "none")
+    with IngestSession(store_path, store, overwrite=overwrite, normalise=normalise) as session:
         for done, (file, options) in enumerate(jobs):
             session.add(str(file), _runs(file, options, path.parent))
             if progress is not None:

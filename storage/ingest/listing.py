@@ -1,6 +1,6 @@
 """The TOML file that says which array file is which run; see `docs/format.md`.
 
-    [store]            # keyword arguments of StoreWriter.create
+    [store]            # keyword arguments of StoreWriter.create, and `normalise`
     [defaults]         # what all runs share: t_r, dataset, task, array, layout, …
     [[files]]          # one or more: a glob relative to the TOML file, and what differs from the defaults
 
@@ -22,6 +22,7 @@ from ..attributes import StoreAttributes
 from ..columns import shown
 from ..errors import StoreError
 from ..layout import CHUNK_ROWS, SHARD_ROWS
+from ..normalise import KINDS
 
 ENTITIES = ("dataset", "subject", "session", "task", "run")
 LAYOUTS = ("time network", "network time")
@@ -35,6 +36,7 @@ _STORE: dict[str, type] = {
     "network_coordinates": list,
     "preprocessing": dict,
     "normalisation": str,
+    "normalise": str,
     "provenance": dict,
     "compression": str,
 }
@@ -101,12 +103,21 @@ def _check_store(where: str, store: Mapping[str, Any]) -> None:
     for name in store.get("network_names", []):
         if not isinstance(name, str):
             raise StoreError(f"{where}: network_names: got {shown(name)}, expected texts")
+    kind = store.get("normalise", "none")
+    if kind not in KINDS:
+        raise StoreError(f"{where}: normalise: got {shown(kind)!r}, expected one of {', '.join(KINDS)}")
+    if kind != "none" and store.get("normalisation"):
+        raise StoreError(
+            f"{where}: normalisation, normalise: got both, expected one: normalisation says what was done to "
+            "the files already, normalise what is to be done"
+        )
     widths = [len(store[name]) for name in ("network_names", "network_coordinates") if name in store]
     given: dict[str, Any] = dict.fromkeys(("network_names", "network_coordinates", "compression"))
     given |= {"networks": widths[0] if widths else 1, "dtype": "float16", "chunk_rows": CHUNK_ROWS}
     given |= {"parcellation": "", "preprocessing": {}, "normalisation": "", "provenance": {}}
     try:
-        StoreAttributes.build(**{**given, "shard_rows": SHARD_ROWS, **store})
+        known = {name: value for name, value in store.items() if name != "normalise"}
+        StoreAttributes.build(**{**given, "shard_rows": SHARD_ROWS, **known})
     except (ValueError, TypeError, RecursionError) as error:
         raise StoreError(f"{where}: {error}") from error
 

@@ -13,10 +13,12 @@ import numpy as np
 
 from ..columns import LabelKinds
 from ..errors import StoreError
+from ..normalise import APPLIED, KINDS, Kind, kind_of, normalise
 from ..quantise import rounding
 from ..text import printable
 from ..writer import PreparedRun, StoreWriter
 from .foreign import MAX_NETWORKS
+from .scale import Scale
 
 _LONGEST_REASON = 500
 
@@ -32,12 +34,14 @@ class IngestReport:
     failures : {file: reason} of those of which nothing was written
     rounded : {key: what} of the runs that the element type of the store changed by more than 0.1 % of the
         standard deviation of a network
+    scale : how the runs were scaled as they were given, and what was done to that
     """
 
     runs: list[str] = field(default_factory=list)
     sources: int = 0
     failures: dict[str, str] = field(default_factory=dict)
     rounded: dict[str, str] = field(default_factory=dict)
+    scale: Scale = field(default_factory=Scale)
 
     @property
     def ok(self) -> bool:
@@ -57,22 +61,46 @@ class IngestSession:
     create : keyword arguments of `StoreWriter.create`, without `networks`; a store that exists must have
         been made with those that are not defaults
     overwrite : replace the store at `path`
+    normalise : what is done to each run, see `normalise`; a store that exists must have been normalised so,
+        and one that was takes no runs of which nothing is said
+
+    Raises
+    ------
+    StoreError : if `create` states a normalisation beside one that is to be done
     """
 
-    def __init__(self, path: str | os.PathLike[str], create: Mapping[str, Any], *, overwrite: bool) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        create: Mapping[str, Any],
+        *,
+        overwrite: bool,
+        normalise: Kind = "none",
+    ) -> None:
+        if normalise not in KINDS:
+            raise StoreError(f"normalise: got {normalise!r}, expected one of {', '.join(KINDS)}")
+        if normalise != "none" and create.get("normalisation"):
+            raise StoreError(
+                f"normalisation: got {create['normalisation']!r} beside normalise {normalise!r}, expected "
+                "one of them: normalisation says what was done to the files, normalise what is to be done"
+            )
         self._path = Path(path)
-        self._create = create
+        self._create = dict(create)
+        if normalise != "none":
+            self._create["normalisation"] = APPLIED[normalise]
+        self._normalise: Kind = normalise
         self._overwrite = overwrite
         named = [create[n] for n in ("network_names", "network_coordinates") if create.get(n) is not None]
         self._networks = len(named[0]) if named else None  # or the first good source says it
         self._writer: StoreWriter | None = None
-        self.report = IngestReport()
+        self.report = IngestReport(scale=Scale(normalised=normalise))
 
     def __enter__(self) -> Self:
         if self._path.exists() and not self._overwrite:
             self._writer = StoreWriter.append_to(self._path)
             try:
                 self._writer.attributes.check_same(self._create, str(self._path))
+                self._check_said(self._writer.attributes.normalisation)
             except StoreError as error:
                 self._writer.__exit__(type(error), error, None)
                 raise
@@ -119,23 +147,33 @@ class IngestSession:
                 made.__exit__(type(error), error, None)
                 self._writer = None
             return
-        for run in prepared:
+        for run, given in zip(prepared, collected, strict=True):
             self._writer.write(run)
             self.report.runs.append(run.row["key"])
+            self.report.scale.look(run.row["key"], np.asarray(given["bold"]))
         self.report.sources += 1
 
+    def _check_said(self, held: str) -> None:
+        """Refuse to add runs of which nothing is said to those that were normalised."""
+        if (kind := kind_of(held)) and not self._create.get("normalisation"):
+            raise StoreError(
+                f"normalise: got none, but the runs of the store {self._path} are {held}; give normalise "
+                f"{kind!r}, or state normalisation {held!r} if the new ones are so already"
+            )
+
     def _prepare(self, writer: StoreWriter, runs: Iterable[Mapping[str, Any]]) -> list[PreparedRun]:
-        """Check and round the runs of a source, each alone and all together."""
+        """Normalise, check and round the runs of a source, each alone and all together."""
         prepared: list[PreparedRun] = []
         labels, rounded = LabelKinds(), {}
         for run in runs:
-            one = writer.prepare(**run)
+            bold = normalise(run["bold"], self._normalise, censor=run.get("censor"))
+            one = writer.prepare(**{**run, "bold": bold})
             key, segments = one.row["key"], one.row["segments"]
             if any(key == other.row["key"] for other in prepared):
                 raise ValueError(f"run {key}: is there twice")
             labels.check(segments, key)
             labels.add(segments)
-            if change := rounding(run["bold"], one.values, one.statistics[0, 1]):
+            if change := rounding(bold, one.values, one.statistics[0, 1]):
                 rounded[key] = str(change)
             prepared.append(one)
         self.report.rounded |= rounded

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import StoreError
+from ..normalise import Kind
 from ..tables import Label, Segment
 from .limits import regular_size
 from .session import IngestReport, IngestSession
@@ -28,6 +29,7 @@ def ingest_tar(
     store_path: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    normalise: Kind = "none",
     progress: Callable[[int, int], None] | None = None,
     **create: Any,
 ) -> IngestReport:
@@ -43,6 +45,7 @@ def ingest_tar(
     paths : tars, uncompressed
     store_path : runs are added if the store exists
     overwrite : replace the store
+    normalise : what is done to each run; the trials of a run count as one
     progress : called with (tars done, tars in all)
     create : keyword arguments of `StoreWriter.create` for a new store, without `networks`
 
@@ -54,7 +57,7 @@ def ingest_tar(
     ------
     StoreError : if the store itself cannot be written
     """
-    with IngestSession(store_path, create, overwrite=overwrite) as session:
+    with IngestSession(store_path, create, overwrite=overwrite, normalise=normalise) as session:
         for done, path in enumerate(paths):
             session.add(os.fspath(path), read_tar(path))
             if progress is not None:
