@@ -63,8 +63,9 @@ class Args:
     """High-pass filter in Hz; 0 for none. Cosine terms among the confounds take its place."""
     low_pass: float = 0.0
     """Low-pass filter in Hz; 0 for none."""
-    standardize: bool = True
-    """Z-score each parcel and run."""
+    normalise: Literal["zscore", "spatial", "gsr", "none"] = "zscore"
+    """Z-score each parcel and run (`zscore`); then take away mean and SD over parcels at each volume, or
+    regress out the mean over parcels, and z-score again (`spatial`, `gsr`)."""
     dummy_scans: int = 0
     """Volumes to drop at the start of each run; -1 drops those that fMRIPrep marked as non-steady."""
     max_mean_fd: float | None = None
@@ -139,7 +140,7 @@ def settings_of(args: Args) -> Settings:
         detrend=args.detrend,
         high_pass=args.high_pass or None,
         low_pass=args.low_pass or None,
-        standardize=args.standardize,
+        normalise=args.normalise,
         smoothing_fwhm=args.smoothing_fwhm or None if args.input == "volume" else None,
         dummy_scans=args.dummy_scans,
     )

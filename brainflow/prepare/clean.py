@@ -10,10 +10,11 @@ from brainflow.optional import need
 from brainflow.prepare.confounds import Confounds
 from brainflow.prepare.records import Unusable
 from brainflow.prepare.settings import CleanSettings
+from brainflow.storage.normalise import normalise
 
 
 def clean(series: np.ndarray, confounds: Confounds | None, settings: CleanSettings, t_r: float) -> np.ndarray:
-    """Detrend, filter, remove confounds and z-score, with nilearn's `sample_mask` for censored time points.
+    """Detrend, filter, remove confounds and normalise, with nilearn's `sample_mask` for censored time points.
 
     Parameters
     ----------
@@ -28,7 +29,7 @@ def clean(series: np.ndarray, confounds: Confounds | None, settings: CleanSettin
 
     Raises
     ------
-    Unusable : if nilearn cannot clean it, or values are not finite afterwards
+    Unusable : if nilearn cannot clean it, values are not finite afterwards, or it cannot be normalised
     """
     signal = need("nilearn.signal", "cleaning time series", "bids")
     kept = np.arange(len(series)) if confounds is None else np.flatnonzero(~confounds.censor)
@@ -42,7 +43,7 @@ def clean(series: np.ndarray, confounds: Confounds | None, settings: CleanSettin
             cleaned = signal.clean(
                 np.array(series),
                 detrend=settings.detrend,
-                standardize="zscore_sample" if settings.standardize else None,
+                standardize="zscore_sample" if settings.normalise == "zscore" else None,
                 confounds=None if confounds is None else confounds.values,
                 filter="butterworth" if filtered else False,
                 low_pass=settings.low_pass,
@@ -55,7 +56,15 @@ def clean(series: np.ndarray, confounds: Confounds | None, settings: CleanSettin
     bad = np.flatnonzero(~np.isfinite(cleaned).all(axis=0))
     if len(bad):
         raise Unusable(f"cleaning: {len(bad)} networks are not finite afterwards (first: network {bad[0]})")
-    return np.ascontiguousarray(_on_all_volumes(cleaned, kept, len(series)), np.float32)
+    whole = _on_all_volumes(cleaned, kept, len(series))
+    if settings.normalise in ("spatial", "gsr"):
+        try:
+            whole = normalise(
+                whole, settings.normalise, censor=None if confounds is None else confounds.censor
+            )
+        except ValueError as error:
+            raise Unusable(f"cleaning: {error}") from error
+    return np.ascontiguousarray(whole, np.float32)
 
 
 def _on_all_volumes(values: np.ndarray, kept: np.ndarray, volumes: int) -> np.ndarray:

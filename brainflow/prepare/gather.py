@@ -17,6 +17,7 @@ from brainflow.storage.files import replace_durably
 from brainflow.storage.ingest.limits import TEXT_BYTES, regular_size
 from brainflow.storage.ingest.session import IngestReport
 from brainflow.storage.layout import to_json
+from brainflow.storage.normalise import APPLIED
 from brainflow.storage.parts import part_path, read_part
 from brainflow.storage.quantise import rounding
 from brainflow.storage.text import csv_cell, printable
@@ -136,7 +137,7 @@ def gather(
             "confound_columns": done[0]["confounds"],
             "hrf_shift": EventSettings(**recipe["events"]).seconds,
         },
-        normalisation="z-scored per run and network" if recipe["clean"]["standardize"] else "",
+        normalisation=APPLIED.get(_normalised(recipe["clean"]), ""),
         provenance={"atlas_sha256": atlas.digest, "made_by": "brainflow prepare"},
         overwrite=path.exists(),
     ) as writer:
@@ -149,6 +150,11 @@ def gather(
                 f"atlas {atlas.label}: none of {len(done)} runs can be gathered; the first: {reason}"
             )
     return report
+
+
+def _normalised(clean: Mapping[str, Any]) -> str:
+    """What was done to runs that this version, or one whose setting was `standardize`, prepared."""
+    return str(clean.get("normalise", "zscore" if clean.get("standardize") else "none"))
 
 
 def _add(writer: StoreWriter, key: str, path: Path, report: IngestReport) -> None:

@@ -18,6 +18,8 @@ from brainflow.prepare.files import parse_name
 from brainflow.prepare.settings import CleanSettings
 from brainflow.prepare.timing import nifti_repetition_time
 from brainflow.storage.ingest.limits import regular_size
+from brainflow.storage.normalise import APPLIED, Kind
+from brainflow.storage.normalise import normalise as normalised
 from brainflow.storage.store import BoldStore
 from brainflow.storage.writer import StoreWriter
 
@@ -80,6 +82,7 @@ def store_from_masker(
     runs: Sequence[str] | None = None,
     network_names: Sequence[str] | None = None,
     entities: Sequence[Mapping[str, str]] | None = None,
+    normalise: Kind = "none",
     dtype: str = "float16",
 ) -> BoldStore:
     """Write a store of what a fitted nilearn masker makes of images.
@@ -92,10 +95,11 @@ def store_from_masker(
     t_r : seconds; by default the masker's, then each image's own
     network_names : by default those that the masker knows
     entities : further entities of each run: `session`, `task`
+    normalise : what is done to each run behind what the masker does
 
     Raises
     ------
-    ValueError : if their numbers differ or a repetition time is not known
+    ValueError : if their numbers differ, a repetition time is not known or a run cannot be normalised
     """
     given = {"subjects": subjects, "confounds": confounds, "runs": runs, "entities": entities}
     for name, values in given.items():
@@ -115,13 +119,14 @@ def store_from_masker(
         parcellation=type(masker).__name__,
         network_names=names,
         preprocessing={"masker": type(masker).__name__, **_parameters(masker)},
+        normalisation=APPLIED.get(normalise, ""),
     ) as writer:
         for i, (image, subject, table) in enumerate(zip(images, subjects, tables, strict=True)):
             bold = first if i == 0 else _with_masker(masker, image, table)
             counts[subject] = counts.get(subject, 0) + 1
             more = entities[i] if entities is not None else {}
             writer.append(
-                bold,
+                normalised(bold, normalise),
                 t_r=t_r if t_r is not None else _header_t_r(image),
                 dataset=dataset,
                 subject=subject,

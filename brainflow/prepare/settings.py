@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from brainflow.prepare.events import EventSettings
+from brainflow.storage.normalise import KINDS, Kind
 
 Strategy = Literal["published", "motion", "simple", "scrubbing", "compcor", "aroma", "none"]
 AUTO = -1
@@ -13,7 +14,7 @@ AUTO = -1
 
 @dataclass(frozen=True, kw_only=True)
 class CleanSettings:
-    """What is done to each parcel's time series, in nilearn's order: detrend, filter, confounds, z-score.
+    """What is done to each parcel's time series, in nilearn's order: detrend, filter, confounds, normalise.
 
     Parameters
     ----------
@@ -23,7 +24,9 @@ class CleanSettings:
     detrend : remove the linear trend
     high_pass, low_pass : cut-off of the Butterworth filter in Hz, None for none; no high-pass filter is
         applied where the confounds hold cosine drift terms, which do the same
-    standardize : z-score each parcel and run (standard deviation with n - 1)
+    normalise : "zscore" z-scores each parcel and run (standard deviation with n - 1); "spatial" then takes
+        away mean and standard deviation over parcels at each volume, "gsr" regresses out the mean over
+        parcels, and both z-score again; "none"
     smoothing_fwhm : Gaussian smoothing of volumes before averaging, full width at half maximum in mm; None
         for none
     dummy_scans : volumes dropped at the start of each run; -1 drops the non-steady-state ones that fMRIPrep
@@ -34,7 +37,7 @@ class CleanSettings:
     detrend: bool = True
     high_pass: float | None = 0.008
     low_pass: float | None = None
-    standardize: bool = True
+    normalise: Kind = "zscore"
     smoothing_fwhm: float | None = 3.0
     dummy_scans: int = 0
 
@@ -43,6 +46,8 @@ class CleanSettings:
             raise ValueError(
                 f"dummy_scans: got {self.dummy_scans}, expected a number of volumes, or -1 for automatic"
             )
+        if self.normalise not in KINDS:
+            raise ValueError(f"normalise: got {self.normalise!r}, expected one of {', '.join(KINDS)}")
         for name in ("high_pass", "low_pass", "smoothing_fwhm"):
             value = getattr(self, name)
             if value is not None and not value > 0:

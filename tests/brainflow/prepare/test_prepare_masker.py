@@ -7,6 +7,7 @@ from nilearn.maskers import NiftiLabelsMasker
 
 from brainflow.prepare import CleanSettings, extract, store_from_masker
 from brainflow.storage import verify
+from brainflow.storage.normalise import APPLIED, normalise
 
 
 @pytest.fixture
@@ -62,3 +63,13 @@ def test_what_does_not_fit_is_refused(tree, images, tmp_path):
     no_time = nibabel.Nifti1Image(tree.bold[..., :60], tree.affine)
     with pytest.raises(ValueError, match="pass t_r="):
         extract(no_time, atlas)
+
+
+def test_a_masker_without_global_signal_regression_can_be_followed_by_ours(tree, images, tmp_path):
+    masker = NiftiLabelsMasker(str(tree.atlas()), standardize=None).fit()
+    options = {"dataset": "haxby", "subjects": ["01", "01"], "dtype": "float32"}
+    store = store_from_masker(tmp_path / "s", masker, images, normalise="gsr", **options)
+    assert store.attributes["normalisation"] == APPLIED["gsr"]
+    np.testing.assert_array_equal(store.run(1), normalise(masker.transform(str(images[1])), "gsr"))
+    raw = store_from_masker(tmp_path / "raw", masker, images, **options)
+    assert raw.attributes["normalisation"] == ""

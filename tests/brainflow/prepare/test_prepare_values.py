@@ -1,6 +1,7 @@
 """The values that go into the store are nilearn's."""
 
 import json
+import shutil
 import tracemalloc
 from types import SimpleNamespace
 
@@ -18,12 +19,15 @@ from brainflow.prepare import (
     Settings,
     find_atlas,
     find_runs,
+    gather,
     volumes,
 )
 from brainflow.prepare.confounds import AROMA_IMAGE
 from brainflow.prepare.parcels import networks_of
 from brainflow.prepare.records import parts_of
 from brainflow.prepare.run import jobs_for, prepare_run
+from brainflow.storage import BoldStore
+from brainflow.storage.normalise import APPLIED, normalise
 from brainflow.storage.parts import part_path, read_part
 
 PUBLISHED = {"strategy": ("motion", "wm_csf", "global_signal"), "motion": "basic", "wm_csf": "basic"}
@@ -192,7 +196,7 @@ def test_dependent_maps_get_the_smallest_solution(tree):
         "detrend": False,
         "high_pass": None,
         "smoothing_fwhm": None,
-        "standardize": False,
+        "normalise": "none",
     }
     _, [[part]] = prepare(tree, [soft], **off)
     flat = maps.reshape(-1, 6).astype(np.float64)
@@ -209,7 +213,7 @@ def test_nothing_is_done_where_nothing_is_asked_for(tree):
         "detrend": False,
         "high_pass": None,
         "smoothing_fwhm": None,
-        "standardize": False,
+        "normalise": "none",
     }
     _, [[part]] = prepare(tree, [atlas], **off)
     mean = tree.bold[tree.mask][:, 363:484].mean(axis=0)
@@ -233,3 +237,42 @@ def test_the_sidecar_wins_over_the_header_and_the_header_over_nothing(tree):
     ]
     assert "sidecar says 2 s, header 2.5 s" in records[0]["notes"][0]
     assert records[1]["notes"] == records[2]["notes"] == []
+
+
+@pytest.mark.parametrize("kind", ["spatial", "gsr"])
+def test_normalisation_comes_behind_the_cleaning_and_the_store_says_which(tree, kind, tmp_path):
+    tree.run("01", "objects", outliers=3)
+    atlas = tree.atlas()
+    records, [[clean]] = prepare(tree, [atlas], confounds="none", normalise="none")
+    assert clean.censor.any()
+    shutil.rmtree(tree.root.parent / "work")
+    records, [[part]] = prepare(tree, [atlas], confounds="none", normalise=kind)
+    np.testing.assert_allclose(part.bold, normalise(clean.bold, kind, censor=clean.censor), atol=1e-4)
+    spec = find_atlas(str(atlas))
+    gather.gather(records, spec, tmp_path / "s", work=tree.root.parent / "work")
+    store = BoldStore.open(tmp_path / "s")
+    assert store.attributes["normalisation"] == APPLIED[kind]
+    assert store.attributes["preprocessing"]["clean"]["normalise"] == kind
+    with pytest.raises(ValueError, match="normalise: got 'psc', expected one of none"):
+        CleanSettings(normalise="psc")
+
+
+def test_a_run_of_one_parcel_has_nothing_spatial(tree):
+    tree.run("01", "objects")
+    settings = Settings(clean=CleanSettings(normalise="spatial"), rules=Rules(min_volumes=20))
+    [job] = jobs_for(
+        find_runs(tree.root, Query()),
+        kind="volume",
+        settings=settings,
+        atlases=[find_atlas(str(tree.atlas(labels=1)))],
+        work=tree.root.parent / "work",
+    )
+    assert prepare_run(job)["reason"].startswith("cleaning: normalise: spatial needs 3 networks")
+
+
+@pytest.mark.parametrize(
+    ("clean", "kind"),
+    [({"standardize": True}, "zscore"), ({"standardize": False}, "none"), ({"normalise": "gsr"}, "gsr")],
+)
+def test_what_earlier_versions_prepared_is_known(clean, kind):
+    assert gather._normalised(clean) == kind
