@@ -21,6 +21,7 @@ from brainflow.decoding.readout import time_bins
 from brainflow.decoding.ridge import RidgeDecoder
 from brainflow.decoding.splits import Fold
 from brainflow.optional import requires
+from brainflow.storage.normalise import spatially_normalised
 
 with requires("decoding", "report"):
     from sklearn.covariance import ledoit_wolf
@@ -95,13 +96,6 @@ def flatten(bold: NDArray, lengths: NDArray) -> NDArray[np.float32]:
     if (lengths == lengths[0]).all():
         return bold.reshape(len(lengths), -1)
     return time_bins(torch.from_numpy(bold), lengths, int(np.median(lengths))).numpy()
-
-
-def spatially_normalised(bold: NDArray) -> NDArray[np.float32]:
-    """Return `bold` `[tokens, networks]` without mean and SD over the networks at each time point."""
-    centred = np.asarray(bold, dtype=np.float64)
-    centred = centred - centred.mean(axis=1, keepdims=True)
-    return (centred / np.maximum(centred.std(axis=1, keepdims=True), 1e-6)).astype(np.float32)
 
 
 def half_whitener(store: Any, *, spatial: bool) -> NDArray[np.float32]:

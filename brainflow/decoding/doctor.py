@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from brainflow.pretrained.compatibility import MUST_MATCH, TR_TOLERANCE, differences, fingerprint
+from brainflow.pretrained.compatibility import (
+    MUST_MATCH,
+    TR_TOLERANCE,
+    differences,
+    fingerprint,
+    how_to_normalise,
+)
 from brainflow.pretrained.format import read_config
 from brainflow.storage import BoldStore, StoreError
 
@@ -61,8 +67,11 @@ def examine(
     for name, what in MUST_MATCH.items():
         if data.get(name) or store.attributes.get(name):
             same = not any(line.startswith(what) for line in found)
-            known = bool(data.get(name) and store.attributes.get(name))
+            known = bool(data.get(name) and store.attributes.get(name)) or not same
             advice = f"prepare the data with the model's {what}"
+            if name == "normalisation":
+                theirs, mine = data.get(name), store.attributes.get(name)
+                advice = how_to_normalise(theirs, mine, str(store.path)) or advice
             rows.append(
                 _row(what, _short(data.get(name)), _short(store.attributes.get(name)), same, advice, known)
             )

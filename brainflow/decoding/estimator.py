@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from brainflow.optional import requires
 from brainflow.pretrained.compatibility import check_windows
 from brainflow.pretrained.format import load_pretrained, read_config
 from brainflow.pretrained.hub import base_model, fetch
+from brainflow.storage.normalise import Kind, kind_of, normalise
 
 with requires("decoding", "report"):
     from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
@@ -46,6 +47,7 @@ class _OnWindows(BaseEstimator):
     checkpoint: Checkpoint
     t_r: float
     hrf_shift: float
+    normalise: bool
     masker: Any
     allow_mismatch: bool
     split: str | os.PathLike[str] | None
@@ -90,14 +92,35 @@ class _OnWindows(BaseEstimator):
             self.masker_.fit(X if getattr(self.masker, "mask_img", None) is None else None)
         return [np.asarray(self.masker_.transform(image)) for image in X]
 
+    def _normalised(self, runs: Any, *, fit: bool) -> list[NDArray]:
+        """Normalise whole runs as those of the model were."""
+        if not fit:
+            data = self.trained_on_
+        else:
+            data = read_config(fetch(self.checkpoint)).get("data") if self.checkpoint is not None else None
+        kind = kind_of((data or {}).get("normalisation"))
+        if kind is None:
+            raise ValueError(
+                "normalise: got True, but the checkpoint does not say how its data were normalised; leave it "
+                "out and give runs as the model's were"
+            )
+        return [normalise(np.asarray(run), cast("Kind", kind)) for run in runs]
+
     def _windows(self, X: Any, events: Any, *, fit: bool) -> tuple[list[NDArray], Any]:
         """Return windows `[time, networks]` and their labels, None where there are none."""
         if _is_table(events):  # of one run
             X, events = [X], [events]
         X = self._runs(X, fit=fit)
         if _are_tables(events):
+            if self.normalise:
+                X = self._normalised(X, fit=fit)
             windows, labels, self._owner = cut_events(X, events, t_r=self.t_r, hrf_shift=self.hrf_shift)
             X = windows
+        elif self.normalise:
+            raise ValueError(
+                "normalise: got True with windows, expected whole runs with a table of events each: single "
+                "windows do not tell mean and standard deviation of their runs"
+            )
         else:
             labels, self._owner = events, None
         if isinstance(X, (list, tuple)) and X and all(np.ndim(window) == 2 for window in X):
@@ -155,6 +178,8 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         Seconds between time points.
     hrf_shift
         Seconds by which windows begin after their event, where tables of events are given.
+    normalise
+        Normalise whole runs (given with tables of events) as those of the checkpoint were; else X must be so.
     masker
         nilearn masker that turns images into `[time, networks]`; X is then a list of images.
     allow_mismatch
@@ -202,6 +227,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         label_smoothing: float = 0.0,
         t_r: float = 2.0,
         hrf_shift: float = 0.0,
+        normalise: bool = False,
         masker: Any = None,
         allow_mismatch: bool = False,
         split: str | os.PathLike[str] | None = None,
@@ -221,6 +247,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         self.label_smoothing = label_smoothing
         self.t_r = t_r
         self.hrf_shift = hrf_shift
+        self.normalise = normalise
         self.masker = masker
         self.allow_mismatch = allow_mismatch
         self.split = split
@@ -361,7 +388,7 @@ class BoldEncoder(TransformerMixin, _OnWindows):
 
     Parameters
     ----------
-    checkpoint, t_r, hrf_shift, masker, allow_mismatch, split, device, random_state
+    checkpoint, t_r, hrf_shift, normalise, masker, allow_mismatch, split, device, random_state
         See :class:`MentalStateDecoder`.
     pooling, bins, layer
         How one vector is made of a window, see :class:`~brainflow.decoding.readout.Readout`.
@@ -381,6 +408,7 @@ class BoldEncoder(TransformerMixin, _OnWindows):
         layer: int | None = None,
         t_r: float = 2.0,
         hrf_shift: float = 0.0,
+        normalise: bool = False,
         masker: Any = None,
         allow_mismatch: bool = False,
         split: str | os.PathLike[str] | None = None,
@@ -393,6 +421,7 @@ class BoldEncoder(TransformerMixin, _OnWindows):
         self.layer = layer
         self.t_r = t_r
         self.hrf_shift = hrf_shift
+        self.normalise = normalise
         self.masker = masker
         self.allow_mismatch = allow_mismatch
         self.split = split

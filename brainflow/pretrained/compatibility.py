@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from brainflow.pretrained.format import read_config
 from brainflow.pretrained.privacy import without_paths
 from brainflow.storage import BoldStore
+from brainflow.storage.normalise import APPLIED, kind_of, left_to_remove
 
 log = logging.getLogger(__name__)
 MUST_MATCH = {
@@ -25,6 +26,9 @@ TR_TOLERANCE = 0.05
 SCALE_TOLERANCE = 5.0
 """Factor by which the mean square of windows may differ from the variance of the runs a model was trained on:
 windows of one condition vary; a recording that was not z-scored is off by thousands."""
+LEFT_TO_REMOVE = 0.075
+"""Share of the mean square of windows that a normalisation over networks would still take away. Where it was
+done, z-scoring again leaves up to 0.066 (20 time points of simulated random walks), 0.005 of real runs."""
 STANDARD = ("standardize", "zscore", "scale")
 """Words of a preprocessing record that say how values were scaled."""
 
@@ -65,7 +69,8 @@ def check_fits(checkpoint: str | os.PathLike[str], store: BoldStore, *, allow: b
     if found and not allow:
         raise ValueError(
             f"checkpoint: {checkpoint} does not fit the store {store.path}: {'; '.join(found)}. Prepare the "
-            "data as the model's were, or pass --allow-mismatch if you know why this does not matter"
+            f"data as the model's were{_command(data, store)}, or pass --allow-mismatch if you know why this "
+            "does not matter"
         )
     for line in found:
         log.warning("%s against %s: %s", checkpoint, store.path, line)
@@ -92,6 +97,9 @@ def differences(trained: dict[str, Any], ours: dict[str, Any], t_rs: list[float]
         if theirs and mine and theirs != mine:
             seen, other = _shown(theirs, mine), _shown(mine, theirs)
             found.append(f"{what}: the model saw {seen}, the data have {other}")
+        elif name == "normalisation" and "" in (theirs, mine) and _over_networks(theirs or mine):
+            # no scale of single networks, which is measured, tells what was taken away over networks
+            found.append(f"{what}: the model saw {_told(theirs)}, the data have {_told(mine)}")
     scaled, here = _scaling(trained.get("preprocessing")), _scaling(ours.get("preprocessing"))
     if scaled and here and scaled != here:
         found.append(f"normalisation: the model saw {scaled}, the data have {here}")
@@ -144,9 +152,12 @@ def check_windows(
     if sum(len(window) for window in windows) >= 20:
         values = np.concatenate([np.asarray(window, dtype=np.float64) for window in windows])
         found += _scale(data, float(np.median(np.square(values).mean(axis=0))))  # a mean shows, too
+        found += _shared(data, values)
     if found and not allow:
+        kind = kind_of(data.get("normalisation"))
+        runs = f"; normalise=True does {kind} to whole runs with tables of events" if kind else ""
         raise ValueError(
-            f"X: does not fit the checkpoint: {'; '.join(found)}. Correct the data or t_r, or set "
+            f"X: does not fit the checkpoint: {'; '.join(found)}. Correct the data or t_r{runs}, or set "
             "allow_mismatch=True if you know why this does not matter"
         )
     for line in found:
@@ -163,6 +174,52 @@ def _scale(data: dict[str, Any], spread: float) -> list[str]:
         f"normalisation: the model saw networks with a mean square of about {expected:.3g}, the data have "
         f"{spread:.3g}; z-score each network and run as its data were"
     ]
+
+
+def _shared(data: dict[str, Any], values: NDArray) -> list[str]:
+    """Say that networks still share what was taken away from those of a model, if so."""
+    kind = kind_of(data.get("normalisation"))
+    if kind not in ("spatial", "gsr"):
+        return []
+    share = left_to_remove(values, kind)
+    if share <= LEFT_TO_REMOVE:
+        return []
+    return [
+        f"normalisation: the model saw {APPLIED[kind]!r}, and of the data's mean square {share:.0%} would "
+        f"still be removed; normalise each run (not each window) with {kind!r}"
+    ]
+
+
+def _told(text: Any) -> str:
+    return repr(text) if text else "no word about it"
+
+
+def _over_networks(text: object) -> bool:
+    """Whether a normalisation takes something away that networks share."""
+    return kind_of(text) in ("spatial", "gsr")
+
+
+def how_to_normalise(theirs: object, mine: object, where: str = "STORE") -> str:
+    """Say by which command data become like those of a model; nothing where that is not known.
+
+    Parameters
+    ----------
+    theirs, mine
+        Attribute `normalisation` of the model's data and of the store.
+    where
+        Path of the store.
+    """
+    kind = kind_of(theirs)
+    if kind is None or theirs == mine:
+        return ""
+    if _over_networks(mine):
+        return f"ingest or prepare its runs anew with --normalise {kind}: what was removed cannot be put back"
+    return f"brainflow ingest store {where} NEW --normalise {kind}"
+
+
+def _command(data: dict[str, Any], store: BoldStore) -> str:
+    told = how_to_normalise(data.get("normalisation"), store.attributes["normalisation"], str(store.path))
+    return f" ({told})" if told else ""
 
 
 def _variance(data: dict[str, Any]) -> float | None:

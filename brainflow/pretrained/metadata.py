@@ -137,6 +137,7 @@ SECTIONS: dict[str, dict[str, Check]] = {
         "checkpoint": _TEXT,
         "t_r": (_positive, "a positive number of seconds"),
         "hrf_shift": _ONE,
+        "normalise": (lambda v: isinstance(v, bool), "true or false"),
     },
     "legacy": {
         "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
