@@ -33,6 +33,19 @@ SIZES: dict[str, tuple[int, int, int, float]] = {
     "1b": (20, 2048, 16, 1e-4),
 }
 
+# Settings that say how large a model is; initial weights do, too.
+SIZED_BY = ("model.layers", "model.width", "model.heads", "train.init", "init")
+# What `pretrain` takes where none of them is given: by kind of machine, a preset from so many time points on.
+FITTING: dict[str, tuple[tuple[int, PresetName], ...]] = {
+    "cpu": ((0, "tiny"), (2_000_000, "small")),
+    "cuda": ((0, "tiny"), (200_000, "small"), (2_000_000, "base")),
+}
+# Windows to train on where no number of steps is given: so many for so many time points, and with the square
+# root of the time points more. Two or three blocks of width 128 had enough of 13,000 to 29,000 windows for 24
+# people of 300 volumes, of 64,000 for 300 people, and gained up to 128,000 for 2,000.
+WINDOWS = (64_000, 90_000)
+FEWEST_STEPS, MOST_STEPS = 200, 300_000
+
 
 def preset(name: str, framework: str = "csm") -> Settings:
     """Return section → setting → value of a preset.

@@ -141,7 +141,8 @@ def _parse(module: Any, prog: str, rest: list[str]) -> Any:
     try:
         if hasattr(module, "arguments"):  # a verb whose arguments come from a file, too
             rest = module.arguments(rest)
-        return tyro.cli(module.Args, prog=prog, args=rest, description=module.__doc__)
+        parsed = tyro.cli(module.Args, prog=prog, args=rest, description=module.__doc__)
+        return module.settled(parsed, rest) if hasattr(module, "settled") else parsed
     except BrokenPipeError:  # the reader of --help left
         raise
     except (ValueError, OSError) as error:

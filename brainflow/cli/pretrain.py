@@ -1,7 +1,10 @@
 """Train a model on a store with one of the learning frameworks.
 
-Settings come from their defaults, then from a TOML file (--config), then from the command line. The same
-command again continues a run that was stopped or killed, with the losses that it would have had undisturbed.
+Settings come from their defaults, then from a TOML file (--config), then from the command line. Where no size
+of the model is given (a preset, layers, width, heads, or weights to begin from), a preset is chosen for the
+store and the machine, and a number of steps where none is given; what, why, and what the published run would
+cost is said. The same command again continues a run that was stopped or killed, with the losses that it would
+have had undisturbed.
 
 Examples
 --------
@@ -48,7 +51,7 @@ from brainflow.config import (
 )
 from brainflow.files import read_toml
 from brainflow.frameworks import check_framework
-from brainflow.recipes import PresetName, preset
+from brainflow.recipes import SIZED_BY, PresetName, preset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,8 @@ class Settings:
     short for --model.framework."""
     preset: Annotated[PresetName | None, tyro.conf.arg(metavar="NAME")] = None
     """Sizes and the settings that go with them: tiny, small, published (the runs of 2022, framework by
-    framework), base, large, 1b. TOML file and command line win over it."""
+    framework), base, large, 1b; by default chosen by the data and the machine. TOML file and command line win
+    over it."""
     init: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """Weights to begin from; short for --train.init."""
     freeze: Annotated[str | None, tyro.conf.arg(metavar="PART,…")] = None
@@ -90,6 +94,8 @@ class Args(Settings):
     submit: bool = False
     """Hand the run in as a job of the cluster that `slurm` describes (extra `slurm`), and return."""
     slurm: SlurmConfig = dataclasses.field(default_factory=SlurmConfig)
+    stated: Annotated[tuple[str, ...] | None, tyro.conf.Suppress] = None
+    """Names of the settings that were given, by :func:`settled`; None where all of them were meant."""
 
 
 def arguments(given: list[str]) -> list[str]:
@@ -114,6 +120,12 @@ def arguments(given: list[str]) -> list[str]:
         )
         options = [*_flags(preset(name, framework)), *options]
     return [*options, *given]
+
+
+def settled(args: Args, words: list[str]) -> Args:
+    """Return parsed arguments that know which settings `words` gave: others may be chosen."""
+    given = (word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--"))
+    return dataclasses.replace(args, stated=tuple(sorted(set(given))))
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
@@ -154,7 +166,7 @@ def pretrain_config(args: Settings) -> PretrainConfig:
 
 def run(args: Args) -> int:
     """Train, print where the result is, and return the exit code."""
-    config = pretrain_config(args)
+    config = _sized(args, pretrain_config(args))
     if args.submit:
         return _submit(args, config)
     if sys.__stderr__ is not None:  # a store that is cut short while it is mapped ends us with SIGBUS
@@ -195,6 +207,28 @@ def run(args: Args) -> int:
     if against := verdict(summary):
         print(f"brainflow pretrain: warning: {against}", file=sys.stderr)
     return 0
+
+
+def _sized(args: Args, config: PretrainConfig) -> PretrainConfig:
+    """Choose size and steps where they were not stated, and say so on stderr."""
+    stated = args.stated
+    if stated is None or ("train.steps" in stated and any(name in stated for name in SIZED_BY)):
+        return config
+    from brainflow.devices import resolve_device
+    from brainflow.storage import BoldStore
+    from brainflow.training import sizing
+    from brainflow.training.parallel import from_environment
+
+    store, ranks = BoldStore.open(config.store), from_environment()
+    cuda = args.slurm.gpus > 0 if args.submit else resolve_device(config.device).type == "cuda"
+    config, chosen = sizing.choose(
+        config, store, stated, cuda=cuda, resume="auto" if args.resume or started_again() else "never"
+    )
+    if chosen and ranks.first:
+        here = None if args.submit else resolve_device(config.device)
+        print(sizing.explain(config, store, chosen, cuda=cuda), file=sys.stderr)
+        print(sizing.published_cost(config, store, here, ranks.world), file=sys.stderr)
+    return config
 
 
 def _submit(args: Args, config: PretrainConfig) -> int:
