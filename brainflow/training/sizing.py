@@ -32,8 +32,8 @@ CADENCE = ("train.validate_every", "train.checkpoint_every")
 VALIDATIONS = 10
 """Of a run whose steps are chosen."""
 REACHED = 0.5
-"""Share of the speed of a device's matrix products that an estimate of time expects; 0.24 to 0.75 were seen on a
-CPU (dev/benchmarks.md)."""
+"""Share of the speed of a device's matrix products that an estimate of time expects; on a CPU 0.24 to 0.75
+were measured (dev/benchmarks.md)."""
 
 
 def choose(

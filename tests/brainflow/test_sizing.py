@@ -69,9 +69,7 @@ def test_steps_read_the_windows_that_so_many_time_points_ask_for(points, batch):
 def parse(*words):
     words = command.arguments(["store", "--out", "/nowhere/run", *words])
     args = command.settled(tyro.cli(command.Args, args=words), words)
-    return sizing.choose(
-        command.pretrain_config(args), Length(7_200), args.stated, cuda=False, resume="auto"
-    )
+    return sizing.choose(command.pretrain_config(args), Length(7_200), args.stated, cuda=False, resume="auto")
 
 
 def test_what_is_stated_stays_also_where_it_is_the_default(tmp_path):
