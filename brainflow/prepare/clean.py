@@ -58,10 +58,9 @@ def clean(series: np.ndarray, confounds: Confounds | None, settings: CleanSettin
         raise Unusable(f"cleaning: {len(bad)} networks are not finite afterwards (first: network {bad[0]})")
     whole = _on_all_volumes(cleaned, kept, len(series))
     if settings.normalise in ("spatial", "gsr"):
+        censor = None if confounds is None else confounds.censor
         try:
-            whole = normalise(
-                whole, settings.normalise, censor=None if confounds is None else confounds.censor
-            )
+            whole = normalise(whole, settings.normalise, censor=censor)
         except ValueError as error:
             raise Unusable(f"cleaning: {error}") from error
     return np.ascontiguousarray(whole, np.float32)

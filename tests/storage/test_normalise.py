@@ -93,6 +93,14 @@ def test_a_network_that_does_not_vary_becomes_0_and_harms_no_other(kind, constan
     assert not normalise(flat, kind)[:, 3].any()
 
 
+def test_what_rounding_makes_of_a_constant_does_not_vary():
+    bold = run_of().astype(np.float32)
+    bold[:, 3] = np.float32(1e4) + np.random.default_rng(0).choice([0, np.float32(1e-3)], len(bold))
+    assert np.ptp(bold[:, 3]) > 0
+    assert not normalise(bold, "spatial")[:, 3].any()
+    assert normalise(bold.astype(np.float64), "spatial")[:, 3].any()  # there it is what was measured
+
+
 def test_what_all_networks_share_is_gone():
     bold = run_of(time=300, networks=40)
     assert left_to_remove(zscored(bold), "gsr") > 0.3
