@@ -19,6 +19,7 @@ from brainflow.pretrained.compatibility import (
 )
 from brainflow.pretrained.format import read_config
 from brainflow.storage import BoldStore, StoreError
+from brainflow.storage.normalise import kind_of
 
 SLOW_HZ = 0.1
 LIMITS = {"variance": 0.3, "spectrum": 0.15, "correlation": 0.15}
@@ -66,15 +67,13 @@ def examine(
     found = differences(data, store.attributes, [])
     for name, what in MUST_MATCH.items():
         if data.get(name) or store.attributes.get(name):
+            theirs, mine = data.get(name), store.attributes.get(name)
             same = not any(line.startswith(what) for line in found)
-            known = bool(data.get(name) and store.attributes.get(name)) or not same
+            known = bool(theirs and mine) or not same
             advice = f"prepare the data with the model's {what}"
             if name == "normalisation":
-                theirs, mine = data.get(name), store.attributes.get(name)
                 advice = how_to_normalise(theirs, mine, str(store.path)) or advice
-            rows.append(
-                _row(what, _short(data.get(name)), _short(store.attributes.get(name)), same, advice, known)
-            )
+            rows.append(_row(what, _short(theirs), _short(mine), same, advice, known))
     seen = data.get("t_r") or []
     inside = bool(seen) and all(
         min(seen) * (1 - TR_TOLERANCE) <= v <= max(seen) * (1 + TR_TOLERANCE) for v in t_r
@@ -183,5 +182,5 @@ def _span(values: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = "unknown" if value in (None, "", []) else str(value)
+    text = "unknown" if value in (None, "", []) else kind_of(value) or str(value)
     return text if len(text) < 40 else text[:37] + "…"
