@@ -125,6 +125,11 @@ def run(args: Tar | Arrays | Store) -> int:
         *sources, store = args.paths if args.store is None else (*args.paths, args.store)
         if not sources:
             raise WrongUsage("ingest tar: expected one or more tars and then the store: SRC [SRC ...] STORE")
+        if args.normalise != "none" and args.normalisation:
+            raise WrongUsage(
+                "--normalisation, --normalise: got both, expected one: the first says what was done to the "
+                "tars' runs already, the second what is to be done"
+            )
         sizes = _split_sizes(args)
         with progress_bar("tars", quiet=args.json) as progress:
             report = _tar(args, sources, store, progress)
@@ -133,7 +138,7 @@ def run(args: Tar | Arrays | Store) -> int:
             split_runs(
                 opened.runs, sizes=sizes, by="subject", seed=args.split_seed, snapshot=opened.snapshot
             ).save(args.split)
-    _show(report, store, args.json)
+    _show(report, store, args.json, "runs" if isinstance(args, Store) else "files")
     return 0 if report.ok else 1
 
 
@@ -166,7 +171,7 @@ def _split_sizes(args: Tar) -> dict[str, int]:
     return {part: count for part, count in asked.items() if count}
 
 
-def _show(report: IngestReport, store: str, as_json: bool) -> None:
+def _show(report: IngestReport, store: str, as_json: bool, sources: str) -> None:
     if as_json:
         print(json.dumps({"store": store, "ok": report.ok, **dataclasses.asdict(report)}, indent=1))
         return
@@ -175,7 +180,7 @@ def _show(report: IngestReport, store: str, as_json: bool) -> None:
     print_rounded(report)
     _print_scale(report, store)
     print(
-        f"{len(report.runs)} runs written to {store} from {report.sources} files; {len(report.failures)} bad"
+        f"{len(report.runs)} runs written to {store} from {report.sources} {sources}; {len(report.failures)} bad"
     )
     if report.runs:
         print(f"the store now holds {len(BoldStore.open(store).runs)} runs")

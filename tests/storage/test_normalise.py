@@ -370,6 +370,17 @@ def test_the_command_says_what_it_scaled(tmp_path, capsys):
     assert main(["ingest", "store", new, new, "--normalise", "gsr"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     tars = ["ingest", "tar", raw, str(tmp_path / "t"), "--normalise", "zscore"]
-    assert main([*tars, "--normalisation", "psc"]) == 1
-    assert "expected one of them" in capsys.readouterr().err
+    assert main([*tars, "--normalisation", "psc"]) == 2
+    assert "--normalisation, --normalise: got both, expected one" in capsys.readouterr().err
     assert main([*tars[:-1], "scaled"]) == 2
+
+
+def test_a_damaged_run_of_a_store_is_named_and_the_others_are_copied(tmp_path, capsys):
+    path = labelled_store(tmp_path / "raw", dtype="float32", chunk_rows=4, shard_rows=64)
+    shard = next((path / "bold" / "c" / "0").iterdir())
+    data = bytearray(shard.read_bytes())
+    data[3] ^= 1  # the first run
+    shard.write_bytes(data)
+    assert main(["ingest", "store", str(path), str(tmp_path / "new"), "--normalise", "gsr"]) == 1
+    assert "run key 0: chunk 0" in capsys.readouterr().out
+    assert BoldStore.open(tmp_path / "new").runs.key.tolist() == ["key 1", "key 2"]

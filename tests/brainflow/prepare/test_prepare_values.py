@@ -12,6 +12,7 @@ from nilearn.image import index_img
 from nilearn.interfaces.fmriprep import load_confounds, load_confounds_strategy
 from nilearn.maskers import NiftiLabelsMasker, NiftiMapsMasker
 
+from brainflow.cli.prepare_args import Args, settings_of
 from brainflow.prepare import (
     CleanSettings,
     Query,
@@ -27,7 +28,7 @@ from brainflow.prepare.parcels import networks_of
 from brainflow.prepare.records import parts_of
 from brainflow.prepare.run import jobs_for, prepare_run
 from brainflow.storage import BoldStore
-from brainflow.storage.normalise import APPLIED, normalise
+from brainflow.storage.normalise import APPLIED, KINDS, normalise
 from brainflow.storage.parts import part_path, read_part
 
 PUBLISHED = {"strategy": ("motion", "wm_csf", "global_signal"), "motion": "basic", "wm_csf": "basic"}
@@ -276,3 +277,9 @@ def test_a_run_of_one_parcel_has_nothing_spatial(tree):
 )
 def test_what_earlier_versions_prepared_is_known(clean, kind):
     assert gather._normalised(clean) == kind
+
+
+def test_the_command_takes_each_kind(tmp_path):
+    for kind in KINDS:
+        args = Args(bids_dir=tmp_path, output_dir=tmp_path, analysis_level=(), normalise=kind)
+        assert settings_of(args).clean.normalise == kind
