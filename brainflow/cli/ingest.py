@@ -180,7 +180,8 @@ def _show(report: IngestReport, store: str, as_json: bool, sources: str) -> None
     print_rounded(report)
     _print_scale(report, store)
     print(
-        f"{len(report.runs)} runs written to {store} from {report.sources} {sources}; {len(report.failures)} bad"
+        f"{len(report.runs)} runs written to {store} from {report.sources} {sources}; "
+        f"{len(report.failures)} bad"
     )
     if report.runs:
         print(f"the store now holds {len(BoldStore.open(store).runs)} runs")
