@@ -145,10 +145,13 @@ def test_the_command_says_what_it_chose_and_trains_it(tmp_path, capsys):
     said = capsys.readouterr()
     json.loads(said.out)
     first, second = said.err.splitlines()[:2]
-    assert first.startswith("chose preset tiny (2 layers of width 128")
+    layers, width, _, lr = SIZES["tiny"]
+    assert first.startswith(
+        f"chose preset tiny ({layers} layers of width {width}, peak learning rate {lr:g}), for"
+    )
     assert "for 300 time points on a CPU" in first
     assert second.startswith("--preset published (4 layers of width 768, 300,000 steps of 192 windows)")
     saved = json.loads((tmp_path / "run" / "train_config.json").read_text())
-    assert (saved["model"]["width"], saved["train"]["steps"]) == (128, 2)
+    assert (saved["model"]["layers"], saved["model"]["width"], saved["train"]["steps"]) == (layers, width, 2)
     assert main(["pretrain", *words, *data]) == 0  # it continues, though nothing is stated
     assert "chose" not in capsys.readouterr().err
