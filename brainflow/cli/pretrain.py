@@ -50,7 +50,7 @@ from brainflow.config import (
     check_values,
 )
 from brainflow.files import read_toml
-from brainflow.frameworks import check_framework
+from brainflow.frameworks import check_framework, framework_spec
 from brainflow.recipes import SIZED_BY, PresetName, preset
 
 
@@ -125,7 +125,8 @@ def arguments(given: list[str]) -> list[str]:
 def settled(args: Args, words: list[str]) -> Args:
     """Return parsed arguments that know which settings `words` gave: others may be chosen."""
     given = (word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--"))
-    return dataclasses.replace(args, stated=tuple(sorted(set(given))))
+    names = {name.replace(".no_", ".") for name in given}
+    return dataclasses.replace(args, stated=tuple(sorted(names)))
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
@@ -158,7 +159,10 @@ def pretrain_config(args: Settings) -> PretrainConfig:
         config = PretrainConfig(
             store=store, out=args.out, model=model, data=args.data, train=train, device=args.device
         )
-        check_framework(config)
+        if _chooses(args):  # what is chosen may be what makes the others fit
+            framework_spec(model.framework)
+        else:
+            check_framework(config)
     except ValueError as error:
         raise WrongUsage(str(error)) from error
     return config
@@ -166,7 +170,9 @@ def pretrain_config(args: Settings) -> PretrainConfig:
 
 def run(args: Args) -> int:
     """Train, print where the result is, and return the exit code."""
-    config = _sized(args, pretrain_config(args))
+    config = pretrain_config(args)
+    if _chooses(args):
+        config = _chosen(args, config)
     if args.submit:
         return _submit(args, config)
     if sys.__stderr__ is not None:  # a store that is cut short while it is mapped ends us with SIGBUS
@@ -209,11 +215,16 @@ def run(args: Args) -> int:
     return 0
 
 
-def _sized(args: Args, config: PretrainConfig) -> PretrainConfig:
-    """Choose size and steps where they were not stated, and say so on stderr."""
-    stated = args.stated
-    if stated is None or ("train.steps" in stated and any(name in stated for name in SIZED_BY)):
-        return config
+def _chooses(args: Settings) -> bool:
+    """Whether size or steps were left to us."""
+    stated = getattr(args, "stated", None)
+    if stated is None:
+        return False
+    return "train.steps" not in stated or not any(name in stated for name in SIZED_BY)
+
+
+def _chosen(args: Args, config: PretrainConfig) -> PretrainConfig:
+    """Choose a preset and steps where they were not stated, and say so on stderr."""
     from brainflow.devices import resolve_device
     from brainflow.storage import BoldStore
     from brainflow.training import sizing
@@ -221,9 +232,12 @@ def _sized(args: Args, config: PretrainConfig) -> PretrainConfig:
 
     store, ranks = BoldStore.open(config.store), from_environment()
     cuda = args.slurm.gpus > 0 if args.submit else resolve_device(config.device).type == "cuda"
-    config, chosen = sizing.choose(
-        config, store, stated, cuda=cuda, resume="auto" if args.resume or started_again() else "never"
-    )
+    resume: Literal["auto", "never"] = "auto" if args.resume or started_again() else "never"
+    config, chosen = sizing.choose(config, store, args.stated or (), cuda=cuda, resume=resume)
+    try:
+        check_framework(config)
+    except ValueError as error:
+        raise WrongUsage(str(error)) from error
     if chosen and ranks.first:
         here = None if args.submit else resolve_device(config.device)
         print(sizing.explain(config, store, chosen, cuda=cuda), file=sys.stderr)

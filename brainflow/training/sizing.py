@@ -39,7 +39,7 @@ were measured (dev/benchmarks.md)."""
 def choose(
     config: PretrainConfig, store: BoldStore, stated: Collection[str], *, cuda: bool, resume: Resume
 ) -> tuple[PretrainConfig, list[str]]:
-    """Fill in size and steps where neither is stated: the same for one store and kind of machine.
+    """Fill in a preset where no size is stated, and steps: the same for one store and kind of machine.
 
     Parameters
     ----------
@@ -59,20 +59,17 @@ def choose(
     config, chosen
         The run, and the names of the settings that were chosen.
     """
-    free = [name for name in (*SIZE, "train.lr", "model.recompute") if name not in stated]
-    sized = any(name in stated for name in SIZED_BY)
     wanted: dict[str, Any] = {}
-    if not sized:
+    if not any(name in stated for name in SIZED_BY):
         found = flatten(preset(fitting(store, cuda=cuda), config.model.framework))
-        wanted |= {name: found[name] for name in free if name in found}
+        wanted |= {name: value for name, value in found.items() if name not in stated}
     if "train.steps" not in stated:
         wanted["train.steps"] = steps = fitting_steps(config, store)
         kept = {*stated, *(["train.checkpoint_every"] if "train.permanent_every" in stated else [])}
         wanted |= {name: max(1, steps // VALIDATIONS) for name in CADENCE if name not in kept}
     if resume == "auto" and begun(Path(config.out)):
         before = flatten(saved_config(Path(config.out)))
-        names = [n for n in (*free, "train.steps", *CADENCE) if n not in stated and not (sized and n in free)]
-        return _with(config, {name: before[name] for name in names if name in before}), []
+        return _with(config, {name: before[name] for name in wanted if name in before}), []
     return _with(config, wanted), list(wanted)
 
 

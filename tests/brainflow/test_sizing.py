@@ -14,7 +14,7 @@ from brainflow.cli import pretrain as command
 from brainflow.cli.main import main
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig, to_dict
 from brainflow.frameworks import build, framework_names
-from brainflow.recipes import FEWEST_STEPS, FITTING, MOST_STEPS, SIZES, WINDOWS
+from brainflow.recipes import FEWEST_STEPS, FITTING, MOST_STEPS, SIZES, WINDOWS, preset
 from brainflow.storage import StoreWriter
 from brainflow.training import sizing
 from brainflow.training.meters import matrix_weights
@@ -75,8 +75,8 @@ def parse(*words):
 def test_what_is_stated_stays_also_where_it_is_the_default(tmp_path):
     plain, names = parse()
     assert {"model.layers", "model.width", "model.heads", "train.lr", "train.steps"} <= set(names)
-    size = (plain.model.layers, plain.model.width, plain.model.heads)
-    assert size == SIZES["tiny"][:3]
+    for section, values in preset("tiny").items():  # all of it
+        assert {name: getattr(getattr(plain, section), name) for name in values} == values
     default = ModelConfig()
     for words in (["--model.width", "768"], ["--model.layers=4"], ["--init", "w"], ["--train.init", "w"]):
         config, names = parse(*words)
@@ -86,7 +86,10 @@ def test_what_is_stated_stays_also_where_it_is_the_default(tmp_path):
     config, names = parse("--train.steps", str(TrainConfig().steps), "--train.lr", str(TrainConfig().lr))
     assert (config.train.steps, config.train.lr) == (TrainConfig().steps, TrainConfig().lr)
     assert config.train.validate_every == TrainConfig().validate_every
-    assert set(names) == {"model.layers", "model.width", "model.heads"}
+    assert not {"train.lr", "train.steps", *sizing.CADENCE} & set(names)
+    assert plain.model.linear  # of the preset
+    assert not parse("--model.no-linear")[0].model.linear
+    assert parse("--model.masking=dense")[0].model.masking == "dense"
     assert parse("--train.checkpoint-every", "7")[0].train.checkpoint_every == 7
     assert parse("--train.permanent_every", "2000")[0].train.checkpoint_every == 1_000  # its divisor
     assert parse("--preset", "small")[0].model.width == SIZES["small"][1]
@@ -98,9 +101,12 @@ def test_what_is_stated_stays_also_where_it_is_the_default(tmp_path):
     assert (config.model.width, config.train.steps, names) == (768, 9, [])
 
 
-def test_arguments_that_never_saw_a_command_line_are_taken_as_they_are(monkeypatch):
+def test_arguments_that_never_saw_a_command_line_are_taken_as_they_are():
     args = command.Args(store="/nowhere/store", out="/nowhere/run")
-    assert command._sized(args, PLAIN) is PLAIN
+    assert not command._chooses(args)
+    assert command._chooses(command.settled(args, []))
+    assert command._chooses(command.settled(args, ["--train.steps=1"]))
+    assert not command._chooses(command.settled(args, ["--model.width", "1", "--train.steps=1"]))
 
 
 def test_a_run_that_has_begun_keeps_what_it_began_with(tmp_path):
@@ -115,8 +121,8 @@ def test_a_run_that_has_begun_keeps_what_it_began_with(tmp_path):
     assert chosen(10**8, config=config, cuda=True, resume="never") == other
     stated = dataclasses.replace(config, train=TrainConfig(lr=0.5))
     assert chosen(10**8, "train.lr", config=stated, cuda=True).train.lr == 0.5
-    whole = {"model.layers", "model.width", "model.heads", "train.lr", "model.recompute"}
-    assert chosen(10**8, *whole, config=config).model == config.model
+    sized = chosen(10**8, "model.width", config=config, cuda=True)
+    assert (sized.model, sized.train.steps) == (config.model, first.train.steps)
 
 
 @pytest.mark.parametrize("framework", framework_names()[:4])
@@ -153,5 +159,10 @@ def test_the_command_says_what_it_chose_and_trains_it(tmp_path, capsys):
     assert second.startswith("--preset published (4 layers of width 768, 300,000 steps of 192 windows)")
     saved = json.loads((tmp_path / "run" / "train_config.json").read_text())
     assert (saved["model"]["layers"], saved["model"]["width"], saved["train"]["steps"]) == (layers, width, 2)
+    wide = [*words[:1], *words[3:], *data, "--data.seq-max", "700"]  # too long for learned positions
+    assert main(["pretrain", *wide, "--out", str(tmp_path / "wide")]) == 0
+    capsys.readouterr()
+    assert main(["pretrain", *wide, "--out", str(tmp_path / "bad"), "--model.positions", "learned"]) == 2
+    assert "data.seq_max: got 700" in capsys.readouterr().err
     assert main(["pretrain", *words, *data]) == 0  # it continues, though nothing is stated
     assert "chose" not in capsys.readouterr().err
