@@ -66,7 +66,7 @@ def choose(
     if "train.steps" not in stated:
         wanted["train.steps"] = steps = fitting_steps(config, store)
         kept = {*stated, *(["train.checkpoint_every"] if "train.permanent_every" in stated else [])}
-        wanted |= {name: max(1, steps // VALIDATIONS) for name in CADENCE if name not in kept}
+        wanted |= {name: math.ceil(steps / VALIDATIONS) for name in CADENCE if name not in kept}
     if resume == "auto" and begun(Path(config.out)):
         before = flatten(saved_config(Path(config.out)))
         return _with(config, {name: before[name] for name in wanted if name in before}), []
