@@ -13,9 +13,7 @@ from brainflow.frameworks import framework_spec
 PresetName = Literal["tiny", "small", "published", "base", "large", "1b"]
 Settings = dict[str, dict[str, Any]]
 
-# Blocks, width, heads, peak learning rate. tiny and small run on a laptop; base to 1b are as wide and deep as
-# GPT-2 and GPT-3 of that size (arXiv 2005.14165, table 2.1), with about half of their learning rates.
-# What every preset but `published` has: forecasts that begin at the linear predictor, amplitudes that survive
+# What every run has but those of 2022: forecasts that begin at the linear predictor, amplitudes that survive
 # the embedding, positions that mean the same in longer windows and at another TR, no over-fitted last step.
 MODEL: dict[str, Any] = {
     "loss": "mse",
@@ -25,6 +23,8 @@ MODEL: dict[str, Any] = {
     "norm_first": True,
     "linear": True,
 }
+# Blocks, width, heads, peak learning rate. tiny and small run on a laptop; base to 1b are as wide and deep as
+# GPT-2 and GPT-3 of that size (arXiv 2005.14165, table 2.1), with about half of their learning rates.
 SIZES: dict[str, tuple[int, int, int, float]] = {
     "tiny": (3, 128, 4, 1e-3),
     "small": (4, 256, 4, 5e-4),
@@ -45,6 +45,22 @@ FITTING: dict[str, tuple[tuple[int, PresetName], ...]] = {
 # people of 300 volumes, of 64,000 for 300 people, and gained up to 128,000 for 2,000.
 WINDOWS = (64_000, 90_000)
 FEWEST_STEPS, MOST_STEPS = 200, 300_000
+
+
+def today(framework: str = "csm") -> Settings:
+    """Return what every run has, whatever its size, unless it repeats one of 2022.
+
+    Examples
+    --------
+    >>> today()["model"]["masking"]
+    'next'
+    """
+    settings: Settings = {"model": dict(MODEL), "train": {"keep_best": True}}
+    if framework == "csm":
+        settings["model"]["masking"] = "next"
+    if framework == "seq-bert":
+        settings["model"]["mask_fill"] = "neighbours"
+    return settings
 
 
 def preset(name: str, framework: str = "csm") -> Settings:
@@ -75,14 +91,9 @@ def preset(name: str, framework: str = "csm") -> Settings:
                 "LSTMs of that size are not trained"
             )
         layers = 2
-    settings: Settings = {
-        "model": {**MODEL, "layers": layers, "width": width, "heads": heads},
-        "train": {"lr": lr, "keep_best": True},
-    }
-    if framework == "csm":
-        settings["model"]["masking"] = "next"
-    if framework == "seq-bert":
-        settings["model"]["mask_fill"] = "neighbours"
+    settings = today(framework)
+    settings["model"] |= {"layers": layers, "width": width, "heads": heads}
+    settings["train"]["lr"] = lr
     if name == "1b":
         settings["model"]["recompute"] = True
     return settings

@@ -51,7 +51,7 @@ from brainflow.config import (
 )
 from brainflow.files import read_toml
 from brainflow.frameworks import check_framework, framework_spec
-from brainflow.recipes import SIZED_BY, PresetName, preset
+from brainflow.recipes import SIZED_BY, PresetName, preset, today
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,8 @@ class Args(Settings):
 
 
 def arguments(given: list[str]) -> list[str]:
-    """Put the settings of `--preset` and of the TOML file `--config` before the command line: the later win.
+    """Put the settings of `--preset` (without it, what every run has) and of the TOML file `--config` before
+    the command line: the later win.
 
     Raises
     ------
@@ -112,13 +113,18 @@ def arguments(given: list[str]) -> list[str]:
     settings = _read_toml(Path(path)) if path else {}
     options = _flags(settings)
     name = _option(given, "--preset")
+    framework = (
+        _option(given, "--framework")
+        or _option(given, "--model.framework")
+        or settings.get("model", {}).get("framework", "csm")
+    )
+    initial = (
+        _option(given, "--init") or _option(given, "--train.init") or settings.get("train", {}).get("init")
+    )
     if name:
-        framework = (
-            _option(given, "--framework")
-            or _option(given, "--model.framework")
-            or settings.get("model", {}).get("framework", "csm")
-        )
         options = [*_flags(preset(name, framework)), *options]
+    elif not initial:  # weights to begin from say themselves what they fit
+        options = [*_flags(today(framework)), *options]
     return [*options, *given]
 
 
