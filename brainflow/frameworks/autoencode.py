@@ -46,8 +46,8 @@ class Autoencoder(Framework):
         self.encoder = Encoder(c.width, c.layers, c.dropout, c.chained_states)
         self.decoder = Decoder(c.width, c.layers, c.dropout, c.chained_states)
         self.unembedding = nn.Linear(c.width, c.networks)
-        self.linear: PrincipalPath | None = self.make_linear() if c.linear else None
-        if self.linear is not None:  # begins as the principal components
+        self.linear_path: PrincipalPath | None = self.make_linear() if c.linear else None
+        if self.linear_path is not None:  # begins as the principal components
             for part in (self.encoder.pooler, self.unembedding):
                 nn.init.zeros_(part.weight)
                 nn.init.zeros_(part.bias)
@@ -123,10 +123,10 @@ class Autoencoder(Framework):
 
     def _coded(self, batch: PackedBatch, pooled: Tensor, sent: dict[str, Tensor]) -> Tensor:
         """Return the windows' vectors, [windows, width] by rank: what was pooled, on top of the code."""
-        if self.linear is None:
+        if self.linear_path is None:
             return pooled
         code = torch.empty_like(pooled).index_copy_(
-            0, sent["ranks"], self.linear.code(batch).to(pooled.dtype)
+            0, sent["ranks"], self.linear_path.code(batch).to(pooled.dtype)
         )
         return pooled + code
 
@@ -136,8 +136,8 @@ class Autoencoder(Framework):
         _, pooled, ended = self.encoder(embedded, steps)
         pooled = self._coded(batch, pooled, sent)
         linear = None
-        if self.linear is not None:
-            linear = self.linear.expand(pooled.index_select(0, sent["ranks"]), batch)
+        if self.linear_path is not None:
+            linear = self.linear_path.expand(pooled.index_select(0, sent["ranks"]), batch)
         if self.config.chained_states:  # teacher forcing of 2022 gives a step the very value that it predicts
             decoded = self.decoder.run_free(pooled, steps, ended, given=embedded if forced else None)
         elif forced:

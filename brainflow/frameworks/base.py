@@ -47,7 +47,7 @@ class Framework(nn.Module, ABC):
     ----------
     config
         What it was built from.
-    linear
+    linear_path
         Linear predictor of the targets that the model carries, None without one. `reconstruct` and `score`
         return its mean with the network's prediction; the loss is that of the network alone.
     one_draw
@@ -55,12 +55,12 @@ class Framework(nn.Module, ABC):
     """
 
     config: ModelConfig
-    linear: LinearPath | None
+    linear_path: LinearPath | None
     one_draw: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = None
+        self.linear_path = None
 
     def make_linear(self) -> LinearPath | None:
         """Return a linear predictor of the targets, not fitted yet; None if the framework has none."""
@@ -69,9 +69,9 @@ class Framework(nn.Module, ABC):
     def predicted(self, values: Tensor, batch: PackedBatch, seed: int) -> Tensor:
         """Return what the model predicts, float32 [rows, networks], of the network's prediction `values`."""
         values = at_least_float(values)
-        if self.linear is None:
+        if self.linear_path is None:
             return values
-        return self.linear.blend(values, replace(batch, mask=self.drawn(batch, seed)))
+        return self.linear_path.blend(values, replace(batch, mask=self.drawn(batch, seed)))
 
     @property
     def untrained(self) -> tuple[nn.Parameter, ...]:

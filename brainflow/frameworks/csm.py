@@ -56,7 +56,7 @@ class CSM(Framework):
         self.cls_token = nn.Parameter(torch.randn(c.networks))
         self.transformer = Transformer("gpt", c)
         self.unembedding = nn.Linear(c.width, c.networks)
-        self.linear = self.make_linear() if c.linear else None
+        self.linear_path = self.make_linear() if c.linear else None
 
     def make_linear(self) -> LinearPath:
         """Return a ridge from the two time points before (an autoregressive model of order 2)."""

@@ -26,7 +26,7 @@ class NetBERT(BertFramework):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.mask_token = nn.Parameter(torch.randn(config.max_positions, 1))
-        self.linear = self.make_linear() if config.linear else None
+        self.linear_path = self.make_linear() if config.linear else None
 
     def make_linear(self) -> LinearPath:
         """Return the conditional mean of masked networks, given the others of the same time point."""

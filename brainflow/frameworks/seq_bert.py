@@ -26,7 +26,7 @@ class SeqBERT(BertFramework):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.mask_token = nn.Parameter(torch.randn(config.networks))
-        self.linear = self.make_linear() if config.linear else None
+        self.linear_path = self.make_linear() if config.linear else None
 
     def make_linear(self) -> LinearPath:
         """Return a ridge from the nearest time points on both sides that are not masked."""

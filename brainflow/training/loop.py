@@ -175,10 +175,10 @@ class _Run:
             on_corrupt=config.data.on_corrupt,
             runs=self.split.part("validation", store.runs),
         )
-        if start_from is None or self.one_step.module.linear is None:
+        if start_from is None or self.one_step.module.linear_path is None:
             self.validate.fit_linear(self.one_step.module, seed=derive_seed(train.seed, "linear"))
         else:
-            self.validate.linear = self.one_step.module.linear
+            self.validate.linear = self.one_step.module.linear_path
 
     def _sampler(self, part: str, seed: int, *, share: int = 0, shares: int = 1) -> WindowSampler:
         data = self.config.data
@@ -329,7 +329,7 @@ class _Run:
         if self.ranks.first and self.config.train.plot and example is not None:
             draw(self.folder / RECONSTRUCTIONS / f"step-{self.step:08d}.png", example, self.step)
         # is-next says nothing about the signal: what carries a linear path is judged by what it predicts
-        error = scores["val_loss" if self.one_step.module.linear is None else "val_mse"]
+        error = scores["val_loss" if self.one_step.module.linear_path is None else "val_mse"]
         if error < self.best:
             self.best, self.stale = error, 0
             self.writer.wait()  # a full disk is first told of where the last checkpoint is known

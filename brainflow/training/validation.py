@@ -167,7 +167,7 @@ class Validator:
         seed
             Draws the masks.
         """
-        self.linear = module.make_linear() if module.linear is None else module.linear
+        self.linear = module.make_linear() if module.linear_path is None else module.linear_path
         if self.linear is None:
             return
         self.linear.to(self.device)
@@ -189,7 +189,7 @@ class Validator:
         """
         was_training = module.training
         module.eval()
-        carried = getattr(module, "linear", None)
+        carried = getattr(module, "linear_path", None)
         if carried is not None:
             carried.gain.fill_(1.0)  # what `score` returns is then the network's own
         share = self._share(module) if carried is not None else torch.ones((), device=self.device)
@@ -280,7 +280,7 @@ class Validator:
                 sums += torch.stack([(step * left).sum(), step.square().sum()])
         along, square = self.ranks.sum(sums)
         share = (along / square.clamp_min(1e-12)).clamp(0.0, 1.0).float()
-        return share if module.linear.divisible else share.round()
+        return share if module.linear_path.divisible else share.round()
 
     def _loader(self, part: _RankSlice) -> Any:
         return make_loader(self.store, part, kind="host", device=str(self.device), on_corrupt=self.on_corrupt)

@@ -98,13 +98,13 @@ def fitted(framework, count=12):
     module = build({**FRAMEWORKS, "autoencoder": AUTOENCODER}[framework]).eval()
     for step in range(count):
         batch = packed([40, 60, 50], seed=step, step=step, runs=[step, step, step])
-        module.linear.collect(replace(batch, mask=module.mask(batch, seed=0)))
-    module.linear.solve()
+        module.linear_path.collect(replace(batch, mask=module.mask(batch, seed=0)))
+    module.linear_path.solve()
     return module
 
 
 def test_the_path_of_csm_is_the_ridge_of_order_2():
-    path = fitted("csm").linear
+    path = fitted("csm").linear_path
     x = [process(150, step) for step in range(12)]
     inputs, target = [], []
     for run in x:
@@ -129,8 +129,8 @@ def test_it_predicts_what_nobody_fitted_it_to_and_only_from_what_is_seen(framewo
     module = fitted(framework)
     batch = packed([50, 70], seed=1000)
     batch = replace(batch, mask=module.mask(batch, seed=1))
-    said = module.linear(batch)
-    module.linear.gain.zero_()
+    said = module.linear_path(batch)
+    module.linear_path.gain.zero_()
     values, rows = module.reconstruct(batch, seed=1)
     torch.testing.assert_close(values, said, equal_nan=True)
     known = ~values.isnan()
@@ -138,11 +138,11 @@ def test_it_predicts_what_nobody_fitted_it_to_and_only_from_what_is_seen(framewo
     assert left < 0.8
     if framework == "net-bert":
         hidden = torch.where(known, 1e6, batch.bold)
-        other = module.linear(replace(batch, bold=hidden))
+        other = module.linear_path(replace(batch, bold=hidden))
     else:
         changed = batch.bold.clone()
         changed[rows[-1]] = 1e6  # what is predicted last is read by nobody
-        other = module.linear(replace(batch, bold=changed))
+        other = module.linear_path(replace(batch, bold=changed))
     torch.testing.assert_close(other, said, equal_nan=True)
 
 
@@ -151,9 +151,9 @@ def test_networks_are_predicted_by_their_conditional_mean():
     batch = packed([7, 9], seed=5)
     batch = replace(batch, mask=module.mask(batch, seed=3))
     masked = module._masked(batch).numpy()
-    covariance = np.linalg.inv(module.linear.precision.double().numpy())
-    mean, bold = module.linear.mean.double().numpy(), batch.bold.double().numpy()
-    said = module.linear(batch).numpy()
+    covariance = np.linalg.inv(module.linear_path.precision.double().numpy())
+    mean, bold = module.linear_path.mean.double().numpy(), batch.bold.double().numpy()
+    said = module.linear_path(batch).numpy()
     assert masked.any()
     assert np.isnan(said[~masked]).all()
     for row in range(len(bold)):
@@ -168,10 +168,10 @@ def test_networks_are_predicted_by_their_conditional_mean():
 def test_the_gain_weighs_path_and_network(framework):
     module = fitted(framework)
     batch = packed([20, 30], seed=7)
-    module.linear.gain.fill_(1.0)
+    module.linear_path.gain.fill_(1.0)
     network = module.reconstruct(batch, seed=0)[0]
-    linear = module.linear(replace(batch, mask=module.mask(batch, seed=0)))
-    module.linear.gain.fill_(0.25)
+    linear = module.linear_path(replace(batch, mask=module.mask(batch, seed=0)))
+    module.linear_path.gain.fill_(0.25)
     torch.testing.assert_close(
         module.reconstruct(batch, seed=0)[0], 0.75 * linear + 0.25 * network, equal_nan=True
     )
@@ -180,7 +180,7 @@ def test_the_gain_weighs_path_and_network(framework):
 def test_an_autoencoder_begins_as_principal_components():
     module = fitted("autoencoder")
     batch = packed([30, 4, 17, 30], seed=3)
-    path = module.linear
+    path = module.linear_path
     values, rows = module.reconstruct(batch, seed=0)
     torch.testing.assert_close(values, path(batch))
     assert rows.tolist() == list(range(batch.tokens))
@@ -203,9 +203,9 @@ def test_the_components_are_nearly_as_good_as_those_of_windows_of_one_length():
     batch = PackedBatch.pack(
         torch.from_numpy(test.reshape(-1, 5)), Windows.end_to_end([30] * len(test), t_r=1.0)
     )
-    ours = float((module.linear(batch) - batch.bold).square().mean())
+    ours = float((module.linear_path(batch) - batch.bold).square().mean())
     assert ours < 1.02 * left
-    codes = module.linear.code(batch)
+    codes = module.linear_path.code(batch)
     assert 0.5 < float(codes.square().mean()) < 1.5
 
 
@@ -249,7 +249,7 @@ def test_a_trained_model_is_never_far_below_the_linear_predictor(store, tmp_path
     assert 0 <= last["val_share"] <= 1
     model = load_pretrained(run)
     best = min(lines, key=lambda line: line["val_mse"])
-    assert float(model.linear.gain) == pytest.approx(best["val_share"])
+    assert float(model.linear_path.gain) == pytest.approx(best["val_share"])
     assert read_config(run)["model"]["linear"] is True
 
 
@@ -277,7 +277,7 @@ def test_without_it_validation_names_the_linear_predictor_all_the_same(store, tm
     assert last["val_linear_explained_variance"] > 0.15
     assert last["val_linear_mse"] != last["val_mse"]
     assert "val_share" not in last
-    assert load_pretrained(run).linear is None
+    assert load_pretrained(run).linear_path is None
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

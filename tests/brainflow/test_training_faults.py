@@ -193,6 +193,7 @@ def test_a_loader_that_dies_is_an_error_and_not_a_wait(store, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr("brainflow.data.pipeline._BLOCK", 4)
+        patch.setattr("brainflow.training.validation.LINEAR_TOKENS", 1)  # it reads batches, too
         patch.setattr(Gatherer, "_windows", dying)
         with pytest.raises(Exception, match="Input/output error"):
             pretrain(config, quiet=True)
