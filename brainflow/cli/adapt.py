@@ -97,9 +97,9 @@ class Args:
     time bins side by side; `moments`, mean and log-SD over time; `cls`, the default of --published."""
     bins: int = 10
     """Number of time bins."""
-    layer: int | None = None
-    """States that are read: 0 the embedding, 1, 2, … after so many blocks; by default chosen by leaving
-    people out within the training windows."""
+    layer: int | Literal["both"] | None = None
+    """States that are read: 0 the embedding, 1, 2, … after so many blocks, `both` the embedding and the last
+    side by side; by default chosen by leaving people out within the training windows."""
     freeze: Annotated[str, tyro.conf.arg(metavar="PART,…")] = ""
     """`finetune`: pretrained parts that stay as they are: embedder, decoder, decoder-without-heads,
     unembedder."""

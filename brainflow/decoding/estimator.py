@@ -21,7 +21,7 @@ from brainflow.decoding.finetune import frozen_features, probabilities
 from brainflow.decoding.fit import AdaptConfig, Mode, fit_decoder
 from brainflow.decoding.leaks import check_checkpoint
 from brainflow.decoding.persist import load_decoder, save_decoder
-from brainflow.decoding.readout import BINS, Pooling, Readout
+from brainflow.decoding.readout import BINS, Layer, Pooling, Readout
 from brainflow.decoding.windows import ArrayWindows, as_windows, cut_events
 from brainflow.frameworks import build
 from brainflow.optional import requires
@@ -219,7 +219,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         published: bool = False,
         pooling: Pooling | None = None,
         bins: int = BINS,
-        layer: int | None = None,
+        layer: Layer = None,
         steps: int | None = None,
         batch_size: int = 32,
         lr: float | None = None,
@@ -405,7 +405,7 @@ class BoldEncoder(TransformerMixin, _OnWindows):
         *,
         pooling: Pooling = "mean",
         bins: int = BINS,
-        layer: int | None = None,
+        layer: Layer = None,
         t_r: float = 2.0,
         hrf_shift: float = 0.0,
         normalise: bool = False,

@@ -192,11 +192,20 @@ def _check(
 
 @torch.no_grad()
 def frozen_features(
-    module: Any, source: WindowSource, readouts: Sequence[Readout], *, device: torch.device
+    module: Any,
+    source: WindowSource,
+    readouts: Sequence[Readout],
+    *,
+    device: torch.device,
+    windows: NDArray[np.int64] | None = None,
 ) -> list[NDArray[np.float32]]:
-    """Return what each readout gives of all windows, `[windows, …]`, from a module in evaluation mode."""
+    """Return what each readout gives of some windows (all of them if None), `[windows, …]`.
+
+    The module is put into evaluation mode.
+    """
     module.eval()
-    everything = np.arange(len(source.labels))
-    with source.loader(everything, batch=EVALUATION_BATCH, shuffle=False, seed=0, device=device) as loader:
+    if windows is None:
+        windows = np.arange(len(source.labels))
+    with source.loader(windows, batch=EVALUATION_BATCH, shuffle=False, seed=0, device=device) as loader:
         parts = [[x.float().cpu() for x in read(module, packed, readouts)] for packed in loader]
     return [torch.cat(column).numpy() for column in zip(*parts, strict=True)]

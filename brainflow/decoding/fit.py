@@ -1,8 +1,9 @@
 """One decoder from labelled windows: a fitted head, and then all weights or low-rank changes with it.
 
-By default a linear head is fitted in closed form to time bins of the frozen states, of the layer that reads
-people best who were left out; then head and body train together for a few steps (Kumar et al. 2022, arXiv
-2202.10054: a head that begins at random pulls the features out of shape).
+By default a linear head is fitted in closed form to time bins of the frozen states: of the layer that reads
+people best who were left out, or of the first and the last side by side. Then head and body train together
+for a few steps (Kumar et al. 2022, arXiv 2202.10054: a head that begins at random pulls the features out of
+shape).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 from brainflow.decoding.finetune import Decoder, History, finetune, frozen_features
 from brainflow.decoding.heads import ProbeName, fit_probe, linear_head, make_head
 from brainflow.decoding.lora import add_lora, merge_lora
-from brainflow.decoding.readout import BINS, Pooling, Readout, layers
+from brainflow.decoding.readout import BINS, BOTH, Layer, Pooling, Readout, layers
 from brainflow.decoding.ridge import Ridge, fit_ridge
 from brainflow.decoding.windows import WindowSource
 from brainflow.pretrained.warm_start import freeze
@@ -64,10 +65,10 @@ class AdaptConfig:
     `cls` if `published`."""
     bins: int = BINS
     """Number of time bins."""
-    layer: int | None = None
-    """Which states are read: 0 the embedding, 1, 2, … after so many blocks (their number: the last). By
-    default the layer is chosen by leaving people out within the training windows; of one person the last is
-    read."""
+    layer: Layer = None
+    """Which states are read: 0 the embedding, 1, 2, … after so many blocks (their number: the last), `both`
+    embedding and last side by side. By default what reads people best who are left out of the training
+    windows (windows of one person); `both` where classes have one window each."""
     freeze: str = ""
     """`finetune` only: pretrained parts that stay as they are, e.g. embedder,decoder: of embedder, decoder,
     decoder-without-heads and unembedder."""
@@ -148,13 +149,13 @@ class AdaptConfig:
 
     def readouts(self, module: Any) -> list[Readout]:
         """Return what may be read of a module; the last of them where nothing can choose."""
-        known = layers(module)
+        known: list[Layer] = [*layers(module)]
         if self.layer is not None:
             chosen = [None if self.layer == len(known) - 1 else self.layer]
         elif self.pooled_by == "cls" or not self.fitted_first:
             chosen = [None]
-        else:
-            chosen = known
+        else:  # of two layers side by side a cosine would see the longer vector
+            chosen = known if self.mode == "knn" else [*known, BOTH]
         return [Readout(pooling=self.pooled_by, bins=self.bins, layer=layer) for layer in chosen]
 
 
@@ -202,6 +203,8 @@ def fit_decoder(
         features = frozen_features(module, source, readouts, device=device)
     place, ridge = choose(features, source, windows, classes=classes, balance=config.balance)
     readout, labels = readouts[place], source.labels[windows]
+    if np.isnan(ridge.loss):
+        ridge = _fit_to_moved(module, source, windows, config, readout, features[place], classes, device)
     if config.by_features:
         head: nn.Module = linear_head(ridge)
         if config.mode != "linear":
@@ -230,7 +233,7 @@ def choose(
 ) -> tuple[int, Ridge]:
     """Return which features read left-out people of the training windows best, and the ridge on them.
 
-    The last features are taken where nobody can be left out.
+    The last features are taken where nothing can be left out.
     """
     groups = None if source.groups is None else source.groups[windows]
     fits = [
@@ -240,6 +243,29 @@ def choose(
     losses = [fit.loss for fit in fits]
     place = len(fits) - 1 if np.isnan(losses).any() else int(np.argmin(losses))
     return place, fits[place]
+
+
+def _fit_to_moved(
+    module: Any,
+    source: WindowSource,
+    windows: NDArray[np.int64],
+    config: AdaptConfig,
+    readout: Readout,
+    features: NDArray[np.float32],
+    classes: int,
+    device: torch.device,
+) -> Ridge:
+    """Return the ridge on windows of which a class has one: that is read at neighbouring onsets, too.
+
+    Where there are more windows, what they differ in says more than copies of them.
+    """
+    copies = [features[windows]]
+    for by in (by for far in range(1, JITTER + 1) for by in (-far, far)):
+        moved = source.moved(by)
+        if moved is not None:
+            copies += frozen_features(module, moved, [readout], device=device, windows=windows)
+    labels, groups = source.labels[windows], None if source.groups is None else source.groups[windows]
+    return fit_ridge(np.stack(copies), labels, classes=classes, groups=groups, balance=config.balance)
 
 
 def _steps_to_take(

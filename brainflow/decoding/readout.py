@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from brainflow.batch import PackedBatch
 
 Pooling = Literal["bins", "moments", "cls", "last", "mean", "first", "tokens"]
+Layer = int | Literal["both"] | None
 BINS = 10
 MOST_BINS = 4_096
 EMBEDDING = 0
+BOTH: Literal["both"] = "both"
 SMALLEST_VARIANCE = 1e-6
 
 
@@ -44,7 +46,7 @@ class Readout:
         Parts of `bins`.
     layer
         0: the embedded time points, without positions; 1, 2, …: after so many blocks; None: the last states,
-        after the final norm. `cls` is read from the last.
+        after the final norm; `both`: what 0 and None give, side by side. `cls` is read from the last.
 
     Raises
     ------
@@ -54,19 +56,20 @@ class Readout:
 
     pooling: Pooling = "bins"
     bins: int = BINS
-    layer: int | None = None
+    layer: Layer = None
 
     def __post_init__(self) -> None:
         if self.pooling not in get_args(Pooling):
             raise ValueError(f"pooling: got {self.pooling!r}, expected one of {', '.join(get_args(Pooling))}")
         if type(self.bins) is not int or not 1 <= self.bins <= MOST_BINS:
             raise ValueError(f"bins: got {self.bins!r}, expected a whole number from 1 to {MOST_BINS}")
-        if self.layer is not None and (type(self.layer) is not int or self.layer < 0):
-            raise ValueError(f"layer: got {self.layer!r}, expected 0 (the embedding), 1, 2, …")
+        if self.layer not in (None, BOTH) and (type(self.layer) is not int or self.layer < 0):
+            raise ValueError(f"layer: got {self.layer!r}, expected 0 (the embedding), 1, 2, … or both")
 
     def width(self, width: int) -> int:
         """Return the length of the vector of states of some width."""
-        return width * {"bins": self.bins, "moments": 2}.get(self.pooling, 1)
+        sides = 2 if self.layer == BOTH and self.pooling != "cls" else 1
+        return width * sides * {"bins": self.bins, "moments": 2}.get(self.pooling, 1)
 
     def __call__(self, module: Any, batch: PackedBatch) -> Tensor:
         """Return `[windows, self.width(width)]`; for `tokens` `[tokens, width]`."""
@@ -87,23 +90,29 @@ def read(module: Any, batch: PackedBatch, readouts: Sequence[Readout]) -> list[T
     ValueError
         If the module has no such layer.
     """
-    wanted = {readout.layer for readout in readouts if readout.pooling != "cls"}
-    states = _states(module, batch, wanted)
+    states = _states(module, batch, {layer for one in readouts for layer in _sides(one)})
     return [
-        module.features(batch, "cls")
-        if readout.pooling == "cls"
-        else _pooled(states[readout.layer], batch.lengths, readout)
+        torch.cat([_pooled(states[layer], batch.lengths, readout) for layer in _sides(readout)], dim=1)
+        if readout.pooling != "cls"
+        else module.features(batch, "cls")
         for readout in readouts
     ]
 
 
+def _sides(readout: Readout) -> list[int | None]:
+    """Return the layers whose vectors are laid side by side."""
+    if readout.pooling == "cls":
+        return []
+    return [EMBEDDING, None] if isinstance(readout.layer, str) else [readout.layer]
+
+
 def _states(module: Any, batch: PackedBatch, wanted: set[int | None]) -> dict[int | None, Tensor]:
     """Return the states `[tokens, width]` of some layers."""
-    unknown = wanted - set(layers(module))
+    unknown = wanted.difference(layers(module))
     if unknown:
         raise ValueError(
             f"layer: got {min(filter(None, unknown))}, expected 0 (the embedding) to "
-            f"{len(layers(module)) - 2}, or none for the last states of this model"
+            f"{len(layers(module)) - 2}, both, or none for the last states of this model"
         )
     between = sorted(layer for layer in wanted if layer)
     found: dict[int | None, Tensor] = {}

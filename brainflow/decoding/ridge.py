@@ -24,10 +24,10 @@ with requires("decoding", "report"):
 
 PENALTIES = 10.0 ** np.arange(-3.0, 2.5, 0.5)
 """Penalties that are tried, in units of the mean squared norm of a window's standardised features."""
-PENALTY, SCALE = 1.0, 4.0
-"""Penalty and scale of the logits where nobody can be left out: one group, or classes of one group each."""
-PARTS = 20
-"""Most parts that groups are dealt into to be left out."""
+PENALTY, SCALE = 0.3, 6.0
+"""Penalty and scale of the logits where too little can be left out, as of one window a class."""
+PARTS, ENOUGH = 20, 2_000
+"""Most parts that groups are dealt into, and how many left-out windows are enough to choose by."""
 NEVER = -1e4
 """Logit of a class that the training windows do not hold."""
 
@@ -43,7 +43,7 @@ class Ridge:
     penalty
         Chosen penalty, in the units of `PENALTIES`.
     loss
-        Cross-entropy of the left-out windows; NaN where none could be left out.
+        Cross-entropy of the left-out windows; NaN where fewer than half of all could be left out.
     """
 
     weight: NDArray[np.float64]
@@ -68,12 +68,17 @@ def fit_ridge(
 
     Parameters
     ----------
-    features, labels
-        `[windows, features]` and int64 `[windows]` in [0, classes).
+    features
+        `[windows, features]`, or `[copies, windows, features]`: first the windows, then copies of them, as
+        those that begin a little earlier or later. Copies share the weight of one window, are left out with
+        it, and judge nothing.
+    labels
+        int64 `[windows]` in [0, classes).
     classes
         Number of classes; one without windows is never named.
     groups
-        Person (or run) of each window: these are left out to choose penalty and scale. None: windows are.
+        Person (or run) of each window: these are left out to choose penalty and scale. Of one group, or None,
+        single windows are.
     balance
         Weigh windows by the inverse of their class's frequency.
 
@@ -82,23 +87,25 @@ def fit_ridge(
     ValueError
         If features are not finite, or lengths differ.
     """
-    x = np.asarray(features, dtype=np.float64)
-    labels = np.asarray(labels)
-    if x.ndim != 2 or len(x) != len(labels) or not len(x):
-        raise ValueError(f"features: got shape {list(x.shape)} for {len(labels)} labels, expected a row each")
+    x, labels = np.asarray(features, dtype=np.float64), np.asarray(labels)
+    copies, count = (len(x), len(labels)) if x.ndim == 3 else (1, len(labels))
+    if x.ndim not in (2, 3) or x.shape[-2] != count or not x.size:
+        raise ValueError(f"features: got shape {list(x.shape)} for {count} labels, expected a row each")
     if not np.isfinite(x).all():
         raise ValueError("features: got NaN or infinity, expected finite values; look at the windows' BOLD")
     seen, named = np.unique(labels, return_inverse=True)
-    weights = (len(x) / (len(seen) * np.bincount(named)))[named] if balance else np.ones(len(x))
+    weights = (count / (len(seen) * np.bincount(named)))[named] if balance else np.ones(count)
+    parts = [np.flatnonzero(np.tile(part, copies)) for part in _parts(groups, count)]
+    named, weights = np.tile(named, copies), np.tile(weights / copies, copies)
+    x = x.reshape(len(named), -1)
     mean = np.average(x, axis=0, weights=weights)
     spread = np.sqrt(np.average(np.square(x - mean), axis=0, weights=weights))
     spread[spread < 1e-9 * np.maximum(np.abs(mean), 1e-30)] = np.inf  # a constant says nothing
     share = np.average(np.eye(len(seen))[named], axis=0, weights=weights)
     root = np.sqrt(weights)[:, None]
     with threadpool_limits(1, user_api="blas"):  # sums in one order, whatever the machine
-        fit = _Decomposition(root * ((x - mean) / spread), root * (np.eye(len(seen))[named] - share))
-        parts = _parts(groups, len(x))
-        penalty, scale, loss = _choose(fit, parts, named, root, share)
+        fit = _Decomposition((x - mean) / spread, np.eye(len(seen))[named] - share, root)
+        penalty, scale, loss = _choose(fit, parts, named, share, count)
         weight = scale * fit.weight(penalty).T / spread
     full, bias = np.zeros((classes, x.shape[1])), np.full(classes, NEVER)
     full[seen], bias[seen] = weight, scale * share - weight @ mean
@@ -110,68 +117,79 @@ class _Decomposition:
 
     Parameters
     ----------
-    x, y
-        float64 `[windows, features]` and `[windows, classes]`, rows multiplied by the root of their weight.
+    x, y, root
+        float64 `[rows, features]`, `[rows, classes]`, and the root of the rows' weights `[rows, 1]`.
     """
 
-    def __init__(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> None:
-        self.x, self.y = x, y
-        wide = x.shape[1] > x.shape[0]
-        square, vectors = np.linalg.eigh(x @ x.T if wide else x.T @ x)
+    def __init__(self, x: NDArray[np.float64], y: NDArray[np.float64], root: NDArray[np.float64]) -> None:
+        self.x, self.y, self.root = root * x, root * y, root
+        self.wide = x.shape[1] > x.shape[0]
+        square, vectors = np.linalg.eigh(self.x @ self.x.T if self.wide else self.x.T @ self.x)
         kept = square > 1e-12 * max(float(square[-1]), 1e-300)
         self.square: NDArray[np.float64] = square[kept]
-        self.left: NDArray[np.float64] = (
-            vectors[:, kept] if wide else x @ (vectors[:, kept] / np.sqrt(self.square))
-        )
-        self.unit = max(float(np.square(x).sum()) / len(x), 1e-300)
-        self.seen = self.left.T @ y
+        self.vectors: NDArray[np.float64] = vectors[:, kept]
+        self.unit = max(float(np.square(self.x).sum() / np.square(root).sum()), 1e-300)
+        self.seen = self.vectors.T @ (self.y if self.wide else self.x.T @ self.y)
+        if not self.wide:
+            self.seen /= np.sqrt(self.square)[:, None]
+
+    def left(self, part: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return rows of the left singular vectors, `[part, values]`."""
+        return self.vectors[part] if self.wide else self.x[part] @ (self.vectors / np.sqrt(self.square))
 
     def weight(self, penalty: float) -> NDArray[np.float64]:
         """Return the weights of a penalty, `[features, classes]`."""
         inner = self.seen / (self.square + penalty * self.unit)[:, None]
-        return self.x.T @ (self.left @ inner)
+        if self.wide:
+            return self.x.T @ (self.vectors @ inner)
+        return self.vectors @ (np.sqrt(self.square)[:, None] * inner)
 
     def left_out(
-        self, penalty: float, parts: Sequence[NDArray[np.int64]], root: NDArray[np.float64]
+        self, penalty: float, part: NDArray[np.int64], left: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """Return what each window would be given without its part, `[windows, classes]`, times its root."""
+        """Return what the rows of a part would be given without it, `[part, classes]`.
+
+        `left` are their left singular vectors.
+        """
         shrink = self.square / (self.square + penalty * self.unit)
-        offset = root / np.linalg.norm(root)  # the class offsets, which are not penalised
-        said = self.y.copy()
-        fitted = self.left @ (shrink[:, None] * self.seen)
-        for part in parts:
-            rows = self.left[part]
-            hat = (rows * shrink) @ rows.T + offset[part] @ offset[part].T
-            said[part] -= np.linalg.solve(np.eye(len(part)) - hat, self.y[part] - fitted[part])
-        return said
+        offset = self.root[part] / np.linalg.norm(self.root)  # the class offsets, which are not penalised
+        hat = (left * shrink) @ left.T + offset @ offset.T
+        residual = self.y[part] - left @ (shrink[:, None] * self.seen)
+        return (self.y[part] - np.linalg.solve(np.eye(len(part)) - hat, residual)) / self.root[part]
 
 
-def _parts(groups: NDArray | None, windows: int) -> list[NDArray[np.int64]]:
-    """Return the windows that are left out together."""
+def _parts(groups: NDArray | None, windows: int) -> list[NDArray[np.bool_]]:
+    """Return which windows are left out together, in random order."""
     member = np.arange(windows) if groups is None else np.unique(groups, return_inverse=True)[1]
+    if not member.any():
+        member = np.arange(windows)
     count = int(member.max()) + 1
-    if count > PARTS:
-        member = (np.random.default_rng(0).permutation(count) % PARTS)[member]
-    return [np.flatnonzero(member == part) for part in range(min(count, PARTS))]
+    dealt = (np.random.default_rng(0).permutation(count) % PARTS)[member]
+    return [dealt == part for part in range(min(count, PARTS))]
 
 
 def _choose(
     fit: _Decomposition,
     parts: Sequence[NDArray[np.int64]],
     named: NDArray[np.int64],
-    root: NDArray[np.float64],
     share: NDArray[np.float64],
+    windows: int,
 ) -> tuple[float, float, float]:
-    """Return the penalty with the least cross-entropy of left-out windows, its scale, and that entropy."""
-    judged = np.zeros(len(named), dtype=bool)
-    for part in parts:  # only classes that are trained on without the part
-        judged[part] = np.isin(named[part], np.delete(named, part))
-    if len(parts) < 2 or not judged.any():
+    """Return the penalty with the least cross-entropy of left-out windows, its scale, and that entropy.
+
+    Judged are windows, not their copies, of classes that are trained on without the part.
+    """
+    known = [np.isin(named[part], np.delete(named, part)) & (part < windows) for part in parts]
+    sizes = np.array([one.sum() for one in known])
+    if sizes.sum() < windows / 2:
         return PENALTY, SCALE, float("nan")
+    most = int(np.searchsorted(np.cumsum(sizes), ENOUGH)) + 1
+    out = [(part, fit.left(part), one) for part, one in zip(parts[:most], known[:most], strict=True)]
+    judged = np.concatenate([part[one] for part, _, one in out])
     best = (PENALTY, SCALE, np.inf)
     for penalty in PENALTIES:
-        scores = (fit.left_out(penalty, parts, root) / root + share)[judged]
-        scale, loss = _scale(scores, named[judged], np.square(root[judged, 0]))
+        said = np.concatenate([fit.left_out(penalty, part, left)[one] for part, left, one in out])
+        scale, loss = _scale(said + share, named[judged], np.square(fit.root[judged, 0]))
         if loss < best[2]:
             best = (float(penalty), scale, loss)
     return best

@@ -80,6 +80,8 @@ class DecodingTask:
         others never).
     people
         The split file that the folds come from, if they do.
+    move
+        Time points by which windows begin later than their segments, as far as their runs go.
     """
 
     store: BoldStore
@@ -91,6 +93,7 @@ class DecodingTask:
     subjects: NDArray
     folds: list[Fold] = field(default_factory=list)
     people: Split | None = None
+    move: int = 0
 
     @property
     def split_name(self) -> str:
@@ -148,13 +151,18 @@ class DecodingTask:
         finally:
             loader.close()
 
+    def moved(self, by: int) -> DecodingTask:
+        """Return the task with windows that begin `by` time points later, inside their runs."""
+        return replace(self, move=self.move + by)
+
     def sampler(
         self, windows: NDArray[np.int64], *, batch: int, shuffle: bool, seed: int = 0, jitter: int = 0
     ) -> SegmentSampler:
         """Return a sampler over some of the task's windows (positions in `labels`)."""
-        return JitteredSegments(
+        return MovedSegments(
             self.store,
             jitter=jitter,
+            move=self.move,
             segments=self.segments[windows],
             labels=self.labels[windows],
             batch=batch,
@@ -178,24 +186,25 @@ class DecodingTask:
         return self.sampler(everything, batch=len(everything), shuffle=False).batch(0)
 
 
-class JitteredSegments(SegmentSampler):
-    """Segments whose onsets move by up to `jitter` time points, inside their run; otherwise the parent.
+class MovedSegments(SegmentSampler):
+    """Segments that begin `move` time points later, give or take up to `jitter`, inside their run.
 
-    The move of a window is drawn from the seed and the step.
+    The jitter of a window is drawn from the seed and the step.
     """
 
-    def __init__(self, store: BoldStore, *, jitter: int, **settings: Any) -> None:
+    def __init__(self, store: BoldStore, *, jitter: int, move: int, **settings: Any) -> None:
         super().__init__(store, **settings)
-        self._jitter = jitter
+        self._jitter, self._move = jitter, move
         self._runs = np.asarray(store.runs.start, np.int64), np.asarray(store.runs.length, np.int64)
 
     def batch(self, step: int) -> Windows:
         """Return the segments of batch `step`."""
         windows = super().batch(step)
-        if not self._jitter:
+        if not self._jitter and not self._move:
             return windows
         rng = np.random.default_rng([self.seed % 2**64, step])
-        moved = windows.starts + rng.integers(-self._jitter, self._jitter, len(windows), endpoint=True)
+        moved = windows.starts + self._move
+        moved += rng.integers(-self._jitter, self._jitter, len(windows), endpoint=True)
         begin, length = (column[windows.runs] for column in self._runs)
         return replace(windows, starts=np.clip(moved, begin, begin + length - windows.lengths))
 

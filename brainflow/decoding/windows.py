@@ -43,6 +43,10 @@ class WindowSource(Protocol):
         """
         ...
 
+    def moved(self, by: int) -> WindowSource | None:
+        """Return the same windows, each `by` time points later inside its run; None if that is not known."""
+        ...
+
 
 class ArrayWindows:
     """Windows in memory.
@@ -91,6 +95,9 @@ class ArrayWindows:
         `jitter` changes nothing: what lay around these windows is not known.
         """
         return nullcontext(self._batches(np.asarray(windows), batch, shuffle, seed, device))
+
+    def moved(self, by: int) -> None:
+        """Return None: what lay around these windows is not known."""
 
     def _batches(
         self, windows: NDArray[np.int64], batch: int, shuffle: bool, seed: int, device: torch.device

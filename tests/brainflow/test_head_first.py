@@ -10,9 +10,10 @@ from brainflow.config import ModelConfig
 from brainflow.decoding import fit
 from brainflow.decoding.baselines import half_whitener, make_features, spatially_normalised
 from brainflow.decoding.curve import learning_curve
-from brainflow.decoding.finetune import probabilities
+from brainflow.decoding.finetune import frozen_features, probabilities
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.result import baseline, gains, judge
+from brainflow.decoding.ridge import fit_ridge
 from brainflow.decoding.scores import paired_difference, score
 from brainflow.decoding.task import TaskConfig, load_task
 from brainflow.decoding.windows import ArrayWindows
@@ -124,6 +125,67 @@ def test_the_layer_that_reads_left_out_people_is_taken():
         assert fit.choose(features, source, windows, classes=3, balance=False)[0] == place
     one = np.flatnonzero(source.groups == 0)[:3]  # one window a class: nothing can be left out
     assert fit.choose([telling, noise, noise], source, one, classes=3, balance=False)[0] == 2
+
+
+def test_one_window_a_class_is_read_at_neighbouring_onsets_of_both_ends(task, monkeypatch):
+    """The head then knows the windows as they stand a time point earlier and later, as those of one."""
+    seen = []
+    monkeypatch.setattr(
+        fit, "fit_ridge", lambda x, *args, **options: seen.append(x) or fit_ridge(x, *args, **options)
+    )
+    windows = np.arange(3)
+    decoder, _ = fit_decoder(module(), task, windows, AdaptConfig(mode="linear"), classes=3, device=CPU)
+    assert decoder.readout.layer == "both"
+    read = [
+        frozen_features(module().eval(), task.moved(by), [decoder.readout], device=CPU, windows=windows)[0]
+        for by in (0, -1, 1)
+    ]
+    np.testing.assert_allclose(seen[-1], np.stack(read), atol=1e-5)
+    assert not np.allclose(read[0], read[1], atol=1e-2)
+    fitted = fit_ridge(np.stack(read), task.labels[windows], classes=3)
+    np.testing.assert_allclose(decoder.head.weight.detach(), fitted.weight, atol=1e-5)
+    seen.clear()
+    fit_decoder(module(), task, np.arange(6), AdaptConfig(mode="linear"), classes=3, device=CPU)
+    assert all(x.ndim == 2 for x in seen)
+
+
+def test_windows_that_move_stay_in_their_run(task):
+    windows = np.arange(36)
+    plain, *moved = (
+        one.sampler(windows, batch=36, shuffle=False).batch(0)
+        for one in (task, task.moved(-3), task.moved(1))
+    )
+    begin, length = (np.asarray(getattr(task.store.runs, name)) for name in ("start", "length"))
+    for by, one in zip((-3, 1), moved, strict=True):
+        first = begin[plain.runs]
+        np.testing.assert_array_equal(one.starts, np.maximum(plain.starts + by, first))
+        np.testing.assert_array_equal(one.lengths, plain.lengths)
+        np.testing.assert_array_equal(one.labels, plain.labels)
+    last = task.moved(1000).sampler(windows, batch=36, shuffle=False).batch(0)
+    np.testing.assert_array_equal(last.starts, (begin + length)[last.runs] - last.lengths)
+
+
+def test_windows_without_a_run_are_fitted_as_they_are():
+    source = people(1)
+    assert source.moved(1) is None
+    config = AdaptConfig(mode="linear")
+    decoder, _ = fit_decoder(module(), source, np.arange(3), config, classes=3, device=CPU)
+    features = frozen_features(module(), source, [decoder.readout], device=CPU)[0][:3]
+    expected = fit_ridge(features, source.labels[:3], classes=3)
+    np.testing.assert_allclose(decoder.head.weight.detach(), expected.weight, atol=1e-5)
+
+
+def test_fine_tuning_begins_at_both_layers_side_by_side():
+    given, config = module(), AdaptConfig(layer="both", steps=3, lr=1e-2)
+    decoder, _ = fit_decoder(given, people(1), np.arange(6), config, classes=3, device=CPU)
+    assert decoder.head.in_features == 2 * 10 * 8
+    assert not torch.equal(decoder.module.embedding.project.weight, given.embedding.project.weight)
+
+
+def test_a_cosine_is_not_taken_of_two_layers():
+    known = module()
+    assert [one.layer for one in AdaptConfig(mode="knn").readouts(known)] == [0, 1, None]
+    assert [one.layer for one in AdaptConfig(mode="linear").readouts(known)] == [0, 1, None, "both"]
 
 
 def test_jitter_moves_onsets_by_at_most_so_much_and_stays_in_the_run(task):

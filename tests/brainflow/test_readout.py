@@ -96,6 +96,18 @@ def test_layers_are_the_states_of_the_time_points(framework):
     assert not [h for m in model.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
 
 
+@pytest.mark.parametrize("pooling", ["bins", "moments", "last", "tokens"])
+def test_both_is_the_embedding_and_the_last_states_side_by_side(pooling):
+    model, batch = module(), batch_of([4, 6])
+    both, first, last = (Readout(pooling=pooling, bins=3, layer=layer) for layer in ("both", 0, None))
+    found = read(model, batch, [both, first, last])
+    torch.testing.assert_close(found[0], torch.cat(found[1:], dim=1))
+    assert found[0].shape[1] == both.width(8) == 2 * first.width(8)
+    found[0].sum().backward()
+    trained = (model.embedding.project.weight, model.transformer.blocks[-1].attention.out.weight)
+    assert all(one.grad is not None for one in trained)
+
+
 def test_the_layer_before_the_last_leads_to_the_last():
     model, batch = module(), batch_of([4, 6])
     with torch.no_grad():
@@ -113,6 +125,7 @@ def test_the_layer_before_the_last_leads_to_the_last():
         ({"bins": 10**9}, "bins: got 1000000000"),
         ({"bins": True}, "bins: got True"),
         ({"layer": -1}, "layer: got -1"),
+        ({"layer": "all"}, "layer: got 'all', expected 0 .* or both"),
     ],
 )
 def test_readouts_that_cannot_be_are_refused(settings, says):

@@ -42,13 +42,12 @@ def test_left_out_scores_are_those_of_fits_without_the_group(wide, balance, seed
     fit, scaled = by_refitting(x, labels, weights, penalty)
     onehot, root = np.eye(3)[labels], np.sqrt(weights)[:, None]
     share = np.average(onehot, axis=0, weights=weights)
-    parts = module._parts(groups, len(x))
-    ours = module._Decomposition(root * scaled, root * (onehot - share))
-    found = ours.left_out(penalty, parts, root) / root + share
-    for part in parts:
+    ours = module._Decomposition(scaled, onehot - share, root)
+    for part in map(np.flatnonzero, module._parts(groups, len(x))):
+        found = ours.left_out(penalty, part, ours.left(part)) + share
         rest = np.setdiff1d(np.arange(len(x)), part)
         fit.fit(scaled[rest], onehot[rest], sample_weight=weights[rest])
-        np.testing.assert_allclose(found[part], fit.predict(scaled[part]), atol=1e-6)
+        np.testing.assert_allclose(found, fit.predict(scaled[part]), atol=1e-6)
 
 
 @pytest.mark.parametrize("features", [5, 60])
@@ -93,7 +92,50 @@ def test_people_not_windows_choose_the_penalty():
     assert by_people.penalty > by_windows.penalty
 
 
-def test_one_person_has_the_fixed_penalty_and_absent_classes_are_never_named():
+def test_one_person_is_judged_by_windows_that_are_left_out():
+    x, labels, _ = planted(people=12)
+    alone = fit_ridge(x, labels, classes=3, groups=np.zeros(len(x)))
+    by_windows = fit_ridge(x, labels, classes=3)
+    assert alone.penalty == by_windows.penalty
+    assert alone.loss == by_windows.loss < np.log(3)
+
+
+def test_copies_weigh_as_one_window_and_are_left_out_with_it():
+    x, labels, groups = planted(people=8)
+    plain = fit_ridge(x, labels, classes=3, groups=groups)
+    same = fit_ridge(np.stack([x, x, x]), labels, classes=3, groups=groups)
+    assert same.penalty == plain.penalty
+    np.testing.assert_allclose(same.loss, plain.loss)
+    np.testing.assert_allclose(same.weight, plain.weight, atol=1e-8)
+    alone = [fit_ridge(one, labels[:3], classes=3).logits(x) for one in (x[:3], np.stack([x[:3], x[:3]]))]
+    np.testing.assert_allclose(*alone, atol=1e-8)
+
+
+def test_only_windows_themselves_are_judged():
+    """Copies that tell everything make no left-out window look known."""
+    rng = np.random.default_rng(0)
+    labels, groups = np.tile(np.arange(3), 8), np.repeat(np.arange(8), 3)
+    noise = rng.normal(size=(24, 10))
+    fitted = fit_ridge(np.stack([noise, 5 * np.eye(10)[labels]]), labels, classes=3, groups=groups)
+    assert fitted.loss > np.log(3) - 0.1
+
+
+def test_enough_left_out_windows_judge(monkeypatch):
+    """Of very many people some say what all do."""
+    x, labels, groups = planted(people=60, features=20)
+    everybody = fit_ridge(x, labels, classes=3, groups=groups)
+    seen, left_out = [], module._Decomposition.left_out
+    monkeypatch.setattr(module, "ENOUGH", 30)
+    monkeypatch.setattr(
+        module._Decomposition, "left_out", lambda self, *args: seen.append(args[1]) or left_out(self, *args)
+    )
+    some = fit_ridge(x, labels, classes=3, groups=groups)
+    judged = np.unique(np.concatenate(seen))
+    assert 30 <= len(judged) < 45
+    assert (some.logits(x).argmax(axis=1) == everybody.logits(x).argmax(axis=1)).mean() > 0.95
+
+
+def test_one_window_a_class_has_the_fixed_penalty_and_absent_classes_are_never_named():
     x, labels, _ = planted(people=1)
     alone = fit_ridge(x, labels, classes=5, groups=np.zeros(3))
     assert alone.penalty == module.PENALTY
