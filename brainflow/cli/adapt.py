@@ -185,6 +185,7 @@ def run(args: Args) -> int:
         print(printable(f"brainflow adapt: warning: {told}"), file=sys.stderr)
     explain = HeldOut(task, args.attribute) if args.attribute else None
     settings: dict[str, Any] = {
+        "known": {},
         "seeds": args.seeds,
         "device": args.device,
         "allow_mismatch": args.allow_mismatch,

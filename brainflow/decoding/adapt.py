@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from brainflow.decoding.finetune import Decoder, History, frozen_features, probabilities
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
@@ -22,6 +23,7 @@ from brainflow.pretrained.compatibility import check_fits
 from brainflow.pretrained.format import load_pretrained
 
 Device = Literal["auto", "cpu", "cuda"]
+Known = dict[tuple[Any, ...], list[NDArray[np.float32]]]
 
 
 def adapt(
@@ -33,6 +35,7 @@ def adapt(
     device: Device = "auto",
     allow_mismatch: bool = False,
     allow_seen: bool = False,
+    known: Known | None = None,
     explain: Callable[[Decoder, np.ndarray], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
@@ -54,6 +57,8 @@ def adapt(
         Go on where the store's parcellation, TR or normalisation is not what the model was trained on.
     allow_seen
         Go on where a split file names people to test whom the model has seen.
+    known
+        Frozen features of earlier calls: what is there is not computed again, what is computed is put there.
     explain
         Called with each fitted decoder and the windows that its fold tests.
     progress
@@ -90,7 +95,8 @@ def adapt(
                 progress(number * len(task.folds) + done, seeds * len(task.folds))
 
         module = load_module(checkpoint, seeded, where)
-        chances, fits = _fold_chances(task, module, seeded, where, explain, show)
+        features = _features(checkpoint, task, module, seeded, where, {} if known is None else known)
+        chances, fits = _fold_chances(task, module, seeded, where, features, explain, show)
         parts.append(chances)
         histories += [(number, fold.name, fit) for fold, fit in zip(task.folds, fits, strict=True) if fit]
     stacked = np.stack(parts)
@@ -116,20 +122,38 @@ def load_module(checkpoint: str | os.PathLike[str], config: AdaptConfig, device:
     return module.to(device)
 
 
+def _features(
+    checkpoint: str | os.PathLike[str],
+    task: DecodingTask,
+    module: Any,
+    config: AdaptConfig,
+    device: torch.device,
+    known: Known,
+) -> list[NDArray[np.float32]] | None:
+    """Return what `config.readouts` give of all windows, None if nothing is fitted to them."""
+    if not config.fitted_first:
+        return None
+    readouts = tuple(config.readouts(module))
+    fresh = config.seed if config.scratch else None
+    windows = (task.store.path, task.store.snapshot, task.config.hrf_shift, task.segments.tobytes())
+    key = (os.fspath(checkpoint), fresh, readouts, *windows)
+    if key not in known:
+        known[key] = frozen_features(module, task, readouts, device=device)
+    return known[key]
+
+
 def _fold_chances(
     task: DecodingTask,
     module: Any,
     config: AdaptConfig,
     device: torch.device,
+    features: list[NDArray[np.float32]] | None,
     explain: Callable[[Decoder, np.ndarray], None] | None,
     progress: Callable[[int], None],
 ) -> tuple[np.ndarray, list[History | None]]:
     """Return class probabilities `[windows, classes]` of a decoder fitted in each fold, and the fits."""
     classes = len(task.classes)
     chances = np.zeros((len(task.labels), classes), dtype=np.float32)
-    features = None
-    if config.fitted_first:
-        features = frozen_features(module, task, config.readouts(module), device=device)
     histories = []
     for number, fold in enumerate(task.folds):
         decoder, history = fit_decoder(

@@ -10,12 +10,16 @@ import torch
 
 from brainflow.cli.main import main
 from brainflow.config import ModelConfig
+from brainflow.decoding import adapt as adapting
 from brainflow.decoding.adapt import adapt
 from brainflow.decoding.baselines import BASELINES
+from brainflow.decoding.finetune import Decoder, frozen_features, probabilities
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
-from brainflow.decoding.heads import AttentiveHead, class_weights, fit_probe
+from brainflow.decoding.heads import AttentiveHead, class_weights, fit_probe, make_head
 from brainflow.decoding.leaks import LeakWarning
 from brainflow.decoding.lora import add_lora, has_blocks, merge_lora
+from brainflow.decoding.persist import load_decoder, save_decoder
+from brainflow.decoding.readout import Readout
 from brainflow.decoding.result import baselines
 from brainflow.decoding.splits import Fold
 from brainflow.decoding.task import TaskConfig, load_task
@@ -269,6 +273,47 @@ def test_validation_windows_choose_and_their_course_is_kept(tmp_path, model):
 
 
 # ---------------------------------------------------------------- the command
+
+
+def test_frozen_features_are_computed_once_for_all_calls_on_the_same_windows(tmp_path, model, monkeypatch):
+    store = write_store(tmp_path / "s", [(f"new{i}", i) for i in range(4)])
+    task = load_task(store, TaskConfig(target="state", split="leave-one-subject-out"))
+    other = load_task(store, TaskConfig(target="state", split="leave-one-subject-out", hrf_shift=2.0))
+    passes, known = [], {}
+
+    def counted(*args, **settings):
+        passes.append(1)
+        return frozen_features(*args, **settings)
+
+    monkeypatch.setattr(adapting, "frozen_features", counted)
+    configs = [
+        AdaptConfig(mode="linear", seed=seed, scratch=scratch) for scratch in (False, True) for seed in (0, 1)
+    ]
+    for config in configs:
+        first = adapt(task, model, config, device="cpu", known=known)
+        again = adapt(replace(task, folds=task.folds[:2]), model, config, device="cpu", known=known)
+        alone = adapt(task, model, config, device="cpu")
+        np.testing.assert_array_equal(first.probabilities, alone.probabilities)
+        tested = np.concatenate([fold.test for fold in task.folds[:2]])
+        np.testing.assert_array_equal(again.probabilities[tested], first.probabilities[tested])
+    assert len(passes) == len(known) + len(configs) == 3 + 4  # the pretrained once, a fresh one for each seed
+    moved = adapt(other, model, configs[0], device="cpu", known=known)
+    assert len(known) == 4
+    assert not np.allclose(moved.probabilities, alone.probabilities)
+
+
+@pytest.mark.parametrize("mode", ["linear", "attentive", "mlp"])
+def test_a_decoder_of_two_layers_comes_back_as_it_was(tmp_path, mode):
+    pooling = "tokens" if mode == "attentive" else "moments"
+    source = ArrayWindows(np.random.default_rng(0).normal(size=(9, 5, NETWORKS)), t_r=2.0)
+    readout = Readout(pooling=pooling, layer="both")
+    head = make_head(mode, width=readout.width(16), classes=2)
+    decoder = Decoder(module(), head, readout).eval()
+    save_decoder(decoder, tmp_path / "d", mode=mode, kind=mode, classes=("a", "b"))
+    loaded, config = load_decoder(tmp_path / "d")
+    assert config["decoder"]["layer"] == "both"
+    found, expected = (probabilities(one, source, np.arange(9), device=CPU) for one in (loaded, decoder))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_numbers_of_subjects_ask_for_the_subject_wise_split(tmp_path, model, capsys):
