@@ -190,8 +190,8 @@ def single_threaded() -> Any:
     return threadpool_limits(1, user_api="blas")
 
 
-def make_classifier(name: BaselineName) -> Any:
-    """Return an unfitted classifier with its scaler in front.
+def make_classifier(name: BaselineName, times: int = 1) -> Any:
+    """Return an unfitted classifier with its scaler in front; `times` as in :func:`predict_folds`.
 
     Raises
     ------
@@ -203,7 +203,7 @@ def make_classifier(name: BaselineName) -> Any:
     if name in ("logistic", "logistic-spatial", "means", "log-variance", "connectome"):
         return make_pipeline(StandardScaler(), PCA(svd_solver="full"), LogisticRegression(max_iter=1_000))
     if name.startswith("ridge"):
-        return RidgeDecoder()
+        return RidgeDecoder(times)
     if name == "tangent":
         return TangentDecoder()
     if name == "mlp":
@@ -337,6 +337,7 @@ def predict_folds(
     *,
     classes: int,
     groups: NDArray | None = None,
+    times: int = 1,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
     """Fit a classifier in each fold and return what it says about every window that a fold tests.
 
@@ -354,6 +355,8 @@ def predict_folds(
         Number of classes.
     groups
         Person or run of each window: ridge leaves these out to choose its penalty.
+    times
+        Time points that the features of a ridge lie side by side of.
 
     Returns
     -------
@@ -369,7 +372,7 @@ def predict_folds(
         # too small for threads, and results do not depend on them
         with single_threaded(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            classifier = make_classifier(name)
+            classifier = make_classifier(name, times)
             known = (features[fold.train], labels[fold.train])
             if isinstance(classifier, RidgeDecoder | TangentDecoder) and groups is not None:
                 classifier.fit(*known, groups[fold.train])

@@ -201,7 +201,9 @@ def fit_decoder(
     readouts = config.readouts(module)
     if features is None:
         features = frozen_features(module, source, readouts, device=device)
-    place, ridge = choose(features, source, windows, classes=classes, balance=config.balance)
+    place, ridge = choose(
+        features, source, windows, classes=classes, balance=config.balance, times=readouts[0].times
+    )
     readout, labels = readouts[place], source.labels[windows]
     if np.isnan(ridge.loss):
         ridge = _fit_to_moved(module, source, windows, config, readout, features[place], classes, device)
@@ -230,16 +232,15 @@ def choose(
     *,
     classes: int,
     balance: bool,
+    times: int = 1,
 ) -> tuple[int, Ridge]:
     """Return which features read left-out people of the training windows best, and the ridge on them.
 
     The last features are taken where nothing can be left out.
     """
     groups = None if source.groups is None else source.groups[windows]
-    fits = [
-        fit_ridge(x[windows], source.labels[windows], classes=classes, groups=groups, balance=balance)
-        for x in features
-    ]
+    settings: Any = {"classes": classes, "groups": groups, "balance": balance, "times": times}
+    fits = [fit_ridge(x[windows], source.labels[windows], **settings) for x in features]
     losses = [fit.loss for fit in fits]
     place = len(fits) - 1 if np.isnan(losses).any() else int(np.argmin(losses))
     return place, fits[place]
@@ -287,9 +288,8 @@ def _steps_to_take(
     rest, held = windows[~out], windows[out]
     if not len(rest) or len(np.setdiff1d(source.labels[windows], source.labels[rest])):
         return None, []
-    ridge = fit_ridge(
-        features[rest], source.labels[rest], classes=classes, groups=groups[~out], balance=config.balance
-    )
+    settings: Any = {"classes": classes, "balance": config.balance, "times": readout.times}
+    ridge = fit_ridge(features[rest], source.labels[rest], groups=groups[~out], **settings)
     decoder = _trainable(module, linear_head(ridge), readout, config, device)
     checks = _train(decoder, source, rest, config, classes, device, held).checks
     return min(checks, key=lambda check: check[1])[0], checks

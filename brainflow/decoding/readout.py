@@ -66,6 +66,11 @@ class Readout:
         if self.layer not in (None, BOTH) and (type(self.layer) is not int or self.layer < 0):
             raise ValueError(f"layer: got {self.layer!r}, expected 0 (the embedding), 1, 2, … or both")
 
+    @property
+    def times(self) -> int:
+        """Parts of a window's time that the vector holds one after the other."""
+        return self.bins if self.pooling == "bins" else 1
+
     def width(self, width: int) -> int:
         """Return the length of the vector of states of some width."""
         sides = 2 if self.layer == BOTH and self.pooling != "cls" else 1
@@ -91,12 +96,14 @@ def read(module: Any, batch: PackedBatch, readouts: Sequence[Readout]) -> list[T
         If the module has no such layer.
     """
     states = _states(module, batch, {layer for one in readouts for layer in _sides(one)})
-    return [
-        torch.cat([_pooled(states[layer], batch.lengths, readout) for layer in _sides(readout)], dim=1)
-        if readout.pooling != "cls"
-        else module.features(batch, "cls")
-        for readout in readouts
-    ]
+
+    def vector(readout: Readout) -> Tensor:
+        if readout.pooling == "cls":
+            return module.features(batch, "cls")
+        sides = [states[layer] for layer in _sides(readout)]
+        return _pooled(sides[0] if len(sides) == 1 else torch.cat(sides, dim=1), batch.lengths, readout)
+
+    return [vector(readout) for readout in readouts]
 
 
 def _sides(readout: Readout) -> list[int | None]:

@@ -128,7 +128,13 @@ def _baseline(
         bold, lengths = read()
         features = make_features(name, bold, lengths, task.store)
         kept = predict_folds(
-            name, features, task.labels, task.folds, classes=len(task.classes), groups=task.groups
+            name,
+            features,
+            task.labels,
+            task.folds,
+            classes=len(task.classes),
+            groups=task.groups,
+            times=features.shape[1] // bold.shape[1],
         )
         if cache is not None:
             keep(cache, task, name, *kept)

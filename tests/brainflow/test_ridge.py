@@ -111,6 +111,34 @@ def test_copies_weigh_as_one_window_and_are_left_out_with_it():
     np.testing.assert_allclose(*alone, atol=1e-8)
 
 
+def ordered(people, offset, seed=0):
+    """Windows of 4 time points × 5 networks whose classes differ in when networks are active."""
+    rng = np.random.default_rng(seed)
+    labels, groups = np.tile(np.arange(4), 2 * people), np.repeat(np.arange(people), 8)
+    x = rng.normal(size=(len(labels), 4, 5)) + offset * rng.normal(size=(len(labels), 1, 5))
+    x[np.arange(len(labels)), labels] += 1
+    return x.reshape(len(labels), 20), labels, groups
+
+
+def test_means_over_time_have_no_weight_where_they_are_noise():
+    x, labels, groups = ordered(6, offset=5.0)
+    plain, chosen = (fit_ridge(x, labels, classes=4, groups=groups, times=times) for times in (1, 4))
+    assert chosen.loss < plain.loss - 0.05
+    np.testing.assert_allclose(chosen.weight.reshape(4, 4, 5).mean(axis=1), 0, atol=1e-12)
+    moved = x + np.tile(np.arange(5), 4)
+    np.testing.assert_allclose(chosen.logits(moved), chosen.logits(x), atol=1e-9)
+    new, named, _ = ordered(50, offset=5.0, seed=1)
+    hits = [(one.logits(new).argmax(axis=1) == named).mean() for one in (plain, chosen)]
+    assert hits[1] > hits[0] + 0.03
+
+
+def test_means_over_time_keep_their_weight_where_they_tell():
+    x, labels, groups = planted(features=5)
+    x = np.tile(x, 4) + np.random.default_rng(1).normal(size=(len(x), 20))
+    plain, chosen = (fit_ridge(x, labels, classes=3, groups=groups, times=times) for times in (1, 4))
+    np.testing.assert_array_equal(chosen.weight, plain.weight)
+
+
 def test_only_windows_themselves_are_judged():
     """Copies that tell everything make no left-out window look known."""
     rng = np.random.default_rng(0)
