@@ -149,6 +149,28 @@ def test_one_window_a_class_is_read_at_neighbouring_onsets_of_both_ends(task, mo
     assert all(x.ndim == 2 for x in seen)
 
 
+@pytest.mark.parametrize("layer", [0, "both"])
+def test_a_head_need_not_see_what_windows_are_over_time(layer, monkeypatch):
+    """Where nothing but noise is in the mean over the bins, fine-tuning begins at heads that leave it out."""
+    source = people(signal=1.0)
+    rng = np.random.default_rng(5)
+    source.bold += np.repeat(9 * rng.normal(size=(36, NETWORKS)), 6, axis=0).astype(np.float32)
+    heads, train = [], fit._train
+    monkeypatch.setattr(
+        fit,
+        "_train",
+        lambda decoder, *args, **options: (
+            heads.append(decoder.head.weight.detach().clone()) or train(decoder, *args, **options)
+        ),
+    )
+    config = AdaptConfig(layer=layer, bins=6, steps=1)
+    fit_decoder(module(), source, np.arange(36), config, classes=3, device=CPU)
+    assert len(heads) == 2
+    for head in heads:
+        over = head.view(3, 6, -1)
+        assert over.mean(dim=1).abs().max() < 1e-6 < over.abs().max()
+
+
 def test_windows_that_move_stay_in_their_run(task):
     windows = np.arange(36)
     plain, *moved = (

@@ -132,6 +132,13 @@ def test_means_over_time_have_no_weight_where_they_are_noise():
     assert hits[1] > hits[0] + 0.03
 
 
+def test_many_windows_need_no_such_choice(monkeypatch):
+    x, labels, groups = ordered(6, offset=5.0)
+    monkeypatch.setattr(module, "ENOUGH", 47)
+    plain, asked = (fit_ridge(x, labels, classes=4, groups=groups, times=times) for times in (1, 4))
+    np.testing.assert_array_equal(asked.weight, plain.weight)
+
+
 def test_means_over_time_keep_their_weight_where_they_tell():
     x, labels, groups = planted(features=5)
     x = np.tile(x, 4) + np.random.default_rng(1).normal(size=(len(x), 20))
