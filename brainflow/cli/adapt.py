@@ -97,9 +97,10 @@ class Args:
     time bins side by side; `moments`, mean and log-SD over time; `cls`, the default of --published."""
     bins: int = 10
     """Number of time bins."""
-    layer: int | Literal["both"] | None = None
-    """States that are read: 0 the embedding, 1, 2, … after so many blocks, `both` the embedding and the last
-    side by side; by default chosen by leaving people out within the training windows."""
+    layer: int | Literal["input", "both", "all"] | None = None
+    """States that are read: 0 the embedding, 1, 2, … after so many blocks, `input` the BOLD normalised over
+    networks, `both` embedding and last side by side, `all` these and the input; by default chosen by leaving
+    people out within the training windows."""
     freeze: Annotated[str, tyro.conf.arg(metavar="PART,…")] = ""
     """`finetune`: pretrained parts that stay as they are: embedder, decoder, decoder-without-heads,
     unembedder."""

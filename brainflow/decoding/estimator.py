@@ -440,7 +440,7 @@ class BoldEncoder(TransformerMixin, _OnWindows):
         readout = Readout(pooling=self.pooling, bins=self.bins, layer=self.layer)
         windows, _ = self._windows(X, y if _is_table(y) or _are_tables(y) else None, fit=True)
         self.module_ = self._module(windows)
-        self._n_features_out = readout.width(self.module_.config.width)
+        self._n_features_out = readout.width(self.module_.config)
         return self
 
     def transform(self, X: Any, events: Any = None) -> NDArray[np.float32]:

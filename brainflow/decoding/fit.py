@@ -21,7 +21,7 @@ from torch import nn
 from brainflow.decoding.finetune import Decoder, History, finetune, frozen_features
 from brainflow.decoding.heads import ProbeName, fit_probe, linear_head, make_head
 from brainflow.decoding.lora import add_lora, merge_lora
-from brainflow.decoding.readout import BINS, BOTH, Layer, Pooling, Readout, layers
+from brainflow.decoding.readout import ALL, BINS, BOTH, Layer, Pooling, Readout, layers
 from brainflow.decoding.ridge import Ridge, fit_ridge
 from brainflow.decoding.windows import WindowSource
 from brainflow.pretrained.warm_start import freeze
@@ -66,9 +66,10 @@ class AdaptConfig:
     bins: int = BINS
     """Number of time bins."""
     layer: Layer = None
-    """Which states are read: 0 the embedding, 1, 2, … after so many blocks (their number: the last), `both`
-    embedding and last side by side. By default what reads people best who are left out of the training
-    windows (windows of one person); `both` where classes have one window each."""
+    """Which states are read: 0 the embedding, 1, 2, … after so many blocks (their number: the last), `input`
+    the BOLD itself, normalised over networks at each time point, `both` embedding and last side by side,
+    `all` these and the input. By default what reads people best who are left out of the training windows
+    (windows of one person), the input alone apart; `all` where classes have one window each."""
     freeze: str = ""
     """`finetune` only: pretrained parts that stay as they are, e.g. embedder,decoder: of embedder, decoder,
     decoder-without-heads and unembedder."""
@@ -155,7 +156,7 @@ class AdaptConfig:
         elif self.pooled_by == "cls" or not self.fitted_first:
             chosen = [None]
         else:  # of two layers side by side a cosine would see the longer vector
-            chosen = known if self.mode == "knn" else [*known, BOTH]
+            chosen = known if self.mode == "knn" else [*known, BOTH, ALL]
         return [Readout(pooling=self.pooled_by, bins=self.bins, layer=layer) for layer in chosen]
 
 
@@ -353,7 +354,7 @@ def _from_random_head(
 ) -> tuple[Decoder, History]:
     (readout,) = config.readouts(module)
     torch.manual_seed(config.seed)
-    width = readout.width(module.config.width)
+    width = readout.width(module.config)
     head = make_head(config.mode, width=width, classes=classes, dropout=config.dropout)
     decoder = _trainable(module, head, readout, config, device)
     history = _train(decoder, source, windows, config, classes, device, validation)

@@ -15,7 +15,7 @@ from brainflow.decoding.adapt import Device, load_module
 from brainflow.decoding.finetune import Decoder
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.heads import Neighbours, make_head
-from brainflow.decoding.readout import BOTH, Readout, layers
+from brainflow.decoding.readout import SIDES, Readout, layers
 from brainflow.decoding.result import Result
 from brainflow.decoding.task import DecodingTask, check_classes
 from brainflow.devices import resolve_device
@@ -88,7 +88,7 @@ def load_decoder(folder: str | os.PathLike[str]) -> tuple[Decoder, dict[str, Any
     module: Any = load_pretrained(folder)
     with TensorFile(path) as tensors:
         readout = _readout(section, module)
-        width = readout.width(module.config.width)
+        width = readout.width(module.config)
         with torch.device("meta"):  # no memory before the sizes are those of the file
             tensors.check(_head(section, width).state_dict())
         check_digest(path, config)
@@ -102,7 +102,7 @@ def _readout(section: dict[str, Any], module: Any) -> Readout:
     named = {name: section[name] for name in ("pooling", "bins", "layer") if name in section}
     try:
         readout = Readout(**named)
-        if readout.layer not in [*layers(module), BOTH]:
+        if readout.layer not in [*layers(module), *SIDES]:
             raise ValueError(
                 f"layer: got {readout.layer}, but the model has {len(layers(module)) - 2} blocks"
             )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,13 +23,18 @@ from brainflow.frameworks.base import pool
 
 if TYPE_CHECKING:
     from brainflow.batch import PackedBatch
+    from brainflow.config import ModelConfig
 
 Pooling = Literal["bins", "moments", "cls", "last", "mean", "first", "tokens"]
-Layer = int | Literal["both"] | None
+Layer = int | Literal["input", "both", "all"] | None
 BINS = 10
 MOST_BINS = 4_096
 EMBEDDING = 0
+Side = int | Literal["input"] | None
+INPUT: Literal["input"] = "input"
 BOTH: Literal["both"] = "both"
+ALL: Literal["all"] = "all"
+SIDES: dict[str, list[Side]] = {INPUT: [INPUT], BOTH: [EMBEDDING, None], ALL: [INPUT, EMBEDDING, None]}
 SMALLEST_VARIANCE = 1e-6
 
 
@@ -46,7 +52,9 @@ class Readout:
         Parts of `bins`.
     layer
         0: the embedded time points, without positions; 1, 2, …: after so many blocks; None: the last states,
-        after the final norm; `both`: what 0 and None give, side by side. `cls` is read from the last.
+        after the final norm; `input`: the BOLD itself. All but the last are normalised over their width at
+        each time point (of BOLD that removes mean and SD over networks), as the next block would read them.
+        `both`: what 0 and None give, side by side; `all`: those and the input. `cls` is read from the last.
 
     Raises
     ------
@@ -63,21 +71,25 @@ class Readout:
             raise ValueError(f"pooling: got {self.pooling!r}, expected one of {', '.join(get_args(Pooling))}")
         if type(self.bins) is not int or not 1 <= self.bins <= MOST_BINS:
             raise ValueError(f"bins: got {self.bins!r}, expected a whole number from 1 to {MOST_BINS}")
-        if self.layer not in (None, BOTH) and (type(self.layer) is not int or self.layer < 0):
-            raise ValueError(f"layer: got {self.layer!r}, expected 0 (the embedding), 1, 2, … or both")
+        if self.layer not in (None, *SIDES) and (type(self.layer) is not int or self.layer < 0):
+            raise ValueError(
+                f"layer: got {self.layer!r}, expected 0 (the embedding), 1, 2, … or {', '.join(SIDES)}"
+            )
 
     @property
     def times(self) -> int:
         """Parts of a window's time that the vector holds one after the other."""
         return self.bins if self.pooling == "bins" else 1
 
-    def width(self, width: int) -> int:
-        """Return the length of the vector of states of some width."""
-        sides = 2 if self.layer == BOTH and self.pooling != "cls" else 1
-        return width * sides * {"bins": self.bins, "moments": 2}.get(self.pooling, 1)
+    def width(self, model: ModelConfig) -> int:
+        """Return the length of the vector that is made of a model's states."""
+        if self.pooling == "cls":
+            return model.width
+        each = sum(model.networks if side == INPUT else model.width for side in _sides(self))
+        return each * {"bins": self.bins, "moments": 2}.get(self.pooling, 1)
 
     def __call__(self, module: Any, batch: PackedBatch) -> Tensor:
-        """Return `[windows, self.width(width)]`; for `tokens` `[tokens, width]`."""
+        """Return `[windows, self.width(module.config)]`; for `tokens` `[tokens, …]`."""
         return read(module, batch, [self])[0]
 
 
@@ -106,33 +118,38 @@ def read(module: Any, batch: PackedBatch, readouts: Sequence[Readout]) -> list[T
     return [vector(readout) for readout in readouts]
 
 
-def _sides(readout: Readout) -> list[int | None]:
+def _sides(readout: Readout) -> list[Side]:
     """Return the layers whose vectors are laid side by side."""
     if readout.pooling == "cls":
         return []
-    return [EMBEDDING, None] if isinstance(readout.layer, str) else [readout.layer]
+    return SIDES[readout.layer] if isinstance(readout.layer, str) else [readout.layer]
 
 
-def _states(module: Any, batch: PackedBatch, wanted: set[int | None]) -> dict[int | None, Tensor]:
+def _states(module: Any, batch: PackedBatch, wanted: set[Side]) -> dict[Side, Tensor]:
     """Return the states `[tokens, width]` of some layers."""
-    unknown = wanted.difference(layers(module))
+    unknown = wanted.difference([INPUT, *layers(module)])
     if unknown:
         raise ValueError(
-            f"layer: got {min(filter(None, unknown))}, expected 0 (the embedding) to "
-            f"{len(layers(module)) - 2}, both, or none for the last states of this model"
+            f"layer: got {next(iter(unknown))}, expected 0 (the embedding) to "
+            f"{len(layers(module)) - 2}, {', '.join(SIDES)}, or none for the last states of this model"
         )
-    between = sorted(layer for layer in wanted if layer)
-    found: dict[int | None, Tensor] = {}
+    between = sorted(layer for layer in wanted if isinstance(layer, int) and layer)
+    found: dict[Side, Tensor] = {}
+    if INPUT in wanted:
+        found[INPUT] = batch.bold.float()
     if EMBEDDING in wanted:
         found[EMBEDDING] = module.embedding(batch.bold)
     if between or None in wanted:
         with _watched(module, between, found):
-            found[None] = module.features(batch, "tokens")
+            last = module.features(batch, "tokens")
+    found = {layer: F.layer_norm(state, state.shape[1:]) for layer, state in found.items()}
+    if None in wanted:
+        found[None] = last
     return found
 
 
 @contextmanager
-def _watched(module: Any, between: Sequence[int], seen: dict[int | None, Tensor]) -> Iterator[None]:
+def _watched(module: Any, between: Sequence[int], seen: dict[Side, Tensor]) -> Iterator[None]:
     """Put into `seen` what blocks give while the module runs, a row a time point of the batch."""
     rows: list[Tensor | None] = [None]
 

@@ -119,7 +119,10 @@ SECTIONS: dict[str, dict[str, Check]] = {
         "examples": (is_count, "a whole number from 0"),
         "head": (lambda v: v in MODES, f"one of {', '.join(MODES)}"),
         "bins": (is_count, "a whole number from 1"),
-        "layer": (_maybe(lambda v: v == "both" or is_count(v)), "a whole number from 0, both, or null"),
+        "layer": (
+            _maybe(lambda v: v in ("input", "both", "all") or is_count(v)),
+            "a whole number from 0, a name, or null",
+        ),
     },
     "decoding": {
         "target": _TEXT,

@@ -307,7 +307,7 @@ def test_a_decoder_of_two_layers_comes_back_as_it_was(tmp_path, mode):
     pooling = "tokens" if mode == "attentive" else "moments"
     source = ArrayWindows(np.random.default_rng(0).normal(size=(9, 5, NETWORKS)), t_r=2.0)
     readout = Readout(pooling=pooling, layer="both")
-    head = make_head(mode, width=readout.width(16), classes=2)
+    head = make_head(mode, width=readout.width(module().config), classes=2)
     decoder = Decoder(module(), head, readout).eval()
     save_decoder(decoder, tmp_path / "d", mode=mode, kind=mode, classes=("a", "b"))
     loaded, config = load_decoder(tmp_path / "d")

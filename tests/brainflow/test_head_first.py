@@ -135,7 +135,7 @@ def test_one_window_a_class_is_read_at_neighbouring_onsets_of_both_ends(task, mo
     )
     windows = np.arange(3)
     decoder, _ = fit_decoder(module(), task, windows, AdaptConfig(mode="linear"), classes=3, device=CPU)
-    assert decoder.readout.layer == "both"
+    assert decoder.readout.layer == "all"
     read = [
         frozen_features(module().eval(), task.moved(by), [decoder.readout], device=CPU, windows=windows)[0]
         for by in (0, -1, 1)
@@ -207,7 +207,7 @@ def test_fine_tuning_begins_at_both_layers_side_by_side():
 def test_a_cosine_is_not_taken_of_two_layers():
     known = module()
     assert [one.layer for one in AdaptConfig(mode="knn").readouts(known)] == [0, 1, None]
-    assert [one.layer for one in AdaptConfig(mode="linear").readouts(known)] == [0, 1, None, "both"]
+    assert [one.layer for one in AdaptConfig(mode="linear").readouts(known)] == [0, 1, None, "both", "all"]
 
 
 def test_jitter_moves_onsets_by_at_most_so_much_and_stays_in_the_run(task):

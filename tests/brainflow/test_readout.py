@@ -86,7 +86,7 @@ def test_layers_are_the_states_of_the_time_points(framework):
     asked = [Readout(pooling="tokens", layer=layer) for layer in known]
     with torch.no_grad():
         found = read(model, batch, asked)
-        torch.testing.assert_close(found[0], model.embedding(batch.bold))
+        torch.testing.assert_close(found[0], normed(model.embedding(batch.bold)))
         torch.testing.assert_close(found[-1], model.features(batch, "tokens"))
         alone = read(model, batch_of(lengths[:1]), asked)
     for states, first in zip(found, alone, strict=True):
@@ -96,14 +96,33 @@ def test_layers_are_the_states_of_the_time_points(framework):
     assert not [h for m in model.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
 
 
+def normed(states):
+    return (states - states.mean(1, keepdim=True)) / (states.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("pooling", ["bins", "last", "tokens"])
+def test_all_is_the_normalised_input_the_embedding_and_the_last_states(pooling):
+    model, batch = module(), batch_of([4, 6])
+    names = ("all", "input", 0, None)
+    asked = [Readout(pooling=pooling, bins=3, layer=layer) for layer in names]
+    with torch.no_grad():
+        every, bold, first, last = read(model, batch, asked)
+        tokens = read(model, batch, [Readout(pooling="tokens", layer="input")])[0]
+    torch.testing.assert_close(tokens, normed(batch.bold.float()))
+    times = asked[0].times
+    parts = [one.view(len(one), times, -1) for one in (bold, first, last)]
+    torch.testing.assert_close(every, torch.cat(parts, 2).flatten(1))
+    assert [one.shape[1] for one in (every, bold, first, last)] == [a.width(model.config) for a in asked]
+
+
 @pytest.mark.parametrize("pooling", ["bins", "moments", "last", "tokens"])
 def test_both_is_the_embedding_and_the_last_states_side_by_side(pooling):
     model, batch = module(), batch_of([4, 6])
     both, first, last = (Readout(pooling=pooling, bins=3, layer=layer) for layer in ("both", 0, None))
     found = read(model, batch, [both, first, last])
-    sides = found[0].view(len(found[0]), both.width(8) // 16, 2, 8)  # of each bin or moment
+    sides = found[0].view(len(found[0]), both.width(model.config) // 16, 2, 8)  # of each bin or moment
     torch.testing.assert_close(sides.unbind(dim=2), tuple(one.view_as(sides[:, :, 0]) for one in found[1:]))
-    assert found[0].shape[1] == both.width(8) == 2 * first.width(8)
+    assert found[0].shape[1] == both.width(model.config) == 2 * first.width(model.config)
     found[0].sum().backward()
     trained = (model.embedding.project.weight, model.transformer.blocks[-1].attention.out.weight)
     assert all(one.grad is not None for one in trained)
@@ -115,7 +134,7 @@ def test_the_layer_before_the_last_leads_to_the_last():
         model.transformer.blocks[2].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         seen = []
         (before,) = read(model, batch, [Readout(pooling="tokens", layer=2)])
-    assert torch.equal(before, seen[0])
+    torch.testing.assert_close(before, normed(seen[0]))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +145,7 @@ def test_the_layer_before_the_last_leads_to_the_last():
         ({"bins": 10**9}, "bins: got 1000000000"),
         ({"bins": True}, "bins: got True"),
         ({"layer": -1}, "layer: got -1"),
-        ({"layer": "all"}, "layer: got 'all', expected 0 .* or both"),
+        ({"layer": "every"}, "layer: got 'every', expected 0 .* or input, both, all"),
     ],
 )
 def test_readouts_that_cannot_be_are_refused(settings, says):
