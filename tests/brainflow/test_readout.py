@@ -97,7 +97,8 @@ def test_layers_are_the_states_of_the_time_points(framework):
 
 
 def normed(states):
-    return (states - states.mean(1, keepdim=True)) / (states.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    spread = (states.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    return (states - states.mean(1, keepdim=True)) / spread
 
 
 @pytest.mark.parametrize("pooling", ["bins", "last", "tokens"])
