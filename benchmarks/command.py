@@ -12,12 +12,12 @@ Examples
   brainflow bench all --quick --gate
   brainflow bench all --device cuda --json gpu.json
   brainflow bench frameworks --store rest.store
+  brainflow bench learning --quick --json learning.json     # what pretraining is worth; not part of `all`
   brainflow bench loader --compare yesterday.json
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import importlib.metadata
@@ -26,7 +26,6 @@ import math
 import multiprocessing
 import os
 import platform
-import signal
 import sys
 import time
 import traceback
@@ -41,6 +40,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from .worker import begin_worker
+
 if TYPE_CHECKING:
     from .timing import Row
 
@@ -48,7 +49,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "ceilings": ("roofline",),
     "loader": ("loader", "storage"),
     "kernels": ("kernels", "attention"),
-    "frameworks": ("recipe", "training", "learning"),
+    "frameworks": ("recipe", "training", "race"),
     "scaling": ("scaling",),
     "prepare": ("prepare",),
 }
@@ -61,7 +62,6 @@ PACKAGES = (
     *("torch", "triton", "numpy", "zarr", "numcodecs", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
     *("flash-attn", "flash-attn-4", "transformers", "webdataset", "zarrs", "tensorstore"),
 )
-_SET_SIGNAL_AT_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +69,10 @@ class Args:
     """Arguments of `brainflow bench`."""
 
     suite: Annotated[
-        Literal["loader", "kernels", "frameworks", "scaling", "prepare", "all"],
+        Literal["loader", "kernels", "frameworks", "scaling", "prepare", "learning", "all"],
         tyro.conf.Positional,
     ] = "all"
-    """Suite to run; `all` are the others but `prepare`."""
+    """Suite to run; `all` are the others but `prepare` and `learning`."""
     quick: bool = False
     """Small inputs, few repeats, one process: at most minutes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -81,7 +81,13 @@ class Args:
     """Threads of torch on the CPU; 0: as many as training takes, a core each. Take 1 where other work shares
     the cores: with several threads it decides the figures."""
     only: str | None = None
-    """Run only measurements whose name fits this pattern, e.g. 'masked_loss/*'."""
+    """Run only measurements whose name fits this pattern, e.g. 'masked_loss/*', of `learning` 'story/*'."""
+    frameworks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME …")] = ()
+    """`learning` only: which to measure, by default all four; the first one decodes everywhere."""
+    seeds: int | None = None
+    """`learning` only: pretraining runs, which are pooled; by default 3, with --quick 1."""
+    draws: int | None = None
+    """`learning` only: draws of the labelled people; by default 10, with --quick 4."""
     store: str | None = None
     """`frameworks` only: race dense against single-position CSM on this store, and nothing else."""
     json: Path | None = None
@@ -98,15 +104,23 @@ class Args:
             raise ValueError(
                 f"--threads: got {self.threads}, expected 0 (a core each) or a number of threads"
             )
-        for name, suite in (("store", "frameworks"), ("static", "kernels")):
-            if getattr(self, name) and self.suite != suite:
+        only_of = {"store": "frameworks", "static": "kernels"}
+        for name, suite in (only_of | dict.fromkeys(("frameworks", "seeds", "draws"), "learning")).items():
+            value = getattr(self, name)
+            if value not in (None, False, ()) and self.suite != suite:
                 raise ValueError(f"--{name}: got the suite {self.suite}, expected `brainflow bench {suite}`")
+            if type(value) is int and value < 1:
+                raise ValueError(f"--{name}: got {value}, expected at least 1")
+        if self.suite == "learning" and (self.gate or self.compare or self.device == "cuda"):
+            raise ValueError("--gate, --compare, --device cuda: got one with learning, which times nothing")
 
 
 def run(args: Args) -> int:
     """Run the suites, print a table each, and return the exit code."""
     if args.static:
         return _static()
+    if args.suite == "learning":
+        return _learning(args)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every look at memory prints two lines
     import torch
 
@@ -144,12 +158,30 @@ def run(args: Args) -> int:
     return 1 if failures else 0
 
 
+def _learning(args: Args) -> int:
+    """Measure what pretraining is worth; its rows hold accuracies, not times."""
+    from .learning import measure, print_rows
+    from .plan import FRAMEWORKS, make_plan
+
+    unknown = sorted(set(args.frameworks) - set(FRAMEWORKS))
+    if unknown:
+        raise ValueError(f"--frameworks: got {unknown[0]!r}, expected some of {', '.join(FRAMEWORKS)}")
+    plan = make_plan(
+        quick=args.quick, frameworks=args.frameworks or FRAMEWORKS, seeds=args.seeds, draws=args.draws
+    )
+    rows, failures = measure(plan, only=args.only, env=environment("cpu"), json_file=args.json)
+    print_rows(rows)
+    for line in failures:
+        print(line, file=sys.stderr)
+    return 1 if failures else 0
+
+
 def _measure(args: Args, device: str, failures: list[str]) -> dict[str, list[Row]]:
     """Return suite → rows; a full run goes over the suites again and again, each time in new processes."""
     from .timing import merge
 
     if args.store is not None:
-        from .learning import time_to_loss
+        from .race import time_to_loss
 
         rows = time_to_loss(240 if args.quick else 6000, device, args.store)
         return {"frameworks": _finite(rows)}
@@ -216,7 +248,7 @@ def _in_a_process(suite: str, device: str, only: str | None, failures: list[str]
 
     context = multiprocessing.get_context("spawn")
     threads = torch.get_num_threads()
-    with ProcessPoolExecutor(1, context, initializer=_begin, initargs=(threads,)) as pool:
+    with ProcessPoolExecutor(1, context, initializer=begin_worker, initargs=(threads,)) as pool:
         try:
             found, failed = pool.submit(_measure_there, suite, device, only).result()
         except BrokenProcessPool:  # what other processes measured is kept
@@ -228,14 +260,6 @@ def _in_a_process(suite: str, device: str, only: str | None, failures: list[str]
 def _measure_there(suite: str, device: str, only: str | None) -> tuple[dict[str, list[Row]], list[str]]:
     failures: list[str] = []
     return measure(suite, False, device, only, failures), failures
-
-
-def _begin(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
-    if sys.platform == "linux":  # a killed run must leave nothing that computes beside the next one
-        ctypes.CDLL(None).prctl(_SET_SIGNAL_AT_PARENTS_DEATH, signal.SIGKILL)
 
 
 def environment(device: str) -> dict[str, Any]:

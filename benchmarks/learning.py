@@ -1,144 +1,137 @@
-"""How soon the loss falls: dense CSM against single-position CSM, `csm_time_to_loss`.
+"""What pretraining is worth, measured: decoding and forecast on the story and on simulated people.
 
-Two models with the same initial weights, settings and batches (windows of the example recordings, Haxby et
-al. 2001, or of a store, the last two runs held out) train in turns: single a number of steps, dense as many
-as it takes until it has had the same time. Time is the number of steps × the median step. The loss is the
-single-position one for both, on the same held-out windows and positions; measuring it does not count. The
-ratio is the time of single ÷ the time in which dense first got below single's LOWEST loss.
+Every part pretrains and adapts by the package's defaults in a process of its own with one thread, as many
+parts at once as there are cores; the rows are written after each of them. Nothing here is timed.
 """
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
+from rich.table import Table
 
-from brainflow.batch import PackedBatch
-from brainflow.config import ModelConfig
-from brainflow.data import make_loader
-from brainflow.data.sampler import WindowSampler
-from brainflow.demo import haxby
-from brainflow.frameworks import build
-from brainflow.storage import BoldStore
+from brainflow.storage.files import write_text
 
-from .timing import Row
+from . import peers
+from .coverage import coverage_part
+from .people import order_part, oscillator_part, steps_part, story_part, transfer_part
+from .plan import Plan, Row
+from .show import console
+from .worker import begin_worker
 
-HELD_OUT = 2
-BATCH, SEQ_MIN, SEQ_MAX = 8, 10, 50
-LR, WARMUP = 1e-3, 20
-MODEL: dict[str, Any] = {"width": 128, "layers": 2, "heads": 2}
-CHECKS, DENSE_STEPS = 30, 10
-"""How often single's loss is looked at, and the steps of dense between two looks at its own."""
-Curve = list[tuple[float, float]]
-"""Seconds of training, held-out single-position loss."""
+Part = Callable[[Plan, Path], list[Row]]
 
 
-def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
-    """Return the one measurement, on the example recordings; `quick` makes it shorter."""
-    return {"csm_time_to_loss": lambda: time_to_loss(240 if quick else 1200, device)}
+def parts(plan: Plan) -> dict[str, Part]:
+    """Return name → part, those that take longest first."""
+    others = [framework for framework in plan.frameworks if framework != plan.frameworks[0]]
+    first, largest = plan.frameworks[0], plan.order_people[-1]
+    found: dict[str, Part] = {"order": partial(order_part, people=largest, framework=first)}
+    for framework in plan.frameworks:
+        found[f"story/{framework}"] = partial(story_part, framework=framework)
+    if not plan.quick:
+        for framework in others:
+            found[f"order/{framework}"] = partial(order_part, people=largest, framework=framework)
+        for share in (1 / 4, 1 / 2):
+            found[f"order/steps/{share:g}"] = partial(steps_part, share=share)
+    for people in plan.order_people[-2::-1]:
+        found[f"order/people/{people}"] = partial(order_part, people=people, framework=first)
+    for kind in ("drive", "regime"):
+        found[kind] = partial(oscillator_part, kind=kind)
+    if not plan.quick:
+        found["transfer"] = transfer_part
+    for name in peers.FAST if plan.quick else (*peers.SLOW, *peers.FAST):
+        found[f"peers/{name}"] = partial(peers.peers_part, name=name)
+    found["coverage"] = coverage_part
+    return found
 
 
-def time_to_loss(steps: int, device: str, path: str | None = None) -> list[Row]:
-    """Race dense against single for `steps` steps of single, on a store or the example recordings."""
-    curves = race(steps, device, path)
-    lowest = min(loss for _, loss in curves["single"])
-    reached = next((seconds for seconds, loss in curves["dense"] if loss <= lowest), float("inf"))
-    for name, curve in curves.items():
-        print(f"{name}: {curve[-1][1]:.4f} after {curve[-1][0]:.1f} s", file=sys.stderr)
-    return [
-        Row(
-            suite="frameworks", case="csm_time_to_loss", metric="time", value=reached, unit="s",
-            baseline="single", ratio=curves["single"][-1][0] / reached,
-        )
-    ]  # fmt: skip
+def measure(
+    plan: Plan,
+    *,
+    only: str | None = None,
+    env: Mapping[str, Any] | None = None,
+    json_file: Path | None = None,
+) -> tuple[list[Row], list[str]]:
+    """Run the parts whose name fits the pattern `only` and return rows and what failed.
+
+    Raises
+    ------
+    ValueError
+        If no part fits.
+    """
+    chosen = {name: part for name, part in parts(plan).items() if only is None or fnmatch(name, only)}
+    if not chosen:
+        raise ValueError(f"--only: got {only!r}, expected a pattern of some of {', '.join(parts(plan))}")
+    rows: dict[str, list[Row]] = {}
+    failures: list[str] = []
+    facts = {**(env or {}), **plan.facts()}
+    with tempfile.TemporaryDirectory(prefix="brainflow-learning-") as folder:
+        for name, done in _finished(chosen, plan, Path(folder)):
+            try:
+                rows[name], seconds = done.result()
+            except BrokenProcessPool:
+                failures.append(f"{name}: its process ended at once, e.g. because memory ran out")
+                continue
+            except Exception as error:
+                traceback.print_exception(error)
+                failures.append(f"{name}: failed, so no row: {type(error).__name__}: {error}")
+                continue
+            print(f"learning: {name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+            if json_file is not None:
+                text = json.dumps([one.to_dict(facts) for one in _ordered(chosen, rows)], indent=1)
+                write_text(json_file, text + "\n")
+    return _ordered(chosen, rows), failures
 
 
-def race(steps: int, device: str, path: str | None = None) -> dict[str, Curve]:
-    """Return the curves of "single", CHECKS points, and "dense", one point in DENSE_STEPS steps."""
-    with tempfile.TemporaryDirectory(prefix="brainflow-bench-") as folder:
-        if path is None:
-            path = f"{folder}/store"
-            haxby.write_store(haxby.read(), path)
-        store = BoldStore.open(path)
-        count = len(store.runs.start)
-        if count <= HELD_OUT:
-            raise ValueError(f"--store: got {count} runs, expected at least {HELD_OUT + 1}")
-        single, dense = (_Runner(masking, store, device) for masking in ("single", "dense"))
-        for turn in range(1, CHECKS + 1):
-            single.train(turn * steps // CHECKS)
-            while dense.had < single.had:
-                dense.train(dense.steps + DENSE_STEPS)
-        single.loader.close()
-        dense.loader.close()
-    return {"single": single.curve(), "dense": dense.curve()}
+def _ordered(chosen: Mapping[str, Part], rows: Mapping[str, list[Row]]) -> list[Row]:
+    """Return rows in the order of their parts, whichever was done first."""
+    return [one for name in chosen for one in rows.get(name, [])]
 
 
-class _Runner:
-    """One model in training, with the time that it has had."""
-
-    def __init__(self, masking: Any, store: BoldStore, device: str) -> None:
-        torch.manual_seed(0)
-        config = {"networks": store.networks, "max_positions": SEQ_MAX, **MODEL}
-        self.module = build(ModelConfig(masking=masking, **config)).to(device)
-        self.judge: nn.Module = build(ModelConfig(masking="single", **config)).to(device).eval()
-        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=LR, weight_decay=0.1, fused=True)
-        runs = np.arange(len(store.runs.start))
-        self.loader = make_loader(store, _sampler(store, runs[:-HELD_OUT], 0), kind="host", device=device)
-        self.batches: Iterator[Any] = iter(self.loader)
-        held_out = make_loader(store, _sampler(store, runs[-HELD_OUT:], 1), kind="host", device=device)
-        self.held_out = [_kept(batch) for _, batch in zip(range(16), held_out, strict=False)]
-        held_out.close()
-        self.device, self.steps = device, 0
-        self.seconds: list[float] = []
-        self.losses = [(0, self.loss())]
-
-    @property
-    def had(self) -> float:
-        """Seconds of training so far: steps × the median step, so that what else ran does not count."""
-        return self.steps * float(np.median(self.seconds)) if self.seconds else 0.0
-
-    def curve(self) -> Curve:
-        """Return the losses so far, by seconds of training."""
-        median = float(np.median(self.seconds)) if self.seconds else 0.0
-        return [(steps * median, loss) for steps, loss in self.losses]
-
-    def train(self, until: int) -> None:
-        """Train up to step `until`, then take the loss."""
-        while self.steps < until:
-            torch.manual_seed(self.steps)  # dropout draws from it, and the other model in between
-            began = time.perf_counter()
-            for group in self.optimizer.param_groups:
-                group["lr"] = LR * min(1.0, (self.steps + 1) / WARMUP)
-            self.module(next(self.batches), seed=0).loss.backward()
-            nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-            self.seconds.append(time.perf_counter() - began)
-            self.steps += 1
-        self.losses.append((self.steps, self.loss()))
-
-    @torch.no_grad()
-    def loss(self) -> float:
-        """Return the single-position loss on the held-out windows and positions."""
-        self.judge.load_state_dict(self.module.state_dict())
-        return float(np.mean([float(self.judge(batch, seed=7).loss) for batch in self.held_out]))
+def _finished(
+    chosen: Mapping[str, Part], plan: Plan, folder: Path
+) -> Iterator[tuple[str, Future[tuple[list[Row], float]]]]:
+    """Yield each part's name and future as it is done."""
+    workers = min(len(chosen), len(os.sched_getaffinity(0)))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=begin_worker, initargs=(1,)) as pool:
+        running: dict[Future[tuple[list[Row], float]], str] = {}
+        for name, part in chosen.items():
+            running[pool.submit(_one, part, plan, folder, name)] = name
+        for done in as_completed(running):
+            yield running[done], done
 
 
-def _sampler(store: BoldStore, runs: np.ndarray, seed: int) -> WindowSampler:
-    return WindowSampler(store.runs, runs=runs, batch=BATCH, seq_min=SEQ_MIN, seq_max=SEQ_MAX, seed=seed)
+def _one(part: Part, plan: Plan, folder: Path, name: str) -> tuple[list[Row], float]:
+    """Run a part in a folder of its own under `folder` and return its rows and how long it took."""
+    print(f"learning: {name}: begins", file=sys.stderr, flush=True)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="part-", dir=folder) as own:
+        return part(plan, Path(own)), time.perf_counter() - began
 
 
-def _kept(batch: PackedBatch) -> PackedBatch:
-    """Return a batch that stays when the loader reuses its buffer."""
-    return replace(
-        batch, bold=batch.bold.clone(), times=batch.times.clone(), cu_seqlens=batch.cu_seqlens.clone()
-    )
+def print_rows(rows: list[Row]) -> None:
+    """Print a table a kind of case."""
+    for kind in dict.fromkeys(one.case.partition("/")[0] for one in rows):
+        table = Table(title=kind, title_justify="left", title_style="bold")
+        for column in ("case", "metric", "value", "95 %", "note"):
+            table.add_column(column, justify="right" if column in ("value", "95 %") else "left")
+        for one in rows:
+            if one.case.partition("/")[0] == kind and not one.metric.endswith("_low"):
+                ends = "" if one.low is None or one.high is None else f"{one.low:.3f} … {one.high:.3f}"
+                table.add_row(one.case, one.metric, f"{one.value:.3f}", ends, one.note)
+        console().print(table)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from brainflow.benchmarks import command, learning, roofline, show
+from brainflow.benchmarks import command, race, roofline, show
 from brainflow.benchmarks.timing import Row, WrongResultError
 
 ROOT = Path(__file__).parents[2]
@@ -204,7 +204,7 @@ def test_what_does_not_go_together_is_refused(monkeypatch):
 def test_a_race_on_a_store_of_ones_own(monkeypatch, tmp_path):
     raced = []
     monkeypatch.setattr(
-        learning, "race", lambda *given: raced.append(given) or {"single": [(9, 2.0)], "dense": [(1, 3.0)]}
+        race, "race", lambda *given: raced.append(given) or {"single": [(9, 2.0)], "dense": [(1, 3.0)]}
     )
     out = tmp_path / "rows.json"
     assert _run(suite="frameworks", store="rest.store", json=out) == 0

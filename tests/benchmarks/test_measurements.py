@@ -18,9 +18,9 @@ from brainflow.benchmarks import (
     attention,
     command,
     kernels,
-    learning,
     loader,
     prepare,
+    race,
     recipe,
     roofline,
     scaling,
@@ -138,9 +138,7 @@ def _make_tiny(patch):
     for module in (recipe, training):
         patch.setattr(module, "peak_bytes", lambda step, device: step() or 1)
     patch.setattr(training, "_windows", lambda *_: 3)
-    patch.setattr(
-        learning, "race", lambda *_: {"single": [(0, 3.0), (9, 2.0)], "dense": [(0, 3.0), (3, 2.0)]}
-    )
+    patch.setattr(race, "race", lambda *_: {"single": [(0, 3.0), (9, 2.0)], "dense": [(0, 3.0), (3, 2.0)]})
     patch.setitem(loader._SLOW, "memmap", 1)
     patch.setattr(loader, "_FAST", 1)
 

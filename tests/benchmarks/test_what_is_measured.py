@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from brainflow.benchmarks import baselines, kernels, learning, loader, scaling, training
+from brainflow.benchmarks import baselines, kernels, loader, race, scaling, training
 from brainflow.benchmarks.recipe import padded
 from brainflow.benchmarks.timing import WrongResultError
 from brainflow.benchmarks.training import loss_of, random_batch, train_step
@@ -185,12 +185,12 @@ def test_a_package_that_does_not_import_is_named_with_its_reason(tmp_path, monke
 
 def test_the_race_gives_both_the_same_start(monkeypatch):
     """And its losses do not depend on whose turn it is."""
-    monkeypatch.setattr(learning, "MODEL", {"width": 8, "layers": 1, "heads": 1, "dropout": 0.5})
-    monkeypatch.setattr(learning, "DENSE_STEPS", 1)
+    monkeypatch.setattr(race, "MODEL", {"width": 8, "layers": 1, "heads": 1, "dropout": 0.5})
+    monkeypatch.setattr(race, "DENSE_STEPS", 1)
     curves = []
     for checks in (2, 4):
-        monkeypatch.setattr(learning, "CHECKS", checks)
-        curves.append(learning.race(8, "cpu"))
+        monkeypatch.setattr(race, "CHECKS", checks)
+        curves.append(race.race(8, "cpu"))
         assert len(curves[-1]["single"]) == 1 + checks
         assert curves[-1]["single"][0] == curves[-1]["dense"][0], "the same weights at first"
     few, many = ([loss for _, loss in found["single"]] for found in curves)

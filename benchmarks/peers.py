@@ -1,0 +1,64 @@
+"""Published architectures on the story: those of ml4fmri (PyPI, extra `bench`), trained as it trains them.
+
+Each has its own learning rate, batches and scaling; the two people who say when our pretraining stops say
+when theirs does. They see the windows and people of `story/16`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from brainflow.decoding.result import judge
+from brainflow.demo import story
+
+from .baselines import missing
+from .plan import Plan, Row, row
+
+PACKAGE = "ml4fmri"
+FAST = ("LR", "meanMLP", "MILC", "BNT", "LSTM", "meanLSTM", "Transformer", "meanTransformer")
+SLOW = ("BrainNetCNN", "FBNetGen", "DICE", "Glacier", "BolT")
+EPOCHS = 100
+
+
+def peers_part(plan: Plan, folder: Path, name: str) -> list[Row]:
+    """Train one architecture on all labelled people of the story: case `peers/NAME`."""
+    reason = missing(PACKAGE)
+    if reason:
+        print(f"peers/{name}: left out, {PACKAGE} {reason}: extra `bench`", file=sys.stderr, flush=True)
+        return []
+    store = story.write_store(story.read(), plan.people, folder / "store")
+    task = story.task(store, plan.test_people)
+    bold, lengths = task.read()
+    windows = bold.reshape(len(lengths), story.LENGTH, store.networks)
+    (fold,) = task.folds
+    people = np.unique(task.subjects[fold.train])
+    judges = np.isin(task.subjects[fold.train], people[-story.VALIDATION :])
+    parts = fold.train[~judges], fold.train[judges], fold.test
+    seeds = [_predictions(name, windows, task.labels, parts, seed) for seed in range(plan.seeds)]
+    named = np.full((plan.seeds, len(task.labels)), -1)
+    named[:, fold.test] = seeds
+    result = judge(task, name, named)
+    version = importlib.metadata.version(PACKAGE)
+    note = f"{PACKAGE} {version}, at most {EPOCHS} epochs, {len(people)} labelled people"
+    return [row(f"peers/{name}", "accuracy", result.scores.accuracy, note)]
+
+
+def _predictions(
+    name: str, windows: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...], seed: int
+) -> np.ndarray:
+    """Return the classes that an architecture names for the windows of the last part."""
+    architecture: Any = getattr(importlib.import_module(f"{PACKAGE}.models"), name)
+    torch.manual_seed(seed)
+    loaders = [
+        architecture.prepare_dataloader(windows[part], labels[part], shuffle=place == 0)
+        for place, part in enumerate(parts)
+    ]
+    model = architecture(input_size=windows.shape[2], output_size=int(labels.max()) + 1)
+    _, _, predicted = model.train_model(*loaders, epochs=EPOCHS, lr=None, device="cpu", patience=30)
+    return np.asarray(predicted["y_pred"], dtype=np.int64)

@@ -1,0 +1,151 @@
+"""What pretraining is worth: windows decoded from pretrained weights, from random ones, without a model.
+
+Everything here goes by the package's defaults: how a model is pretrained and adapted is not chosen here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brainflow.config import PretrainConfig
+from brainflow.data.splits import Split
+from brainflow.decoding.adapt import adapt
+from brainflow.decoding.baselines import BaselineName
+from brainflow.decoding.curve import Point, learning_curve
+from brainflow.decoding.fit import AdaptConfig
+from brainflow.decoding.result import Result, baseline, difference, judge
+from brainflow.decoding.scores import Interval
+from brainflow.decoding.splits import Fold, check_folds
+from brainflow.decoding.task import DecodingTask, TaskConfig, load_task
+from brainflow.recipes import pretraining
+from brainflow.storage import BoldStore
+from brainflow.training.loop import pretrain
+
+
+def split_people(store: BoldStore, parts: Mapping[str, Collection[str]]) -> Split:
+    """Return a split by the names of people; those who are in no part are in no training.
+
+    Raises
+    ------
+    ValueError
+        If a person stands in two parts.
+    """
+    keys, names = [str(key) for key in store.runs.key], [str(name) for name in store.runs.subject]
+    return Split(
+        by="subject",
+        seed=0,
+        snapshot=store.snapshot,
+        parts={
+            part: tuple(key for key, name in zip(keys, names, strict=True) if name in people)
+            for part, people in parts.items()
+        },
+        subjects={
+            key: f"{dataset}/{name}"
+            for key, dataset, name in zip(keys, store.runs.dataset, names, strict=True)
+        },
+    )
+
+
+def people_task(store: BoldStore, target: str, tested: Collection[str]) -> DecodingTask:
+    """Return a task with one fold: these people's windows test, those of all others train."""
+    task = load_task(store, TaskConfig(target=target, split="leave-one-subject-out"))
+    names = np.array([str(subject).rpartition("/")[2] for subject in task.subjects])
+    test = np.isin(names, list(tested))
+    fold = Fold(name=f"{len(tested)} people", train=np.flatnonzero(~test), test=np.flatnonzero(test))
+    check_folds([fold], task.subjects, unit="subject", once=False)
+    return replace(task, folds=[fold])
+
+
+def pretrained_on(
+    store: BoldStore, split: Split, out: Path, *, framework: str = "csm", seed: int = 0, steps: int
+) -> Path:
+    """Pretrain by the package's defaults on a part of a store's people and return the run.
+
+    Parameters
+    ----------
+    store, split
+        Whose parts `train` and `validation` are read; nobody else is.
+    out
+        Folder of the run.
+    framework
+        Which learning framework.
+    seed
+        Seeds weights, data order and masks.
+    steps
+        Optimizer steps.
+    """
+    path = out.with_suffix(".split.json")
+    split.save(path)
+    config = pretraining(str(store.path), str(out), preset_name="tiny", framework=framework)
+    return pretrain(_with_budget(config, str(path), seed, steps), resume="never", quiet=True)
+
+
+def _with_budget(config: PretrainConfig, split: str, seed: int, steps: int) -> PretrainConfig:
+    every = max(1, steps // 10)
+    train = replace(
+        config.train, steps=steps, seed=seed, validate_every=every, checkpoint_every=steps, plot=False
+    )
+    return replace(config, data=replace(config.data, split=split), train=train)
+
+
+def curve(
+    task: DecodingTask,
+    checkpoints: Sequence[Path],
+    counts: Iterable[int],
+    *,
+    draws: int,
+    without: Sequence[BaselineName],
+) -> list[Point]:
+    """Return the learning curve of a pretrained model, of random weights, and of decoders without a model.
+
+    Parameters
+    ----------
+    task
+        From :func:`people_task`.
+    checkpoints
+        Runs that differ in the seed alone: what they say is pooled.
+    counts
+        Numbers of labelled people.
+    draws
+        How often these are drawn.
+    without
+        Decoders without a model.
+    """
+
+    def decoders(part: DecodingTask) -> list[Result]:
+        ours = [adapted(part, checkpoints), adapted(part, checkpoints, scratch=True)]
+        return [*ours, *(baseline(part, name) for name in without)]
+
+    return learning_curve(task, list(counts), decoders, draws=draws)
+
+
+def adapted(task: DecodingTask, checkpoints: Sequence[Path], *, scratch: bool = False) -> Result:
+    """Adapt each of several checkpoints by the defaults and return what they say as one result."""
+    seeds = [
+        adapt(task, run, AdaptConfig(seed=seed, scratch=scratch), device="cpu")
+        for seed, run in enumerate(checkpoints)
+    ]
+    chances: list[Any] = [result.probabilities for result in seeds]
+    named = np.concatenate([np.atleast_2d(result.predictions) for result in seeds])
+    return judge(task, seeds[0].name, named, probabilities=np.mean(chances, axis=0))
+
+
+def opponents(point: Point) -> dict[str, Result]:
+    """Return what the pretrained model of a point has to beat: `scratch`, `ridge`, and `best`.
+
+    The best decoder without a model is the best in the test, which favours it.
+    """
+    _, scratch, *without = point.results
+    best = max(without, key=lambda result: result.scores.accuracy.value)
+    ridge = next(result for result in without if result.name == "ridge")
+    return {"scratch": scratch, "ridge": ridge, "best": best}
+
+
+def gain(point: Point, other: Result) -> Interval:
+    """Return the accuracy of the pretrained model minus another's on the same windows, people and draws."""
+    return difference(point.task, point.results[0], other)
