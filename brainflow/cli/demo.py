@@ -1,7 +1,8 @@
-"""See all of it work on real fMRI in minutes on two cores: store, pretraining, decoding, pictures.
+"""See what pretraining is worth, in minutes on two cores: store, pretraining, decoding, pictures.
 
-The data ship with the package: one participant of Haxby et al. 2001, 12 runs of pictures of 8 categories. The
-same seed and number of threads give the same numbers.
+The data ship with the package: 24 people who listen to a story (Simony et al. 2016) and one participant of
+Haxby et al. 2001; others are simulated, and called so. The same seed and number of threads give the same
+numbers.
 
 Examples
 --------
@@ -65,7 +66,7 @@ def _run(args: Args, began: float) -> int:
 
     config = DemoConfig(out=Path(args.out), seed=args.seed, threads=args.threads)
     try:
-        result = run_demo(config, say=say, quiet=args.json)
+        result = run_demo(config, say=say)
     except Preempted as stopped:
         raise KeyboardInterrupt from stopped
     say("drawing")

@@ -1,25 +1,32 @@
-"""From images to a decoder: write a store, verify it, pretrain, decode, and keep what a report shows."""
+"""Three acts: people who listen to a story, simulated people, one slice of a person who looks at pictures.
+
+Each goes from recordings to a decoder: a store is written, a model is pretrained without labels, and what it
+decodes stands beside random weights and decoders without a model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
+from brainflow.config import PretrainConfig
 from brainflow.data.splits import Split
 from brainflow.decoding.adapt import adapt
-from brainflow.decoding.fit import NAMES, AdaptConfig, Mode
-from brainflow.decoding.result import Result, baselines, difference, write_results
+from brainflow.decoding.baselines import BaselineName
+from brainflow.decoding.curve import Point, learning_curve
+from brainflow.decoding.fit import AdaptConfig
+from brainflow.decoding.result import Result, baseline, difference, write_results
 from brainflow.decoding.scores import Interval
 from brainflow.decoding.task import DecodingTask, TaskConfig, load_task
-from brainflow.demo import haxby
+from brainflow.demo import cohort, haxby, story, worth
 from brainflow.pretrained.format import load_pretrained
+from brainflow.recipes import pretraining
 from brainflow.report.reconstruction import Reconstruction, reconstruct
+from brainflow.simulate import Cohort
 from brainflow.storage import BoldStore, verify
 from brainflow.training.loop import pretrain
 from brainflow.training.metrics import read_metrics
@@ -27,19 +34,11 @@ from brainflow.training.run_dir import SPLIT
 
 HRF_SHIFT = 5.0
 """Seconds from a picture to the BOLD response it is decoded from: where the canonical response peaks."""
-ADAPTATIONS: tuple[tuple[Mode, bool], ...] = (
-    ("knn", False),
-    ("linear", True),
-    ("linear", False),
-    ("mlp", False),
-    ("attentive", False),
-    ("lora", False),
-    ("finetune", True),
-    ("finetune", False),
-)
-"""Ways to adapt and whether from fresh weights; the last is the one whose results are written."""
+WITHOUT: tuple[BaselineName, ...] = ("ridge", "ridge-spatial")
+"""Decoders without a model that are shown."""
 PICTURE_WINDOW = 49
 """Time points of the windows whose reconstruction is measured: the longest that pretraining draws."""
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,24 +52,61 @@ class DemoConfig:
     threads: int = 1
     """CPU threads of torch: with one, the figures do not depend on the number of cores. Another number may
     change the last digits."""
-    pretrain_steps: int = 300
-    """Optimizer steps of pretraining."""
-    adapt_steps: int | None = None
-    """Optimizer steps of adaptation, in each fold; by default as `adapt` takes."""
-    width: int = 128
-    """Hidden width of the model."""
+    draws: int = 3
+    """Draws of the labelled people."""
+    people: Sequence[int] = story.PEOPLE
+    """People of the story, counted from 0."""
+    test_people: Sequence[int] = story.TEST
+    """Those of them who test."""
+    counts: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Numbers of labelled people of the story."""
+    story_steps: int = 300
+    """Optimizer steps of pretraining on the story."""
+    order_people: tuple[int, ...] = (10, 50, 300)
+    """Numbers of simulated people who pretrain, ascending."""
+    order_count: int = 4
+    """Labelled simulated people."""
+    order_steps: int = 300
+    """Optimizer steps of pretraining on each number of simulated people."""
+    slice_steps: int = 200
+    """Optimizer steps of pretraining on the slice."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoResult:
-    """Everything that the demo's table and page show.
+class StoryResult:
+    """The first act: a learning curve over labelled people, and the last validation of pretraining."""
+
+    points: list[Point]
+    validation: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderResult:
+    """The second act.
+
+    Attributes
+    ----------
+    task
+        Decoding of simulated orders by few labelled people.
+    pretrained
+        Number of people who pretrained → result.
+    others
+        Random weights and decoders without a model.
+    """
+
+    task: DecodingTask
+    pretrained: dict[int, Result]
+    others: list[Result]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceResult:
+    """The third act.
 
     Attributes
     ----------
     data
         The example data.
-    chunks
-        Chunks of the store that were verified.
     metrics
         Lines of the pretraining's `metrics.jsonl`.
     held_out
@@ -80,31 +116,36 @@ class DemoResult:
     task
         The decoding task.
     decoders
-        Results, baselines first; the last is the fine-tuned pretrained model.
+        Results: without a model, from fresh weights, and last the fine-tuned pretrained model.
     gain
         Accuracy of fine-tuning from pretrained minus from fresh weights.
-    gain_unseen
-        The same on `held_out` alone, as (pretrained, fresh) accuracies.
     """
 
-    config: DemoConfig
     data: haxby.Haxby
-    chunks: int
     metrics: list[dict[str, Any]]
     held_out: tuple[str, ...]
     reconstruction: Reconstruction
     task: DecodingTask
     decoders: list[Result]
     gain: Interval
-    gain_unseen: tuple[float, float]
 
     @property
     def validation(self) -> dict[str, Any]:
         """The last validation line of pretraining."""
-        return next(line for line in reversed(self.metrics) if "val_loss" in line)
+        return last_validation(self.metrics)
 
 
-def run_demo(config: DemoConfig, *, say: Callable[[str], None], quiet: bool = False) -> DemoResult:
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """Everything that the demo's tables and page show."""
+
+    config: DemoConfig
+    story: StoryResult
+    order: OrderResult
+    slice: SliceResult
+
+
+def run_demo(config: DemoConfig, *, say: Say) -> DemoResult:
     """Run the whole demo; everything it writes is under `config.out`.
 
     Parameters
@@ -113,74 +154,111 @@ def run_demo(config: DemoConfig, *, say: Callable[[str], None], quiet: bool = Fa
         What to do.
     say
         Called with a line before each stage.
-    quiet
-        Show no progress of the pretraining.
 
     Raises
     ------
     RuntimeError
-        If the store that was just written does not verify.
+        If a store that was just written does not verify.
     """
     torch.set_num_threads(config.threads)
-    store_path, run_folder = config.out / "store", config.out / "run"
-    say("reading real fMRI: Haxby et al. 2001, one participant, 12 runs")
-    data = haxby.read()
-    haxby.write_store(data, str(store_path))
-    report = verify(str(store_path))
-    if not report.ok:
-        raise RuntimeError(f"the store just written is damaged: {'; '.join(report.errors)}")
-    store = BoldStore.open(str(store_path))
-    say(f"store written, {report.chunks} chunks verified: {len(store.runs)} runs, {store.networks} networks")
-
-    say(f"pretraining: causal sequence modelling, {config.pretrain_steps} steps, labels not used")
-    pretrain(pretrain_config(config), resume="never", quiet=quiet)
-    held_out = Split.load(run_folder / SPLIT).parts["validation"]
-    reconstruction = reconstruct(store, load_pretrained(run_folder), held_out, length=PICTURE_WINDOW)
-
-    task = load_task(store, TaskConfig(target=haxby.TARGET, split="leave-one-run-out", hrf_shift=HRF_SHIFT))
-    say(f"decoding {len(task.classes)} conditions, each run left out once: classifiers without a model")
-    decoders = baselines(task)
-    adaptation = AdaptConfig(steps=config.adapt_steps, seed=config.seed)
-    for mode, scratch in ADAPTATIONS:
-        say(f"decoding by {NAMES[mode]} on {'fresh' if scratch else 'pretrained'} weights")
-        asked = replace(adaptation, mode=mode, scratch=scratch)
-        decoders.append(adapt(task, run_folder, asked, device="cpu"))
-    fresh, pretrained = decoders[-2], decoders[-1]
-    write_results(task, pretrained, decoders[:-1], config.out / "decoding")
+    config.out.mkdir(parents=True, exist_ok=True)
     return DemoResult(
         config=config,
+        story=run_story(config, say),
+        order=run_order(config, say),
+        slice=run_slice(config, say),
+    )
+
+
+def run_story(config: DemoConfig, say: Say) -> StoryResult:
+    """Pretrain on people who listen to a story, and decode where in it others are."""
+    folder = config.out / "story"
+    store = story.write_store(story.read(), config.people, folder / "store")
+    _check(store)
+    say(f"story: {len(store.runs)} people, real fMRI; {len(config.test_people)} of them only test")
+    say(f"story: pretraining, {config.story_steps} steps, labels not used")
+    split = story.split(store, config.test_people)
+    run = worth.pretrained_on(store, split, folder / "run", seed=config.seed, steps=config.story_steps)
+    say(f"story: decoding by {', '.join(map(str, config.counts))} labelled people, {config.draws} draws")
+    task = story.task(store, config.test_people)
+    points = worth.curve(task, [run], config.counts, draws=config.draws, without=WITHOUT, seed=config.seed)
+    return StoryResult(points=points, validation=last_validation(read_metrics(run)))
+
+
+def run_order(config: DemoConfig, say: Say) -> OrderResult:
+    """Pretrain on more and more simulated people, and decode others."""
+    folder, most = config.out / "order", config.order_people[-1]
+    say(f"simulated people: writing {most} without labels and {cohort.LABELLED + cohort.TESTED} with")
+    simulated = cohort.write(folder, Cohort(kind="order", seed=config.seed), most)
+    runs = {}
+    for people in config.order_people:
+        say(f"simulated people: pretraining on {people}, {config.order_steps} steps")
+        runs[people] = worth.pretrained_on(
+            simulated.unlabelled,
+            simulated.split(people),
+            folder / f"run-{people}",
+            seed=config.seed,
+            steps=config.order_steps,
+        )
+    say(f"simulated people: decoding by {config.order_count} labelled people, {config.draws} draws")
+
+    def decoders(part: DecodingTask) -> list[Result]:
+        ours = [worth.adapted(part, [run], seed=config.seed) for run in runs.values()]
+        fresh = worth.adapted(part, [runs[most]], scratch=True, seed=config.seed)
+        return [*ours, fresh, *(baseline(part, name) for name in WITHOUT)]
+
+    (point,) = learning_curve(simulated.task(), [config.order_count], decoders, draws=config.draws)
+    return OrderResult(
+        task=point.task,
+        pretrained=dict(zip(runs, point.results, strict=False)),
+        others=point.results[len(runs) :],
+    )
+
+
+def run_slice(config: DemoConfig, say: Say) -> SliceResult:
+    """Pretrain on one slice of one person, map what it predicts, and decode the pictures that were seen."""
+    folder = config.out / "slice"
+    say("slice: real fMRI, Haxby et al. 2001, one participant, 12 runs")
+    data = haxby.read()
+    haxby.write_store(data, str(folder / "store"))
+    store = BoldStore.open(str(folder / "store"))
+    _check(store)
+    say(f"slice: pretraining, {config.slice_steps} steps, labels not used")
+    run = pretrain(_slice_config(config, store), resume="never", quiet=True)
+    held_out = Split.load(run / SPLIT).parts["validation"]
+    reconstruction = reconstruct(store, load_pretrained(run), held_out, length=PICTURE_WINDOW)
+    task = load_task(store, TaskConfig(target=haxby.TARGET, split="leave-one-run-out", hrf_shift=HRF_SHIFT))
+    say(f"slice: decoding {len(task.classes)} kinds of pictures, each run left out once")
+    fresh, ours = (
+        adapt(task, run, AdaptConfig(seed=config.seed, scratch=scratch), device="cpu")
+        for scratch in (True, False)
+    )
+    decoders = [*(baseline(task, name) for name in WITHOUT), fresh, ours]
+    write_results(task, ours, decoders[:-1], folder / "decoding")
+    return SliceResult(
         data=data,
-        chunks=report.chunks,
-        metrics=read_metrics(run_folder),
+        metrics=read_metrics(run),
         held_out=held_out,
         reconstruction=reconstruction,
         task=task,
         decoders=decoders,
-        gain=difference(task, pretrained, fresh),
-        gain_unseen=(_accuracy_in(task, pretrained, held_out), _accuracy_in(task, fresh, held_out)),
+        gain=difference(task, ours, fresh),
     )
 
 
-def pretrain_config(config: DemoConfig) -> PretrainConfig:
-    """Return the demo's pretraining: published objective and learning rate, a small model."""
-    steps = config.pretrain_steps
-    return PretrainConfig(
-        store=str(config.out / "store"),
-        out=str(config.out / "run"),
-        model=ModelConfig(framework="csm", masking="dense", width=config.width, layers=2, heads=4),
-        data=DataConfig(batch_size=16, validation_batches=4),
-        train=TrainConfig(
-            steps=steps,
-            lr=5e-4,
-            seed=config.seed,
-            validate_every=max(1, steps // 16),
-            checkpoint_every=steps,
-        ),
-        device="cpu",
-    )
+def last_validation(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the last validation among the lines of `metrics.jsonl`."""
+    return next(line for line in reversed(metrics) if "val_loss" in line)
 
 
-def _accuracy_in(task: DecodingTask, result: Result, runs: tuple[str, ...]) -> float:
-    """Return a decoder's accuracy over the windows of some runs."""
-    mine = np.isin(task.runs, runs)
-    return float((result.predictions[..., mine] == task.labels[mine]).mean())
+def _slice_config(config: DemoConfig, store: BoldStore) -> PretrainConfig:
+    """Return the package's defaults with few windows a step: the slice has ten runs to learn from."""
+    found = pretraining(str(store.path), str(config.out / "slice" / "run"), preset_name="tiny")
+    found = worth.with_budget(found, seed=config.seed, steps=config.slice_steps)
+    return replace(found, data=replace(found.data, batch_size=16, validation_batches=4))
+
+
+def _check(store: BoldStore) -> None:
+    report = verify(str(store.path))
+    if not report.ok:
+        raise RuntimeError(f"the store just written is damaged: {'; '.join(report.errors)}")

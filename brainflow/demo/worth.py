@@ -80,17 +80,20 @@ def pretrained_on(
         Optimizer steps.
     """
     path = out.with_suffix(".split.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     split.save(path)
     config = pretraining(str(store.path), str(out), preset_name="tiny", framework=framework)
-    return pretrain(_with_budget(config, str(path), seed, steps), resume="never", quiet=True)
+    config = replace(config, data=replace(config.data, split=str(path)), device="cpu")
+    return pretrain(with_budget(config, seed=seed, steps=steps), resume="never", quiet=True)
 
 
-def _with_budget(config: PretrainConfig, split: str, seed: int, steps: int) -> PretrainConfig:
+def with_budget(config: PretrainConfig, *, seed: int, steps: int) -> PretrainConfig:
+    """Return a configuration with so many steps and ten validations."""
     every = max(1, steps // 10)
     train = replace(
         config.train, steps=steps, seed=seed, validate_every=every, checkpoint_every=steps, plot=False
     )
-    return replace(config, data=replace(config.data, split=split), train=train)
+    return replace(config, train=train)
 
 
 def curve(
@@ -100,6 +103,7 @@ def curve(
     *,
     draws: int,
     without: Sequence[BaselineName],
+    seed: int = 0,
 ) -> list[Point]:
     """Return the learning curve of a pretrained model, of random weights, and of decoders without a model.
 
@@ -115,20 +119,24 @@ def curve(
         How often these are drawn.
     without
         Decoders without a model.
+    seed
+        Of the first checkpoint's adaptation.
     """
 
     def decoders(part: DecodingTask) -> list[Result]:
-        ours = [adapted(part, checkpoints), adapted(part, checkpoints, scratch=True)]
+        ours = [adapted(part, checkpoints, scratch=scratch, seed=seed) for scratch in (False, True)]
         return [*ours, *(baseline(part, name) for name in without)]
 
     return learning_curve(task, list(counts), decoders, draws=draws)
 
 
-def adapted(task: DecodingTask, checkpoints: Sequence[Path], *, scratch: bool = False) -> Result:
-    """Adapt each of several checkpoints by the defaults and return what they say as one result."""
+def adapted(
+    task: DecodingTask, checkpoints: Sequence[Path], *, scratch: bool = False, seed: int = 0
+) -> Result:
+    """Adapt checkpoints by the defaults, seeds from `seed` on, and return what they say as one result."""
     seeds = [
-        adapt(task, run, AdaptConfig(seed=seed, scratch=scratch), device="cpu")
-        for seed, run in enumerate(checkpoints)
+        adapt(task, run, AdaptConfig(seed=seed + number, scratch=scratch), device="cpu")
+        for number, run in enumerate(checkpoints)
     ]
     chances: list[Any] = [result.probabilities for result in seeds]
     named = np.concatenate([np.atleast_2d(result.predictions) for result in seeds])
