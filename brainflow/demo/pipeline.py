@@ -70,6 +70,13 @@ class DemoConfig:
     """Optimizer steps of pretraining on each number of simulated people."""
     slice_steps: int = 200
     """Optimizer steps of pretraining on the slice."""
+    adapt_steps: int | None = None
+    """Optimizer steps of adaptation; by default as `adapt` takes."""
+
+    @property
+    def adapt(self) -> AdaptConfig:
+        """How to adapt."""
+        return AdaptConfig(steps=self.adapt_steps, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +188,7 @@ def run_story(config: DemoConfig, say: Say) -> StoryResult:
     run = worth.pretrained_on(store, split, folder / "run", seed=config.seed, steps=config.story_steps)
     say(f"story: decoding by {', '.join(map(str, config.counts))} labelled people, {config.draws} draws")
     task = story.task(store, config.test_people)
-    points = worth.curve(task, [run], config.counts, draws=config.draws, without=WITHOUT, seed=config.seed)
+    points = worth.curve(task, [run], config.counts, draws=config.draws, without=WITHOUT, config=config.adapt)
     return StoryResult(points=points, validation=last_validation(read_metrics(run)))
 
 
@@ -203,8 +210,8 @@ def run_order(config: DemoConfig, say: Say) -> OrderResult:
     say(f"simulated people: decoding by {config.order_count} labelled people, {config.draws} draws")
 
     def decoders(part: DecodingTask) -> list[Result]:
-        ours = [worth.adapted(part, [run], seed=config.seed) for run in runs.values()]
-        fresh = worth.adapted(part, [runs[most]], scratch=True, seed=config.seed)
+        ours = [worth.adapted(part, [run], config.adapt) for run in runs.values()]
+        fresh = worth.adapted(part, [runs[most]], config.adapt, scratch=True)
         return [*ours, fresh, *(baseline(part, name) for name in WITHOUT)]
 
     (point,) = learning_curve(simulated.task(), [config.order_count], decoders, draws=config.draws)
@@ -230,8 +237,7 @@ def run_slice(config: DemoConfig, say: Say) -> SliceResult:
     task = load_task(store, TaskConfig(target=haxby.TARGET, split="leave-one-run-out", hrf_shift=HRF_SHIFT))
     say(f"slice: decoding {len(task.classes)} kinds of pictures, each run left out once")
     fresh, ours = (
-        adapt(task, run, AdaptConfig(seed=config.seed, scratch=scratch), device="cpu")
-        for scratch in (True, False)
+        adapt(task, run, replace(config.adapt, scratch=scratch), device="cpu") for scratch in (True, False)
     )
     decoders = [*(baseline(task, name) for name in WITHOUT), fresh, ours]
     write_results(task, ours, decoders[:-1], folder / "decoding")

@@ -103,7 +103,7 @@ def curve(
     *,
     draws: int,
     without: Sequence[BaselineName],
-    seed: int = 0,
+    config: AdaptConfig | None = None,
 ) -> list[Point]:
     """Return the learning curve of a pretrained model, of random weights, and of decoders without a model.
 
@@ -119,23 +119,28 @@ def curve(
         How often these are drawn.
     without
         Decoders without a model.
-    seed
-        Of the first checkpoint's adaptation.
+    config
+        How to adapt; by default as `adapt` does.
     """
 
     def decoders(part: DecodingTask) -> list[Result]:
-        ours = [adapted(part, checkpoints, scratch=scratch, seed=seed) for scratch in (False, True)]
+        ours = [adapted(part, checkpoints, config, scratch=scratch) for scratch in (False, True)]
         return [*ours, *(baseline(part, name) for name in without)]
 
     return learning_curve(task, list(counts), decoders, draws=draws)
 
 
 def adapted(
-    task: DecodingTask, checkpoints: Sequence[Path], *, scratch: bool = False, seed: int = 0
+    task: DecodingTask,
+    checkpoints: Sequence[Path],
+    config: AdaptConfig | None = None,
+    *,
+    scratch: bool = False,
 ) -> Result:
-    """Adapt checkpoints by the defaults, seeds from `seed` on, and return what they say as one result."""
+    """Adapt checkpoints, each with a seed of its own, and return what they say as one result."""
+    config = replace(config or AdaptConfig(), scratch=scratch)
     seeds = [
-        adapt(task, run, AdaptConfig(seed=seed + number, scratch=scratch), device="cpu")
+        adapt(task, run, replace(config, seed=config.seed + number), device="cpu")
         for number, run in enumerate(checkpoints)
     ]
     chances: list[Any] = [result.probabilities for result in seeds]

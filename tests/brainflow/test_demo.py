@@ -1,4 +1,4 @@
-"""The demo on the real data that ship with the package, with few steps."""
+"""The demo on the data that ship with the package, with few steps; of the story people 1–16 alone."""
 
 import json
 import subprocess
@@ -11,13 +11,15 @@ import pytest
 from rich.console import Console
 
 from brainflow.cli import demo as command
-from brainflow.cli.demo_page import decoding_notes, demo_page, print_tables, summary
-from brainflow.decoding.baselines import BASELINES
+from brainflow.cli.demo_page import OPPONENTS, demo_page, print_tables, story_gains, summary, verdicts
+from brainflow.decoding.adapt import pretraining_saw
 from brainflow.decoding.scores import Interval
-from brainflow.demo import haxby
+from brainflow.demo import cohort, haxby, story, worth
 from brainflow.demo.pipeline import HRF_SHIFT, DemoConfig, run_demo
 from brainflow.report.page import write_page
-from brainflow.storage import BoldStore
+from brainflow.simulate import Cohort
+
+TRAINED, TESTED = range(4), range(4, 8)
 
 
 def test_data_are_small_readable_and_come_with_their_licence():
@@ -63,75 +65,134 @@ def test_blocks_are_the_stretches_that_are_not_rest():
     ]
 
 
+def test_the_story_is_small_scaled_and_comes_with_its_licence():
+    folder = files("brainflow") / "demo_data" / "pieman"
+    assert {entry.name for entry in folder.iterdir()} == {"pieman24.npz", "LICENSE-DATA"}
+    assert len((folder / "pieman24.npz").read_bytes()) < 1.5 * 1024**2
+    note = (folder / "LICENSE-DATA").read_text()
+    for words in ("MIT", "(c) 2016 Contextual Dynamics Laboratory", "7:12141", "ds002345", "120a885"):
+        assert words in note
+    bold = story.read()
+    assert bold.shape == (24, 300, 100)
+    np.testing.assert_allclose(bold.mean(axis=1), 0, atol=1e-5)
+    np.testing.assert_allclose(bold.std(axis=1), 1, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """Eight people of the story in a store, and its path."""
+    path = tmp_path_factory.mktemp("story") / "store"
+    return story.write_store(story.read(), range(8), path)
+
+
+def test_whoever_tests_is_in_no_training(people, tmp_path):
+    split = story.split(people, TESTED)
+    assert {part: len(keys) for part, keys in split.parts.items()} == {"train": 2, "validation": 2, "test": 4}
+    task = story.task(people, TESTED)
+    (fold,) = task.folds
+    assert set(task.subjects[fold.test]) == {f"pieman/{story.name(person)}" for person in TESTED}
+    assert set(task.subjects[fold.train]) == {f"pieman/{story.name(person)}" for person in TRAINED}
+    assert len(task.labels) == 8 * story.SEGMENTS
+    clean = worth.pretrained_on(people, split, tmp_path / "clean", steps=1)
+    assert pretraining_saw(clean, task) == []
+    planted = worth.split_people(people, {"train": ["01", "02", "05"], "validation": ["03", "04"]})
+    seen = worth.pretrained_on(people, planted, tmp_path / "planted", steps=1)
+    assert pretraining_saw(seen, task) == ["pieman/05"]
+
+
+def test_story_windows_begin_where_the_segments_do(people):
+    task = story.task(people, TESTED)
+    bold, lengths = task.read()
+    assert (lengths == story.LENGTH).all()
+    first = bold[: story.LENGTH]
+    row = people.segments.onset[task.segments[0]]
+    np.testing.assert_array_equal(first, people.run(0)[row : row + story.LENGTH])
+    assert sorted(set(people.segments.onset.tolist())) == list(range(20, 280, 20))
+
+
+def test_who_is_labelled_does_not_pretrain(tmp_path):
+    simulated = cohort.write(tmp_path, Cohort(kind="order", time_points=80), 30)
+    split = simulated.split(25)
+    assert {part: len(keys) for part, keys in split.parts.items()} == {"train": 23, "validation": 2}
+    assert len(simulated.split(30).parts["validation"]) == 3
+    task = simulated.task()
+    tested = set(task.subjects[task.folds[0].test])
+    assert len(tested) == cohort.TESTED
+    assert len(set(task.subjects)) == cohort.TESTED + cohort.LABELLED
+    assert not {name.rpartition("/")[2] for name in task.subjects} & set(simulated.unlabelled.runs.subject)
+    unlabelled = [simulated.unlabelled.run(i) for i in range(30)]
+    for run in range(40):
+        begin = simulated.labelled.run(run)[:80]
+        assert max(abs(np.corrcoef(begin[:, 0], one[:, 0])[0, 1]) for one in unlabelled) < 0.8
+
+
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     """The whole demo with a handful of steps."""
-    config = DemoConfig(out=tmp_path_factory.mktemp("demo"), pretrain_steps=4, adapt_steps=2, width=32)
-    return run_demo(config, say=lambda line: None, quiet=True)
+    config = DemoConfig(
+        out=tmp_path_factory.mktemp("demo"),
+        people=range(8),
+        test_people=TESTED,
+        counts=(1, 2),
+        draws=2,
+        story_steps=2,
+        order_people=(4, 6),
+        order_count=1,
+        order_steps=2,
+        slice_steps=2,
+        adapt_steps=2,
+    )
+    return run_demo(config, say=lambda line: None)
 
 
 @pytest.mark.slow
-def test_demo_end_to_end(result, capsys):
-    store = BoldStore.open(str(result.config.out / "store"))
-    assert len(store.runs) == 12
-    assert len(store.segments) == 96
-    assert [entry.name for entry in result.decoders] == [
-        *BASELINES,
-        "nearest neighbours, pretrained",
-        "linear probe, from scratch",
-        "linear probe, pretrained",
-        "MLP probe, pretrained",
-        "attentive probe, pretrained",
-        "LoRA, pretrained",
-        "fine-tuned, from scratch",
-        "fine-tuned, pretrained",
-    ]
-    assert len(result.held_out) == 2
-    assert result.reconstruction.truth.shape == result.reconstruction.prediction.shape == (49, 530)
-    assert (
-        0.55 < result.decoders[0].scores.accuracy.value < 0.80
-    )  # ridge: 0.656 to 0.76 by the kind of window
-    print_tables(result, Console(width=100))
+def test_demo_end_to_end(result, capsys, tmp_path):
+    assert [point.groups for point in result.story.points] == [1, 2]
+    for point in result.story.points:
+        assert [one.name for one in point.results] == [
+            "fine-tuned, pretrained",
+            "fine-tuned, from scratch",
+            "ridge",
+            "ridge-spatial",
+        ]
+    assert list(result.order.pretrained) == [4, 6]
+    assert result.slice.reconstruction.truth.shape == result.slice.reconstruction.prediction.shape == (49, 530)
+    assert len(result.slice.held_out) == 2
+    assert 0.55 < result.slice.decoders[0].scores.accuracy.value < 0.80  # ridge
+    print_tables(result, Console(width=200))
     printed = capsys.readouterr().out
-    for words in ("each network's mean", "the last value", "chance", "0.125", "ridge, no model"):
+    for words in ("Real fMRI", "SIMULATED", "the last value", "0.125", "ridge, no model", *OPPONENTS.values()):
         assert words in printed
-    saved = json.loads((result.config.out / "decoding" / "scores.json").read_text())
-    assert saved["hrf_shift"] == HRF_SHIFT
+    for gains in story_gains(result.story).values():
+        assert set(gains) == set(OPPONENTS)
+    first = result.story.points[0]
+    ours, fresh = (one.scores.accuracy.value for one in first.results[:2])
+    assert story_gains(result.story)[1]["scratch"].value == pytest.approx(ours - fresh)
+    path = write_page(demo_page(result), tmp_path)
+    html = path.read_text(encoding="utf-8")
+    assert html.count("<img ") == 5
+    names = {"story", "order", "loss", "reconstruction", "map"}
+    assert {file.stem for file in tmp_path.glob("*.png")} == names
+    for words in ("CC BY-SA 3.0", "Contextual Dynamics Laboratory", "SIMULATED", "Nobody here is real"):
+        assert words in html
 
 
 @pytest.mark.slow
 def test_figures_are_ready_for_json_and_the_same_again(result, tmp_path):
-    again = run_demo(replace(result.config, out=tmp_path), say=lambda line: None, quiet=True)
+    again = run_demo(replace(result.config, out=tmp_path), say=lambda line: None)
     assert json.dumps(summary(result)) == json.dumps(summary(again))
 
 
-def test_page_shows_every_picture(result, tmp_path):
-    path = write_page(demo_page(result), tmp_path)
-    html = path.read_text(encoding="utf-8")
-    assert html.count("<img ") == 5
-    assert {file.stem for file in tmp_path.glob("*.png")} == {
-        "loss",
-        "reconstruction",
-        "map",
-        "decoders",
-        "confusion",
-    }
-    assert "CC BY-SA 3.0" in html
+def test_it_says_whether_pretraining_helps():
+    def found(low, high):
+        one = Interval(value=(low + high) / 2, low=low, high=high)
+        return dict.fromkeys(OPPONENTS, one)
 
-
-@pytest.mark.parametrize(
-    ("gain", "says"),
-    [
-        (Interval(value=0.1, low=0.02, high=0.2), "Pretraining helps:"),
-        (Interval(value=-0.1, low=-0.2, high=-0.02), "Pretraining harms:"),
-        (
-            Interval(value=0.1, low=-0.02, high=0.2),
-            "Pretraining makes no difference that these data can show:",
-        ),
-    ],
-)
-def test_table_says_whether_pretraining_helps(result, gain, says):
-    assert decoding_notes(replace(result, gain=gain))[0].startswith(says)
+    gains = {1: found(0.02, 0.2), 2: found(-0.1, 0.2), 4: found(0.01, 0.1), 8: found(-0.2, -0.02)}
+    for line in verdicts(gains, "labelled people"):
+        assert "above it with 1, 4 labelled people" in line
+        assert "BELOW it with 8 labelled people" in line
+        assert "no difference to be shown with 2 labelled people" in line
 
 
 def test_interrupt_leaves_a_clear_message(monkeypatch, capsys, tmp_path):
