@@ -19,11 +19,13 @@ from brainflow.storage import BoldStore
 from .plan import Plan, Row
 
 TRAINED, GROUPS = 8, (3, 5, 10, 20)
+SIZES = {True: (150, 500), False: (400, 2_000)}
+"""Decoded people and tests drawn from them, quick and full."""
 
 
 def coverage_part(plan: Plan, folder: Path) -> list[Row]:
     """Return the coverage of intervals over 3 to 20 tested people: cases `coverage/3` …"""
-    people, tests = (150, 200) if plan.quick else (400, 1_000)
+    people, tests = SIZES[plan.quick]
     write_cohort(folder / "store", Cohort(kind="order"), people=0, labelled=TRAINED + people)
     store = BoldStore.open(str(folder / "store"))
     task = people_task(store, "state", [str(name) for name in store.runs.subject[TRAINED:]])

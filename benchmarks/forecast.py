@@ -14,7 +14,7 @@ that, too. What it may look at, by framework:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,8 @@ from brainflow.frameworks import framework_spec
 from brainflow.storage import BoldStore
 
 MASK_SEED = 20_261_130
-PENALTY = 1e-3
-"""Ridge penalty in units of the mean eigenvalue of the predictors' covariance."""
+PENALTIES = 10.0 ** np.arange(-4, 1, 0.5)
+"""Ridge penalties that are tried, in units of the mean eigenvalue of the predictors' covariance."""
 DRAWS = 4
 """How often each window is hidden and predicted, where the framework draws what it hides."""
 Array = NDArray[np.float64]
@@ -125,31 +125,49 @@ def over_people(metric: Callable[[Array], Array], people: int, resamples: int = 
     return Interval(value=value, low=float(low), high=float(high))
 
 
-def _regression(x: Array, y: Array) -> Callable[[Array], Array]:
-    """Return the ridge regression of rows `y` on rows `x`, with an intercept."""
+Regression = Callable[[Array], Array]
+
+
+def _regression(x: list[Array], y: list[Array]) -> Regression:
+    """Return the ridge regression of rows `y` on rows `x`, an entry a person; left-out people choose."""
+    errors = np.zeros(len(PENALTIES))
+    for fit, judge in _left_out(len(x)):
+        fitted = _fits(*(np.concatenate([z[i] for i in fit]) for z in (x, y)))
+        new, true = (np.concatenate([z[i] for i in judge]) for z in (x, y))
+        errors += [np.square(fitted(penalty)(new) - true).sum() for penalty in PENALTIES]
+    return _fits(np.concatenate(x), np.concatenate(y))(float(PENALTIES[errors.argmin()]))
+
+
+def _left_out(people: int) -> list[tuple[list[int], list[int]]]:
+    """Return who fits and who judges: every fourth one is left out in turn."""
+    parts = [[i for i in range(people) if i % 4 == part] for part in range(min(4, people))]
+    return [(sorted(set(range(people)) - set(part)), part) for part in parts if len(part) < people]
+
+
+def _fits(x: Array, y: Array) -> Callable[[float], Regression]:
+    """Return penalty → regression, from one decomposition."""
     from_, to = x.mean(axis=0), y.mean(axis=0)
-    square = (x - from_).T @ (x - from_)
-    square[np.diag_indices(len(square))] += PENALTY * np.trace(square) / len(square)
-    weight = np.linalg.solve(square, (x - from_).T @ (y - to))
-    return lambda new: to + (new - from_) @ weight
+    value, vector = np.linalg.eigh((x - from_).T @ (x - from_))
+    seen = vector.T @ ((x - from_).T @ (y - to))
+
+    def with_(penalty: float) -> Regression:
+        weight = vector @ (seen / (value + penalty * value.mean())[:, None])
+        return lambda new: to + (new - from_) @ weight
+
+    return with_
 
 
-def _shifted(series: list[Array], offsets: Sequence[int]) -> list[Array]:
-    """Return the volumes at each offset from every volume that has them all, runs end to end."""
-    before, after = max(0, -min(offsets)), max(0, *offsets)
-    return [
-        np.concatenate([run[before + offset : len(run) - after + offset] for run in series])
-        for offset in offsets
-    ]
-
-
-def _from_offsets(series: list[Array]) -> Callable[[tuple[int, ...]], Callable[[Array], Array]]:
+def _from_offsets(series: list[Array]) -> Callable[[tuple[int, ...]], Regression]:
     """Return a cache: offsets of known volumes → regression of a volume on these, laid side by side."""
 
     @cache
-    def fitted(offsets: tuple[int, ...]) -> Callable[[Array], Array]:
-        target, *known = _shifted(series, (0, *offsets))
-        return _regression(np.concatenate(known, axis=1), target)
+    def fitted(offsets: tuple[int, ...]) -> Regression:
+        before, after = max(0, -min(offsets)), max(0, *offsets)
+        x = [
+            np.concatenate([run[before + n : len(run) - after + n] for n in offsets], axis=1)
+            for run in series
+        ]
+        return _regression(x, [run[before : len(run) - after] for run in series])
 
     return fitted
 
@@ -189,23 +207,40 @@ def from_neighbours(series: list[Array], width: int) -> Predictor:
 
 def from_other_networks(series: list[Array], width: int) -> Predictor:
     """Return the predictor of hidden networks from the others of the same volume."""
+    errors = np.zeros(len(PENALTIES))
+    for fit, judge in _left_out(len(series)):
+        known, window = _given_others([series[i] for i in fit]), np.concatenate([series[i] for i in judge])
+        hidden = np.broadcast_to(np.arange(window.shape[1]) % 5 == 0, window.shape)
+        errors += [np.square((known(p)(window, hidden) - window)[hidden]).sum() for p in PENALTIES]
+    return _given_others(series)(float(PENALTIES[errors.argmin()]))
+
+
+def _given_others(series: list[Array]) -> Callable[[float], Predictor]:
+    """Return penalty → expectation of hidden networks, given the others of a volume."""
     everything = np.concatenate(series)
-    mean = everything.mean(axis=0)
-    covariance = np.cov(everything.T, bias=True)
-    covariance[np.diag_indices(len(covariance))] += PENALTY * np.trace(covariance) / len(covariance)
+    mean, raw = everything.mean(axis=0), np.cov(everything.T, bias=True)
 
-    def predict(window: Array, hidden: NDArray[np.bool_]) -> Array:
-        found = np.broadcast_to(mean, window.shape).copy()
-        patterns, which = np.unique(hidden, axis=0, return_inverse=True)
-        for number, pattern in enumerate(patterns):
-            if not pattern.any() or pattern.all():
-                continue
-            rows = np.flatnonzero(which.ravel() == number)
-            weight = np.linalg.solve(covariance[~pattern][:, ~pattern], covariance[~pattern][:, pattern])
-            found[np.ix_(rows, pattern)] += (window[rows][:, ~pattern] - mean[~pattern]) @ weight
-        return found
+    def with_(penalty: float) -> Predictor:
+        covariance = raw + penalty * np.trace(raw) / len(raw) * np.eye(len(raw))
 
-    return predict
+        @lru_cache(maxsize=64)
+        def weight(pattern: bytes) -> Array:
+            mask = np.frombuffer(pattern, dtype=bool)
+            return np.linalg.solve(covariance[~mask][:, ~mask], covariance[~mask][:, mask])
+
+        def predict(window: Array, hidden: NDArray[np.bool_]) -> Array:
+            found = np.broadcast_to(mean, window.shape).copy()
+            patterns, which = np.unique(hidden, axis=0, return_inverse=True)
+            for number, mask in enumerate(patterns):
+                if mask.any() and not mask.all():
+                    rows = np.flatnonzero(which.ravel() == number)
+                    given = window[np.ix_(rows, ~mask)] - mean[~mask]
+                    found[np.ix_(rows, mask)] += given @ weight(mask.tobytes())
+            return found
+
+        return predict
+
+    return with_
 
 
 def from_components(series: list[Array], width: int) -> Predictor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +45,25 @@ def peers_part(plan: Plan, folder: Path, name: str) -> list[Row]:
     named = np.full((plan.seeds, len(task.labels)), -1)
     named[:, fold.test] = seeds
     result = judge(task, name, named)
-    version = importlib.metadata.version(PACKAGE)
-    note = f"{PACKAGE} {version}, at most {EPOCHS} epochs, {len(people)} labelled people"
+    note = f"{PACKAGE} {version(PACKAGE)}, at most {EPOCHS} epochs, {len(people)} labelled people"
     return [row(f"peers/{name}", "accuracy", result.scores.accuracy, note)]
+
+
+def architecture(name: str) -> Any:
+    """Return the class of an architecture."""
+    return getattr(importlib.import_module(f"{PACKAGE}.models"), name)
 
 
 def _predictions(
     name: str, windows: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...], seed: int
 ) -> np.ndarray:
     """Return the classes that an architecture names for the windows of the last part."""
-    architecture: Any = getattr(importlib.import_module(f"{PACKAGE}.models"), name)
+    kind = architecture(name)
     torch.manual_seed(seed)
     loaders = [
-        architecture.prepare_dataloader(windows[part], labels[part], shuffle=place == 0)
+        kind.prepare_dataloader(windows[part], labels[part], shuffle=place == 0)
         for place, part in enumerate(parts)
     ]
-    model = architecture(input_size=windows.shape[2], output_size=int(labels.max()) + 1)
+    model = kind(input_size=windows.shape[2], output_size=int(labels.max()) + 1)
     _, _, predicted = model.train_model(*loaders, epochs=EPOCHS, lr=None, device="cpu", patience=30)
     return np.asarray(predicted["y_pred"], dtype=np.int64)

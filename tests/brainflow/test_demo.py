@@ -156,12 +156,21 @@ def test_demo_end_to_end(result, capsys, tmp_path):
             "ridge-spatial",
         ]
     assert list(result.order.pretrained) == [4, 6]
-    assert result.slice.reconstruction.truth.shape == result.slice.reconstruction.prediction.shape == (49, 530)
+    assert (
+        result.slice.reconstruction.truth.shape == result.slice.reconstruction.prediction.shape == (49, 530)
+    )
     assert len(result.slice.held_out) == 2
     assert 0.55 < result.slice.decoders[0].scores.accuracy.value < 0.80  # ridge
     print_tables(result, Console(width=200))
     printed = capsys.readouterr().out
-    for words in ("Real fMRI", "SIMULATED", "the last value", "0.125", "ridge, no model", *OPPONENTS.values()):
+    for words in (
+        "Real fMRI",
+        "SIMULATED",
+        "the last value",
+        "0.125",
+        "ridge, no model",
+        *OPPONENTS.values(),
+    ):
         assert words in printed
     for gains in story_gains(result.story).values():
         assert set(gains) == set(OPPONENTS)
