@@ -16,6 +16,7 @@ from brainflow.decoding.task import DecodingTask
 from brainflow.demo import cohort, story, worth
 from brainflow.pretrained.format import load_pretrained
 from brainflow.simulate import Cohort
+from brainflow.storage import BoldStore
 
 from . import forecast
 from .plan import COUNTS, FIXED, Plan, Row, curve_rows, row
@@ -56,15 +57,15 @@ def order_part(plan: Plan, folder: Path, people: int, framework: str) -> list[Ro
 
     With the largest number of people the cases are `order/N`; each number has its rows in `order/people`.
     """
-    simulated = cohort.write(folder, Cohort(kind="order"), people)
-    runs = _pretrained(plan, folder, simulated, people, framework)
-    forecasts = _forecast(simulated, runs[0])
+    store = cohort.write(folder / "store", Cohort(kind="order"), plan.order_people[-1])
+    runs = _pretrained(plan, folder, store, people, framework)
+    forecasts = _forecast(store, people, runs[0])
     note = f"{people} people, {plan.steps} steps; {FIXED} labelled people"
     of_people = [row("order/people", f"{name}_{people}", one, note) for name, one in forecasts.items()]
     if people != plan.order_people[-1]:
-        (point,) = _points(plan, simulated.task(), runs, [FIXED])
+        (point,) = _points(plan, cohort.task(store), runs, [FIXED])
         return [_accuracy("order/people", f"people_{people}", point, note), *of_people]
-    rows = _decoded(plan, "order", simulated.task(), runs, framework)
+    rows = _decoded(plan, "order", cohort.task(store), runs, framework)
     rows += [row(f"order/{framework}", name, one, note) for name, one in forecasts.items()]
     if framework == plan.frameworks[0]:
         found = next(r for r in rows if (r.case, r.metric) == (f"order/{FIXED}", "pretrained"))
@@ -75,10 +76,10 @@ def order_part(plan: Plan, folder: Path, people: int, framework: str) -> list[Ro
 def steps_part(plan: Plan, folder: Path, share: float) -> list[Row]:
     """Decode orders after a share of the optimizer steps, on the largest number of people."""
     people, steps = plan.order_people[-1], int(plan.steps * share)
-    simulated = cohort.write(folder, Cohort(kind="order"), people)
+    store = cohort.write(folder / "store", Cohort(kind="order"), people)
     fewer = replace(plan, steps=steps)
-    runs = _pretrained(fewer, folder, simulated, people, plan.frameworks[0])
-    points = _points(plan, simulated.task(), runs, [FIXED])
+    runs = _pretrained(fewer, folder, store, people, plan.frameworks[0])
+    points = _points(plan, cohort.task(store), runs, [FIXED])
     note = f"{people} people; {FIXED} labelled people"
     return [_accuracy("order/steps", f"steps_{steps}", points[0], note)]
 
@@ -86,23 +87,25 @@ def steps_part(plan: Plan, folder: Path, share: float) -> list[Row]:
 def oscillator_part(plan: Plan, folder: Path, kind: str) -> list[Row]:
     """Pretrain on simulated oscillators whose states are `drive` or `regime`, and decode others."""
     people = plan.regime_people
-    simulated = cohort.write(folder, Cohort(kind=kind), people)
-    runs = _pretrained(plan, folder, simulated, people, plan.frameworks[0])
-    points = worth.curve(simulated.task(), runs, (FIXED, COUNTS[-1]), draws=plan.draws, without=plan.without)
+    store = cohort.write(folder / "store", Cohort(kind=kind), people)
+    runs = _pretrained(plan, folder, store, people, plan.frameworks[0])
+    points = worth.curve(
+        cohort.task(store), runs, (FIXED, COUNTS[-1]), draws=plan.draws, without=plan.without
+    )
     return [replace(one, note=one.note or f"{people} people") for one in curve_rows(kind, points)]
 
 
 def transfer_part(plan: Plan, folder: Path) -> list[Row]:
     """Decode at another repetition time than that of pretraining: `transfer/tr`, states as drive."""
     people, steps = plan.regime_people, plan.steps
-    labelled = cohort.write(folder / "slow", Cohort(kind="drive", t_r=2.0), people)
+    slow = cohort.write(folder / "slow", Cohort(kind="drive", t_r=2.0), people)
     fast = cohort.write(folder / "fast", Cohort(kind="drive", t_r=1.0), people)
-    task, framework = fast.task(), plan.frameworks[0]
+    task, framework = cohort.task(fast), plan.frameworks[0]
     rows = []
-    for metric, simulated in (("same_tr", fast), ("other_tr", labelled)):
+    for metric, store in (("same_tr", fast), ("other_tr", slow)):
         run = worth.pretrained_on(
-            simulated.unlabelled,
-            simulated.split(people),
+            store,
+            cohort.split(store, people),
             folder / metric,
             framework=framework,
             steps=steps,
@@ -122,13 +125,11 @@ def transfer_part(plan: Plan, folder: Path) -> list[Row]:
     return rows
 
 
-def _pretrained(
-    plan: Plan, folder: Path, simulated: cohort.Simulated, people: int, framework: str
-) -> list[Path]:
+def _pretrained(plan: Plan, folder: Path, store: BoldStore, people: int, framework: str) -> list[Path]:
     return [
         worth.pretrained_on(
-            simulated.unlabelled,
-            simulated.split(people),
+            store,
+            cohort.split(store, people),
             folder / f"run-{seed}",
             framework=framework,
             seed=seed,
@@ -157,9 +158,8 @@ def _accuracy(case: str, metric: str, point: Point, note: str) -> Row:
     return row(case, metric, point.results[0].scores.accuracy, note)
 
 
-def _forecast(simulated: cohort.Simulated, run: Path) -> dict[str, Interval]:
+def _forecast(store: BoldStore, people: int, run: Path) -> dict[str, Interval]:
     """Return how the people who test are forecast, beside a linear predictor fitted on at most `FITTED`."""
-    many, labelled = simulated.unlabelled, simulated.labelled
-    known = [many.run(i) for i in range(min(FITTED, len(many.runs)))]
-    tested = range(len(labelled.runs))[-cohort.TESTED :]
-    return forecast.explained(load_pretrained(run), known, labelled, tested, WINDOW)
+    known = [store.run(i) for i in range(min(FITTED, people))]
+    tested = range(len(store.runs))[-cohort.TESTED :]
+    return forecast.explained(load_pretrained(run), known, store, tested, WINDOW)

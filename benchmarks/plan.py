@@ -55,9 +55,9 @@ class Plan:
     regime_people: int
 
     @property
-    def without(self) -> tuple[BaselineName, ...]:
-        """Decoders without a model; `quick` leaves nilearn's out, which takes as long as all others."""
-        return tuple(name for name in BASELINES if not (self.quick and name == "nilearn"))
+    def without(self) -> tuple[BaselineName, ...] | None:
+        """Decoders without a model, all if None; nilearn's, which takes as long as all others, not if quick."""
+        return tuple(name for name in BASELINES if name != "nilearn") if self.quick else None
 
     def facts(self) -> dict[str, Any]:
         """Return the sizes, ready for JSON; people are counted from 1."""

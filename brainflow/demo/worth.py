@@ -18,7 +18,7 @@ from brainflow.decoding.adapt import adapt
 from brainflow.decoding.baselines import BaselineName
 from brainflow.decoding.curve import Point, learning_curve
 from brainflow.decoding.fit import AdaptConfig
-from brainflow.decoding.result import Result, baseline, difference, judge
+from brainflow.decoding.result import Result, baseline, baselines, difference, judge
 from brainflow.decoding.scores import Interval
 from brainflow.decoding.splits import Fold, check_folds
 from brainflow.decoding.task import DecodingTask, TaskConfig, load_task
@@ -102,7 +102,7 @@ def curve(
     counts: Iterable[int],
     *,
     draws: int,
-    without: Sequence[BaselineName],
+    without: Sequence[BaselineName] | None,
     config: AdaptConfig | None = None,
 ) -> list[Point]:
     """Return the learning curve of a pretrained model, of random weights, and of decoders without a model.
@@ -118,14 +118,15 @@ def curve(
     draws
         How often these are drawn.
     without
-        Decoders without a model.
+        Decoders without a model; None: all that the windows allow.
     config
         How to adapt; by default as `adapt` does.
     """
 
     def decoders(part: DecodingTask) -> list[Result]:
         ours = [adapted(part, checkpoints, config, scratch=scratch) for scratch in (False, True)]
-        return [*ours, *(baseline(part, name) for name in without)]
+        others = baselines(part) if without is None else [baseline(part, name) for name in without]
+        return [*ours, *others]
 
     return learning_curve(task, list(counts), decoders, draws=draws)
 

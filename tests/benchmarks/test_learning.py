@@ -236,7 +236,6 @@ def test_the_story_part_has_all_rows(tmp_path, short):
 
 
 def test_the_order_part_has_all_rows(tmp_path, monkeypatch, short):
-    monkeypatch.setattr(people.cohort, "LABELLED_TIME_POINTS", 120)
     monkeypatch.setattr(people, "COUNTS", (1,))
     monkeypatch.setattr(people, "FIXED", 1)
     sizes = {"order_people": (4, 6), "steps": 2, "draws": 1}

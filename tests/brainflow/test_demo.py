@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from importlib.resources import files
 
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from brainflow.cli import demo as command
 from brainflow.cli.demo_page import OPPONENTS, demo_page, print_tables, story_gains, summary, verdicts
-from brainflow.decoding.adapt import pretraining_saw
+from brainflow.decoding.leaks import LeakWarning, check_unseen
 from brainflow.decoding.scores import Interval
 from brainflow.demo import cohort, haxby, story, worth
 from brainflow.demo.pipeline import HRF_SHIFT, DemoConfig, run_demo
@@ -94,10 +95,13 @@ def test_whoever_tests_is_in_no_training(people, tmp_path):
     assert set(task.subjects[fold.train]) == {f"pieman/{story.name(person)}" for person in TRAINED}
     assert len(task.labels) == 8 * story.SEGMENTS
     clean = worth.pretrained_on(people, split, tmp_path / "clean", steps=1)
-    assert pretraining_saw(clean, task) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LeakWarning)
+        assert check_unseen(clean, task) == []
     planted = worth.split_people(people, {"train": ["01", "02", "05"], "validation": ["03", "04"]})
     seen = worth.pretrained_on(people, planted, tmp_path / "planted", steps=1)
-    assert pretraining_saw(seen, task) == ["pieman/05"]
+    with pytest.warns(LeakWarning, match="pieman/05"):
+        assert check_unseen(seen, task) == ["pieman/05"]
 
 
 def test_story_windows_begin_where_the_segments_do(people):
@@ -111,19 +115,17 @@ def test_story_windows_begin_where_the_segments_do(people):
 
 
 def test_who_is_labelled_does_not_pretrain(tmp_path):
-    simulated = cohort.write(tmp_path, Cohort(kind="order", time_points=80), 30)
-    split = simulated.split(25)
-    assert {part: len(keys) for part, keys in split.parts.items()} == {"train": 23, "validation": 2}
-    assert len(simulated.split(30).parts["validation"]) == 3
-    task = simulated.task()
+    store = cohort.write(tmp_path / "store", Cohort(kind="order", time_points=80), 30)
+    split = cohort.split(store, 25)
+    counts = {part: len(keys) for part, keys in split.parts.items()}
+    assert counts == {"train": 23, "validation": 2, "not used": 25, "test": 20}
+    assert len(cohort.split(store, 30).parts["validation"]) == 3
+    task = cohort.task(store)
     tested = set(task.subjects[task.folds[0].test])
     assert len(tested) == cohort.TESTED
     assert len(set(task.subjects)) == cohort.TESTED + cohort.LABELLED
-    assert not {name.rpartition("/")[2] for name in task.subjects} & set(simulated.unlabelled.runs.subject)
-    unlabelled = [simulated.unlabelled.run(i) for i in range(30)]
-    for run in range(40):
-        begin = simulated.labelled.run(run)[:80]
-        assert max(abs(np.corrcoef(begin[:, 0], one[:, 0])[0, 1]) for one in unlabelled) < 0.8
+    assert set(split.parts["test"]) == set(task.runs[task.folds[0].test])
+    assert not set(split.parts["train"] + split.parts["validation"]) & set(task.runs)
 
 
 @pytest.fixture(scope="module")
