@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def without(self) -> tuple[BaselineName, ...] | None:
-        """Decoders without a model, all if None; nilearn's, which takes as long as all others, not if quick."""
+        """Decoders without a model, None for all; `quick` has no nilearn, as slow as all others together."""
         return tuple(name for name in BASELINES if name != "nilearn") if self.quick else None
 
     def facts(self) -> dict[str, Any]:

@@ -34,6 +34,11 @@ def test_every_source_file_is_in_the_wheel(wheel):
         for path in ROOT.joinpath(package).rglob("*.py"):
             assert f"brainflow/{path.relative_to(ROOT)}" in packed
     assert "brainflow/demo_data/haxby2001/bold.nii.gz" in packed
+    assert {"pieman24.npz", "LICENSE-DATA"} <= {
+        name.rpartition("/")[2] for name in packed if name.startswith("brainflow/demo_data/pieman/")
+    }
+    assert len([name for name in packed if name.endswith("licenses/LICENSE")]) == 1
+    assert len([name for name in packed if name.endswith("LICENSE-DATA") and "dist-info" in name]) == 2
     assert "brainflow/benchmarks/floors.json" in packed
 
 
