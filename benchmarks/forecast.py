@@ -14,6 +14,7 @@ that, too. What it may look at, by framework:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -40,7 +41,9 @@ Predictor = Callable[[Array, NDArray[np.bool_]], Array]
 def explained(
     module: Any, known: Sequence[NDArray], store: BoldStore, tested: Sequence[int], length: int
 ) -> dict[str, Interval]:
-    """Return `ev`, `ev_linear` and `ev_minus_linear` with 95 % intervals over people.
+    """Return `ev`, `ev_linear`, `ev_minus_linear` with 95 % intervals over people.
+
+    And `ev_path`, of the linear path that the model carries, if it does: without its network.
 
     Parameters
     ----------
@@ -58,28 +61,34 @@ def explained(
     mean = np.concatenate(series).mean(axis=0)
     linear = LINEAR[framework](series, module.config.width)
     errors = np.array([_errors(module, store, run, length, mean, linear) for run in tested])
-    ours, theirs, variance = errors.T
-    return {
+    ours, theirs, path, variance = errors.T
+    found = {
         "ev": over_people(lambda w: 1 - w @ ours / (w @ variance), len(errors)),
         "ev_linear": over_people(lambda w: 1 - w @ theirs / (w @ variance), len(errors)),
         "ev_minus_linear": over_people(lambda w: w @ (theirs - ours) / (w @ variance), len(errors)),
     }
+    if module.linear is not None:
+        found["ev_path"] = over_people(lambda w: 1 - w @ path / (w @ variance), len(errors))
+    return found
 
 
-def _errors(
-    module: Any, store: BoldStore, run: int, length: int, mean: Array, linear: Predictor
-) -> tuple[float, float, float]:
-    """Return the squared errors of the model, the linear predictor and the mean in one person."""
-    total = np.zeros(3)
+def _errors(module: Any, store: BoldStore, run: int, length: int, mean: Array, linear: Predictor) -> Array:
+    """Return the squared errors in one person: model, linear predictor, the model's linear path, the mean."""
+    total = np.zeros(4)
     module.eval()
     for draw in range(DRAWS if module.config.framework.endswith("bert") else 1):
         batch = tiled(store, run, length, paired=framework_spec(module.config.framework).paired, step=draw)
         with torch.no_grad():
             _, predicted, rows = module.score(batch, seed=MASK_SEED)
+            path = predicted
+            if module.linear is not None:
+                path = module.linear(replace(batch, mask=module.drawn(batch, MASK_SEED)))
         bold = batch.bold.double().numpy()
         values = np.full_like(bold, np.nan)  # of what was not hidden
         values[rows.numpy()] = predicted.double().numpy()
         hidden = np.isfinite(values)
+        carried = np.zeros_like(bold)
+        carried[rows.numpy()] = path.double().numpy()
         straight = np.concatenate(
             [
                 linear(window, mask)
@@ -88,9 +97,9 @@ def _errors(
                 )
             ]
         )
-        for i, guess in enumerate((values, straight, np.broadcast_to(mean, bold.shape))):
-            total[i] += np.square((guess - bold)[hidden]).sum()
-    return float(total[0]), float(total[1]), float(total[2])
+        guesses = (values, straight, carried, np.broadcast_to(mean, bold.shape))
+        total += [np.square((guess - bold)[hidden]).sum() for guess in guesses]
+    return total
 
 
 def tiled(store: BoldStore, run: int, length: int, *, paired: bool, step: int) -> PackedBatch:

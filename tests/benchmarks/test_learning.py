@@ -53,6 +53,8 @@ class Runs:
 class Module:
     """A framework whose predictions are a function of the truth; rows and NaN are as the real ones'."""
 
+    linear = None
+
     def __init__(self, framework, say):
         self.config = SimpleNamespace(framework=framework, width=4)
         self.real, self.say = build(ModelConfig(framework=framework, networks=NETWORKS, **TINY)), say
