@@ -17,6 +17,7 @@ from brainflow.demo import cohort, story, worth
 from brainflow.pretrained.format import load_pretrained
 from brainflow.simulate import Cohort
 from brainflow.storage import BoldStore
+from brainflow.training.run_dir import saved_config
 
 from . import forecast
 from .plan import COUNTS, FIXED, Plan, Row, curve_rows, row
@@ -46,7 +47,7 @@ def story_part(plan: Plan, folder: Path, framework: str) -> list[Row]:
     module, rows = load_pretrained(runs[0]), []
     for before, length in (("", WINDOW), ("long_", LONG_WINDOW)):
         found = forecast.explained(module, known, store, tested, length)
-        note = f"{plan.story_steps} steps, seed 0, windows of {length} time points"
+        note = f"{_steps(runs[0])} steps, seed 0, windows of {length} time points"
         rows += [row(f"story/{framework}", before + metric, one, note) for metric, one in found.items()]
     task = story.task(store, plan.test_people)
     return rows + _decoded(plan, "story", task, runs, framework)
@@ -60,7 +61,7 @@ def order_part(plan: Plan, folder: Path, people: int, framework: str) -> list[Ro
     store = cohort.write(folder / "store", Cohort(kind="order"), plan.order_people[-1])
     runs = _pretrained(plan, folder, store, people, framework)
     forecasts = _forecast(store, people, runs[0])
-    note = f"{people} people, {plan.steps} steps; {FIXED} labelled people"
+    note = f"{people} people, {_steps(runs[0])} steps; {FIXED} labelled people"
     of_people = [row("order/people", f"{name}_{people}", one, note) for name, one in forecasts.items()]
     if people != plan.order_people[-1]:
         (point,) = _points(plan, cohort.task(store), runs, [FIXED])
@@ -75,8 +76,9 @@ def order_part(plan: Plan, folder: Path, people: int, framework: str) -> list[Ro
 
 def steps_part(plan: Plan, folder: Path, share: float) -> list[Row]:
     """Decode orders after a share of the optimizer steps, on the largest number of people."""
-    people, steps = plan.order_people[-1], int(plan.steps * share)
+    people = plan.order_people[-1]
     store = cohort.write(folder / "store", Cohort(kind="order"), people)
+    steps = int((plan.steps or worth.default_run(store, folder / "run").train.steps) * share)
     fewer = replace(plan, steps=steps)
     runs = _pretrained(fewer, folder, store, people, plan.frameworks[0])
     points = _points(plan, cohort.task(store), runs, [FIXED])
@@ -152,6 +154,10 @@ def _decoded(plan: Plan, case: str, task: DecodingTask, runs: list[Path], framew
 def _points(plan: Plan, task: DecodingTask, runs: list[Path], counts: list[int]) -> list[Point]:
     """Return the learning curve of the pretrained model alone."""
     return learning_curve(task, counts, lambda part: [worth.adapted(part, runs)], draws=plan.draws)
+
+
+def _steps(run: Path) -> int:
+    return int(saved_config(run)["train"]["steps"])
 
 
 def _accuracy(case: str, metric: str, point: Point, note: str) -> Row:

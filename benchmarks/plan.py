@@ -36,7 +36,7 @@ class Plan:
         People of the story, and those of them who test. For development: the tested ones of the default are
         looked at once.
     story_steps, steps
-        Optimizer steps of pretraining on the story and on simulated people.
+        Optimizer steps of pretraining on the story and on simulated people; None: as `pretrain` chooses.
     order_people
         Numbers of simulated people who pretrain, ascending.
     regime_people
@@ -49,8 +49,8 @@ class Plan:
     draws: int
     people: range = story.PEOPLE
     test_people: range = story.TEST
-    story_steps: int
-    steps: int
+    story_steps: int | None
+    steps: int | None
     order_people: tuple[int, ...]
     regime_people: int
 
@@ -77,11 +77,11 @@ def make_plan(
     """Return the sizes of a quick or a full run; what is named is taken."""
     defaults: dict[str, Any]
     if quick:
-        defaults = {"story_steps": 400, "steps": 600, "order_people": (10, 50, 300), "regime_people": 300}
+        defaults = {"story_steps": None, "steps": 400, "order_people": (10, 50, 300), "regime_people": 300}
     else:
         defaults = {
-            "story_steps": 1_500,
-            "steps": 4_000,
+            "story_steps": None,
+            "steps": None,
             "order_people": (10, 50, 300, 1_000, 3_000),
             "regime_people": 1_000,
         }

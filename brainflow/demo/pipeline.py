@@ -26,7 +26,6 @@ from brainflow.decoding.scores import Interval
 from brainflow.decoding.task import DecodingTask, TaskConfig, load_task
 from brainflow.demo import cohort, haxby, story, worth
 from brainflow.pretrained.format import load_pretrained
-from brainflow.recipes import pretraining
 from brainflow.report.reconstruction import Reconstruction, reconstruct
 from brainflow.simulate import Cohort
 from brainflow.storage import BoldStore, verify
@@ -62,8 +61,8 @@ class DemoConfig:
     """Those of them who test."""
     counts: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Numbers of labelled people of the story."""
-    story_steps: int = 300
-    """Optimizer steps of pretraining on the story."""
+    story_steps: int | None = None
+    """Optimizer steps of pretraining on the story; by default as `pretrain` chooses."""
     order_people: tuple[int, ...] = (10, 50, 300)
     """Numbers of simulated people who pretrain, ascending."""
     order_count: int = 4
@@ -185,7 +184,7 @@ def run_story(config: DemoConfig, say: Say) -> StoryResult:
     store = story.write_store(story.read(), config.people, folder / "store")
     _check(store)
     say(f"story: {len(store.runs)} people, real fMRI; {len(config.test_people)} of them only test")
-    say(f"story: pretraining, {config.story_steps} steps, labels not used")
+    say("story: pretraining, labels not used")
     split = story.split(store, config.test_people)
     run = worth.pretrained_on(store, split, folder / "run", seed=config.seed, steps=config.story_steps)
     say(f"story: decoding by {', '.join(map(str, config.counts))} labelled people, {config.draws} draws")
@@ -266,8 +265,8 @@ def last_validation(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _slice_config(config: DemoConfig, store: BoldStore) -> PretrainConfig:
     """Return the package's defaults with few windows a step: the slice has ten runs to learn from."""
-    found = pretraining(str(store.path), str(config.out / "slice" / "run"), preset_name="tiny")
-    found = worth.with_budget(found, seed=config.seed, steps=config.slice_steps)
+    out = config.out / "slice" / "run"
+    found = worth.default_run(store, out, seed=config.seed, steps=config.slice_steps)
     return replace(found, data=replace(found.data, batch_size=16, validation_batches=4))
 
 

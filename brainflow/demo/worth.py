@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from brainflow.config import PretrainConfig
+from brainflow.config import ModelConfig, PretrainConfig, TrainConfig
 from brainflow.data.splits import Split
 from brainflow.decoding.adapt import adapt
 from brainflow.decoding.baselines import BaselineName
@@ -22,9 +22,9 @@ from brainflow.decoding.result import Result, baseline, baselines, difference, j
 from brainflow.decoding.scores import Interval
 from brainflow.decoding.splits import Fold, check_folds
 from brainflow.decoding.task import DecodingTask, TaskConfig, load_task
-from brainflow.recipes import pretraining
 from brainflow.storage import BoldStore
 from brainflow.training.loop import pretrain
+from brainflow.training.sizing import CADENCE, VALIDATIONS, choose
 
 
 def split_people(store: BoldStore, parts: Mapping[str, Collection[str]]) -> Split:
@@ -62,9 +62,15 @@ def people_task(store: BoldStore, target: str, tested: Collection[str]) -> Decod
 
 
 def pretrained_on(
-    store: BoldStore, split: Split, out: Path, *, framework: str = "csm", seed: int = 0, steps: int
+    store: BoldStore,
+    split: Split,
+    out: Path,
+    *,
+    framework: str = "csm",
+    seed: int = 0,
+    steps: int | None = None,
 ) -> Path:
-    """Pretrain by the package's defaults on a part of a store's people and return the run.
+    """Pretrain as `brainflow pretrain` does on a part of a store's people, and return the run.
 
     Parameters
     ----------
@@ -72,28 +78,43 @@ def pretrained_on(
         Whose parts `train` and `validation` are read; nobody else is.
     out
         Folder of the run.
+    framework, seed, steps
+        As in :func:`default_run`.
+    """
+    path = out.with_suffix(".split.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    split.save(path)
+    config = default_run(store, out, framework=framework, seed=seed, steps=steps)
+    return pretrain(replace(config, data=replace(config.data, split=str(path))), resume="never", quiet=True)
+
+
+def default_run(
+    store: BoldStore, out: Path, *, framework: str = "csm", seed: int = 0, steps: int | None = None
+) -> PretrainConfig:
+    """Return what `brainflow pretrain` takes for a store on a CPU.
+
+    Parameters
+    ----------
+    store, out
+        The store, and the folder of the run.
     framework
         Which learning framework.
     seed
         Seeds weights, data order and masks.
     steps
-        Optimizer steps.
+        Optimizer steps, with ten validations; by default as many as are chosen for the store.
     """
-    path = out.with_suffix(".split.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    split.save(path)
-    config = pretraining(str(store.path), str(out), preset_name="tiny", framework=framework)
-    config = replace(config, data=replace(config.data, split=str(path)), device="cpu")
-    return pretrain(with_budget(config, seed=seed, steps=steps), resume="never", quiet=True)
-
-
-def with_budget(config: PretrainConfig, *, seed: int, steps: int) -> PretrainConfig:
-    """Return a configuration with so many steps and ten validations."""
-    every = max(1, steps // 10)
-    train = replace(
-        config.train, steps=steps, seed=seed, validate_every=every, checkpoint_every=steps, plot=False
+    train = TrainConfig(seed=seed, plot=False)
+    if steps is not None:
+        every = max(1, steps // VALIDATIONS)
+        train = replace(train, steps=steps, validate_every=every, checkpoint_every=every)
+    config = PretrainConfig(
+        store=str(store.path), out=str(out), model=ModelConfig(framework=framework), train=train, device="cpu"
     )
-    return replace(config, train=train)
+    given = ["model.framework", "train.seed", "train.plot"]
+    if steps is not None:
+        given += ["train.steps", *CADENCE]
+    return choose(config, store, given, cuda=False, resume="never")[0]
 
 
 def curve(
