@@ -10,7 +10,7 @@ from brainflow.decoding.baselines import BASELINES, BaselineName
 from brainflow.decoding.curve import Point
 from brainflow.decoding.scores import Interval
 from brainflow.demo import story
-from brainflow.demo.worth import gain, opponents
+from brainflow.demo.worth import gains, opponents
 
 FRAMEWORKS = ("csm", "seq-bert", "net-bert", "autoencoder")
 COUNTS = (1, 2, 4, 8, 16)
@@ -129,9 +129,8 @@ def curve_rows(case: str, points: Sequence[Point]) -> list[Row]:
         rows += [row(name, metric, one.scores.accuracy) for metric, one in accuracies.items()]
         against = opponents(point)
         rows.append(row(name, "best_baseline", against["best"].scores.accuracy, against["best"].name))
-        for which, other in against.items():
-            found = gain(point, other)
-            rows.append(row(name, f"pretrained_minus_{which}", found, other.name))
+        for which, found in gains(point).items():
+            rows.append(row(name, f"pretrained_minus_{which}", found, against[which].name))
             low = found.to_dict()["low"]
             if low is not None:
                 rows.append(Row(case=name, metric=f"pretrained_minus_{which}_low", value=low))

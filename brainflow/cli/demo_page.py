@@ -11,11 +11,10 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from brainflow.decoding.baselines import DESCRIPTIONS
-from brainflow.decoding.result import Result, difference
+from brainflow.decoding.result import Result
 from brainflow.decoding.scores import Interval
-from brainflow.demo import haxby
-from brainflow.demo.pipeline import HRF_SHIFT, DemoResult, OrderResult, SliceResult, StoryResult
-from brainflow.demo.worth import gain, opponents
+from brainflow.demo import haxby, worth
+from brainflow.demo.pipeline import HRF_SHIFT, DemoResult, SliceResult, StoryResult
 from brainflow.report import figures
 from brainflow.report.page import Page, Picture, Section, Table
 
@@ -50,7 +49,7 @@ def summary(result: DemoResult) -> dict[str, Any]:
                 str(people): found.scores.accuracy.to_dict() for people, found in order.pretrained.items()
             },
             "others": _accuracies(order.others),
-            "pretrained_minus": _plain(order_gains(order)),
+            "pretrained_minus": _plain(order.gains),
         },
         "slice": {
             "decoding": _accuracies(part.decoders),
@@ -80,19 +79,7 @@ def _forecast_figures(validation: Mapping[str, Any]) -> dict[str, Any]:
 
 def story_gains(act: StoryResult) -> Gains:
     """Return the pretrained model's differences by number of labelled people."""
-    return {p.groups: {name: gain(p, other) for name, other in opponents(p).items()} for p in act.points}
-
-
-def order_gains(act: OrderResult) -> Gains:
-    """Return the pretrained models' differences by number of people who pretrained."""
-    scratch, *without = act.others
-    best = max(without, key=lambda one: one.scores.accuracy.value)
-    ridge = next(one for one in without if one.name == "ridge")
-    others = {"scratch": scratch, "ridge": ridge, "best": best}
-    return {
-        people: {name: difference(act.task, found, other) for name, other in others.items()}
-        for people, found in act.pretrained.items()
-    }
+    return {point.groups: worth.gains(point) for point in act.points}
 
 
 def verdicts(gains: Gains, what: str) -> list[str]:
@@ -135,7 +122,7 @@ def demo_page(result: DemoResult) -> Page:
     act, order = result.story, result.order
     few = act.points[len(act.points) // 2]
     most, ours = max(order.pretrained.items())
-    ridge = opponents(few)["ridge"]
+    ridge = worth.opponents(few)["ridge"]
     return Page(
         title="What pretraining is worth",
         lead=(
@@ -209,7 +196,7 @@ def _order_section(result: DemoResult) -> Section:
         "pretrained": [(n, *_three(found.scores.accuracy)) for n, found in act.pretrained.items()],
         **{label(one): [(n, *_three(one.scores.accuracy)) for n in act.pretrained] for one in act.others},
     }
-    gains = order_gains(act)
+    gains = act.gains
     return Section(
         title="What would more people buy? SIMULATED people",
         text=[

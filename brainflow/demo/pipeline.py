@@ -6,8 +6,10 @@ decodes stands beside random weights and decoders without a model.
 
 from __future__ import annotations
 
+import multiprocessing
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,9 +69,9 @@ class DemoConfig:
     """Numbers of simulated people who pretrain, ascending."""
     order_count: int = 4
     """Labelled simulated people."""
-    order_steps: int = 300
+    order_steps: int = 250
     """Optimizer steps of pretraining on each number of simulated people."""
-    slice_steps: int = 200
+    slice_steps: int = 100
     """Optimizer steps of pretraining on the slice."""
     adapt_steps: int | None = None
     """Optimizer steps of adaptation; by default as `adapt` takes."""
@@ -94,17 +96,17 @@ class OrderResult:
 
     Attributes
     ----------
-    task
-        Decoding of simulated orders by few labelled people.
     pretrained
         Number of people who pretrained → result.
     others
         Random weights and decoders without a model.
+    gains
+        Number of people who pretrained → opponent → paired difference.
     """
 
-    task: DecodingTask
     pretrained: dict[int, Result]
     others: list[Result]
+    gains: dict[int, dict[str, Interval]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +172,15 @@ def run_demo(config: DemoConfig, *, say: Say) -> DemoResult:
     """
     torch.set_num_threads(config.threads)
     config.out.mkdir(parents=True, exist_ok=True)
-    return DemoResult(
-        config=config,
-        story=run_story(config, say),
-        order=run_order(config, say),
-        slice=run_slice(config, say),
-    )
+    # spawned: what runs here has threads, which a fork would leave behind in the middle of their work
+    context, threads = multiprocessing.get_context("spawn"), (config.threads,)
+    with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=threads) as beside:
+        shown = ", ".join(map(str, config.order_people))
+        say(f"simulated people, {shown} of whom pretrain, and 40 others: in a process beside this one")
+        order = beside.submit(run_order, config)
+        heard, seen = run_story(config, say), run_slice(config, say)
+        say("waiting for the simulated people")
+        return DemoResult(config=config, story=heard, order=order.result(), slice=seen)
 
 
 def run_story(config: DemoConfig, say: Say) -> StoryResult:
@@ -193,14 +198,12 @@ def run_story(config: DemoConfig, say: Say) -> StoryResult:
     return StoryResult(points=points, validation=last_validation(read_metrics(run)))
 
 
-def run_order(config: DemoConfig, say: Say) -> OrderResult:
+def run_order(config: DemoConfig) -> OrderResult:
     """Pretrain on more and more simulated people, and decode others."""
     folder, most = config.out / "order", config.order_people[-1]
-    say(f"simulated people: writing {most} without labels and {cohort.LABELLED + cohort.TESTED} with")
     store = cohort.write(folder / "store", Cohort(kind="order", seed=config.seed), most)
     runs = {}
     for people in config.order_people:
-        say(f"simulated people: pretraining on {people}, {config.order_steps} steps")
         runs[people] = worth.pretrained_on(
             store,
             cohort.split(store, people),
@@ -208,7 +211,6 @@ def run_order(config: DemoConfig, say: Say) -> OrderResult:
             seed=config.seed,
             steps=config.order_steps,
         )
-    say(f"simulated people: decoding by {config.order_count} labelled people, {config.draws} draws")
 
     def decoders(part: DecodingTask) -> list[Result]:
         ours = [  # a curve tells its decoders apart by their names
@@ -219,10 +221,15 @@ def run_order(config: DemoConfig, say: Say) -> OrderResult:
         return [*ours, fresh, *(baseline(part, name) for name in WITHOUT)]
 
     (point,) = learning_curve(cohort.task(store), [config.order_count], decoders, draws=config.draws)
+    others = point.results[len(runs) :]
+    points = {
+        people: replace(point, results=[found, *others])
+        for people, found in zip(runs, point.results, strict=False)
+    }
     return OrderResult(
-        task=point.task,
-        pretrained=dict(zip(runs, point.results, strict=False)),
-        others=point.results[len(runs) :],
+        pretrained={people: one.results[0] for people, one in points.items()},
+        others=others,
+        gains={people: worth.gains(one) for people, one in points.items()},
     )
 
 

@@ -181,6 +181,6 @@ def opponents(point: Point) -> dict[str, Result]:
     return {"scratch": scratch, "ridge": ridge, "best": best}
 
 
-def gain(point: Point, other: Result) -> Interval:
-    """Return the accuracy of the pretrained model minus another's on the same windows, people and draws."""
-    return difference(point.task, point.results[0], other)
+def gains(point: Point) -> dict[str, Interval]:
+    """Return the pretrained model's accuracy minus each opponent's on the same windows, people and draws."""
+    return {name: difference(point.task, point.results[0], other) for name, other in opponents(point).items()}
