@@ -87,7 +87,7 @@ class Args:
     seeds: int | None = None
     """`learning` only: pretraining runs, which are pooled; by default 3, with --quick 1."""
     draws: int | None = None
-    """`learning` only: draws of the labelled people; by default 10, with --quick 4."""
+    """`learning` only: draws of the labelled people; by default 10, with --quick 3."""
     store: str | None = None
     """`frameworks` only: race dense against single-position CSM on this store, and nothing else."""
     json: Path | None = None

@@ -22,8 +22,8 @@ from .baselines import missing
 from .plan import Plan, Row, row
 
 PACKAGE = "ml4fmri"
-FAST = ("LR", "meanMLP", "MILC", "BNT", "LSTM", "meanLSTM", "Transformer", "meanTransformer")
-SLOW = ("BrainNetCNN", "FBNetGen", "DICE", "Glacier", "BolT")
+FAST = ("LR", "meanMLP", "MILC", "LSTM", "meanLSTM", "Transformer")
+SLOW = ("meanTransformer", "BNT", "BrainNetCNN", "FBNetGen", "DICE", "Glacier", "BolT")
 EPOCHS = 100
 
 

@@ -77,7 +77,7 @@ def make_plan(
     """Return the sizes of a quick or a full run; what is named is taken."""
     defaults: dict[str, Any]
     if quick:
-        defaults = {"story_steps": None, "steps": 400, "order_people": (10, 50, 300), "regime_people": 300}
+        defaults = {"story_steps": None, "steps": 300, "order_people": (10, 50, 300), "regime_people": 300}
     else:
         defaults = {
             "story_steps": None,
@@ -89,7 +89,7 @@ def make_plan(
         quick=quick,
         frameworks=frameworks,
         seeds=seeds or (1 if quick else 3),
-        draws=draws or (4 if quick else 10),
+        draws=draws or (3 if quick else 10),
         **(defaults | sizes),
     )
 
