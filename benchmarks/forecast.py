@@ -67,7 +67,7 @@ def explained(
         "ev_linear": over_people(lambda w: 1 - w @ theirs / (w @ variance), len(errors)),
         "ev_minus_linear": over_people(lambda w: w @ (theirs - ours) / (w @ variance), len(errors)),
     }
-    if module.linear is not None:
+    if module.linear_path is not None:
         found["ev_path"] = over_people(lambda w: 1 - w @ path / (w @ variance), len(errors))
     return found
 
@@ -81,8 +81,8 @@ def _errors(module: Any, store: BoldStore, run: int, length: int, mean: Array, l
         with torch.no_grad():
             _, predicted, rows = module.score(batch, seed=MASK_SEED)
             path = predicted
-            if module.linear is not None:
-                path = module.linear(replace(batch, mask=module.drawn(batch, MASK_SEED)))
+            if module.linear_path is not None:
+                path = module.linear_path(replace(batch, mask=module.drawn(batch, MASK_SEED)))
         bold = batch.bold.double().numpy()
         values = np.full_like(bold, np.nan)  # of what was not hidden
         values[rows.numpy()] = predicted.double().numpy()

@@ -53,7 +53,7 @@ class Runs:
 class Module:
     """A framework whose predictions are a function of the truth; rows and NaN are as the real ones'."""
 
-    linear = None
+    linear_path = None
 
     def __init__(self, framework, say):
         self.config = SimpleNamespace(framework=framework, width=4)
@@ -230,6 +230,7 @@ def test_the_story_part_has_all_rows(tmp_path, short):
         )
         assert gain == pytest.approx(ev - linear)
         assert 0.3 < linear < 0.6
+        assert 0 < found["story/csm", f"{before}ev_path"].value < linear + 0.05, "its path had fewer people"
     assert found["story/4", "ridge"].value > 2 / 13
     other = {(one.case, one.metric) for one in people.story_part(tiny, tmp_path / "b", "net-bert")}
     assert {(case, "net-bert") for case in cases} < other
@@ -245,7 +246,7 @@ def test_the_order_part_has_all_rows(tmp_path, monkeypatch, short):
     few = people.order_part(tiny, tmp_path / "few", 4, "csm")
     assert [(one.case, one.metric) for one in few] == [
         ("order/people", "people_4"),
-        *(("order/people", f"{name}_4") for name in ("ev", "ev_linear", "ev_minus_linear")),
+        *(("order/people", f"{name}_4") for name in ("ev", "ev_linear", "ev_minus_linear", "ev_path")),
     ]
     most = {(one.case, one.metric): one for one in people.order_part(tiny, tmp_path / "most", 6, "csm")}
     assert most["order/people", "people_6"].value == most["order/1", "pretrained"].value
