@@ -21,8 +21,12 @@ from torch import Tensor, nn
 
 from brainflow.batch import Ints, PackedBatch, offsets, positions, upload, window_of
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+PENALTIES = tuple(float(p) for p in 10.0 ** np.arange(-4.0, 0.6, 0.5))
 """Penalties that are tried, in units of the mean variance of an input."""
+PARTS = 4
+"""Parts that the runs are dealt into, by their ids; each is predicted from the others to choose a penalty."""
+HIDDEN = 5
+"""Every so-manieth network is hidden at a time to choose the penalty of a covariance."""
 FREQUENCIES = 64
 """Frequencies at which the variance of a pattern is known, from 0 to half a cycle a time point."""
 
@@ -115,7 +119,7 @@ class NeighbourPath(LinearPath):
         self.look = look
         self.register_buffer("weight", torch.zeros(kinds, networks, neighbours * networks))
         self.register_buffer("bias", torch.zeros(kinds, networks))
-        self._sums: list[list[_Sums]] = []
+        self._sums: list[list[_Sums]] = []  # of each kind, by part
 
     def _inputs(self, batch: PackedBatch) -> tuple[Tensor, Tensor, list[tuple[int, Ints]]]:
         """Return the neighbours' values [targets, k · networks], the targets' rows, and who is of a kind."""
@@ -126,23 +130,22 @@ class NeighbourPath(LinearPath):
         return values.flatten(1), sent["rows"], [(kind, who) for kind, who in kinds if len(who)]
 
     def collect(self, batch: PackedBatch) -> None:
-        """Add a batch to the sums; runs with odd and even ids are kept apart, to choose the penalty."""
+        """Add a batch to the sums of its runs' parts."""
         inputs, rows, kinds = self._inputs(batch)
         if not self._sums:
             size = inputs.shape[1], batch.bold.shape[1]
-            self._sums = [[_Sums(*size, inputs.device) for _ in range(2)] for _ in self.weight]
+            self._sums = [[_Sums(*size, inputs.device) for _ in range(PARTS)] for _ in self.weight]
         target = batch.bold[rows]
-        odd = (batch.runs % 2)[window_of(batch.lengths)[self.look(batch).rows]]
+        part = (batch.runs % PARTS)[window_of(batch.lengths)[self.look(batch).rows]]
         for kind, who in kinds:
-            for half in range(2):
-                chosen = upload(inputs.device, who=who[odd[who] == half])["who"]
-                self._sums[kind][half].add(inputs[chosen], target[chosen])
+            for one in np.unique(part[who]):
+                chosen = upload(inputs.device, who=who[part[who] == one])["who"]
+                self._sums[kind][one].add(inputs[chosen], target[chosen])
 
     def solve(self) -> None:
-        """Fit each kind; its penalty is what predicts the other half of the runs best."""
-        for kind, (even, odd) in enumerate(self._sums):
-            weight, bias = _ridge(even, odd)
-            self.weight[kind], self.bias[kind] = weight, bias
+        """Fit each kind; its penalty is what predicts parts of the runs best that were left out."""
+        for kind, parts in enumerate(self._sums):
+            self.weight[kind], self.bias[kind] = _ridge(parts)
         self._sums = []
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -176,11 +179,17 @@ class _Sums:
         self.xy.addmm_(x.t(), y)
         self.yy += y.square().sum(0)
 
-    def plus(self, other: _Sums) -> _Sums:
+    def changed_by(self, other: _Sums, sign: int = 1) -> _Sums:
+        """Return these sums with those of `other` added, or (-1) taken away."""
         total = _Sums(len(self.x), len(self.y), self.x.device)
         for name in ("count", "x", "y", "xx", "xy", "yy"):
-            setattr(total, name, getattr(self, name) + getattr(other, name))
+            setattr(total, name, getattr(self, name) + sign * getattr(other, name))
         return total
+
+    def covariance(self) -> Tensor:
+        """Return that of the inputs, [inputs, inputs]."""
+        mean = self.x / self.count
+        return self.xx / self.count - torch.outer(mean, mean)
 
     def fit(self, penalty: float) -> tuple[Tensor, Tensor]:
         """Return weights [inputs, targets] and offsets [targets] of a ridge with free offsets."""
@@ -197,16 +206,27 @@ class _Sums:
         return float(self.yy.sum() - 2 * ((weight * self.xy).sum() + bias @ self.y) + said)
 
 
-def _ridge(even: _Sums, odd: _Sums) -> tuple[Tensor, Tensor]:
+def _left_out(parts: list[_Sums]) -> tuple[_Sums, list[tuple[_Sums, _Sums]]]:
+    """Return the sums of all parts, and for each part that says something those without it and its own."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.changed_by(part)
+    pairs = [(total.changed_by(part, -1), part) for part in parts if part.count]
+    return total, [(fit, judge) for fit, judge in pairs if fit.count > 1]
+
+
+def _best(errors: Callable[[float], float], pairs: list[tuple[_Sums, _Sums]]) -> float:
+    """Return the penalty with the least error, the largest where nothing can be left out."""
+    return min(PENALTIES, key=errors) if pairs else PENALTIES[-1]
+
+
+def _ridge(parts: list[_Sums]) -> tuple[Tensor, Tensor]:
     """Return weights [targets, inputs] and offsets; the mean where there is next to nothing to fit to."""
-    both = even.plus(odd)
-    if both.count < 2:
-        return torch.zeros_like(both.xy.t()), torch.zeros_like(both.y)
-    penalty = PENALTIES[-1]
-    if min(even.count, odd.count) >= 2:
-        fits = {p: (even.fit(p), odd.fit(p)) for p in PENALTIES}
-        penalty = min(fits, key=lambda p: odd.error(*fits[p][0]) + even.error(*fits[p][1]))
-    weight, bias = both.fit(penalty)
+    total, pairs = _left_out(parts)
+    if total.count < 2:
+        return torch.zeros_like(total.xy.t()), torch.zeros_like(total.y)
+    penalty = _best(lambda p: sum(judge.error(*fit.fit(p)) for fit, judge in pairs), pairs)
+    weight, bias = total.fit(penalty)
     return weight.t(), bias
 
 
@@ -235,27 +255,23 @@ class NetworkPath(LinearPath):
         self._sums: list[_Sums] = []
 
     def collect(self, batch: PackedBatch) -> None:
-        """Add a batch; runs with odd and even ids are kept apart."""
+        """Add a batch to the sums of its runs' parts."""
         if not self._sums:
-            self._sums = [_Sums(batch.bold.shape[1], 0, batch.bold.device) for _ in range(2)]
-        odd = (batch.runs % 2)[window_of(batch.lengths)]
-        for half, sums in enumerate(self._sums):
-            chosen = upload(batch.bold.device, who=np.flatnonzero(odd == half))["who"]
-            values = batch.bold[chosen]
-            sums.add(values, values[:, :0])
+            self._sums = [_Sums(batch.bold.shape[1], 0, batch.bold.device) for _ in range(PARTS)]
+        part = (batch.runs % PARTS)[window_of(batch.lengths)]
+        for one in np.unique(part):
+            values = batch.bold[upload(batch.bold.device, who=np.flatnonzero(part == one))["who"]]
+            self._sums[one].add(values, values[:, :0])
 
     def solve(self) -> None:
-        """Fit mean and precision; the penalty is what predicts each network of the other half best."""
-        even, odd = self._sums
-        both = even.plus(odd)
-        penalty = PENALTIES[-1]
-        if min(even.count, odd.count) >= 2:
-            penalty = min(
-                PENALTIES,
-                key=lambda p: _left_out(_precision(even, p), odd) + _left_out(_precision(odd, p), even),
-            )
-        self.precision.copy_(_precision(both, penalty))
-        self.mean.copy_(both.x / max(both.count, 1))
+        """Fit mean and precision; the penalty is what predicts hidden networks of left-out runs best."""
+        total, pairs = _left_out(self._sums)
+        known = [(fit.covariance(), judge.covariance() * judge.count) for fit, judge in pairs]
+        penalty = _best(
+            lambda p: sum(_hidden_error(_penalised(fit, p), judge) for fit, judge in known), pairs
+        )
+        self.precision.copy_(torch.linalg.inv(_penalised(total.covariance(), penalty)))
+        self.mean.copy_(total.x / total.count)
         self._sums = []
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -277,19 +293,25 @@ class NetworkPath(LinearPath):
         return result
 
 
-def _precision(sums: _Sums, penalty: float) -> Tensor:
-    mean = sums.x / max(sums.count, 1)
-    square = sums.xx / max(sums.count, 1) - torch.outer(mean, mean)
-    square.diagonal().add_(penalty * square.diagonal().mean().clamp_min(1e-12))
-    return torch.linalg.inv(square)
+def _penalised(covariance: Tensor, penalty: float) -> Tensor:
+    unit = covariance.diagonal().mean().clamp_min(1e-12)
+    return covariance + penalty * unit * torch.eye(
+        len(covariance), dtype=covariance.dtype, device=covariance.device
+    )
 
 
-def _left_out(precision: Tensor, sums: _Sums) -> float:
-    """Return the summed squared error of each network predicted from all others."""
-    mean = sums.x / sums.count
-    square = sums.xx / sums.count - torch.outer(mean, mean)
-    weight = precision / precision.diagonal()
-    return float((weight * (square @ weight)).sum() * sums.count)
+def _hidden_error(covariance: Tensor, judge: Tensor) -> float:
+    """Return the squared error of networks that are hidden in turn, on data with the covariance `judge`."""
+    total, place = 0.0, torch.arange(len(covariance), device=covariance.device) % HIDDEN
+    for turn in range(min(HIDDEN, len(covariance))):
+        hidden, seen = place == turn, place != turn
+        if not seen.any():
+            continue
+        weight = torch.linalg.solve(covariance[seen][:, seen], covariance[seen][:, hidden])
+        cross = judge[seen][:, hidden]
+        said = (weight * (judge[seen][:, seen] @ weight)).sum()
+        total += float(judge[hidden][:, hidden].diagonal().sum() - 2 * (weight * cross).sum() + said)
+    return total
 
 
 class PrincipalPath(LinearPath):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from brainflow.batch import PackedBatch, Windows
 from brainflow.config import ModelConfig
 from brainflow.frameworks import build
-from brainflow.models.linear_path import around, before
+from brainflow.models.linear_path import PENALTIES, around, before
 from brainflow.pretrained.format import load_pretrained, read_config
 from brainflow.storage import StoreWriter
 from brainflow.training.loop import pretrain
@@ -114,7 +114,7 @@ def test_the_path_of_csm_is_the_ridge_of_order_2():
     inputs, target = (np.concatenate(part).astype(np.float64) for part in (inputs, target))
     a, b = inputs - inputs.mean(0), target - target.mean(0)
     fits = []
-    for penalty in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
+    for penalty in PENALTIES:
         square = a.T @ a / len(a)
         fits.append(
             np.linalg.solve(square + penalty * np.diag(square).mean() * np.eye(10), a.T @ b / len(a)).T
