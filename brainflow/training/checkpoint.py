@@ -450,8 +450,8 @@ def facts(config: PretrainConfig, store: BoldStore, split: Split, step: int) -> 
     Keys: `pretrain` (the run's configuration), `base_model` (where it began from one of the hub), `step`, and
     `data`: the store's snapshot, parcellation, network names and coordinates, normalisation and
     preprocessing, and of the training runs the repetition times in seconds, the number of runs by dataset,
-    the subjects, so that nobody evaluates on them unawares, and what the signal is like (`fingerprint`; None
-    where every training run has damage), for `brainflow doctor`.
+    the subjects whom the run has read, so that nobody evaluates on them unawares, and what the signal is like
+    (`fingerprint`; None where every training run has damage), for `brainflow doctor`.
     """
     runs = store.runs
     train = split.part("train", runs)
@@ -464,7 +464,10 @@ def facts(config: PretrainConfig, store: BoldStore, split: Split, step: int) -> 
         **{name: store.attributes.get(name) for name in _MATCH},
         "t_r": sorted(set(np.asarray(runs.t_r)[train].tolist())),
         "datasets": dict(sorted(Counter(datasets).items())),
-        "training_subjects": sorted({split.subjects[key] for key in split.parts["train"]}),
+        # validation chose weights and share, and the released linear path is fitted to its runs, too
+        "training_subjects": sorted(
+            {split.subjects[key] for part in ("train", "validation") for key in split.parts[part]}
+        ),
         "fingerprint": fingerprint(store, read) if len(read) else None,
     }
     return {"pretrain": to_dict(config), **base_model(config.train.init), "step": step, "data": data}

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from brainflow.batch import upload
 from brainflow.config import PretrainConfig
@@ -25,6 +26,7 @@ from brainflow.data import make_loader
 from brainflow.data.loader import batch_dtype
 from brainflow.data.sampler import MicrobatchSampler, WindowSampler
 from brainflow.frameworks import build, check_framework, framework_spec
+from brainflow.models.linear_path import LinearPath
 from brainflow.pretrained.format import DIGESTS, WEIGHTS, load_pretrained, read_config, save_pretrained
 from brainflow.storage import BoldStore
 
@@ -175,16 +177,35 @@ class _Run:
             on_corrupt=config.data.on_corrupt,
             runs=self.split.part("validation", store.runs),
         )
-        if start_from is None or self.one_step.module.linear_path is None:
-            self.validate.fit_linear(self.one_step.module, seed=derive_seed(train.seed, "linear"))
+        carried = self.one_step.module.linear_path
+        if start_from is None or carried is None:
+            fitted = self._fitted_linear("train")
+            if carried is not None and fitted is not None:
+                carried.load_state_dict(fitted.state_dict())
+            self.validate.linear = carried or fitted
         else:
-            self.validate.linear = self.one_step.module.linear_path
+            self.validate.linear = carried
 
-    def _sampler(self, part: str, seed: int, *, share: int = 0, shares: int = 1) -> WindowSampler:
+    def _fitted_linear(self, *parts: str) -> LinearPath | None:
+        """Return the linear predictor of the framework's targets, fitted to some parts of the split."""
+        seed = derive_seed(self.config.train.seed, "linear")
+        runs = np.concatenate([self.split.part(part, self.store.runs) for part in parts])
+        sampler = self._sampler("train", seed, runs=np.sort(runs))
+        return self.validate.fit_linear(self.one_step.module, sampler, seed=seed)
+
+    def _sampler(
+        self,
+        part: str,
+        seed: int,
+        *,
+        share: int = 0,
+        shares: int = 1,
+        runs: NDArray[np.int64] | None = None,
+    ) -> WindowSampler:
         data = self.config.data
         return WindowSampler(
             self.store.runs,
-            runs=self.split.part(part, self.store.runs),
+            runs=self.split.part(part, self.store.runs) if runs is None else runs,
             batch=data.batch_size,
             seq_min=data.seq_min,
             seq_max=data.seq_max,
@@ -254,6 +275,7 @@ class _Run:
             self._release_best()
         else:
             self._release(self.folder)
+        self._release_linear()
 
     def _rehearse(self) -> None:
         largest = largest_batch(self.microbatches[0], self.store, batch_dtype(self.store))
@@ -358,6 +380,23 @@ class _Run:
             best = read_config(self.folder / BEST)
             known = {name: best[name] for name in best if name not in (DIGESTS, "format", "model")}
             save_pretrained(load_pretrained(self.folder / BEST), self.folder, known)
+
+    def _release_linear(self) -> None:
+        """Fit the linear path of the run's model once more, to the validation runs, too.
+
+        Nothing is measured any more, and of few people each one counts.
+        """
+        if self.one_step.module.linear_path is None or not self.ranks.first:
+            return
+        model: Any = load_pretrained(self.folder)
+        fitted = self._fitted_linear("train", "validation")
+        if model.linear_path is None or fitted is None:
+            return
+        fitted.gain.copy_(model.linear_path.gain)
+        model.linear_path.load_state_dict(fitted.state_dict())
+        known = read_config(self.folder)
+        facts = {name: known[name] for name in known if name not in (DIGESTS, "format", "model")}
+        save_pretrained(model, self.folder, facts)
 
     def _release(self, folder: Path) -> None:
         """Write the weights, averaged if they are, as `brainflow.load` reads them."""

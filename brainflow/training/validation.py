@@ -135,7 +135,7 @@ class Validator:
     ) -> None:
         self.precision, self.on_corrupt = precision, on_corrupt
         self.store, self.batches, self.device, self.ranks = store, batches, device, ranks or Ranks()
-        self.held_out, self.training = _RankSlice(held_out, batches, self.ranks), training
+        self.held_out = _RankSlice(held_out, batches, self.ranks)
         self.share_batches = _RankSlice(held_out, SHARE_BATCHES, self.ranks, first=batches)
         self._subject, self._dataset, self.datasets = _subjects(store, runs)
         self.linear: LinearPath | None = None
@@ -155,31 +155,34 @@ class Validator:
         self.mean = mean.float()
         self.ar1 = ((product - mean * (now + before) + pairs * mean**2) / spread).float()
 
-    def fit_linear(self, module: Any, *, seed: int) -> None:
-        """Fit the linear predictor of a framework's targets: the one that it carries, or one beside it.
+    def fit_linear(self, module: Any, sampler: Any, *, seed: int) -> LinearPath | None:
+        """Return the linear predictor of a framework's targets, fitted; None if it has none.
 
-        Every rank reads the same batches of the training runs and comes to the same predictor.
+        Every rank reads the same batches and comes to the same predictor.
 
         Parameters
         ----------
         module
             The framework.
+        sampler
+            Sampler of the windows that are fitted to, not shared among ranks.
         seed
             Draws the masks.
         """
-        self.linear = module.make_linear() if module.linear_path is None else module.linear_path
-        if self.linear is None:
-            return
-        self.linear.to(self.device)
+        linear: LinearPath | None = module.make_linear()
+        if linear is None:
+            return None
+        linear.to(self.device)
         most = min(LINEAR_TOKENS, LINEAR_PASSES * int(np.sum(self.store.runs.length)))
         tokens = 0
-        alone = _RankSlice(self.training, int(1e9), Ranks())
+        alone = _RankSlice(sampler, int(1e9), Ranks())
         with closing_loader(self._loader(alone)) as batches:
             while tokens < most:
                 batch = next(batches)
-                self.linear.collect(replace(batch, mask=module.mask(batch, seed=seed)))
+                linear.collect(replace(batch, mask=module.mask(batch, seed=seed)))
                 tokens += batch.tokens
-        self.linear.solve()
+        linear.solve()
+        return linear
 
     @torch.no_grad()
     def __call__(self, module: Any) -> tuple[dict[str, Any], Example | None]:
