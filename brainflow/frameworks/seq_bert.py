@@ -17,7 +17,7 @@ from brainflow.frameworks.base import StepOutput, drawn_rows, whole_loss
 from brainflow.frameworks.bert import BertFramework
 from brainflow.kernels import MaskSpec
 from brainflow.models.embedding import cast_input
-from brainflow.models.linear_path import LinearPath, NeighbourPath, around
+from brainflow.models.linear_path import AROUND, LinearPath, NeighbourPath, around, everywhere
 
 
 class SeqBERT(BertFramework):
@@ -34,7 +34,8 @@ class SeqBERT(BertFramework):
             self.config.networks,
             lambda batch: around(batch.lengths, batch.mask),
             neighbours=2,
-            kinds=4,
+            kinds=len(AROUND),
+            learn=lambda batch: everywhere(batch.lengths),
         )
 
     def mask(self, batch: PackedBatch, *, seed: int) -> Ints:

@@ -25,6 +25,9 @@ PENALTIES = tuple(float(p) for p in 10.0 ** np.arange(-4.0, 0.6, 0.5))
 """Penalties that are tried, in units of the mean variance of an input."""
 PARTS = 4
 """Parts that the runs are dealt into, by their ids; each is predicted from the others to choose a penalty."""
+FAR = 1 << 40
+AROUND = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 0), (0, 1), (2, 0), (0, 2), (0, 0))
+"""Time points back to, and ahead to, the two that predict a masked one, by kind; 0: nothing on that side."""
 HIDDEN = 5
 """Every so-manieth network is hidden at a time to choose the penalty of a covariance."""
 FREQUENCIES = 64
@@ -105,6 +108,8 @@ class NeighbourPath(LinearPath):
         Networks.
     look
         Tells the neighbours of a batch's targets.
+    learn
+        Tells which neighbourhoods of a batch the path is fitted to; those of its targets by default.
     neighbours
         Time points that predict one.
     kinds
@@ -114,16 +119,17 @@ class NeighbourPath(LinearPath):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, networks: int, look: Look, *, neighbours: int, kinds: int) -> None:
+    def __init__(
+        self, networks: int, look: Look, *, neighbours: int, kinds: int, learn: Look | None = None
+    ) -> None:
         super().__init__()
-        self.look = look
+        self.look, self.learn = look, learn or look
         self.register_buffer("weight", torch.zeros(kinds, networks, neighbours * networks))
         self.register_buffer("bias", torch.zeros(kinds, networks))
         self._sums: list[list[_Sums]] = []  # of each kind, by part
 
-    def _inputs(self, batch: PackedBatch) -> tuple[Tensor, Tensor, list[tuple[int, Ints]]]:
+    def _inputs(self, batch: PackedBatch, found: Neighbours) -> tuple[Tensor, Tensor, list[tuple[int, Ints]]]:
         """Return the neighbours' values [targets, k · networks], the targets' rows, and who is of a kind."""
-        found = self.look(batch)
         sent = upload(batch.bold.device, read=np.maximum(found.read, 0), rows=found.rows, has=found.read >= 0)
         values = batch.bold.to(self.bias.dtype)[sent["read"]] * sent["has"][:, :, None]
         kinds = [(kind, np.flatnonzero(found.kind == kind)) for kind in range(len(self.weight))]
@@ -131,12 +137,13 @@ class NeighbourPath(LinearPath):
 
     def collect(self, batch: PackedBatch) -> None:
         """Add a batch to the sums of its runs' parts."""
-        inputs, rows, kinds = self._inputs(batch)
+        found = self.learn(batch)
+        inputs, rows, kinds = self._inputs(batch, found)
         if not self._sums:
             size = inputs.shape[1], batch.bold.shape[1]
             self._sums = [[_Sums(*size, inputs.device) for _ in range(PARTS)] for _ in self.weight]
         target = batch.bold[rows]
-        part = (batch.runs % PARTS)[window_of(batch.lengths)[self.look(batch).rows]]
+        part = (batch.runs % PARTS)[window_of(batch.lengths)[found.rows]]
         for kind, who in kinds:
             for one in np.unique(part[who]):
                 chosen = upload(inputs.device, who=who[part[who] == one])["who"]
@@ -151,7 +158,7 @@ class NeighbourPath(LinearPath):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return predictions, float32 [targets, networks]."""
         with _exactly(batch):
-            inputs, rows, kinds = self._inputs(batch)
+            inputs, rows, kinds = self._inputs(batch, self.look(batch))
             result = inputs.new_zeros(len(rows), self.bias.shape[1])
             for kind, who in kinds:
                 chosen = upload(inputs.device, who=who)["who"]
@@ -449,18 +456,32 @@ def before(lengths: np.ndarray, rows: Ints) -> Neighbours:
 def around(lengths: np.ndarray, rows: Ints) -> Neighbours:
     """Return the nearest time points on both sides of each of `rows` that are not among them.
 
-    Kind 0: both are adjacent; 1 and 2: only the one before (after) is; 3: neither. Where a window has none on
-    one side, that one is missing.
+    The kind is that of `AROUND`. Of neighbours further away than 2 nothing is read; what has none nearer is
+    predicted by the mean.
     """
     tokens = int(np.sum(lengths))
     seen = np.ones(tokens, bool)
     seen[rows] = False
     number = np.arange(tokens)
-    past = np.maximum.accumulate(np.where(seen, number, -1))[rows]
-    future = np.minimum.accumulate(np.where(seen, number, tokens)[::-1])[::-1][rows]
+    past = np.maximum.accumulate(np.where(seen, number, -FAR))[rows]
+    future = np.minimum.accumulate(np.where(seen, number, FAR)[::-1])[::-1][rows]
     bounds, window = offsets(lengths), window_of(lengths)[rows]
-    past = np.where(past >= bounds[window], past, -1)
-    future = np.where(future < bounds[window + 1], future, -1)
-    adjacent = (past >= 0) & (past == rows - 1), future == rows + 1
-    kind = np.select([adjacent[0] & adjacent[1], adjacent[0], adjacent[1]], [0, 1, 2], 3)
-    return Neighbours(rows=rows, read=np.stack((past, future), 1), kind=kind.astype(np.int64))
+    back = np.where((past >= bounds[window]) & (past >= rows - 2), rows - past, 0)
+    ahead = np.where((future < bounds[window + 1]) & (future <= rows + 2), future - rows, 0)
+    kind = np.empty(len(rows), np.int64)
+    for i, pair in enumerate(AROUND):
+        kind[(back == pair[0]) & (ahead == pair[1])] = i
+    read = np.stack((np.where(back > 0, rows - back, -1), np.where(ahead > 0, rows + ahead, -1)), 1)
+    return Neighbours(rows=rows, read=read, kind=kind)
+
+
+def everywhere(lengths: np.ndarray) -> Neighbours:
+    """Return every time point with neighbours of each kind of `AROUND` that its window has."""
+    number, room = np.arange(int(np.sum(lengths))), np.repeat(lengths, lengths)
+    place, found = positions(lengths), []
+    for kind, (back, ahead) in enumerate(AROUND):
+        rows = number[(place >= back) & (place + ahead < room)]
+        sides = [rows + by if by else np.full(len(rows), -1) for by in (-back, ahead)]
+        found.append((rows, np.stack(sides, 1), np.full(len(rows), kind)))
+    rows, read, kinds = (np.concatenate(part) for part in zip(*found, strict=True))
+    return Neighbours(rows=rows, read=read, kind=kinds)

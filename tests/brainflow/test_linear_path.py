@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from brainflow.batch import PackedBatch, Windows
 from brainflow.config import ModelConfig
 from brainflow.frameworks import build
-from brainflow.models.linear_path import PENALTIES, around, before
+from brainflow.models.linear_path import AROUND, PENALTIES, around, before, everywhere
 from brainflow.pretrained.format import load_pretrained, read_config
 from brainflow.storage import StoreWriter
 from brainflow.training.loop import pretrain
@@ -67,20 +67,29 @@ def packed(lengths, seed=0, step=0, runs=None):
 
 
 @given(lengths_and_rows)
-def test_both_neighbours_are_the_nearest_that_are_seen(drawn):
+def test_both_neighbours_are_the_nearest_that_are_seen_within_two(drawn):
     lengths, rows = np.array(drawn[0]), np.array(sorted(drawn[1]), np.int64)
     found = around(lengths, rows)
     window = np.repeat(np.arange(len(lengths)), lengths)
     for row, (past, future), kind in zip(found.rows, found.read, found.kind, strict=True):
         seen = [r for r in range(len(window)) if window[r] == window[row] and r not in drawn[1]]
-        assert past == max((r for r in seen if r < row), default=-1)
-        assert future == min((r for r in seen if r > row), default=-1)
-        assert (
-            kind
-            == {(True, True): 0, (True, False): 1, (False, True): 2, (False, False): 3}[
-                past == row - 1 and past >= 0, future == row + 1
-            ]
-        )
+        assert past == max((r for r in seen if row - 2 <= r < row), default=-1)
+        assert future == min((r for r in seen if row < r <= row + 2), default=-1)
+        pair = (row - past if past >= 0 else 0, future - row if future >= 0 else 0)
+        assert kind == AROUND.index(pair)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+def test_the_fit_sees_every_time_point_with_every_kind_of_neighbourhood(lengths):
+    found = everywhere(np.array(lengths))
+    window = np.repeat(np.arange(len(lengths)), lengths)
+    expected = [
+        (row, row - back if back else -1, row + ahead if ahead else -1, kind)
+        for kind, (back, ahead) in enumerate(AROUND)
+        for row in range(len(window))
+        if all(0 <= r < len(window) and window[r] == window[row] for r in (row - back, row + ahead))
+    ]
+    assert [(*one,) for one in zip(found.rows, *found.read.T, found.kind, strict=True)] == expected
 
 
 @given(st.lists(st.integers(2, 9), min_size=1, max_size=4))
