@@ -349,6 +349,7 @@ class PrincipalPath(LinearPath):
         self.register_buffer("patterns", torch.eye(networks))
         self.register_buffer("spectrum", torch.ones(FREQUENCIES, networks))
         self._batches: list[PackedBatch] = []
+        self._known: dict[Any, Any] = {}
 
     def collect(self, batch: PackedBatch) -> None:
         """Keep a batch: variances over time can be summed when the patterns are known."""
@@ -411,6 +412,13 @@ class PrincipalPath(LinearPath):
         """Return the network's reconstruction, or with a gain of 0 that of the components."""
         return torch.where(self.gain > 0.5, values, self(batch).to(values.dtype))
 
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """Return what is computed once for a length: each step of a training needs it, on the device."""
+        key = (*key, self.mean.device, self.mean.dtype)
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
     def _of_length(self, batch: PackedBatch) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """Yield, by length, waves [length, length], values [windows, length, networks] and the windows."""
         projected = (batch.bold.to(self.mean.dtype) - self.mean) @ self.patterns
@@ -423,6 +431,9 @@ class PrincipalPath(LinearPath):
 
     def _waves(self, length: int) -> Tensor:
         """Return the orthonormal DCT-II, [frequencies, time points]."""
+        return self._once(("waves", length), lambda: self._dct(length))
+
+    def _dct(self, length: int) -> Tensor:
         time, wave = np.arange(length), np.arange(length)[:, None]
         matrix = np.cos(np.pi / length * (time + 0.5) * wave) * np.sqrt(2.0 / length)
         matrix[0] /= np.sqrt(2.0)
@@ -430,6 +441,10 @@ class PrincipalPath(LinearPath):
 
     def _components(self, length: int) -> tuple[Tensor, Tensor]:
         """Return which (frequency, pattern) pairs a code of such a window holds, and their deviations."""
+        # a fit or loaded weights raise the version
+        return self._once(("components", length, self.spectrum._version), lambda: self._largest(length))
+
+    def _largest(self, length: int) -> tuple[Tensor, Tensor]:
         variance = self.spectrum[torch.from_numpy(_frequency(length)).to(self.mean.device)].flatten()
         top, place = variance.topk(min(self.numbers, len(variance)))
         return place, top.sqrt().clamp_min(1e-6)

@@ -202,6 +202,14 @@ def test_an_autoencoder_begins_as_principal_components():
     torch.testing.assert_close(loss, (values - batch.bold).square().mean())
 
 
+def test_loaded_components_take_the_place_of_those_that_were_used():
+    ours, theirs = fitted("autoencoder").linear_path, fitted("autoencoder", count=3).linear_path
+    batch = packed([30, 9], seed=3)
+    assert not torch.equal(ours.code(batch), theirs.code(batch))
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours.code(batch), theirs.code(batch))
+
+
 def test_the_components_are_nearly_as_good_as_those_of_windows_of_one_length():
     module = fitted("autoencoder")
     train = np.concatenate([process(150, s)[: 150 // 30 * 30].reshape(-1, 150) for s in range(12)])
