@@ -22,7 +22,6 @@ from brainflow.demo.pipeline import (
     DemoResult,
     run_demo,
     run_order,
-    run_slice,
     run_story,
 )
 from brainflow.report.page import write_page
@@ -204,7 +203,7 @@ def test_figures_are_ready_for_json_and_the_same_again(result, tmp_path):
         config=config,
         story=run_story(config, **silent),
         order=run_order(config),  # here, not in a process of its own
-        slice=run_slice(config, **silent),
+        slice=result.slice,  # half a minute, and all that it does is repeated in other tests
     )
     assert json.dumps(summary(result)) == json.dumps(summary(again))
 
