@@ -271,11 +271,11 @@ class _Run:
                 "%d windows on damaged chunks were left out; `brainflow verify` lists the damage",
                 report["skipped_windows"],
             )
-        if config.keep_best and (self.folder / BEST / WEIGHTS).exists():
-            self._release_best()
-        else:
+        kept = config.keep_best and (self.folder / BEST / WEIGHTS).exists()
+        if not kept:
             self._release(self.folder)
-        self._release_linear()
+        if self.ranks.first and (kept or self.one_step.module.linear_path is not None):
+            self._release_again(self.folder / BEST if kept else self.folder)
 
     def _rehearse(self) -> None:
         largest = largest_batch(self.microbatches[0], self.store, batch_dtype(self.store))
@@ -374,27 +374,16 @@ class _Run:
             attempt=self.attempt,
         )
 
-    def _release_best(self) -> None:
-        """Make the model with the lowest validation error the run's."""
-        if self.ranks.first:
-            best = read_config(self.folder / BEST)
-            known = {name: best[name] for name in best if name not in (DIGESTS, "format", "model")}
-            save_pretrained(load_pretrained(self.folder / BEST), self.folder, known)
-
-    def _release_linear(self) -> None:
-        """Fit the linear path of the run's model once more, to the validation runs, too.
+    def _release_again(self, origin: Path) -> None:
+        """Write a released model as the run's, its linear path fitted to the validation runs, too.
 
         Nothing is measured any more, and of few people each one counts.
         """
-        if self.one_step.module.linear_path is None or not self.ranks.first:
-            return
-        model: Any = load_pretrained(self.folder)
-        fitted = self._fitted_linear("train", "validation")
-        if model.linear_path is None or fitted is None:
-            return
-        fitted.gain.copy_(model.linear_path.gain)
-        model.linear_path.load_state_dict(fitted.state_dict())
-        known = read_config(self.folder)
+        model: Any = load_pretrained(origin)
+        if model.linear_path is not None and (fitted := self._fitted_linear("train", "validation")):
+            fitted.gain.copy_(model.linear_path.gain)
+            model.linear_path.load_state_dict(fitted.state_dict())
+        known = read_config(origin)
         facts = {name: known[name] for name in known if name not in (DIGESTS, "format", "model")}
         save_pretrained(model, self.folder, facts)
 
