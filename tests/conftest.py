@@ -12,6 +12,20 @@ os.environ["BRAINFLOW_CACHE"] = ""  # no test finds what another one, or a user,
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="tests marked thorough: try every fault and race, not a sample of them (minutes each)",
+    )
+
+
+@pytest.fixture(scope="session")
+def thorough(request):
+    """Whether to try all and not a sample."""
+    return request.config.getoption("thorough")
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
     """Each kind of device in turn; a comparison is run on the GPU where there is one."""

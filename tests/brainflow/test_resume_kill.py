@@ -34,16 +34,18 @@ def store(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_at_thirty_random_moments_and_resumed_bit_for_bit(store, tmp_path, ranks):
+def test_killed_at_random_moments_and_resumed_bit_for_bit(store, tmp_path, ranks, thorough):
+    kills = 30 if thorough else 10
     script = Path(__file__).with_name("soak_pretrain.py")
     steps = shlex.split(
         "--train.steps 24 --train.log-every 1 --train.checkpoint-every 2 --train.validate-every 12"
     )
     done = subprocess.run(
         [
-            *(sys.executable, script, store, tmp_path, "--kills", "30", "--seed", "3"),
+            *(sys.executable, script, store, tmp_path, "--kills", str(kills), "--seed", "3"),
             *("--ranks", str(ranks), "--", *ARGUMENTS, *steps),
         ],
         capture_output=True,
@@ -53,8 +55,8 @@ def test_killed_at_thirty_random_moments_and_resumed_bit_for_bit(store, tmp_path
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["kills"] == 30
-    assert result["while writing a checkpoint"] >= 5
+    assert result["kills"] == kills
+    assert result["while writing a checkpoint"] >= kills // 6
     assert result["lines_compared"] >= 26
 
 

@@ -1,7 +1,7 @@
 """Disturbs every single call by which a writer changes the disk, and looks at the store after each.
 
-Run with faults.c preloaded: `LD_PRELOAD=faults.so python commit_faults.py OPERATION FOLDER`. For n = 1, 2, …
-the operation runs while its n-th write, fsync, mkdir, rename or unlink fails with EIO, or all that want room
+Run with faults.c preloaded: `LD_PRELOAD=faults.so python commit_faults.py OPERATION FOLDER [EVERY]`. For
+n = 1, 2, … (of each fault every EVERY-th n, and all n between them) the operation runs while its n-th write, fsync, mkdir, rename or unlink fails with EIO, or all that want room
 fail from there on with ENOSPC, or while SIGINT or (in a fork) SIGTERM comes there. Prints one line of JSON.
 """
 
@@ -203,7 +203,7 @@ def fingerprint(folder):
     return found
 
 
-def main(operation, folder):
+def main(operation, folder, every="1"):
     work, before, after = OPERATIONS[operation]
     folder = Path(folder)
     pristine, path = folder / "pristine", folder / "store"
@@ -217,8 +217,8 @@ def main(operation, folder):
             write(writer, *before[1:])
     first = 180 if operation == "overwrite-nfs" else 1
     broken, seen, trials, ended, fresh = [], {}, dict.fromkeys(FAULTS, 0), None, None
-    for fault in FAULTS:
-        for n in itertools.count(first):
+    for number, fault in enumerate(FAULTS):
+        for n in itertools.count(first + number % int(every), int(every)):
             if ended is None or ended != fresh:
                 for left in folder.iterdir():
                     if left.name not in ("source", "pristine"):

@@ -1,6 +1,7 @@
 """Writers killed with SIGKILL at random instants lose nothing committed and leave nothing half done.
 
-52 instants: one writer in 26 of them, two at once in the other 26 (and a gathering process after each).
+With --thorough 52 instants: one writer in 26 of them, two at once in the other 26 (and a gathering process after
+each).
 """
 
 import os
@@ -66,12 +67,13 @@ def check(path, at_least):
     return len(store.runs)
 
 
-def test_26_killed_writers_lose_and_tear_nothing(tmp_path):
+@pytest.mark.thorough
+def test_killed_writers_lose_and_tear_nothing(tmp_path, thorough):
     path, rng, committed, survivors = tmp_path / "s", np.random.default_rng(0), 0, 0
     with StoreWriter.create(path, networks=NETWORKS, chunk_rows=4, shard_rows=32):
         pass
     longest = 0.05  # seconds until the kill; found by trial, as machines differ
-    for _ in range(26):
+    for _ in range(26 if thorough else 12):
         pid = in_child(lambda first=committed: append_forever(path, first))
         kill_after([pid], rng.uniform(0, longest))
         now = check(path, committed)
@@ -86,9 +88,10 @@ def test_26_killed_writers_lose_and_tear_nothing(tmp_path):
     assert survivors, "no writer lived long enough to commit"
 
 
-def test_26_pairs_of_killed_part_writers_leave_whole_parts(tmp_path):
+@pytest.mark.thorough
+def test_pairs_of_killed_part_writers_leave_whole_parts(tmp_path, thorough):
     rng = np.random.default_rng(1)
-    for trial in range(26):
+    for trial in range(26 if thorough else 8):
         parts = tmp_path / f"parts{trial}"
         parts.mkdir()
         pids = [in_child(lambda i=i, parts=parts: parts_forever(parts, i)) for i in range(2)]
