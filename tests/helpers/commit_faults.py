@@ -1,7 +1,8 @@
 """Disturbs every single call by which a writer changes the disk, and looks at the store after each.
 
 Run with faults.c preloaded: `LD_PRELOAD=faults.so python commit_faults.py OPERATION FOLDER [EVERY]`. For
-n = 1, 2, … (of each fault every EVERY-th n, and all n between them) the operation runs while its n-th write, fsync, mkdir, rename or unlink fails with EIO, or all that want room
+n = 1, 2, … (with EVERY 4 every fourth n, another one of four by each fault, so that all n are disturbed) the
+operation runs while its n-th write, fsync, mkdir, rename or unlink fails with EIO, or all that want room
 fail from there on with ENOSPC, or while SIGINT or (in a fork) SIGTERM comes there. Prints one line of JSON.
 """
 

@@ -1,7 +1,7 @@
 """Writers killed with SIGKILL at random instants lose nothing committed and leave nothing half done.
 
-With --thorough 52 instants: one writer in 26 of them, two at once in the other 26 (and a gathering process after
-each).
+With --thorough 52 instants: one writer in 26 of them, two at once in the other 26 (and a gathering process
+after each).
 """
 
 import os
