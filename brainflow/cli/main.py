@@ -21,6 +21,7 @@ from brainflow.cli.usage import WrongUsage
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("brainflow.cli.demo", "see all of it work on real fMRI, in minutes, on two CPU cores"),
     "prepare": ("brainflow.cli.prepare", "turn fMRIPrep's derivatives into a store, as a BIDS App"),
+    "atlases": ("brainflow.cli.atlases", "list the parcellations that are known by name"),
     "ingest": ("brainflow.cli.ingest", "turn recorded runs into a store"),
     "simulate": ("brainflow.cli.simulate", "write a simulated cohort, whose truth is known, as a store"),
     "split": ("brainflow.cli.split", "keep people out of pretraining, to test on them"),

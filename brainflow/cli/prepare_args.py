@@ -43,7 +43,8 @@ class Args:
     res: str = ""
     """Their resolution (`res-` or `den-`), where there are several."""
     atlas: tuple[str, ...] = ()
-    """Parcellations: difumo-N, schaefer-N, a path, or LABEL=PATH; several are done in one pass."""
+    """Parcellations: a name (`brainflow atlases` lists them), a path, or LABEL=PATH; `a+b` joins two into
+    one; several are done in one pass."""
     allow_space_mismatch: bool = False
     """Take an atlas in another template than the images, as the published models did: nilearn has DiFuMo and
     Schaefer in MNI152NLin6Asym, TemplateFlow also in fMRIPrep's MNI152NLin2009cAsym."""

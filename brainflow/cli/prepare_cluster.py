@@ -87,7 +87,9 @@ def command_line(args: Args, level: str) -> list[str]:
 def _absolute(value: object) -> str:
     """A value as a word of a command line; paths from the root, since jobs start elsewhere."""
     label, equals, path = str(value).rpartition("=")
-    return f"{label}{equals}{Path(path).absolute()}" if Path(path).exists() else str(value)
+    joined = [path] if Path(path).exists() else path.split("+")  # atlases
+    words = [str(Path(part).absolute()) if part and Path(part).exists() else part for part in joined]
+    return f"{label}{equals}{'+'.join(words)}"
 
 
 def _gigabytes(jobs: Sequence[Job]) -> int:

@@ -1,20 +1,17 @@
-"""Parcellations: label images, maps, CIFTI dlabel files and GIFTI labels, by path or by name.
+"""Parcellations: label images, maps, CIFTI dlabel files and GIFTI labels, by path or by name, or joined.
 
 A name is looked up in the template of the images: nilearn has DiFuMo and Schaefer in MNI152NLin6Asym only,
-while fMRIPrep's images are in MNI152NLin2009cAsym, which TemplateFlow has as well. Files are taken from
-TemplateFlow's folder; its client, if installed, downloads what is missing.
+while fMRIPrep's images are in MNI152NLin2009cAsym, which TemplateFlow has as well.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import importlib.util
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,21 +19,14 @@ import numpy as np
 
 from brainflow.optional import need
 from brainflow.prepare.files import parse_name
+from brainflow.prepare.named import find as find_named
 from brainflow.storage.files import replace_durably
 from brainflow.storage.layout import to_json
 
 AtlasKind = Literal["labels", "maps", "dlabel", "gifti"]
-Family = Literal["difumo", "schaefer"]
 _INDEX_COLUMNS = ("index", "value", "label_index", "component")
 _NAME_COLUMNS = ("name", "label", "difumo_names", "region", "regions")
 BACKGROUND = 0
-NILEARN_TEMPLATE = "MNI152NLin6Asym"
-SIZES = {"difumo": (64, 128, 256, 512, 1024), "schaefer": tuple(range(100, 1001, 100))}
-_TITLES = {"difumo": "DiFuMo", "schaefer": "Schaefer"}
-_TEMPLATEFLOW = {
-    "difumo": ("DiFuMo", "{}dimensions", "probseg"),
-    "schaefer": ("Schaefer2018", "{}Parcels7Networks", "dseg"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +42,7 @@ class AtlasSpec:
     names : {label value or map index: name}
     digest : sha256 of its files
     surfaces : meshes of the left and right hemisphere, for the coordinates of an atlas on a surface
+    parts : atlases that are joined; the networks are those of the first, then those of the second, …
     """
 
     label: str
@@ -61,34 +52,49 @@ class AtlasSpec:
     names: tuple[tuple[int, str], ...] = ()
     digest: str = ""
     surfaces: tuple[Path, ...] = ()
+    parts: tuple[AtlasSpec, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[AtlasSpec, ...]:
+        """The atlases that are joined, or this one alone."""
+        return self.parts or (self,)
 
 
 def find_atlas(text: str, template: str = "", surfaces: Sequence[Path] = ()) -> AtlasSpec:
-    """Resolve what a user wrote: `difumo-1024`, `schaefer-400`, `path.nii.gz` or `LABEL=path.nii.gz`.
+    """Resolve what a user wrote: `schaefer-400`, `path.nii.gz`, `LABEL=…` of one, or several joined by `+`.
 
     Parameters
     ----------
-    template : in which a named atlas is wanted; "" for nilearn's copy
+    template : in which a named atlas is wanted; "" for the first that is known, mostly nilearn's copy
     surfaces : meshes of the left and right hemisphere, for an atlas on a surface
 
     Raises
     ------
     FileNotFoundError : if it is neither a file nor a name
     ConnectionError : if an atlas that is known by name cannot be downloaded
-    ValueError : if the file is not a parcellation, or a named atlas does not exist in the template
+    ValueError : if the file is not a parcellation, a named atlas does not exist in the template, or atlases
+        of volumes and of surfaces are joined
     """
-    label, equals, path_text = text.partition("=")
-    path = Path(path_text if equals else text)
-    if not path.is_file():
-        named = re.fullmatch(r"(difumo|schaefer)[-_]?(\d+)", text.lower())
-        if named is None:
-            raise FileNotFoundError(
-                f"atlas {text!r}: no such file, and not a name: difumo-64 to difumo-1024, schaefer-100 to "
-                f"schaefer-1000"
-            )
-        family: Family = "difumo" if named[1] == "difumo" else "schaefer"
-        return _named(family, int(named[2]), template)
-    return _from_files(path, re.sub(r"[^A-Za-z0-9]", "", label) if equals else "", tuple(surfaces))
+    before, equals, behind = text.partition("=")
+    wanted, label = (behind, re.sub(r"[^A-Za-z0-9]", "", before)) if equals else (text, "")
+    path = Path(wanted)
+    if path.is_file():
+        return _from_files(path, label, tuple(surfaces))
+    parts = wanted.split("+")
+    if len(parts) > 1:
+        return _join(text, label, [find_atlas(part, template, surfaces) for part in parts])
+    named = find_named(wanted, template)
+    if named is None:
+        raise FileNotFoundError(
+            f"atlas {text!r}: no such file, and not a name; `brainflow atlases` lists the names"
+        )
+    names = _names_of_file(named.table) if named.table is not None else named.names
+    return replace(
+        _from_files(named.path, named.label, tuple(surfaces)),
+        label=label or named.label,
+        space=named.template,
+        names=tuple(sorted(names.items())),
+    )
 
 
 def _from_files(path: Path, label: str, surfaces: tuple[Path, ...]) -> AtlasSpec:
@@ -137,19 +143,20 @@ def _both_hemispheres(path: Path) -> tuple[Path, Path]:
 
 
 def _names_beside(path: Path) -> dict[int, str]:
-    """Names from a .tsv, .csv or .json of the same name, with or without resolution and hemisphere."""
+    """Names from a .tsv, .csv, .txt or .json of the same name, with or without resolution and hemisphere."""
     stem = path.name.partition(".")[0]
     for candidate in dict.fromkeys((stem, re.sub(r"_(res|hemi)-[A-Za-z0-9]+", "", stem))):
-        for ending in (".tsv", ".csv"):
+        for ending in (".tsv", ".csv", ".txt", ".json"):
             table = path.with_name(candidate + ending)
-            if table.is_file():
-                return _names_of_table(table)
-        sidecar = path.with_name(candidate + ".json")
-        if sidecar.is_file():
-            names = _names_of_json(sidecar)
-            if names:
+            if table.is_file() and (names := _names_of_file(table)):
                 return names
     return {}
+
+
+def _names_of_file(path: Path) -> dict[int, str]:
+    if path.suffix == ".txt":  # one name a line
+        return dict(enumerate(path.read_text(encoding="utf-8").splitlines(), 1))
+    return _names_of_json(path) if path.suffix == ".json" else _names_of_table(path)
 
 
 def _names_of_table(path: Path) -> dict[int, str]:
@@ -182,80 +189,20 @@ def _digest(paths: Sequence[Path]) -> str:
     return sha.hexdigest()
 
 
-def _named(family: Family, size: int, template: str) -> AtlasSpec:
-    """An atlas by name, 2 mm, Schaefer's with 7 networks; "" as template takes nilearn's copy."""
-    if size not in SIZES[family]:
-        sizes = ", ".join(map(str, SIZES[family]))
-        raise ValueError(f"atlas {family}-{size}: has no such size, expected one of {sizes}")
-    if template in ("", NILEARN_TEMPLATE):
-        path, space, names = _from_nilearn(family, size)
-    else:
-        path, space = _from_templateflow(family, size, template), template
-        names = _names_beside(path)
+def _join(text: str, label: str, parts: Sequence[AtlasSpec]) -> AtlasSpec:
+    """Several atlases as one, its networks those of the first, of the second, …"""
+    kinds = {"volume" if part.kind in ("labels", "maps") else part.kind for part in parts}
+    if len(kinds) > 1:
+        raise ValueError(f"atlas {text}: joins {' and '.join(sorted(kinds))}, expected one kind of image")
+    spaces = {part.space for part in parts} - {""}
     return AtlasSpec(
-        label=f"{_TITLES[family]}{size}",
-        paths=(path.absolute(),),
-        kind="maps" if family == "difumo" else "labels",
-        space=space,
-        names=tuple(sorted(names.items())),
-        digest=_digest((path,)),
-    )
-
-
-def templateflow_home() -> Path:
-    """Folder in which TemplateFlow's client keeps its files."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("TEMPLATEFLOW_HOME", cache / "templateflow"))
-
-
-def _from_templateflow(family: Family, size: int, template: str) -> Path:
-    atlas, description, suffix = _TEMPLATEFLOW[family]
-    description = description.format(size)
-    name = f"tpl-{template}_res-02_atlas-{atlas}_desc-{description}_{suffix}.nii.gz"
-    path = templateflow_home() / f"tpl-{template}" / name
-    if not _is_fetched(path) and importlib.util.find_spec("templateflow") is not None:
-        client = need("templateflow.api", "fetching an atlas", "bids")
-        wanted = {"atlas": atlas, "desc": description, "suffix": suffix}
-        try:
-            client.get(template, resolution=2, extension=".nii.gz", **wanted)
-            client.get(template, extension=".tsv", **wanted)
-        except Exception as error:  # requests and the client raise many kinds when there is no network
-            raise _not_downloaded(family, size, "TemplateFlow", "TEMPLATEFLOW_HOME", error) from error
-    if not _is_fetched(path):
-        raise ValueError(
-            f"atlas {family}-{size}: nilearn has it in {NILEARN_TEMPLATE}, the images are in {template}, and "
-            f"it is not in TemplateFlow's folder ({templateflow_home()}): the extra `bids` fetches it from "
-            "TemplateFlow if that has it, TEMPLATEFLOW_HOME names another folder, --allow-space-mismatch "
-            "takes nilearn's, as the published models did; for surfaces, give a file by path"
-        )
-    return path
-
-
-def _is_fetched(path: Path) -> bool:
-    """TemplateFlow puts empty files where it has not downloaded anything yet."""
-    return path.is_file() and path.stat().st_size > 0
-
-
-def _from_nilearn(family: Family, size: int) -> tuple[Path, str, dict[int, str]]:
-    datasets = need("nilearn.datasets", "fetching an atlas", "bids")
-    try:
-        bunch: Any
-        if family == "difumo":
-            bunch = datasets.fetch_atlas_difumo(dimension=size, resolution_mm=2)
-            names = [str(name) for name in bunch.labels["difumo_names"]]
-        else:
-            bunch = datasets.fetch_atlas_schaefer_2018(n_rois=size, resolution_mm=2)
-            texts = [name.decode() if isinstance(name, bytes) else str(name) for name in bunch.labels]
-            names = [text for text in texts if text.lower() != "background"]
-    except Exception as error:  # nilearn, requests and urllib raise many kinds when there is no network
-        raise _not_downloaded(family, size, "nilearn", "NILEARN_DATA", error) from error
-    return Path(str(bunch.maps)), str(bunch.get("template", "")), dict(enumerate(names, 1))
-
-
-def _not_downloaded(family: Family, size: int, who: str, variable: str, error: Exception) -> ConnectionError:
-    return ConnectionError(
-        f"atlas {family}-{size}: {who} could not download it ({type(error).__name__}); fetch it where there "
-        f"is internet and set {variable} to its folder, or give the path of its image"
+        label=label or "".join(part.label for part in parts),
+        paths=tuple(path for part in parts for path in part.paths),
+        kind=parts[0].kind,
+        space=spaces.pop() if len(spaces) == 1 else "",
+        digest=hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest(),
+        surfaces=parts[0].surfaces,
+        parts=tuple(parts),
     )
 
 
@@ -263,8 +210,7 @@ def save_atlas(spec: AtlasSpec, work: Path) -> None:
     """Note where an atlas lies, for the group level."""
     path = work / "atlases" / f"{spec.label}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    paths = {name: [str(p) for p in getattr(spec, name)] for name in ("paths", "surfaces")}
-    replace_durably(path, to_json({**asdict(spec), **paths}))
+    replace_durably(path, to_json(json.loads(json.dumps(asdict(spec), default=str))))
 
 
 def saved_atlas(label: str, work: Path) -> AtlasSpec:
@@ -274,15 +220,20 @@ def saved_atlas(label: str, work: Path) -> AtlasSpec:
     ------
     FileNotFoundError : if it has moved
     """
-    noted = json.loads((work / "atlases" / f"{label}.json").read_text(encoding="utf-8"))
-    noted["paths"], noted["surfaces"] = tuple(map(Path, noted["paths"])), tuple(map(Path, noted["surfaces"]))
-    noted["names"] = tuple((value, name) for value, name in noted["names"])
-    for path in noted["paths"]:
+    spec = _restored(json.loads((work / "atlases" / f"{label}.json").read_text(encoding="utf-8")))
+    for path in spec.paths:
         if not path.is_file():
             raise FileNotFoundError(
                 f"atlas {label}: {path} is not there any more; say where it is with --atlas"
             )
-    return AtlasSpec(**noted)
+    return spec
+
+
+def _restored(noted: dict[str, Any]) -> AtlasSpec:
+    paths = {name: tuple(map(Path, noted[name])) for name in ("paths", "surfaces")}
+    names = tuple((value, name) for value, name in noted["names"])
+    parts = tuple(map(_restored, noted.get("parts", ())))
+    return AtlasSpec(**{**noted, **paths, "names": names, "parts": parts})
 
 
 def network_names(
@@ -300,12 +251,13 @@ def check_space(spec: AtlasSpec, space: str) -> None:
     ------
     ValueError : naming both
     """
-    if spec.space and space and spec.space != space:
-        raise ValueError(
-            f"atlas {spec.label}: is in {spec.space}, the images in {space}, which differ by millimetres; "
-            f"take the atlas in {space} by path (TemplateFlow has DiFuMo and Schaefer in both), images in "
-            f"{spec.space} with --space, or accept it with --allow-space-mismatch"
-        )
+    for one in spec.pieces:
+        if one.space and space and one.space != space:
+            raise ValueError(
+                f"atlas {one.label}: is in {one.space}, the images in {space}, which differ by millimetres; "
+                f"take the atlas in {space} by path (TemplateFlow has DiFuMo and Schaefer in both), images "
+                f"in {one.space} with --space, or accept it with --allow-space-mismatch"
+            )
 
 
 def read_labels(image: Any) -> np.ndarray:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from brainflow.optional import need
-from brainflow.prepare.atlas import BACKGROUND, AtlasSpec, network_names, read_labels, templateflow_home
+from brainflow.prepare.atlas import BACKGROUND, AtlasSpec, network_names, read_labels
+from brainflow.prepare.named import templateflow_home
 from brainflow.prepare.surfaces import labels_of
 
 _FSLR_VERTICES, _FSAVERAGE5_VERTICES = 32_492, 10_242
@@ -20,7 +21,17 @@ _MAPS_AT_ONCE = 16
 
 
 def networks_of(atlas: AtlasSpec) -> list[str]:
-    """Name of each network: labels in ascending order without the background, or maps in their order."""
+    """Name of each network: labels in ascending order without the background, or maps in their order.
+
+    Of joined atlases in which a name stands twice, all names get the label of their atlas before them.
+    """
+    if atlas.parts:
+        names = [networks_of(part) for part in atlas.parts]
+        if len(set().union(*names)) < sum(map(len, names)):
+            names = [
+                [f"{part.label} {name}" for name in own] for part, own in zip(atlas.parts, names, strict=True)
+            ]
+        return [name for own in names for name in own]
     if atlas.kind in ("dlabel", "gifti"):
         labelled, known = labels_of(atlas)
         return network_names(atlas, sorted(set(labelled.values()) - {BACKGROUND}), known)
@@ -42,6 +53,10 @@ def coordinates(spec: AtlasSpec) -> np.ndarray | None:
     None for an atlas on a surface whose mesh is not known: neither in `spec.surfaces`, nor nilearn's
     fsaverage5, nor in TemplateFlow's folder
     """
+    if spec.parts:
+        found = [coordinates(part) for part in spec.parts]
+        known = [one for one in found if one is not None]
+        return np.concatenate(known) if len(known) == len(found) else None
     if spec.kind == "labels":
         return _of_labels(spec.paths[0])
     if spec.kind == "maps":

@@ -175,7 +175,7 @@ def worker_bytes(jobs: Sequence[Job]) -> int:
     voxels = math.prod(shapes[0][:3])
     block = min(8 * math.prod(shapes[0]), max(BLOCK_BYTES, 8 * voxels))
     atlases = 0
-    for atlas in job.atlases:
+    for atlas in (piece for joined in job.atlases for piece in joined.pieces):
         own = nibabel.load(atlas.paths[0]).shape
         if atlas.kind == "labels":
             atlases += 32 * max(voxels, math.prod(own[:3]))

@@ -81,7 +81,7 @@ def extract(run: Dense, atlases: Sequence[AtlasSpec], dropped: int) -> list[np.n
     ------
     Unusable : if a label of an atlas has no point in the run
     """
-    return [_means(run, atlas, dropped) for atlas in atlases]
+    return [np.hstack([_means(run, part, dropped) for part in atlas.pieces]) for atlas in atlases]
 
 
 def _means(run: Dense, atlas: AtlasSpec, dropped: int) -> np.ndarray:

@@ -114,13 +114,17 @@ def _on_grid(atlas: AtlasSpec, shape: tuple[int, ...], affine: np.ndarray) -> Pr
     """The atlas on a voxel grid; the last few are kept, for the next runs of this process."""
     key = (atlas.label, atlas.digest, shape, np.round(affine, 6).tobytes())
     if key not in _grids:
-        _grids[key] = (
-            _fit_labels(atlas, shape, affine) if atlas.kind == "labels" else _fit_maps(atlas, shape, affine)
-        )
+        fit = _fit_joined if atlas.parts else _fit_labels if atlas.kind == "labels" else _fit_maps
+        _grids[key] = fit(atlas, shape, affine)
         while len(_grids) > _GRIDS_KEPT:
             _grids.popitem(last=False)
     _grids.move_to_end(key)
     return _grids[key]
+
+
+def _fit_joined(atlas: AtlasSpec, shape: tuple[int, ...], affine: np.ndarray) -> Projection:
+    fitted = [_on_grid(part, shape, affine) for part in atlas.parts]
+    return lambda data: np.concatenate([part(data) for part in fitted], axis=1)
 
 
 def _fit_labels(atlas: AtlasSpec, shape: tuple[int, ...], affine: np.ndarray) -> Projection:
