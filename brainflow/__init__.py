@@ -19,8 +19,17 @@ if exists(join(dirname(__file__), "board_shim.py")):
         "--force-reinstall brainflow-fmri"
     )
 
-__all__ = ["BoldEncoder", "MentalStateDecoder", "__version__", "from_pretrained", "load", "push_to_hub"]
+__all__ = [
+    "BoldEncoder",
+    "MentalStateDecoder",
+    "__version__",
+    "embed",
+    "from_pretrained",
+    "load",
+    "push_to_hub",
+]
 _PLACES = {
+    "embed": "brainflow.decoding.embed",
     "MentalStateDecoder": "brainflow.decoding.estimator",
     "BoldEncoder": "brainflow.decoding.estimator",
     "from_pretrained": "brainflow.pretrained.hub",

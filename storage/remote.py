@@ -1,18 +1,20 @@
-"""Stores on s3://, gs://, https:// (and memory://, for tests): objects with retries, chunks with checks.
+"""Objects on s3://, gs://, hf://, https:// (and memory://, for tests), with retries; chunks with checks.
 
 obstore does the transfers: one wheel without dependencies that speaks to all of these, from plain threads.
 (fsspec needs one more package a scheme, and s3fs pins botocore.) Credentials and end points come from the
 environment variables of each service, such as AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL; public buckets need
-AWS_SKIP_SIGNATURE=true.
+AWS_SKIP_SIGNATURE=true. `hf://datasets/owner/name[@revision]/…` (`hf://owner/name/…` for a model) is what the
+Hugging Face hub, or the server in HF_ENDPOINT, has to download for everybody.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +26,10 @@ from zarr.storage import ObjectStore
 
 from .cache import ChunkCache
 from .errors import DamagedChunk, StoreError, StoreUnavailable
+from .files import replacing
 from .layout import Grid, crc32c
 
-SCHEMES = ("s3", "gs", "https", "http", "memory")
+SCHEMES = ("s3", "gs", "hf", "https", "http", "memory")
 ATTEMPTS = 7
 FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds
 TIMEOUT, CONNECT_TIMEOUT = 30.0, 5.0  # seconds
@@ -37,6 +40,8 @@ _in_memory: dict[str, Any] = {}
 _LARGEST_REQUEST = 2**22  # bytes: neighbouring chunks are read together up to this
 _CHECKED_READS = 3  # of a chunk with a wrong checksum, before it counts as damaged
 _READ_AHEAD = 16  # chunks
+_LARGEST_WHOLE = 2**31  # bytes of an object of a server that gives no parts
+_HUB = re.compile(r"hf://((?:(?:datasets|spaces)/)?[^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?")
 
 Pending = dict[int, "Future[dict[int, np.ndarray]]"]
 
@@ -51,7 +56,7 @@ class RemoteFiles:
 
     Parameters
     ----------
-    url : s3://bucket/…, gs://bucket/…, https://host/…, http://host/… or memory://name/…
+    url : s3://bucket/…, gs://bucket/…, hf://…, https://host/…, http://host/… or memory://name/…
 
     Raises
     ------
@@ -117,6 +122,51 @@ class RemoteFiles:
             raise
         return True
 
+    def version(self, relative: str) -> tuple[int, str]:
+        """Bytes of an object, and what changes with its content: the ETag, or when it was changed."""
+
+        def ask() -> Any:
+            try:  # what is signed to be read, behind a redirection, may not be asked about in another way
+                return _obstore().get(self.store, relative, options={"range": (0, 1)}).meta
+            except _obstore().exceptions.NotSupportedError:
+                return _obstore().head(self.store, relative)
+
+        meta = self._retry(relative, ask)
+        return int(meta["size"]), str(meta.get("e_tag") or meta.get("last_modified") or "")
+
+    def download(self, relative: str, target: Path) -> None:
+        """Copy an object to a file, in pieces that are each tried again, and in one step for its readers.
+
+        Raises
+        ------
+        StoreError : if it does not exist, or is changed meanwhile
+        """
+        size, version = self.version(relative)
+        with replacing(target) as file:
+            try:
+                self._copy(relative, size, file.fileno())
+            except StoreUnavailable as error:
+                if not isinstance(error.__cause__, _obstore().exceptions.NotSupportedError):
+                    raise
+                file.write(self._read(relative, _LARGEST_WHOLE).tobytes())  # a server that gives no parts
+            file.flush()
+            if os.fstat(file.fileno()).st_size != size or self.version(relative) != (size, version):
+                raise StoreError(f"{self.where}/{relative}: was changed while it was read; read it again")
+
+    def _copy(self, relative: str, size: int, descriptor: int) -> None:
+        def piece(offset: int) -> None:
+            data = self.read_range(relative, offset, min(_LARGEST_REQUEST, size - offset))
+            os.pwrite(descriptor, data.tobytes(), offset)
+
+        jobs = [self.pool.submit(piece, offset) for offset in range(0, size, _LARGEST_REQUEST)]
+        try:
+            for job in jobs:
+                job.result()
+        finally:
+            for job in jobs:
+                job.cancel()
+            wait(jobs)  # none may write to the descriptor once it is another file's
+
     def write(self, relative: str, data: bytes | Path) -> None:
         """Put an object, in one step for its readers."""
         self._retry(relative, lambda: _obstore().put(self.store, relative, data))
@@ -172,6 +222,9 @@ def _connect(url: str) -> Any:
         raise StoreError(
             f"{url}: unknown scheme, expected a directory or {', '.join(s + '://' for s in SCHEMES)}"
         )
+    if parts.scheme == "hf":
+        url = _hub_url(url)
+        parts = urlsplit(url)
     stores = _obstore().store
     if parts.scheme == "memory":
         return _in_memory.setdefault(url, stores.MemoryStore())
@@ -182,6 +235,15 @@ def _connect(url: str) -> Any:
         "allow_http": parts.scheme == "http" or endpoint.startswith("http://"),
     }
     return stores.from_url(url, client_options=options, retry_config={"max_retries": 0})
+
+
+def _hub_url(url: str) -> str:
+    """Where the hub, or the server in HF_ENDPOINT, gives the files of a hf:// URL."""
+    match = _HUB.fullmatch(url)
+    if match is None:
+        raise StoreError(f"{url}: expected hf://datasets/owner/name/… or hf://owner/name/…")
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return f"{endpoint}/{match[1]}/resolve/{match[2] or 'main'}/{match[3] or ''}"
 
 
 def _obstore() -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 
@@ -90,6 +92,18 @@ class RunTable:
     def key(self) -> np.ndarray:
         """Key of each run, unique in the store, str [runs]."""
         return decode_strings(self._columns["key"])
+
+    def to_frame(self) -> Any:
+        """The table as a pandas DataFrame, one row a run, with the run's number as index.
+
+        Raises
+        ------
+        ImportError : if pandas is not installed
+        """
+        names = (*RUN_STRINGS, "start", "length", "t_r")
+        frame = _pandas().DataFrame({name: getattr(self, name) for name in names})
+        frame.index.name = "number"
+        return frame
 
     def key_of(self, run: int) -> str:
         """Key of one run, without decoding the others."""
@@ -182,6 +196,33 @@ class SegmentTable:
 
     def __len__(self) -> int:
         return len(self.run)
+
+    def to_frame(self) -> Any:
+        """The table as a pandas DataFrame, one row a segment; labels that a segment lacks are missing values.
+
+        A label column that is named as one of `run`, `onset`, `length` stands as `label_run`, ….
+
+        Raises
+        ------
+        ImportError : if pandas is not installed
+        """
+        pandas = _pandas()
+        columns: dict[str, Any] = {name: getattr(self, name) for name in ("run", "onset", "length")}
+        for name, values in self.columns.items():
+            column = pandas.Series(values)
+            if values.dtype.kind == "i":
+                column = column.astype("Int64").mask(values == MISSING_INTEGER)
+            elif values.dtype.kind == "U":
+                column = column.mask(values == "")
+            columns[f"label_{name}" if name in columns else name] = column
+        return pandas.DataFrame(columns)
+
+
+def _pandas() -> Any:
+    try:
+        return import_module("pandas")
+    except ImportError as error:
+        raise ImportError(f"to_frame needs pandas ({error}); pip install 'brainflow-fmri[bids]'") from error
 
 
 def encode_strings(values: list[str]) -> np.ndarray:

@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "pretrain": ("brainflow.cli.pretrain", "train a model on a store with one of the learning frameworks"),
     "sweep": ("brainflow.cli.sweep", "search over settings: many runs, any number of machines, one study"),
     "adapt": ("brainflow.cli.adapt", "adapt a pretrained model to decode mental states"),
+    "embed": ("brainflow.cli.embed", "embed images, tables and stores with a pretrained model"),
     "report": ("brainflow.cli.report", "make one HTML page of a run or a decoding"),
     "doctor": ("brainflow.cli.doctor", "say how far a store is from what a model saw, and what to do"),
     "share": ("brainflow.cli.share", "write a model's card and upload it to the hub"),

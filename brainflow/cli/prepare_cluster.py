@@ -78,13 +78,13 @@ def command_line(args: Args, level: str) -> list[str]:
         if isinstance(value, bool):
             words.append(f"--{'' if value else 'no-'}{flag}")
         elif isinstance(value, tuple):
-            words += [f"--{flag}", *map(_absolute, value)]
+            words += [f"--{flag}", *map(absolute, value)]
         else:
-            words += [f"--{flag}", _absolute(value)]
+            words += [f"--{flag}", absolute(value)]
     return words
 
 
-def _absolute(value: object) -> str:
+def absolute(value: object) -> str:
     """A value as a word of a command line; paths from the root, since jobs start elsewhere."""
     label, equals, path = str(value).rpartition("=")
     joined = [path] if Path(path).exists() else path.split("+")  # atlases

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from brainflow.batch import Ints, PackedBatch, offsets, upload, window_of
+from brainflow.batch import Ints, PackedBatch, Windows, offsets, upload, window_of
 from brainflow.config import ModelConfig
 from brainflow.kernels import MaskSpec, linear_masked_loss
 from brainflow.models.linear_path import LinearPath
@@ -117,6 +117,46 @@ class Framework(nn.Module, ABC):
     @abstractmethod
     def features(self, batch: PackedBatch, pooling: Pooling = "last") -> Tensor:
         """Return one vector a window, [windows, width], for decoding; "tokens": one a time point."""
+
+    @torch.no_grad()
+    def embed(self, bold: Any, t_r: float) -> Tensor:
+        """Return the mean over time of the last hidden states of each window.
+
+        Parameters
+        ----------
+        bold
+            Array or tensor [windows, time, networks], or [time, networks] of one window, normalised as the
+            model's data were.
+        t_r
+            Seconds between time points.
+
+        Returns
+        -------
+        Tensor
+            float32 [windows, width], on the model's device.
+
+        Raises
+        ------
+        ValueError
+            If the shape does not fit, a value is not finite, or `t_r` is no positive number.
+        """
+        device = next(self.parameters()).device
+        values = torch.as_tensor(bold, dtype=torch.float32, device=device)
+        values = values[None] if values.ndim == 2 else values
+        if values.ndim != 3 or not values.numel() or values.shape[2] != self.config.networks:
+            raise ValueError(
+                f"bold: got shape {list(np.shape(bold))}, expected [windows, time, {self.config.networks}] "
+                f"or [time, {self.config.networks}]"
+            )
+        if not torch.isfinite(values).all() or not 0 < t_r < float("inf"):
+            raise ValueError(f"bold, t_r: got NaN or infinity, or t_r={t_r}, expected finite BOLD, t_r > 0")
+        windows = Windows.end_to_end([values.shape[1]] * len(values), t_r=t_r)
+        before = self.training
+        self.eval()
+        try:
+            return at_least_float(self.features(PackedBatch.pack(values.flatten(0, 1), windows), "mean"))
+        finally:
+            self.train(before)
 
 
 def places(config: ModelConfig, place: Ints, window: Ints, batch: PackedBatch) -> np.ndarray:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ class Job:
                 inputs.append([path.name, -1, 0])
         return hashlib.sha256(json.dumps([self.recipe, inputs], sort_keys=True).encode()).hexdigest()
 
+    @contextmanager
+    def local(self) -> Iterator[RunFiles]:
+        """Let its files be on this machine within the block."""
+        yield self.files
+
     def is_done(self) -> bool:
         """Whether nothing is left to do for this run."""
         record = read_record(self.work, self.files.key)
@@ -95,7 +101,8 @@ def prepare_run(job: Job) -> dict[str, Any]:
         }
         forget(job.work, job.files.key, job.atlas_labels)
         try:
-            _prepare(job, record)
+            with job.local() as files:
+                _prepare(replace(job, files=files), record)
         except Excluded as reason:
             record |= {"status": EXCLUDED, "reason": str(reason)}
         except (Unusable, OSError, MemoryError) as error:

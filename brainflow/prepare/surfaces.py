@@ -55,6 +55,22 @@ def read_cifti(path: Path) -> Dense:
     return Dense(data=_data(image, path), points=_points(axes[1]), t_r=t_r)
 
 
+def read_parcels(path: Path) -> tuple[np.ndarray, list[str], float | None]:
+    """Read a CIFTI parcel series: float32 [time, parcels], names of the parcels, seconds of the header.
+
+    Raises
+    ------
+    Unusable : if it cannot be read or is no parcel series
+    """
+    image = _load(path)
+    axes = _axes(image, path)
+    if [type(axis).__name__ for axis in axes] != ["SeriesAxis", "ParcelsAxis"]:
+        raise Unusable(f"{path.name}: is no parcel series")
+    series = axes[0]
+    t_r = float(series.step) if series.unit == "SECOND" and series.step > 0 else None
+    return _data(image, path), [str(name) for name in axes[1].name], t_r
+
+
 def read_gifti(paths: Sequence[Path]) -> Dense:
     """Read a pair of hemispheres, one data array a time point.
 

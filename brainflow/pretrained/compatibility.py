@@ -150,9 +150,7 @@ def check_windows(
     """
     found = differences(data, {"network_names": list(network_names or [])}, [t_r])
     if sum(len(window) for window in windows) >= 20:
-        values = np.concatenate([np.asarray(window, dtype=np.float64) for window in windows])
-        found += _scale(data, float(np.median(np.square(values).mean(axis=0))))  # a mean shows, too
-        found += _shared(data, values)
+        found += signal_differences(data, np.concatenate(windows))
     if found and not allow:
         kind = kind_of(data.get("normalisation"))
         runs = f"; normalise=True does {kind} to whole runs with tables of events" if kind else ""
@@ -163,6 +161,13 @@ def check_windows(
     for line in found:
         log.warning("X against the checkpoint: %s", line)
     return found
+
+
+def signal_differences(data: dict[str, Any], values: NDArray) -> list[str]:
+    """Return in words how values `[time, networks]` are scaled unlike those that a model was trained on."""
+    values = np.asarray(values, dtype=np.float64)
+    spread = float(np.median(np.square(values).mean(axis=0)))  # a mean shows, too
+    return _scale(data, spread) + _shared(data, values)
 
 
 def _scale(data: dict[str, Any], spread: float) -> list[str]:

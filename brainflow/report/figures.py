@@ -326,6 +326,33 @@ def slice_map(
         return _png(figure)
 
 
+def scatter(points: NDArray, groups: Sequence[str], names: tuple[str, str]) -> bytes:
+    """Draw points `[n, 2]` in the plane, in a colour for each of the most frequent groups.
+
+    Parameters
+    ----------
+    points, groups
+        Places, and the group of each point; of more than seven groups the rarer ones are grey.
+    names
+        What the axes are.
+    """
+    found, counts = np.unique(groups, return_counts=True)
+    frequent = found[np.argsort(-counts, kind="stable")][:7]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(6.4, 4.6)
+        rest = ~np.isin(groups, frequent)
+        if rest.any():
+            axes.scatter(*points[rest].T, s=12, color=FAINT, label=f"{len(found) - len(frequent)} others")
+        for i, group in enumerate(frequent):
+            chosen = np.asarray(groups) == group
+            axes.scatter(*points[chosen].T, s=16, color=f"C{i}", alpha=0.7, label=str(group)[:40] or "–")
+        axes.set_xlabel(names[0])
+        axes.set_ylabel(names[1])
+        if len(found) > 1:
+            figure.legend(loc="outside right upper", markerscale=1.5)
+        return _png(figure)
+
+
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()

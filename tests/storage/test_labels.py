@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -90,3 +91,34 @@ def test_the_longest_names_and_texts_are_written_and_read(tmp_path):
         writer.append(np.zeros((9, 1)), t_r=1.0, dataset="d", subject="1", segments=[segment])
     columns = BoldStore.open(tmp_path / "s").segments.columns
     assert {name: values.tolist()[0] for name, values in columns.items()} == labels
+
+
+def test_tables_as_data_frames(tmp_path):
+    pytest.importorskip("pandas", reason="pandas (extra `bids`) is not installed")
+    labels = [{"state": "face", "n": 3, "run": 1.5}, {"state": "house"}, {"n": 2**60}]
+    with StoreWriter.create(tmp_path / "s", networks=2) as writer:
+        for subject in ("1", "2"):
+            segments = [Segment(onset=i, length=2, labels=one) for i, one in enumerate(labels)]
+            writer.append(
+                np.zeros((5, 2)), t_r=2.0, dataset="d", subject=subject, task="x", segments=segments
+            )
+    store = BoldStore.open(tmp_path / "s")
+    runs = store.runs.to_frame()
+    assert runs["key"].tolist() == store.runs.key.tolist()
+    assert runs.loc[1, ["subject", "task", "length", "t_r"]].tolist() == ["2", "x", 5, 2.0]
+    frame = store.segments.to_frame()
+    assert frame["run"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert frame["onset"].tolist() == [0, 1, 2] * 2
+    assert frame["n"].isna().tolist() == [False, True, False] * 2
+    assert frame["n"].dropna().tolist() == [3, 2**60] * 2
+    assert frame["state"].isna().tolist() == [False, False, True] * 2
+    assert frame["label_run"].tolist()[:1] == [1.5]
+    assert frame.merge(runs, left_on="run", right_index=True)["subject"].tolist() == ["1"] * 3 + ["2"] * 3
+
+
+def test_data_frames_need_pandas(tmp_path, monkeypatch):
+    with StoreWriter.create(tmp_path / "s", networks=2) as writer:
+        writer.append(np.zeros((5, 2)), t_r=2.0, dataset="d", subject="1")
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"to_frame needs pandas.*brainflow-fmri\[bids\]"):
+        BoldStore.open(tmp_path / "s").runs.to_frame()

@@ -1,17 +1,12 @@
 """Stores behind a URL: an S3 server on loopback, a proxy before it that fails, and the cache."""
 
-import http.client
-import http.server
 import itertools
 import json
-import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -20,82 +15,19 @@ from brainflow.storage import BoldStore, Segment, StoreError, StoreWriter, publi
 from brainflow.storage.cache import ChunkCache
 
 pytest.importorskip("obstore", reason="obstore (extra `remote`) is not installed")
-moto_server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+object_server = pytest.importorskip("object_server", reason="moto[server] is not installed")
+Proxy, environment_variables = object_server.Proxy, object_server.environment_variables
 boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")
 
 NETWORKS, CHUNK, SHARD = 6, 4, 32
-STALL, PATIENCE = 4.0, 3.0  # seconds: how long a stalled answer takes, how long a client waits for it
+PATIENCE = 3.0  # seconds that a client waits for a stalled answer
 names = itertools.count()
-
-
-class Proxy(http.server.BaseHTTPRequestHandler):
-    """Passes requests on, unless `faults` has something else for a range read (or, with `all`, any)."""
-
-    backend: tuple[str, int]
-    faults: list[str] = []  # noqa: RUF012 - one proxy a session
-    everything = False
-    seen: list[str] = []  # noqa: RUF012
-    protocol_version = "HTTP/1.1"
-
-    def handle_any(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        Proxy.seen.append(f"{self.command} {self.path} {self.headers.get('Range', '')}")
-        ranged = Proxy.everything or "Range" in self.headers
-        fault = Proxy.faults.pop(0) if Proxy.faults and ranged else ""
-        if fault == "stall":
-            time.sleep(STALL)
-        if fault in ("stall", "drop"):
-            self.close_connection = True
-            return
-        if fault == "500":
-            self.answer(500, [("Content-Length", "0")], b"")
-            return
-        onward = http.client.HTTPConnection(*Proxy.backend)
-        onward.request(self.command, self.path, body, dict(self.headers))
-        reply = onward.getresponse()
-        data = reply.read()
-        headers = [
-            (k, v) for k, v in reply.getheaders() if k.lower() not in ("transfer-encoding", "connection")
-        ]
-        onward.close()
-        if fault == "corrupt":
-            data = data[:-1] + bytes([data[-1] ^ 1])
-        if fault == "truncate":
-            self.close_connection = True
-            data = data[: len(data) // 2]
-        self.answer(reply.status, headers, data)
-
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
-
-    def answer(self, status, headers, data):
-        self.send_response(status)
-        for name, value in headers:
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture(scope="module")
 def proxy():
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    Proxy.backend = server.get_host_and_port()
-    front = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
-    front.daemon_threads = True
-    threading.Thread(target=front.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{front.server_address[1]}"
-    front.shutdown()
-    server.stop()
-
-
-def environment_variables(endpoint):
-    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-    return {"AWS_ENDPOINT_URL": endpoint, "AWS_REGION": "us-east-1", **dict.fromkeys(names, "test")}
+    with object_server.running() as url:
+        yield url
 
 
 @pytest.fixture(autouse=True)
