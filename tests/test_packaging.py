@@ -39,7 +39,7 @@ def test_every_source_file_is_in_the_wheel(wheel):
     }
     assert len([name for name in packed if name.endswith("licenses/LICENSE")]) == 1
     assert len([name for name in packed if name.endswith("LICENSE-DATA") and "dist-info" in name]) == 2
-    assert "brainflow/benchmarks/floors.json" in packed
+    assert {"brainflow/benchmarks/floors.json", "brainflow/prepare/atlases.toml"} <= packed
 
 
 def test_the_wheel_imports_beside_transformers(wheel, tmp_path):

@@ -48,7 +48,7 @@ from brainflow.storage.parts import part_path, read_part
 from brainflow.storage.remote import RemoteFiles, is_remote
 
 LayerName = int | Literal["input", "both", "all", "last"]
-Confounds = Literal["auto", "published", "motion", "simple", "scrubbing", "compcor", "aroma", "none"]
+Confounds = Literal["auto"] | Strategy
 TABLES = (".npy", ".npz", ".mat", ".csv", ".tsv", ".h5", ".hdf5", ".parquet", ".ptseries.nii")
 
 
@@ -81,7 +81,8 @@ class _Model:
     @property
     def recipe(self) -> dict[str, Any]:
         """How its data were cleaned, as far as that is recorded."""
-        return (self.data.get("preprocessing") or {}).get("clean") or {}
+        clean = (self.data.get("preprocessing") or {}).get("clean")
+        return clean if isinstance(clean, dict) else {}
 
     @property
     def confounds(self) -> str:
@@ -216,7 +217,7 @@ def plan(
     """Return the jobs that prepare images; why one has none stands in `failures`."""
     model = model or _load(checkpoint, "last", "mean", BINS, "cpu")
     jobs: dict[str, Job] = {}
-    specs: dict[str, AtlasSpec] = {}
+    specs: dict[str, AtlasSpec | Exception] = {}
     for image in images:
         if not is_remote(image) and not Path(image).exists():
             failures[image] = "no such file; check the path"
@@ -232,27 +233,38 @@ def plan(
                     "atlas: images need the parcellation of the model, as in --atlas schaefer-400"
                 )
             files = files_of(image)
-            template = "" if allow_mismatch or kind == "gifti" else "fsLR" if kind == "cifti" else files.space
+            template = {"volume": files.space, "cifti": "fsLR", "gifti": ""}[kind]
             if template not in specs:
-                specs[template] = _checked_atlas(atlas, template, model)
+                specs[template] = _checked_atlas(atlas, template, model, allow_mismatch)
             spec = specs[template]
-            check_space(spec, template)
+            if isinstance(spec, Exception):
+                raise spec
             chosen = _settings(model, confounds, bool(files.confounds), smooth=kind == "volume")
             [job] = jobs_for([files], kind=kind, settings=chosen, atlases=[spec], work=work)
             jobs[image] = job_of(image, files, job)
         except (ValueError, OSError) as error:
-            failures[image] = str(error)
+            failures[image] = str(error).replace("--allow-space-mismatch", "--allow-mismatch")
     return jobs
 
 
-def _checked_atlas(atlas: str, template: str, model: _Model) -> AtlasSpec:
-    spec = find_atlas(atlas, template)
-    networks = len(networks_of(spec))
-    if networks != model.networks:
-        raise ValueError(
-            f"atlas {spec.label}: has {networks} networks, the model {model.folder} was trained on "
-            f"{model.networks}; take its parcellation"
-        )
+def _checked_atlas(atlas: str, template: str, model: _Model, allow: bool) -> AtlasSpec | Exception:
+    """Return the model's atlas in a template, or in another if that is allowed; or why it cannot be had."""
+    try:
+        try:
+            spec = find_atlas(atlas, template)
+            check_space(spec, template)
+        except ValueError:
+            if not allow:
+                raise
+            spec = find_atlas(atlas)
+        networks = len(networks_of(spec))
+        if networks != model.networks:
+            raise ValueError(
+                f"atlas {spec.label}: has {networks} networks, the model {model.folder} was trained on "
+                f"{model.networks}; take its parcellation"
+            )
+    except (ValueError, OSError) as error:
+        return error
     return spec
 
 
@@ -320,8 +332,9 @@ def _prepared(text: str, job: Job, model: _Model, notes: list[str]) -> _Run:
     strategy = job.settings.clean.confounds
     if strategy == "none" and job.files.confounds is None and model.confounds != "none":
         notes.append(f"{text}: no table of confounds lies beside it, so nothing was regressed out")
-    if job.kind == "volume" and spec.space and not job.files.space:
-        notes.append(f"{text}: its name does not say in which template it is; the atlas is in {spec.space}")
+    if job.kind == "volume" and spec.space and spec.space != job.files.space:
+        template = job.files.space or "a template that its name does not say"
+        notes.append(f"{text}: is in {template}, the atlas in {spec.space}")
     flat = record["flat_networks"].get(spec.label, 0)
     if flat:
         notes.append(f"{text}: {flat} networks are constant (outside the recorded field of view)")

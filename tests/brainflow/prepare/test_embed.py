@@ -184,6 +184,11 @@ def test_what_does_not_fit_is_refused_by_file_and_can_be_allowed(tree, image, at
         embed(image, model)
     with pytest.raises(ValueError, match="expected 1 to 64"):
         embed(image, model, atlas=atlas, window=1000.0)
+    elsewhere = tree.atlas("atlas-grid_space-MNI152NLin6Asym_dseg.nii.gz")
+    with pytest.raises(ValueError, match=r"images in MNI152NLin2009cAsym, .* with --allow-mismatch$"):
+        embed(image, model, atlas=str(elsewhere))
+    allowed = embed(image, model, atlas=str(elsewhere), allow_mismatch=True)
+    assert allowed.notes == [f"{image}: is in MNI152NLin2009cAsym, the atlas in MNI152NLin6Asym"]
     other = save_model(tmp_path / "other", parcellation="other")
     with pytest.raises(ValueError, match="parcellation: the model saw 'other', the data have 'grid'"):
         embed(image, other, atlas=atlas)
