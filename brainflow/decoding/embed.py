@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from brainflow.decoding.embeddings import ENTITIES, Embeddings
 from brainflow.decoding.finetune import frozen_features
-from brainflow.decoding.readout import BINS, Pooling, Readout
+from brainflow.decoding.readout import BINS, SIDES, Pooling, Readout, layers
 from brainflow.decoding.windows import ArrayWindows
 from brainflow.devices import resolve_device
 from brainflow.frameworks.registry import framework_spec
@@ -289,6 +289,8 @@ def _load(checkpoint: Any, layer: LayerName, pooling: Pooling, bins: int, device
     readout = Readout(pooling=pooling, bins=bins, layer=None if layer == "last" else layer)
     config, where = read_config(folder), resolve_device(device)
     module: Any = load_pretrained(folder)
+    if readout.layer not in (*layers(module), *SIDES):
+        raise ValueError(f"layer: got {layer}, but the model has {len(layers(module)) - 2} blocks between")
     drawn = (config.get("pretrain") or {}).get("data") or {}
     longest = module.config.max_positions - framework_spec(module.config.framework).special_tokens
     if "seq_max" in drawn:

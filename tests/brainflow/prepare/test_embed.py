@@ -182,6 +182,8 @@ def test_what_does_not_fit_is_refused_by_file_and_can_be_allowed(tree, image, at
         embed(image, model, atlas=f"x={tree.atlas('other_dseg.nii.gz', labels=11)}")
     with pytest.raises(ValueError, match="images need the parcellation of the model"):
         embed(image, model)
+    with pytest.raises(ValueError, match="layer: got 2, but the model has 1 blocks between"):
+        embed(image, model, atlas=atlas, layer=2)
     with pytest.raises(ValueError, match="expected 1 to 64"):
         embed(image, model, atlas=atlas, window=1000.0)
     elsewhere = tree.atlas("atlas-grid_space-MNI152NLin6Asym_dseg.nii.gz")
