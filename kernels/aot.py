@@ -80,6 +80,18 @@ def configs() -> list[AotConfig]:
     return found
 
 
+def source_of(config: AotConfig, arch: int) -> ASTSource:
+    """Return what a launch with a configuration's arguments hands to the compiler for one architecture."""
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    samples = {name: _sample(value) for name, value in config.arguments.items()}
+    bind = create_function_from_signature(config.kernel.signature, config.kernel.params, backend)
+    bound, specialization, options = bind(**samples, **config.constants, num_warps=config.num_warps)
+    _, signature, constants, attributes = config.kernel._pack_args(
+        backend, {**options, "num_warps": config.num_warps}, bound, specialization, options
+    )
+    return ASTSource(config.kernel, signature, constants, attributes)
+
+
 def compile_config(config: AotConfig, arch: int) -> Report:
     """Compile one configuration for one architecture.
 
@@ -97,27 +109,20 @@ def compile_config(config: AotConfig, arch: int) -> Report:
     """
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET: got 1, expected it unset: the interpreter compiles nothing")
-    target = GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
-    samples = {name: _sample(value) for name, value in config.arguments.items()}
-    bind = create_function_from_signature(config.kernel.signature, config.kernel.params, backend)
-    bound, specialization, options = bind(**samples, **config.constants, num_warps=config.num_warps)
-    _, signature, constants, attributes = config.kernel._pack_args(
-        backend, {**options, "num_warps": config.num_warps}, bound, specialization, options
-    )
-    source = ASTSource(config.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options={"num_warps": config.num_warps})
+    source = source_of(config, arch)
+    options = {"num_warps": config.num_warps}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
     registers, spills = _ptxas(ptx, arch)
-    runtime = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+    runtime = {name: kind for name, kind in source.signature.items() if kind != "constexpr"}
     loads, stores = accesses(ptx, list(runtime))
-    names = list(signature)
+    names = list(source.signature)
     header = ptx[ptx.index(".entry") : ptx.index("{", ptx.index(".entry"))]
     return Report(
         name=config.name,
         arch=arch,
         signature=runtime,
-        divisible_by_16=tuple(names[path[0]] for path, hints in attributes.items() if hints),
+        divisible_by_16=tuple(names[path[0]] for path, hints in source.attrs.items() if hints),
         null_pointers=header.count(".param") - len(runtime),
         num_warps=config.num_warps,
         registers=registers,

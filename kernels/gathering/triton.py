@@ -168,22 +168,23 @@ def _aot_configs() -> list[AotConfig]:
     configs = []
     for (store, store_name, scale), (out, out_name), (mask, kind, span) in product(stores, outs, masks):
         rows = _rows(store, kind)
+        data, batch = ((time, networks), store), ((tokens, networks), out)
         configs.append(
             AotConfig(
                 name=f"gather_windows.{store_name}.{out_name}.{mask}",
                 kernel=gather_kernel,
                 arguments={
-                    "store": ((time, networks), store),
+                    "store": data,
                     "starts": ((windows,), torch.int64),
                     "bounds": ((windows + 1,), torch.int32),
-                    "scale": ((windows, networks), torch.float32),
-                    "token": ((networks,), torch.float32),
-                    "out": ((tokens, networks), out),
+                    "scale": ((windows, networks), torch.float32) if scale else data,
+                    "token": ((networks,), torch.float32) if mask != "plain" else batch,
+                    "out": batch,
                     "time": time,
                     "networks": networks,
                     "stride": networks,
                     "threshold": 3_355_443,
-                    "seed": 2**40 + 1,
+                    "seed": 2**40 + 1 if mask != "plain" else 0,
                     "offset": 1,
                 },
                 constants={

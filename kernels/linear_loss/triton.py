@@ -205,7 +205,8 @@ def _aot_configs() -> list[AotConfig]:
         for kind, name in ((masks.ALL, "rows"), (masks.COLUMNS, "columns")):
             for code, loss in enumerate(("l1", "mse", "huber")):
                 tile = tile_rows(dtype)
-                programs = ((count // tile,), torch.float32)
+                programs, bounds = ((count // tile,), torch.float32), ((windows + 1,), torch.int32)
+                by_rows = kind == masks.ALL  # else bounds and sums are passed for what is not read
                 result.append(
                     AotConfig(
                         name=f"linear_masked_loss.compare.{name}.{loss}.{short}",
@@ -215,9 +216,9 @@ def _aot_configs() -> list[AotConfig]:
                             "bias": ((networks,), dtype),
                             "target": ((tokens, networks), dtype),
                             "slope": ((count, networks), dtype),
-                            "rows": ((count,), torch.int64),
-                            "row_weights": ((count,), torch.float32),
-                            "bounds": ((windows + 1,), torch.int32),
+                            "rows": ((count,), torch.int64) if by_rows else bounds,
+                            "row_weights": ((count,), torch.float32) if by_rows else programs,
+                            "bounds": bounds,
                             "sums": programs,
                             "weights": programs,
                             "first": 0,
@@ -231,7 +232,7 @@ def _aot_configs() -> list[AotConfig]:
                             "offset": 12345,
                         },
                         constants={"KIND": kind, "SPAN": 0 if kind == masks.COLUMNS else 1, "PADDED": False,
-                                   "LOSS": code, "BIASED": True, "WEIGHTED": kind == masks.ALL,
+                                   "LOSS": code, "BIASED": True, "WEIGHTED": by_rows,
                                    "ACC": tl.float32, "R": tile},
                         wide=("pred", "target", "slope"),
                         computed=("slope",),

@@ -277,7 +277,7 @@ def _aot_configs() -> list[AotConfig]:
             for code, loss in enumerate(("l1", "mse", "huber")):
                 data = ((rows, networks), dtype)
                 scalars = {"rows": rows, "networks": networks, "windows": windows, "steps": 7, "period": 0,
-                           "threshold": 3355443, "seed": 2**40 + 1, "offset": 12345}  # fmt: skip
+                           "threshold": 3355443, "seed": 2**40 + 1 if kind else 0, "offset": 12345}  # fmt: skip
                 constants = {"KIND": kind, "SPAN": 0 if name == "columns" else 1, "PADDED": False,
                              "LOSS": code, "ACC": tl.float32, "R": tile_rows(kind, dtype)}  # fmt: skip
                 bounds = ((windows + 1,), torch.int32)

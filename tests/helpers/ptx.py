@@ -314,8 +314,9 @@ def _fma(a, b, c):
 VALUES = {
     "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
     "not": np.invert, "neg": np.negative, "abs": np.abs, "min": np.fmin, "max": np.fmax, "div": _divide,
-    "fma": _fma, "rem": lambda a, b: a - _divide(a, b) * b, "sqrt": np.sqrt,
-    "rsqrt": lambda a: 1 / np.sqrt(a), "rcp": lambda a: 1 / a, "ex2": np.exp2, "lg2": np.log2, "sin": np.sin, "cos": np.cos, "tanh": np.tanh,
+    "rem": lambda a, b: a - _divide(a, b) * b, "fma": _fma, "sqrt": np.sqrt, "rcp": lambda a: 1 / a,
+    "rsqrt": lambda a: 1 / np.sqrt(a), "ex2": np.exp2, "lg2": np.log2, "sin": np.sin, "cos": np.cos,
+    "tanh": np.tanh,
 }  # fmt: skip
 """Functions of operands that all have the type of the result."""
 

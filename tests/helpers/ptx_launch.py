@@ -1,6 +1,7 @@
 """Launches of Triton kernels on CPU tensors: Triton binds, specialises and compiles; its driver stands in."""
 
 import hashlib
+from collections import defaultdict
 from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
@@ -12,7 +13,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from brainflow.kernels import dispatch
+from brainflow.kernels import aot, dispatch
 
 DEVICE = 77
 
@@ -125,5 +126,16 @@ def executed(arch=90, edit=None):
 
 
 def configuration(source):
-    """Return what a kernel was compiled for: name, types, constants and hints."""
-    return source.fn.__name__, str(source.signature), str(source.constants), str(source.attrs)
+    """Return what a kernel is compiled for: name, types, constants and hints."""
+    hints = {path: hint for path, hint in source.attrs.items() if hint}
+    return source.fn.__name__, str(source.signature), str(source.constants), str(hints)
+
+
+def names_of(launches, arch=90):
+    """Return the names of the AOT configurations that were launched."""
+    if not NAMES[arch]:
+        NAMES[arch] |= {configuration(aot.source_of(config, arch)): config.name for config in aot.configs()}
+    return {NAMES[arch][launch.configuration] for launch in launches if launch.configuration in NAMES[arch]}
+
+
+NAMES = defaultdict(dict)

@@ -50,7 +50,11 @@ class Last:
         self.barriers, self.syncs = np.zeros((2, size), np.int32)
 
     def missing(self, at, now):
-        return self.order.between(self.thread[at], self.barriers[at], self.syncs[at], now)
+        """Return what is missing between the last access of bytes `at` and one of threads `now`."""
+        then = self.thread[at]
+        if (then < 0).all():
+            return np.zeros(at.shape, np.int8)
+        return self.order.between(then, self.barriers[at], self.syncs[at], now)
 
     def set(self, at, now):
         self.thread[at], self.barriers[at], self.syncs[at] = (
@@ -93,9 +97,8 @@ class Bytes:
         self.reader.set(at, now)
         self.spread[at] = spread
         together = self.reader.missing(at, now)  # lanes of this instruction that read the same byte
-        if together.any():
-            several = together > 0
-            np.maximum.at(self.spread, at[several], together[several].astype(np.int8))
+        several = together > 0
+        np.maximum.at(self.spread, at[several], together[several].astype(np.int8))
         return self.data[at]
 
     def write(self, at, lanes, values):

@@ -1,0 +1,90 @@
+"""The compiled PTX of mask_tokens and gather_windows, executed: every AOT configuration, as it is launched."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from brainflow.kernels import MaskSpec, gather_windows, mask_tokens
+from brainflow.kernels.testing import error_ratio, nan_memory
+
+aot = pytest.importorskip("brainflow.kernels.aot", reason="needs triton")
+from ptx_launch import executed, names_of  # noqa: E402
+
+LENGTHS = [1, 14, 17]
+ROWS, NETWORKS, POSITIONS = sum(LENGTHS), 1040, 32  # two tiles; numbers that 16 divides, as in AOT_CONFIGS
+BOUNDS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+SEED = 2**40 + 5
+MASKS = {
+    "plain": None,
+    "rows": MaskSpec.time_points(0.5, seed=SEED, offset=7),
+    "position": MaskSpec.position(seed=SEED, offset=2),
+    "columns": MaskSpec.networks(0.3, seed=SEED, offset=9),
+    "networks": MaskSpec.networks(0.3, seed=SEED, offset=9),
+    "entries": MaskSpec.entries(0.3, seed=SEED, offset=1),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int16": torch.int16,
+          "int8": torch.int8}  # fmt: skip
+TOKEN_CALLS = list(product(["rows", "columns", "position"], ["fp32", "bf16"], ["x", "token"]))
+GATHER_CALLS = list(product(DTYPES, ["fp32", "bf16"], ["plain", "rows", "networks", "entries"]))
+
+
+@pytest.fixture(scope="module")
+def executing():
+    with executed() as launches:
+        yield launches
+
+
+def token_kernels(mask, dtype, needed):
+    names = {f"mask_tokens.replace.{mask}.{dtype}", f"mask_tokens.gradients.{mask}.{needed}.{dtype}"}
+    return names | {"mask_tokens.sum_positions"} if mask == "columns" else names
+
+
+@pytest.mark.parametrize(("mask", "dtype", "needed"), TOKEN_CALLS)
+def test_mask_tokens(mask, dtype, needed, executing):
+    """A mask of networks with a token for each position, the others with a token for each network."""
+    executing.clear()
+    generator = torch.Generator().manual_seed(3)
+    x, upstream = torch.randn(2, ROWS, NETWORKS, generator=generator).to(DTYPES[dtype])
+    token = torch.randn((POSITIONS, 1) if mask == "columns" else NETWORKS, generator=generator)
+    results = []
+    for impl, accurate in (("naive", torch.float64), ("triton", torch.float32)):
+        with nan_memory():
+            leaf, learned = x.clone().requires_grad_(needed == "x"), token.to(accurate).requires_grad_()
+            given = leaf.to(accurate) if impl == "naive" else leaf
+            out = mask_tokens(given, MASKS[mask], learned, cu_seqlens=BOUNDS, impl=impl)
+            inputs = (learned, leaf) if needed == "x" else (learned,)
+            results.append((out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))))
+    (expected, expected_token, *expected_x), (out, grad_token, *grad_x) = results
+    assert torch.equal(out, expected.to(out.dtype))
+    assert all(map(torch.equal, grad_x, expected_x))
+    assert error_ratio(grad_token, expected_token) <= 1e-6
+    assert names_of(executing) == token_kernels(mask, dtype, needed)
+
+
+@pytest.mark.parametrize(("stored", "out", "mask"), GATHER_CALLS)
+def test_gather_windows(stored, out, mask, executing):
+    executing.clear()
+    generator = torch.Generator().manual_seed(4)
+    store = (torch.randn(64, NETWORKS, generator=generator) * 30).to(DTYPES[stored])
+    token = None if MASKS[mask] is None else torch.randn(NETWORKS, generator=generator)
+    shape = {"int16": (NETWORKS,), "int8": (2, NETWORKS)}.get(stored)
+    options = {
+        "scale": None if shape is None else torch.rand(shape, generator=generator) + 0.5,
+        "out_dtype": DTYPES[out],
+        "mask": MASKS[mask],
+        "mask_token": token,
+    }
+    starts, lengths = [63, 3], [1, 10]
+    expected = gather_windows(store, starts, lengths, impl="naive", **options)
+    with nan_memory():
+        found = gather_windows(store, starts, lengths, impl="triton", **options)
+    assert torch.equal(found, expected)
+    assert names_of(executing) == {f"gather_windows.{stored}.{out}.{mask}"}
+
+
+def test_no_configuration_is_left_out():
+    expected = {f"gather_windows.{'.'.join(call)}" for call in GATHER_CALLS}
+    expected = expected.union(*(token_kernels(*call) for call in TOKEN_CALLS))
+    names = {config.name for config in aot.configs()}
+    assert expected == {name for name in names if name.split(".")[0] in ("mask_tokens", "gather_windows")}
