@@ -276,8 +276,9 @@ def _aot_configs() -> list[AotConfig]:
         for kind, name in enumerate(masks.KINDS):
             for code, loss in enumerate(("l1", "mse", "huber")):
                 data = ((rows, networks), dtype)
+                seed = 0 if kind == masks.ALL else 2**40 + 1  # which decides its type
                 scalars = {"rows": rows, "networks": networks, "windows": windows, "steps": 7, "period": 0,
-                           "threshold": 3355443, "seed": 2**40 + 1 if kind else 0, "offset": 12345}  # fmt: skip
+                           "threshold": 3355443, "seed": seed, "offset": 12345}  # fmt: skip
                 constants = {"KIND": kind, "SPAN": 0 if name == "columns" else 1, "PADDED": False,
                              "LOSS": code, "ACC": tl.float32, "R": tile_rows(kind, dtype)}  # fmt: skip
                 bounds = ((windows + 1,), torch.int32)

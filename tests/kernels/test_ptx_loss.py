@@ -1,4 +1,4 @@
-"""The compiled PTX of masked_loss and linear_masked_loss, executed: every AOT configuration, as it is launched."""
+"""masked_loss and linear_masked_loss as compiled: the PTX of every AOT configuration is executed."""
 
 from itertools import product
 

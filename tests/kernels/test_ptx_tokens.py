@@ -1,4 +1,4 @@
-"""The compiled PTX of mask_tokens and gather_windows, executed: every AOT configuration, as it is launched."""
+"""mask_tokens and gather_windows as compiled: the PTX of every AOT configuration is executed."""
 
 from itertools import product
 
