@@ -561,29 +561,33 @@ def _access(machine, instruction):
 def _atomic(machine, instruction, memory, dtype):
     """One lane after another; there is no other order to test."""
     parts, kind, operands = instruction.parts, instruction.kind, list(instruction.operands)
-    target = machine.target(operands.pop(0), kind) if parts[0] == "atom" else None
+    targets = elements(operands.pop(0)) if parts[0] == "atom" else []
+    targets = [machine.target(target, kind) for target in targets]
     address = machine.address(operands[0])
-    values = [machine.source(operand, kind) for operand in operands[1:]]
+    values = [[machine.source(one, kind) for one in elements(operand)] for operand in operands[1:]]
     change = {
-        **VALUES, "exch": lambda old, new: new, "cas": lambda old, test, new: np.where(old == test, new, old)
-    }  # fmt: skip
+        **VALUES,
+        "exch": lambda old, new: new,
+        "cas": lambda old, test, new: np.where(old == test, new, old),
+    }
     name = next((part for part in parts[1:] if part in change), None)
     if name is None or kind == "bf16" or memory is machine.memory["shared"]:
         raise Trap("not implemented")
 
     def step(mask):
         lanes = np.flatnonzero(mask)
-        given = [np.broadcast_to(value(), machine.count)[lanes] for value in values]
+        given = [
+            np.stack([np.broadcast_to(one(), machine.count)[lanes] for one in each], 1) for each in values
+        ]
 
         def update(row, old):
-            new = change[name](old.view(dtype), *(value[row : row + 1] for value in given))
-            return new.astype(dtype).view(np.uint8)
+            return change[name](old.view(dtype), *(each[row] for each in given)).astype(dtype).view(np.uint8)
 
-        before = memory.update(address()[lanes], lanes, dtype.itemsize, update).view(dtype)[:, 0]
-        if target is not None:
-            whole = np.empty(machine.count, dtype)
-            whole[lanes] = before
-            target(whole, mask)
+        before = memory.update(address()[lanes], lanes, dtype.itemsize * len(values[0]), update).view(dtype)
+        whole = np.empty((len(targets), machine.count), dtype)
+        for target, row, old in zip(targets, whole, before.T, strict=False):
+            row[lanes] = old
+            target(row, mask)
 
     return step
 

@@ -226,9 +226,9 @@ class Global:
             now = np.broadcast_to(lanes[mine][:, None], at.shape)
             if region.writer.missing(at, now).any() or region.reader.missing(at, now).any():
                 raise Race("an atomic races with a plain access")
-            for row, lane in zip(np.flatnonzero(mine), at, strict=True):
-                before[row] = region.data[lane]
-                region.data[lane] = change(row, before[row])
+            for row, place in zip(np.flatnonzero(mine), at, strict=True):
+                before[row] = region.data[place]
+                region.data[place] = change(row, before[row])
         return before
 
 
