@@ -1,11 +1,8 @@
-"""Tests in interpreted/ run in a process of their own, with TRITON_INTERPRET=1 set from its start."""
+"""Launches of Triton kernels without a GPU."""
 
-import os
 from types import SimpleNamespace
 
 import pytest
-
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
 @pytest.fixture

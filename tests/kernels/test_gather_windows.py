@@ -1,23 +1,14 @@
-"""gather_windows against its specification: every type of store, scales, masks, refusals.
-
-Under TRITON_INTERPRET=1 the Triton face runs too; test_triton_in_its_own_process starts that.
-"""
-
-import os
-import subprocess
-import sys
+"""gather_windows on the CPU against its specification: every type of store, scales, masks, refusals."""
 
 import numpy as np
 import pytest
 import torch
 
-from brainflow.kernels.dispatch import HAS_TRITON, interpreting
 from brainflow.kernels.gathering import STORES, cpu, gather_windows
 from brainflow.kernels.masking import mask_tokens
 from brainflow.kernels.masks import MaskSpec
 from brainflow.kernels.testing import guarded, nan_memory, ulp_distance
 
-IMPLS = ["triton"] if interpreting() else ["cpu"]
 STARTS, LENGTHS = [7, 0, 19], [5, 1, 9]
 CU_SEQLENS = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
 MASKS = {
@@ -30,7 +21,6 @@ MASKS = {
     "all": MaskSpec.all_valid(),
     "nothing": MaskSpec.time_points(0.0, seed=1),
 }
-pytestmark = pytest.mark.parametrize("impl", IMPLS)
 
 
 def draw_store(dtype, networks=20, time=28):
@@ -41,27 +31,26 @@ def draw_store(dtype, networks=20, time=28):
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", ["none", "networks", "windows"])
 @pytest.mark.parametrize("dtype", STORES)
-def test_matches_the_specification(impl, dtype, scale, out_dtype):
+def test_matches_the_specification(dtype, scale, out_dtype):
     store, check = guarded(draw_store(dtype))
     before = store.clone()
     factor = {"none": None, "networks": torch.rand(20), "windows": torch.rand(3, 20)}[scale]
     with nan_memory():
-        out = gather_windows(store, STARTS, LENGTHS, scale=factor, out_dtype=out_dtype, impl=impl)
+        out = gather_windows(store, STARTS, LENGTHS, scale=factor, out_dtype=out_dtype)
     expected = gather_windows(store, STARTS, LENGTHS, scale=factor, out_dtype=torch.float64, impl="naive")
     assert out.dtype == out_dtype
-    # Triton's interpreter truncates where the compiled kernel rounds, and double rounding may cost one.
-    assert ulp_distance(out, expected) <= (0 if scale == "none" and impl == "cpu" else 1)
+    assert ulp_distance(out, expected) <= (0 if scale == "none" else 1)  # double rounding may cost one
     assert torch.equal(store, before)
     check()
 
 
 @pytest.mark.parametrize("by_position", [False, True])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_masking_on_the_way_is_masking_the_result(impl, mask, by_position):
+def test_masking_on_the_way_is_masking_the_result(mask, by_position):
     store = draw_store(torch.float16)
     token = torch.randn(9, 1) if by_position else torch.randn(20)
     fused_token, token = token.clone().requires_grad_(), token.requires_grad_()
-    fused = gather_windows(store, STARTS, LENGTHS, mask=mask, mask_token=fused_token, impl=impl)
+    fused = gather_windows(store, STARTS, LENGTHS, mask=mask, mask_token=fused_token)
     packed = gather_windows(store, STARTS, LENGTHS, impl="cpu")
     expected = mask_tokens(packed, mask, token, cu_seqlens=CU_SEQLENS, impl="cpu")
     assert torch.equal(fused, expected)
@@ -72,26 +61,26 @@ def test_masking_on_the_way_is_masking_the_result(impl, mask, by_position):
 
 
 @pytest.mark.parametrize("networks", [1, 255, 1025])
-def test_any_number_of_networks(impl, networks):
+def test_any_number_of_networks(networks):
     store = draw_store(torch.int16, networks)
     mask, token = MaskSpec.networks(0.4, seed=8), torch.randn(networks)
-    out = gather_windows(store, STARTS, LENGTHS, mask=mask, mask_token=token, impl=impl)
+    out = gather_windows(store, STARTS, LENGTHS, mask=mask, mask_token=token)
     expected = gather_windows(store, STARTS, LENGTHS, mask=mask, mask_token=token, impl="naive")
     assert torch.equal(out, expected)
 
 
-def test_a_store_with_longer_rows(impl):
+def test_a_store_with_longer_rows():
     wide = draw_store(torch.float32, 32)
-    out = gather_windows(wide[:, 3:21], STARTS, LENGTHS, impl=impl)
+    out = gather_windows(wide[:, 3:21], STARTS, LENGTHS)
     expected = gather_windows(wide[:, 3:21].contiguous(), STARTS, LENGTHS, impl="naive")
     assert torch.equal(out, expected)
 
 
-def test_arrays_tensors_and_lists_are_the_same(impl):
+def test_arrays_tensors_and_lists_are_the_same():
     store = draw_store(torch.float32)
-    out = gather_windows(store, STARTS, LENGTHS, impl=impl)
-    arrays = gather_windows(store, np.array(STARTS), np.array(LENGTHS, np.int32), impl=impl)
-    tensors = gather_windows(store, torch.tensor(STARTS), torch.tensor(LENGTHS, dtype=torch.int32), impl=impl)
+    out = gather_windows(store, STARTS, LENGTHS)
+    arrays = gather_windows(store, np.array(STARTS), np.array(LENGTHS, np.int32))
+    tensors = gather_windows(store, torch.tensor(STARTS), torch.tensor(LENGTHS, dtype=torch.int32))
     assert torch.equal(out, arrays)
     assert torch.equal(out, tensors)
 
@@ -125,16 +114,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_refusals_name_argument_got_and_expected(impl, message):
+def test_refusals_name_argument_got_and_expected(message):
     with pytest.raises((ValueError, TypeError)) as error:
-        gather_windows(**refused(**{"impl": impl, **REFUSED[message]}))
+        gather_windows(**refused(**REFUSED[message]))
     assert message in str(error.value)
     assert "expected" in str(error.value)
 
 
-def test_opcheck_and_compile(impl):
-    if impl == "triton":
-        pytest.skip("the operators have the same registration")
+def test_opcheck_and_compile():
     token = torch.randn(20, requires_grad=True)
     code = MASKS["networks"].code()
     starts = torch.tensor(STARTS)
@@ -156,22 +143,3 @@ def test_opcheck_and_compile(impl):
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(token), run(token))
-
-
-def test_triton_in_its_own_process(impl):
-    if impl == "triton" or not HAS_TRITON:
-        pytest.skip("this is that process, or there is no triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    chosen = (
-        "refusals or longer_rows or 255 or (on_the_way and not position) or "
-        "(matches and windows and bfloat16) or (matches and int8 and none)"
-    )
-    result = subprocess.run(
-        [*command, "-k", chosen],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]

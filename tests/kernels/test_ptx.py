@@ -13,7 +13,7 @@ import triton.language as tl  # noqa: E402
 from ptx_launch import executed  # noqa: E402
 from ptx_memory import Race, Trap  # noqa: E402
 
-BOUNDS = torch.tensor([0, 9, 26, 30], dtype=torch.int32)
+BOUNDS = torch.tensor([0, 9, 9, 26, 30], dtype=torch.int32)
 ROWS, NETWORKS = 30, 250
 TIME_POINTS = MaskSpec.time_points(0.3, seed=2**40 + 5, offset=7)
 
@@ -119,7 +119,10 @@ def test_other_sizes_layouts_and_types(mask, layout, dtype, arch):
     x, target = draw(*shape).to(dtype), draw(*shape, seed=1).to(dtype)
     token, head = draw(17, 1, seed=2), [draw(NETWORKS, 8, seed=3), draw(NETWORKS, seed=4)]
     hidden = draw(*shape[:-1], 8, seed=5).to(dtype)
-    store = draw(64, NETWORKS, seed=6).to(torch.float16)
+    store = draw(64, NETWORKS + 5, seed=6).to(torch.float16)[
+        :, 3:-2
+    ]  # rows longer than what is taken of them
+    scale = draw(NETWORKS, seed=7).abs()
     results = []
     for impl, wide in (("naive", torch.float64), ("triton", dtype)):
         with executed(arch), nan_memory():
@@ -129,7 +132,9 @@ def test_other_sizes_layouts_and_types(mask, layout, dtype, arch):
             out = mask_tokens(x_, mask, token_, impl=impl, **bounds)
             loss = masked_loss(x_, target.to(wide), mask, loss="huber", impl=impl, **bounds)
             linear = linear_masked_loss(hidden_, *head_, target.to(wide), mask, impl=impl, **bounds)
-            gathered = gather_windows(store, [63, 5], [1, 9], mask=mask, mask_token=head[1], impl=impl)
+            gathered = gather_windows(
+                store, [63, 5], [1, 9], scale=scale, mask=mask, mask_token=token, impl=impl
+            )
             grads = torch.autograd.grad(out.double().square().mean() + loss + linear, leaves)
             results.append([out, loss, linear, gathered, *grads])
     for expected, found in zip(*results, strict=True):

@@ -11,7 +11,7 @@ from brainflow.kernels.testing import error_ratio, nan_memory, ulp_distance
 aot = pytest.importorskip("brainflow.kernels.aot", reason="needs triton")
 from ptx_launch import executed, names_of  # noqa: E402
 
-LENGTHS = [1, 14, 17]
+LENGTHS = [1, 14, 0, 17]
 ROWS, NETWORKS, WIDTH = (
     sum(LENGTHS),
     1040,
@@ -35,10 +35,6 @@ LINEAR_CALLS = list(product(["rows", "columns"], LOSSES, DTYPES))
 def executing():
     with executed() as launches:
         yield launches
-
-
-def draw(*shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape) + shape[0])).to(dtype)
 
 
 def masked_loss_kernels(mask, loss, dtype):
@@ -67,6 +63,16 @@ def test_masked_loss(mask, loss, dtype, executing):
     else:
         assert ulp_distance(grad, expected_grad) <= 1
     assert names_of(executing) == masked_loss_kernels(mask, loss, dtype) | {"masked_loss.finish"}
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+@pytest.mark.parametrize("scheme", [MaskSpec.time_points, MaskSpec.networks])
+def test_a_mask_of_nothing_and_one_of_everything(scheme, p, executing):
+    mask, pred = scheme(p, seed=SEED), torch.ones(ROWS, NETWORKS, requires_grad=True)
+    value = masked_loss(pred, torch.zeros(ROWS, NETWORKS), mask, cu_seqlens=BOUNDS, impl="triton")
+    (grad,) = torch.autograd.grad(value, pred)
+    assert value.item() == p
+    torch.testing.assert_close(grad, torch.full_like(grad, p / grad.numel()), rtol=1e-6, atol=0)
 
 
 def linear_kernels(mask, loss, dtype):

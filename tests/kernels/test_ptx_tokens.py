@@ -11,7 +11,7 @@ from brainflow.kernels.testing import error_ratio, nan_memory
 aot = pytest.importorskip("brainflow.kernels.aot", reason="needs triton")
 from ptx_launch import executed, names_of  # noqa: E402
 
-LENGTHS = [1, 14, 17]
+LENGTHS = [1, 14, 0, 17]
 ROWS, NETWORKS, POSITIONS = sum(LENGTHS), 1040, 32  # two tiles; numbers that 16 divides, as in AOT_CONFIGS
 BOUNDS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
 SEED = 2**40 + 5
@@ -60,6 +60,13 @@ def test_mask_tokens(mask, dtype, needed, executing):
     assert all(map(torch.equal, grad_x, expected_x))
     assert error_ratio(grad_token, expected_token) <= 1e-6
     assert names_of(executing) == token_kernels(mask, dtype, needed)
+
+
+def test_a_window_of_1200_beside_short_ones(executing):
+    bounds = torch.tensor([0, 1, 1201, 1216], dtype=torch.int32)
+    x, token, mask = torch.randn(1216, 16), torch.randn(16), MaskSpec.spans(0.4, 3, seed=2**64 - 1, offset=1)
+    found, expected = (mask_tokens(x, mask, token, cu_seqlens=bounds, impl=i) for i in ("triton", "naive"))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(("stored", "out", "mask"), GATHER_CALLS)
