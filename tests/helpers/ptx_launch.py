@@ -3,6 +3,7 @@
 import hashlib
 from collections import defaultdict
 from contextlib import contextmanager
+from itertools import count
 from types import SimpleNamespace
 from unittest import mock
 
@@ -15,14 +16,15 @@ from triton.runtime import driver
 
 from brainflow.kernels import aot, dispatch
 
-DEVICE = 77
+DEVICES = count(77)
+"""Numbers of devices: each block has one of its own, by which Triton keeps what it has compiled."""
 
 
 @contextmanager
 def launching(launch, arch=90, stages=None):
     """Replace Triton's driver inside the block: a kernel is compiled for sm_`arch`, and `launch` is called.
 
-    There is a current device, numbered `DEVICE`, only where `torch.cuda.device_of` says so.
+    There is a current device only where `torch.cuda.device_of` says so.
 
     Parameters
     ----------
@@ -33,7 +35,7 @@ def launching(launch, arch=90, stages=None):
     stages
         Triton's `add_stages_inspection_hook`, where the compiler shall take other steps.
     """
-    guarded, launched = [], {}
+    device, guarded, launched = next(DEVICES), [], {}
 
     def launcher(source, metadata):
         launched[id(source.fn)] = source.fn
@@ -55,7 +57,7 @@ def launching(launch, arch=90, stages=None):
 
     def current_device():
         assert guarded, "a launch without torch.cuda.device_of"
-        return DEVICE
+        return device
 
     standing_in = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
@@ -76,7 +78,7 @@ def launching(launch, arch=90, stages=None):
             yield
     finally:
         for kernel in launched.values():  # what was compiled is for this block alone
-            kernel.device_caches.pop(DEVICE, None)
+            kernel.device_caches.pop(device, None)
 
 
 @contextmanager

@@ -83,6 +83,19 @@ def test_shared_memory_that_nothing_was_written_to_is_a_trap():
         summed(lambda ptx: re.sub(r"(@%p\d+ )?st\.shared.*", "", ptx))
 
 
+@triton.jit
+def same_place(out):
+    tl.store(out, tl.program_id(0))
+
+
+def test_blocks_that_write_one_place_race():
+    out = torch.zeros(1, dtype=torch.int32)
+    with executed(), torch.cuda.device_of(out):
+        same_place[(1,)](out)
+        with pytest.raises(Race, match=r"writes of different values race: .*st\.global"):
+            same_place[(2,)](out)
+
+
 def test_a_wrong_shuffle_is_a_wrong_sum():
     pattern = r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+, )16,"
     assert summed(lambda ptx: re.sub(pattern, r"\g<1>8,", ptx, count=1)) > 1e-3
