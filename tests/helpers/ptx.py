@@ -6,7 +6,8 @@ accesses that are misaligned or outside of every tensor, barriers and warp-wide 
 threads reach, reads of shared memory that nothing was written to, races (see ptx_memory.py).
 
 Registers hold all-one bits before they are written: NaN, and an address outside of everything. Approximations
-(`ex2.approx`, `div.full`) are computed exactly and rounded. What ptxas makes of the PTX is not shown.
+(`ex2.approx`, `div.full`) are computed exactly and rounded, `fma.f64` rounds twice. What ptxas makes of the
+PTX is not shown. A register takes a value a thread: launch few blocks.
 """
 
 import re
@@ -144,7 +145,8 @@ class Machine:
             dtype = np.dtype(TYPES[kind])
             value = value if dtype.kind == "f" else int(value) & (1 << 8 * dtype.itemsize) - 1
             self.parameters[name] = np.array([value], dtype)
-        self.queue = {}  # asynchronous copies and products: name → groups of functions, the last one is open
+        self.committed = {name: np.zeros(self.count, np.int64) for name in ("copy", "wgmma")}  # groups
+        self.work = []  # asynchronous: [name, threads that have yet to wait for it, their group, function]
 
     def run(self):
         steps = [None] * len(self.program.code)
@@ -175,7 +177,7 @@ class Machine:
                 except Trap as trap:
                     raise type(trap)(f"{self.program.name}: {trap}: {instruction.line}") from None
                 self._go(waiting, place + 1, here)
-        if any(any(groups) for groups in self.queue.values()):
+        if self.work:
             raise Trap(f"{self.program.name}: asynchronous work that nobody waits for")
         return seen
 
@@ -259,19 +261,24 @@ class Machine:
             raise Trap("only some lanes of a warp are here")
         return lanes.reshape(-1, 32)
 
-    def later(self, name, work):
-        """Put asynchronous work into the open group."""
-        self.queue.setdefault(name, [[]])[-1].append(work)
+    def later(self, name, mask, work):
+        """Put work, a function of the threads that it is done for, into the open group of each thread."""
+        self.work.append([name, mask.copy(), self.committed[name].copy(), work])
 
-    def commit(self, name):
-        self.queue.setdefault(name, [[]]).append([])
+    def commit(self, name, mask):
+        self.committed[name][mask] += 1
 
-    def wait(self, name, pending):
-        """Do the work of all committed groups but the last `pending`."""
-        groups = self.queue.setdefault(name, [[]])
-        while len(groups) - 1 > pending:
-            for work in groups.pop(0):
-                work()
+    def wait(self, name, mask, pending):
+        """Do the work of all committed groups but the last `pending`, for the threads that wait."""
+        for item in self.work:
+            kind, threads, group, work = item
+            ready = (
+                threads & mask & (group < self.committed[name] - pending) if kind == name else mask & False
+            )
+            if ready.any():
+                work(ready)
+                item[1] = threads & ~ready
+        self.work = [item for item in self.work if item[1].any()]
 
 
 def elements(operand):
@@ -321,23 +328,28 @@ VALUES = {
 """Functions of operands that all have the type of the result."""
 
 
+def _rounded_once(function):
+    return lambda a: function(a.astype(np.float64)).astype(a.dtype)
+
+
+def _flush(a):
+    return np.where(np.abs(a) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), a), a)
+
+
 @opcode(*VALUES)
 def _value(machine, instruction):
-    name, kind = instruction.parts[0], instruction.kind
+    name, kind, parts = instruction.parts[0], instruction.kind, instruction.parts
     if kind.endswith("x2"):
         raise Trap("not implemented")
     function = VALUES[name]
-    if "NaN" in instruction.parts:
+    if "NaN" in parts:
         function = {"min": np.minimum, "max": np.maximum}[name]
-    if "approx" in instruction.parts:
-        exact = function
-        function = lambda a: exact(a.astype(np.float64)).astype(a.dtype)  # noqa: E731
+    if "approx" in parts:
+        function = _rounded_once(function)
     sources = [machine.source(operand, kind) for operand in instruction.operands[1:]]
     target = machine.target(instruction.operands[0], kind)
-    if "ftz" in instruction.parts:
-        tiny = np.finfo(np.float32).tiny
-        flush = lambda a: np.where(np.abs(a) < tiny, np.copysign(np.float32(0), a), a)  # noqa: E731
-        return lambda mask: target(flush(function(*(flush(source()) for source in sources))), mask)
+    if "ftz" in parts:
+        return lambda mask: target(_flush(function(*(_flush(source()) for source in sources))), mask)
     return lambda mask: target(function(*(source() for source in sources)), mask)
 
 
@@ -380,9 +392,8 @@ def _extract(machine, instruction):
         first, bits = start().astype(np.int64) & 255, length().astype(np.int64) & 255
         field = (value().astype(np.int64) >> np.minimum(first, 63)) & ((1 << np.minimum(bits, 32)) - 1)
         if instruction.kind == "s32":
-            field = np.where(
-                (bits > 0) & (field >> np.maximum(bits - 1, 0) & 1 == 1), field - (1 << bits), field
-            )
+            negative = (bits > 0) & (field >> np.maximum(bits - 1, 0) & 1 == 1)
+            field = np.where(negative, field - (1 << bits), field)
         target(field, mask)
 
     return step
@@ -401,10 +412,8 @@ def _permute(machine, instruction):
         result = np.zeros(machine.count, np.uint32)
         for place in range(4):
             nibble = pick() >> np.uint32(4 * place) & np.uint32(15)
-            byte = (both >> (nibble & np.uint32(7)).astype(np.uint64) * np.uint64(8)).astype(
-                np.uint32
-            ) & np.uint32(255)
-            byte = np.where(nibble & np.uint32(8), np.where(byte & np.uint32(128), 255, 0), byte)
+            byte = both >> (nibble & np.uint32(7)).astype(np.uint64) * np.uint64(8) & np.uint64(255)
+            byte = np.where(nibble & np.uint32(8), np.where(byte & np.uint64(128), 255, 0), byte)
             result |= byte.astype(np.uint32) << np.uint32(8 * place)
         target(result, mask)
 
@@ -462,10 +471,8 @@ def _mov(machine, instruction):
         def step(mask):
             for place, register in enumerate(registers):
                 if register is not None:
-                    into, out = (
-                        (register, pieces[:, place]) if packed == value else (pieces[:, place], register)
-                    )
-                    np.copyto(into, out, where=mask)
+                    pair = register, pieces[:, place]
+                    np.copyto(*(pair if packed == value else pair[::-1]), where=mask)
 
         return step
     source, store = machine.source(value, kind), machine.target(target, kind)
@@ -480,6 +487,8 @@ def _cvt(machine, instruction):
     *modifiers, to, source_kind = instruction.parts[1:]
     sources = [machine.source(operand, source_kind) for operand in instruction.operands[1:]]
     if to.endswith("x2"):
+        if modifiers != ["rn"]:
+            raise Trap("not implemented")
         high, low = (_narrow(source, to[:-2]) for source in sources)
         target = machine.target(instruction.operands[0], "b32")
         return lambda mask: target(high().astype(np.uint32) << np.uint32(16) | low(), mask)
@@ -521,10 +530,8 @@ def _access(machine, instruction):
     parts, kind = instruction.parts, instruction.kind
     if parts[1] == "param":
         name = instruction.operands[1].strip("[] ")
-        value, target = (
-            machine.parameters[name].view(TYPES[kind]),
-            machine.target(instruction.operands[0], kind),
-        )
+        value = machine.parameters[name].view(TYPES[kind])
+        target = machine.target(instruction.operands[0], kind)
         return lambda mask: target(value, mask)
     space = next((part.split("::")[0] for part in parts if part.split("::")[0] in machine.memory), None)
     if space is None:
@@ -597,15 +604,9 @@ def _copy(machine, instruction):
     """cp.async: reaches shared memory when its group is waited for."""
     parts, operands = instruction.parts, instruction.operands
     if parts[2] == "commit_group":
-        return lambda mask: machine.commit("copy")
-    if parts[2] in ("wait_group", "wait_all"):
-        pending = int(operands[0], 0) if operands else 0
-
-        def wait(mask):
-            _whole_blocks(machine, mask)
-            machine.wait("copy", pending)
-
-        return wait
+        return lambda mask: machine.commit("copy", mask)
+    if parts[2] == "wait_group":
+        return lambda mask: machine.wait("copy", mask, int(operands[0], 0))
     if parts[1] != "async" or parts[3:5] != ("shared", "global"):
         raise Trap("not implemented")
     to, source, width = machine.address(operands[0]), machine.address(operands[1]), int(operands[2], 0)
@@ -620,17 +621,14 @@ def _copy(machine, instruction):
         data = np.zeros((len(lanes), width), np.uint8)
         data[full] = machine.memory["global"].read(source()[lanes][full], lanes[full], width)
         at = to()[lanes]
-        machine.later("copy", lambda: machine.memory["shared"].write(at, lanes, data))
+
+        def work(ready):
+            mine = ready[lanes]
+            machine.memory["shared"].write(at[mine], lanes[mine], data[mine])
+
+        machine.later("copy", mask, work)
 
     return step
-
-
-def _whole_blocks(machine, mask):
-    """Return the blocks in `mask`, bool [blocks]; all or no threads of a block may be in it."""
-    counts = mask.reshape(machine.blocks, -1).sum(1)
-    if not np.isin(counts, (0, machine.program.threads)).all():
-        raise Trap("only some threads of a block are here")
-    return counts > 0
 
 
 @opcode("bar", "barrier")
@@ -645,7 +643,9 @@ def _barrier(machine, instruction):
         raise Trap("not implemented")
 
     def step(mask):
-        _whole_blocks(machine, mask)
+        counts = mask.reshape(machine.blocks, -1).sum(1)
+        if not np.isin(counts, (0, machine.program.threads)).all():
+            raise Trap("only some threads of a block are here")
         machine.order.barriers[mask] += 1
         machine.order.syncs[mask] += 1
 
@@ -674,12 +674,9 @@ def _shuffle(machine, instruction):
 def _redux(machine, instruction):
     reduce = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
               "or": np.bitwise_or, "xor": np.bitwise_xor}[instruction.parts[2]].reduce  # fmt: skip
-    kind = instruction.kind
-    value, target = (
-        machine.source(instruction.operands[1], kind),
-        machine.target(instruction.operands[0], kind),
-    )
-    dtype = TYPES[kind]
+    kind, dtype = instruction.kind, TYPES[instruction.kind]
+    value = machine.source(instruction.operands[1], kind)
+    target = machine.target(instruction.operands[0], kind)
 
     def step(mask):
         machine.warps(mask)

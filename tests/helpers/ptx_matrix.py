@@ -176,15 +176,9 @@ def _wgmma(machine, instruction):
     if parts[1] == "fence":
         return lambda mask: None
     if parts[1] == "commit_group":
-        return lambda mask: machine.commit("wgmma")
+        return lambda mask: machine.commit("wgmma", mask)
     if parts[1] == "wait_group":
-
-        def wait(mask):
-            if not mask.all():
-                raise Trap("not implemented: some threads wait")
-            machine.wait("wgmma", int(operands[0], 0))
-
-        return wait
+        return lambda mask: machine.wait("wgmma", mask, int(operands[0], 0))
     kind = parts[6]
     depth = {"bf16": 16, "f16": 16, "tf32": 8}.get(kind)
     columns = int(parts[4].split("n")[1].split("k")[0])
@@ -202,24 +196,24 @@ def _wgmma(machine, instruction):
     adds = machine.source(scale, "pred") if scale.startswith("%") else machine.source(scale, "b32")
 
     def step(mask):
-        lanes = machine.warps(mask).reshape(-1, 128)
-        add = bool(np.broadcast_to(adds(), machine.count)[lanes[0, 0]])
+        machine.warps(mask)
+        add = np.broadcast_to(adds(), machine.count).astype(bool)
 
-        def work():
+        def work(ready):
+            lanes = machine.warps(ready).reshape(-1, 128)
             if isinstance(a, list):
                 left = gather(machine, a, lanes.reshape(-1, 32), kind).reshape(len(lanes), 64, depth)
             else:
                 left = described(machine, a, lanes, 64, kind, len(transposed) > 1 and transposed[0])
             right = described(machine, b, lanes, columns, kind, bool(transposed) and transposed[-1])
             product = left @ right.swapaxes(1, 2)
-            whole = np.empty(machine.count, np.float32)
-            thread = np.arange(128)
+            whole, thread = np.empty(machine.count, np.float32), np.arange(128)
             for number, (target, old) in enumerate(zip(targets, before, strict=True)):
                 row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (number // 2 % 2)
                 sums = product[:, row, 8 * (number // 4) + 2 * (thread % 4) + number % 2]
-                whole[lanes] = (sums + old()[lanes] if add else sums).astype(np.float32)
-                target(whole, mask)
+                whole[lanes] = (sums + np.where(add[lanes], old()[lanes], 0)).astype(np.float32)
+                target(whole, ready)
 
-        machine.later("wgmma", work)
+        machine.later("wgmma", mask, work)
 
     return step

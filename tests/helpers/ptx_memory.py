@@ -5,6 +5,8 @@ threads of different warps, that or `bar.warp.sync` for lanes of one warp, nothi
 Writes of the same value do not race: Triton lets every thread that holds a value store it.
 """
 
+import ctypes
+
 import numpy as np
 
 REGION = 1 << 40
@@ -23,7 +25,6 @@ class Order:
     """Blocks, warps and the barriers that they have passed."""
 
     def __init__(self, blocks, threads):
-        self.threads = threads
         lanes = np.arange(blocks * threads, dtype=np.int32)
         self.block, self.warp = lanes // threads, lanes // 32
         self.barriers = np.zeros(len(lanes), np.int32)  # of the thread's block
@@ -171,7 +172,7 @@ class Global:
                 self.pointers.append([start, end])
         for number, (start, end) in enumerate(self.pointers):
             self.starts.append((number + 1) * REGION + start % 4096)
-            data = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_uint8 * (end - start)).from_address(start))
+            data = np.ctypeslib.as_array((ctypes.c_uint8 * (end - start)).from_address(start))
             self.regions.append(Bytes(data, np.zeros(end - start, bool), np.ones(end - start, bool), order))
         for tensor in tensors:
             if tensor.numel():
