@@ -113,14 +113,12 @@ MASKS = {
     "spans": MaskSpec.spans(0.4, 3, seed=2**64 - 1, offset=2**31 + 5),
     "tubes": MaskSpec.tubes(0.3, 4, seed=5, offset=2),
     "entries": MaskSpec.entries(0.3, seed=2**63 + 11, offset=4),
-    "position": MaskSpec.position(seed=2**63 + 1, offset=3),
 }
 LAYOUTS = {"packed": {"cu_seqlens": BOUNDS}, "padded": {"lengths": torch.tensor([10, 7, 0])}}
 OTHERS = [
     ("spans", "packed", torch.float16, 80),
     ("tubes", "padded", torch.float32, 80),
     ("entries", "padded", torch.float64, 80),
-    ("position", "padded", torch.bfloat16, 90),
 ]
 
 
