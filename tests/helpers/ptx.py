@@ -193,9 +193,10 @@ class Machine:
         return ~value if name.startswith("!") else value
 
     def decode(self, instruction):
-        if instruction.parts[0] not in OPCODES:
-            raise Trap("not implemented")
-        return OPCODES[instruction.parts[0]](self, instruction)
+        try:
+            return OPCODES[instruction.parts[0]](self, instruction)
+        except KeyError as unknown:
+            raise Trap(f"not implemented ({unknown})") from None
 
     def register(self, name):
         if name not in self.registers:
@@ -315,15 +316,15 @@ def _divide(a, b):
 
 
 def _fma(a, b, c):
-    return (a.astype(np.float64) * b + c).astype(a.dtype)
+    return (a.astype(np.float64) * b + c).astype(c.dtype)
 
 
 VALUES = {
-    "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    "not": np.invert, "neg": np.negative, "abs": np.abs, "min": np.fmin, "max": np.fmax, "div": _divide,
-    "rem": lambda a, b: a - _divide(a, b) * b, "fma": _fma, "sqrt": np.sqrt, "rcp": lambda a: 1 / a,
-    "rsqrt": lambda a: 1 / np.sqrt(a), "ex2": np.exp2, "lg2": np.log2, "sin": np.sin, "cos": np.cos,
-    "tanh": np.tanh,
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": _divide, "fma": _fma, "min": np.fmin,
+    "max": np.fmax, "rem": lambda a, b: a - _divide(a, b) * b, "neg": np.negative, "abs": np.abs,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
+    "sqrt": np.sqrt, "rsqrt": lambda a: 1 / np.sqrt(a), "rcp": lambda a: 1 / a,
+    "ex2": np.exp2, "lg2": np.log2, "sin": np.sin, "cos": np.cos, "tanh": np.tanh,
 }  # fmt: skip
 """Functions of operands that all have the type of the result."""
 
@@ -336,34 +337,56 @@ def _flush(a):
     return np.where(np.abs(a) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), a), a)
 
 
+def _pairs(machine, instruction, function):
+    """Arithmetic on two values a register."""
+    if instruction.kind not in ("f16x2", "f32x2") or set(instruction.parts[1:-1]) - {"rn"}:
+        raise Trap("not implemented")
+    element = TYPES[instruction.kind[:-2]]
+    bits = "b64" if element == np.float32 else "b32"
+    target, *sources = instruction.operands
+    target, sources = machine.target(target, bits), [machine.source(source, bits) for source in sources]
+
+    def step(mask):
+        values = function(*(source().view(element).reshape(-1, 2) for source in sources))
+        target(np.ascontiguousarray(values).view(TYPES[bits])[:, 0], mask)
+
+    return step
+
+
 @opcode(*VALUES)
 def _value(machine, instruction):
-    name, kind, parts = instruction.parts[0], instruction.kind, instruction.parts
+    name, *modifiers, kind = instruction.parts
+    if name == "mul" and kind[0] in "us":
+        return _integers(machine, instruction)
     if kind.endswith("x2"):
+        return _pairs(machine, instruction, VALUES[name])
+    if set(modifiers) - {"rn", "approx", "full", "ftz", "NaN", "f32"}:
         raise Trap("not implemented")
-    function = VALUES[name]
-    if "NaN" in parts:
-        function = {"min": np.minimum, "max": np.maximum}[name]
-    if "approx" in parts:
+    function = {"min": np.minimum, "max": np.maximum}[name] if "NaN" in modifiers else VALUES[name]
+    if "approx" in modifiers:
         function = _rounded_once(function)
-    sources = [machine.source(operand, kind) for operand in instruction.operands[1:]]
-    target = machine.target(instruction.operands[0], kind)
-    if "ftz" in parts:
+    target, *operands = instruction.operands
+    wide = "f32" if "f32" in modifiers else kind  # "add.f32.bf16": the last operand and the result are wider
+    kinds = [*[kind] * (len(operands) - 1), wide if len(operands) > 1 else kind]
+    sources = [machine.source(*pair) for pair in zip(operands, kinds, strict=True)]
+    target = machine.target(target, wide)
+    if "ftz" in modifiers:
         return lambda mask: target(_flush(function(*(_flush(source()) for source in sources))), mask)
     return lambda mask: target(function(*(source() for source in sources)), mask)
 
 
-@opcode("mul", "mad")
-def _mul(machine, instruction):
-    kind, parts = instruction.kind, instruction.parts
-    wide = f"{kind[0]}{2 * int(kind[1:])}" if "wide" in parts else kind
+@opcode("mad")
+def _integers(machine, instruction):
+    """Products of integers: the lower half, the upper half or all of it; `mad` adds a third operand."""
+    name, how, kind = instruction.parts
+    wide = f"{kind[0]}{2 * int(kind[1:])}" if how == "wide" else kind
+    if how not in ("lo", "hi", "wide") or (how == "hi" and kind[1:] != "32"):
+        raise Trap("not implemented")
     a, b = (machine.source(operand, kind) for operand in instruction.operands[1:3])
     target = machine.target(instruction.operands[0], wide)
-    dtype = np.dtype(TYPES[wide]) if kind != "bf16" else np.dtype(np.float32)
-    if "hi" in parts and kind[1:] != "32":
-        raise Trap("not implemented")
-    product = _hi if "hi" in parts else lambda a, b: a.astype(dtype) * b.astype(dtype)
-    if parts[0] == "mul":
+    dtype = np.dtype(TYPES[wide])
+    product = _hi if how == "hi" else lambda a, b: a.astype(dtype) * b.astype(dtype)
+    if name == "mul":
         return lambda mask: target(product(a(), b()), mask)
     c = machine.source(instruction.operands[3], wide)
     return lambda mask: target(product(a(), b()) + c(), mask)
@@ -439,6 +462,8 @@ def _compare(name, a, b):
 @opcode("setp")
 def _setp(machine, instruction):
     parts, operands = instruction.parts, instruction.operands
+    if set(parts[2:-1]) - {"and", "or", "xor"} or "|" in operands[0]:
+        raise Trap("not implemented")
     a, b = (machine.source(operand, instruction.kind) for operand in operands[1:3])
     target = machine.target(operands[0], "pred")
     if parts[2] in ("and", "or", "xor"):
