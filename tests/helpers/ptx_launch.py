@@ -141,3 +141,4 @@ def names_of(launches, arch=90):
 
 
 NAMES = defaultdict(dict)
+"""Architecture → configuration → name."""
