@@ -21,6 +21,7 @@ if exists(join(dirname(__file__), "board_shim.py")):
 
 __all__ = [
     "BoldEncoder",
+    "BoldRegressor",
     "MentalStateDecoder",
     "__version__",
     "embed",
@@ -32,6 +33,7 @@ _PLACES = {
     "embed": "brainflow.decoding.embed",
     "MentalStateDecoder": "brainflow.decoding.estimator",
     "BoldEncoder": "brainflow.decoding.estimator",
+    "BoldRegressor": "brainflow.decoding.estimator",
     "from_pretrained": "brainflow.pretrained.hub",
     "push_to_hub": "brainflow.sharing",
 }

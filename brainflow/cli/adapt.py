@@ -1,4 +1,4 @@
-"""Adapt a pretrained model to decode labelled segments of a store; score it beside what has to be beaten.
+"""Adapt a pretrained model to labelled segments or traits of people; score it beside what has to be beaten.
 
 Every decoder is fitted and tested in the same folds: the model, the same network from random weights, and
 decoders without a model. Intervals are 95 %, over subjects, or over runs where there is one subject.
@@ -11,6 +11,9 @@ Examples
   brainflow adapt store --from run --target state --n-train-subjects 48 --n-test-subjects 20 --out decoding
   brainflow adapt store --from run --target state --learning-curve 1,2,4,8 --draws 10 --out curve
   brainflow adapt store --from run --target condition --mode all --out decoding --json
+  brainflow adapt store --from run --target age --level subject --out age
+  brainflow adapt store --from run --target diagnosis --level subject --participants participants.tsv \\
+    --confounds age,sex,mean_fd --split-by site --out diagnosis
   brainflow adapt runs.toml --from run --target condition --hrf-shift 5 --mode all --report \\
     --attribute integrated-gradients --mask mask.nii.gz --out decoding
 """
@@ -21,19 +24,15 @@ import itertools
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from brainflow.cli.progress import progress_bar
+from brainflow.cli.score_tables import curve_table, gain_line, narrow, scores_table, shift_line
 from brainflow.cli.usage import WrongUsage
-
-if TYPE_CHECKING:
-    from brainflow.decoding.result import Result
-    from brainflow.decoding.task import DecodingTask
 
 Modes = Literal["finetune", "lora", "attentive", "linear", "mlp", "knn", "all"]
 
@@ -48,13 +47,22 @@ class Args:
     from_: Annotated[str, tyro.conf.arg(name="from", metavar="CKPT")]
     """Pretrained model: the directory of a `brainflow pretrain` run, or `owner/name` on the hub."""
     target: Annotated[str, tyro.conf.arg(metavar="COLUMN")]
-    """Label column to decode."""
+    """Label column to decode; of people a column of their table: numbers are regressed, text is classes."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
     """Folder for scores, predictions and the confusion matrix."""
-    mode: Modes = "finetune"
-    """`finetune` all weights or `lora`: low-rank changes, both from a head fitted in closed form; on frozen
-    weights `attentive` (attention over time points), `linear` (ridge in closed form), `mlp`, `knn`; `all`
-    judges each of them, the files are fine-tuning's."""
+    level: Literal["segment", "subject"] = "segment"
+    """`subject`: the target is one of people, as age or diagnosis; all their runs are read."""
+    participants: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Table of people (BIDS' participants.tsv); by default participants.tsv in the folder of the store."""
+    confounds: Annotated[str | None, tyro.conf.arg(metavar="COLUMN,…")] = None
+    """Columns of the table that are regressed out, fitted to the training people of each fold."""
+    split_by: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
+    """Column of the table, as site or family, of which each value is left out in turn; with --split k-fold
+    they are dealt into parts."""
+    mode: Modes | None = None
+    """`finetune` (default) all weights or `lora`: low-rank changes, both from a head fitted in closed form;
+    on frozen weights `attentive` (attention over time points), `linear` (ridge in closed form), `mlp`, `knn`;
+    `all` judges each of them, the files are fine-tuning's. Of people `linear` alone."""
     published: bool = False
     """`finetune`, `lora`: as published, a random head on the CLS token, 500 steps."""
     split: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
@@ -62,7 +70,7 @@ class Args:
     `k-fold`, which keeps subjects (or runs) whole, or `subject-wise`, which deals subjects once to training,
     validation and test, as published. Or a file of `brainflow split`: its test people test, the others train;
     a model that has seen them is refused. By default `subject-wise` where numbers of subjects are given, else
-    `leave-one-run-out`."""
+    `leave-one-run-out`. Of people `k-fold` (default), `leave-one-subject-out` or a file."""
     folds: int = 5
     """Number of parts of `k-fold`."""
     n_train_subjects: int | None = None
@@ -146,10 +154,24 @@ class Args:
     json: bool = False
     """Print the scores as one JSON object on stdout; no progress on stderr."""
 
+    @property
+    def class_names(self) -> int | tuple[str, ...] | None:
+        """What `classes` says."""
+        if self.classes is None:
+            return None
+        names = tuple(name.strip() for name in self.classes.split(","))
+        return int(names[0]) if len(names) == 1 and names[0].isdigit() else names
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What results keep of the command line."""
+        return {name: value for name, value in vars(self).items() if name not in ("json", "out")}
+
 
 def run(args: Args) -> int:
     """Adapt, write the results, print the scores, and return the exit code."""
     # torch and scikit-learn cost seconds that --help and a wrong command line need not pay
+    from brainflow.cli.adapt_people import check_level, run_people
     from brainflow.decoding.adapt import adapt
     from brainflow.decoding.attribution import HeldOut
     from brainflow.decoding.cache import cache_folder
@@ -162,6 +184,9 @@ def run(args: Args) -> int:
     from brainflow.storage.files import output_folder
     from brainflow.storage.text import printable
 
+    check_level(args)
+    if args.level == "subject":
+        return run_people(args, _open(args, Path(args.out)), _tell)
     counts = _numbers(args.learning_curve)
     if args.draws < 1 or (args.draws > 1 and not counts):
         raise WrongUsage(f"draws: got {args.draws}, expected at least 1; more go with --learning-curve")
@@ -180,10 +205,7 @@ def run(args: Args) -> int:
     if not args.new_classes:
         check_decoder_classes(checkpoint, task)
     rows = examine(task.store, checkpoint, windows=task.lengths)
-    doubts = [vars(row) for row in rows if row.verdict in ("differs", "look")]
-    for row in doubts:  # before the fits, which take long
-        told = f"{row['what']}: the model saw {row['model']}, the store has {row['store']}; {row['advice']}"
-        print(printable(f"brainflow adapt: warning: {told}"), file=sys.stderr)
+    doubts = _tell(rows)  # before the fits, which take long
     explain = HeldOut(task, args.attribute) if args.attribute else None
     settings: dict[str, Any] = {
         "known": {},
@@ -203,7 +225,7 @@ def run(args: Args) -> int:
         cache = cache_folder() if args.cache else None
         without = baselines(task, cache=cache)
         others = [*results, *fresh, *without]
-        extra: dict[str, Any] = {"command": _recorded(args), "doctor": doubts}
+        extra: dict[str, Any] = {"command": args.recorded, "doctor": doubts}
         if fresh:
             extra["gains"] = gains(task, result, fresh[0], without)
         if counts:
@@ -268,6 +290,17 @@ def _open(args: Args, out: Path) -> Any:
     return BoldStore.open(str(path))
 
 
+def _tell(rows: list[Any]) -> list[dict[str, Any]]:
+    """Print what `brainflow doctor` has doubts about, and return it."""
+    from brainflow.storage.text import printable
+
+    doubts = [vars(row) for row in rows if row.verdict in ("differs", "look")]
+    for row in doubts:
+        told = f"{row['what']}: the model saw {row['model']}, the store has {row['store']}; {row['advice']}"
+        print(printable(f"brainflow adapt: warning: {told}"), file=sys.stderr)
+    return doubts
+
+
 def _modes(args: Args, checkpoint: Path) -> list[str]:
     """Return the ways to adapt, the one whose files are written last."""
     from brainflow.decoding.fit import NAMES
@@ -275,78 +308,14 @@ def _modes(args: Args, checkpoint: Path) -> list[str]:
     from brainflow.pretrained.format import load_pretrained
 
     if args.mode != "all":
-        return [args.mode]
+        return [args.mode or "finetune"]
     blocks = has_blocks(load_pretrained(checkpoint))
     return [mode for mode in reversed(NAMES) if mode != "lora" or blocks]
-
-
-def shift_line(task: DecodingTask) -> str:
-    """Return how far windows lie behind their events, in words."""
-    moved = f"haemodynamic shift: {task.config.hrf_shift:g} s here"
-    if task.hrf_shift is None:
-        return f"{moved}; whether the store's segments were moved before is not recorded"
-    return f"{moved} + {task.hrf_shift - task.config.hrf_shift:g} s in the store = {task.hrf_shift:g} s"
-
-
-def narrow(groups: int) -> str:
-    """Return a warning where too few groups are resampled for an interval to be trusted."""
-    from brainflow.decoding.result import FEW_GROUPS
-
-    return "" if groups >= FEW_GROUPS else f"; below {FEW_GROUPS} they are too narrow"
-
-
-def gain_line(name: str, gain: dict[str, Any]) -> str:
-    """Return a paired difference in words."""
-    ends = "" if gain["low"] is None else f" [{gain['low']:+.3f}, {gain['high']:+.3f}]"
-    best = f" ({gain['and']})" if name.endswith("baseline") else ""
-    return f"{name}{best}: {gain['value']:+.3f}{ends}"
-
-
-def scores_table(results: list[Result], *, title: str) -> Table:
-    """Return a table with one decoder a row."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("decoder")
-    for name in ("accuracy [95 %]", "p", "balanced", "macro F1", "ECE"):
-        table.add_column(name.replace("[", r"\["), justify="right", no_wrap=True)
-    for result in results:
-        s = result.scores
-        table.add_row(
-            result.name,
-            str(s.accuracy).replace("[", r"\["),
-            f"{s.permutation_p:.3f}",
-            f"{s.balanced_accuracy.value:.3f}",
-            f"{s.macro_f1.value:.3f}",
-            f"{result.calibration.error:.3f}" if result.calibration else "",
-        )
-    return table
-
-
-def curve_table(curve: dict[str, Any]) -> Table:
-    """Return a learning curve with one point a row."""
-    title = (
-        f"Learning curve, intervals over {curve['tested']} {curve['interval_over']}{narrow(curve['tested'])}"
-    )
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("decoder", f"training {curve['unit']}s", "accuracy", "95 %"):
-        table.add_column(name, justify="left" if name == "decoder" else "right")
-    for p in curve["points"]:
-        ends = "" if p["low"] is None else rf"\[{p['low']:.3f}, {p['high']:.3f}]"
-        table.add_row(p["decoder"], str(p["train"]), f"{p['value']:.3f}", ends)
-    for train, found in curve["gains"].items():
-        for name, gain in found.items():
-            ends = "" if gain["low"] is None else rf"\[{gain['low']:+.3f}, {gain['high']:+.3f}]"
-            best = f" ({gain['and']})" if name.endswith("baseline") else ""
-            table.add_row(name + best, train, f"{gain['value']:+.3f}", ends)
-    return table
 
 
 def _task_config(args: Args) -> Any:
     from brainflow.decoding.task import TaskConfig
 
-    classes: int | tuple[str, ...] | None = None
-    if args.classes is not None:
-        names = tuple(name.strip() for name in args.classes.split(","))
-        classes = int(names[0]) if len(names) == 1 and names[0].isdigit() else names
     dealt = (args.n_train_subjects, args.n_val_subjects, args.n_test_subjects) != (None, None, None)
     split = args.split or ("subject-wise" if dealt else "leave-one-run-out")
     if dealt and split != "subject-wise":
@@ -362,7 +331,7 @@ def _task_config(args: Args) -> Any:
         test_subjects=args.n_test_subjects,
         split_seed=args.split_seed,
         hrf_shift=args.hrf_shift,
-        classes=classes,
+        classes=args.class_names,
     )
 
 
@@ -392,7 +361,3 @@ def _numbers(text: str | None) -> list[int]:
         raise WrongUsage(
             f"learning_curve: got {text!r}, expected whole numbers with commas, as in 1,3,6"
         ) from None
-
-
-def _recorded(args: Args) -> dict[str, Any]:
-    return {name: value for name, value in vars(args).items() if name not in ("json", "out")}

@@ -133,6 +133,23 @@ def covariances(bold: NDArray, lengths: NDArray) -> NDArray[np.float64]:
     return np.stack([ledoit_wolf(w - w.mean(axis=0), assume_centered=True)[0] for w in windows])
 
 
+def tangents(covariances: NDArray, mean: NDArray) -> NDArray[np.float64]:
+    """Return covariances C seen from their mean M, the upper triangle of log(M^-1/2 C M^-1/2).
+
+    From Varoquaux et al. 2010.
+
+    Parameters
+    ----------
+    covariances, mean
+        `[windows, networks, networks]` and `[networks, networks]`.
+    """
+    value, vector = np.linalg.eigh(mean)
+    root = (vector * np.maximum(value, 1e-12 * value[-1]) ** -0.5) @ vector.T
+    value, vector = np.linalg.eigh(root @ covariances @ root)
+    log = (vector * np.log(np.maximum(value, 1e-9))[:, None, :]) @ vector.transpose(0, 2, 1)
+    return np.asarray(log[:, *np.triu_indices(len(mean))])
+
+
 def means(bold: NDArray, lengths: NDArray) -> NDArray[np.float32]:
     """Return the mean of each window over time, `[windows, networks]`."""
     starts = np.cumsum(lengths) - lengths
@@ -217,31 +234,22 @@ def make_classifier(name: BaselineName, times: int = 1) -> Any:
 
 
 class TangentDecoder:
-    """Ridge on covariances seen from their mean: log(M^-1/2 C M^-1/2) (Varoquaux et al. 2010).
-
-    M is the mean of the training windows' covariances.
-    """
+    """Ridge on covariances seen from the mean of the training windows, see :func:`tangents`."""
 
     def fit(self, X: NDArray, y: NDArray[np.int64], groups: NDArray | None = None) -> Self:
         """Fit to covariances `[windows, networks, networks]`, classes and the person of each window."""
-        value, vector = np.linalg.eigh(X.mean(axis=0))
-        self._root = (vector * np.maximum(value, 1e-12 * value[-1]) ** -0.5) @ vector.T
-        self._ridge = RidgeDecoder().fit(self._edges(X), y, groups)
+        self._mean = X.mean(axis=0)
+        self._ridge = RidgeDecoder().fit(tangents(X, self._mean), y, groups)
         self.classes_ = self._ridge.classes_
         return self
 
     def predict(self, X: NDArray) -> NDArray[np.int64]:
         """Return the class of each window."""
-        return self._ridge.predict(self._edges(X))
+        return self._ridge.predict(tangents(X, self._mean))
 
     def predict_proba(self, X: NDArray) -> NDArray[np.float64]:
         """Return the probability of each of `classes_` for each window."""
-        return self._ridge.predict_proba(self._edges(X))
-
-    def _edges(self, X: NDArray) -> NDArray[np.float64]:
-        value, vector = np.linalg.eigh(self._root @ X @ self._root)
-        log = (vector * np.log(np.maximum(value, 1e-9))[:, None, :]) @ vector.transpose(0, 2, 1)
-        return np.asarray(log[:, *np.triu_indices(X.shape[1])])
+        return self._ridge.predict_proba(tangents(X, self._mean))
 
 
 class LinearOverTime:

@@ -1,4 +1,4 @@
-"""scikit-learn estimators: decode mental states with `fit` and `predict`, or take a model's embeddings.
+"""scikit-learn estimators: decode states or read numbers with `fit` and `predict`, or take embeddings.
 
 Windows come as an array `[samples, networks]` (one time point each), an array `[windows, time, networks]`,
 a list of arrays `[time, networks]`, or as whole runs with a table of events each (onset, duration, trial_type
@@ -8,20 +8,23 @@ in seconds); runs may be NIfTI images where a nilearn masker turns them into net
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from brainflow.batch import PackedBatch, Windows
 from brainflow.config import ModelConfig
 from brainflow.data.splits import Split
 from brainflow.decoding.finetune import frozen_features, probabilities
 from brainflow.decoding.fit import AdaptConfig, Mode, fit_decoder
 from brainflow.decoding.leaks import check_checkpoint
+from brainflow.decoding.people_decoders import cut_runs, longest_window, states_of_people
 from brainflow.decoding.persist import load_decoder, save_decoder
 from brainflow.decoding.readout import BINS, Layer, Pooling, Readout
+from brainflow.decoding.ridge import fit_numbers
 from brainflow.decoding.windows import ArrayWindows, as_windows, cut_events
 from brainflow.frameworks import build
 from brainflow.optional import requires
@@ -31,7 +34,7 @@ from brainflow.pretrained.hub import base_model, fetch
 from brainflow.storage.normalise import Kind, kind_of, normalise
 
 with requires("decoding", "report"):
-    from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, TransformerMixin, clone
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_array, check_is_fitted, check_X_y
 
@@ -53,6 +56,7 @@ class _OnWindows(BaseEstimator):
     split: str | os.PathLike[str] | None
     device: Literal["cpu", "cuda"]
     random_state: int
+    whole_runs = False
     _owner: NDArray[np.int64] | None
 
     def _module(self, windows: list[NDArray]) -> Any:
@@ -116,6 +120,8 @@ class _OnWindows(BaseEstimator):
                 X = self._normalised(X, fit=fit)
             windows, labels, self._owner = cut_events(X, events, t_r=self.t_r, hrf_shift=self.hrf_shift)
             X = windows
+        elif self.normalise and self.whole_runs:
+            X, labels, self._owner = self._normalised(X, fit=fit), events, None
         elif self.normalise:
             raise ValueError(
                 "normalise: got True with windows, expected whole runs with a table of events each: single "
@@ -450,6 +456,126 @@ class BoldEncoder(TransformerMixin, _OnWindows):
         source = ArrayWindows(windows, t_r=self.t_r)
         readout = Readout(pooling=self.pooling, bins=self.bins, layer=self.layer)
         return frozen_features(self.module_, source, [readout], device=torch.device(self.device))[0]
+
+
+class BoldRegressor(RegressorMixin, _OnWindows):
+    """Read a number, as age, from runs: mean and log-SD of a frozen model's states, and ridge in closed form.
+
+    Parameters
+    ----------
+    checkpoint
+        Folder of a pretrained model, or `owner/name` on the hub. None: a small model with fresh weights,
+        whose features are random ones.
+    layer
+        Which states are read, see :class:`~brainflow.decoding.readout.Readout`; None: those that read best
+        who is left out.
+    normalise
+        Normalise each run as those of the checkpoint were; else X must be so.
+    t_r, masker, allow_mismatch, split, device, random_state
+        See :class:`MentalStateDecoder`.
+
+    Attributes
+    ----------
+    n_features_in_
+        Number of networks.
+    ridge_
+        The fitted ridge.
+    readout_
+        Which states it reads.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> age = rng.uniform(20, 80, 40)
+    >>> runs = [years / 40 * rng.normal(size=(60, 1)) + rng.normal(size=(60, 8)) for years in age]
+    >>> bool(BoldRegressor().fit(runs[:30], age[:30]).score(runs[30:], age[30:]) > 0.5)
+    True
+    """
+
+    hrf_shift = 0.0
+    whole_runs = True
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint = None,
+        *,
+        layer: Layer = None,
+        t_r: float = 2.0,
+        normalise: bool = False,
+        masker: Any = None,
+        allow_mismatch: bool = False,
+        split: str | os.PathLike[str] | None = None,
+        device: Literal["cpu", "cuda"] = "cpu",
+        random_state: int = 0,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.layer = layer
+        self.t_r = t_r
+        self.normalise = normalise
+        self.masker = masker
+        self.allow_mismatch = allow_mismatch
+        self.split = split
+        self.device = device
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any, groups: Any = None) -> Self:
+        """Fit to runs and their numbers.
+
+        Parameters
+        ----------
+        X
+            One run for each number, of any length: a list of `[time, networks]`, an array `[runs, time,
+            networks]` or `[samples, networks]`, or images where there is a masker.
+        y
+            Numbers, `[runs]`.
+        groups
+            Person, family or site of each run: penalty and layer are chosen by leaving these out. By default
+            single runs.
+        """
+        if y is None:
+            raise ValueError("requires y to be passed, but the target y is None")
+        runs, _ = self._windows(X, None, fit=True)
+        _, targets = check_X_y(np.zeros((len(runs), 1)), y, dtype=None, y_numeric=True)
+        if groups is not None:
+            groups = np.asarray(groups)
+            if len(groups) != len(runs):
+                raise ValueError(f"groups: got {len(groups)} for {len(runs)} runs, expected one each")
+            if self.split is not None:
+                Split.load(self.split).check_training(groups)
+        self.module_ = self._module(runs)
+        config = AdaptConfig(mode="linear", pooling="moments", layer=self.layer)
+        readouts = config.readouts(self.module_)
+        fits = [fit_numbers(x, targets, groups=groups) for x in self._states(runs, readouts, together=8)]
+        best = int(np.argmin([one.loss for one in fits]))
+        self.readout_, self.ridge_ = readouts[best], fits[best]
+        return self
+
+    def predict(self, X: Any) -> NDArray[np.float64]:
+        """Return the number of each run, `[runs]`."""
+        check_is_fitted(self, "ridge_")
+        runs, _ = self._windows(X, None, fit=False)
+        # one by one: what is said of a run depends to the last digit on no other
+        states = self._states(runs, [self.readout_], together=1)[0]
+        return self.ridge_.logits(states)[:, 0]
+
+    def _states(
+        self, runs: list[NDArray], readouts: Sequence[Readout], *, together: int
+    ) -> list[NDArray[np.float64]]:
+        """Return states of runs, so many of which are read at once."""
+        saved = {"model": {}} if self.checkpoint is None else read_config(fetch(self.checkpoint))
+        owner, lengths = cut_runs(np.array([len(run) for run in runs]), longest_window(saved))
+        where = torch.device(self.device)
+
+        def batches() -> Iterator[PackedBatch]:
+            for begin in range(0, len(runs), together):
+                end = begin + together
+                first, last = np.searchsorted(owner, [begin, end])
+                windows = Windows.end_to_end(lengths[first:last], t_r=self.t_r)
+                yield PackedBatch.pack(
+                    torch.from_numpy(np.concatenate(runs[begin:end])), windows, device=where
+                )
+
+        return states_of_people(self.module_, batches(), owner, readouts)
 
 
 def _are_tables(y: Any) -> bool:

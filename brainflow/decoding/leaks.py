@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from brainflow.data.splits import Split, listed
-from brainflow.decoding.task import DecodingTask
 from brainflow.files import read_json
 from brainflow.pretrained.format import CONFIG, read_config
 from brainflow.pretrained.privacy import seen
@@ -18,11 +20,22 @@ TRAINED_BODY = ("finetune", "lora")
 GENERATIONS = 8
 
 
+class TestedPeople(Protocol):
+    """A task: its subjects, which of its rows are tested, and the split file that says so."""
+
+    @property
+    def subjects(self) -> NDArray: ...  # noqa: D102
+    @property
+    def tested(self) -> NDArray[np.int64]: ...  # noqa: D102
+    @property
+    def people(self) -> Split | None: ...  # noqa: D102
+
+
 class LeakWarning(UserWarning):
     """A model has seen people on whom it is tested, or does not say; the message names them."""
 
 
-def check_unseen(checkpoint: str | os.PathLike[str], task: DecodingTask, *, allow: bool = False) -> list[str]:
+def check_unseen(checkpoint: str | os.PathLike[str], task: TestedPeople, *, allow: bool = False) -> list[str]:
     """Return the tested subjects whom a model has seen, and warn of them.
 
     Parameters

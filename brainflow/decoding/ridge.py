@@ -1,9 +1,11 @@
-"""Ridge classification in closed form, its penalty and its probabilities from people that it did not see.
+"""Ridge in closed form, of classes or of numbers; its penalty and its probabilities come from people that it
+did not see.
 
 Scores are a ridge regression of one-hot labels on standardised features. One decomposition gives the scores
 of every penalty, and of every group of windows as if that group had been left out: the residuals of a group
 are (I - H_gg)^-1 times its training residuals, with H the hat matrix. What the left-out groups say chooses
-the penalty and the scale by which scores become logits, both by cross-entropy; nothing is fitted twice.
+the penalty and the scale by which scores become logits, both by cross-entropy (of numbers the penalty, by
+squared error); nothing is fitted twice.
 """
 
 from __future__ import annotations
@@ -29,22 +31,26 @@ PENALTY, SCALE = 0.3, 6.0
 PARTS, ENOUGH = 20, 2_000
 """Most parts that groups are dealt into; as many windows are enough to choose by, and to need no choice of
 what is read of them."""
+NUMBER_PENALTIES = np.append(PENALTIES, np.inf)
+"""Of numbers the last is their mean alone: where nothing is to be read, nothing is said."""
 NEVER = -1e4
 """Logit of a class that the training windows do not hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ridge:
-    """A fitted ridge classifier: logits = features · weight^T + bias.
+    """A fitted ridge: logits, or a number, = features · weight^T + bias.
 
     Attributes
     ----------
     weight, bias
-        float64 `[classes, features]` and `[classes]`; standardisation and scale are folded in.
+        float64 `[classes, features]` and `[classes]` (one row of numbers); standardisation and scale are
+        folded in.
     penalty
         Chosen penalty, in the units of `PENALTIES`.
     loss
-        Cross-entropy of the left-out windows; NaN where fewer than half of all could be left out.
+        Cross-entropy of the left-out windows, NaN where fewer than half of all could be left out; of numbers
+        their mean squared error.
     """
 
     weight: NDArray[np.float64]
@@ -53,7 +59,7 @@ class Ridge:
     loss: float
 
     def logits(self, features: NDArray) -> NDArray[np.float64]:
-        """Return logits `[windows, classes]` of `features` `[windows, features]`."""
+        """Return logits `[windows, classes]` (or numbers, `[windows, 1]`) of `[windows, features]`."""
         return features @ self.weight.T + self.bias
 
 
@@ -65,6 +71,7 @@ def fit_ridge(
     groups: NDArray | None = None,
     balance: bool = False,
     times: int = 1,
+    confounds: NDArray | None = None,
 ) -> Ridge:
     """Fit a ridge classifier in float64.
 
@@ -86,13 +93,16 @@ def fit_ridge(
     times
         Time points (or bins) that features lie side by side of, in order. Persons and runs differ in a
         window's mean over them; where left-out windows are read better without it, it has no weight.
+    confounds
+        `[windows, columns]`, regressed out of the features before (with the weights of `balance`). Features
+        that sum to 0 within a site tell the one who is left out from the others, unless that is known here.
 
     Raises
     ------
     ValueError
         If features are not finite, or lengths differ.
     """
-    settings: Any = {"classes": classes, "groups": groups, "balance": balance}
+    settings: Any = {"classes": classes, "groups": groups, "balance": balance, "confounds": confounds}
     found = _fit(features, labels, **settings)
     if times == 1 or np.isnan(found.loss) or len(labels) > ENOUGH:
         return found
@@ -102,6 +112,75 @@ def fit_ridge(
     )
 
 
+def class_balance(labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return weights `[windows]` by which classes count alike, 1 on average."""
+    _, named, count = np.unique(labels, return_inverse=True, return_counts=True)
+    weights: NDArray[np.float64] = len(named) / (len(count) * count[named])
+    return weights
+
+
+def fit_numbers(
+    features: NDArray,
+    targets: NDArray,
+    *,
+    groups: NDArray | None = None,
+    confounds: NDArray | None = None,
+) -> Ridge:
+    """Fit a ridge regression of numbers in float64.
+
+    Parameters
+    ----------
+    features
+        `[people, features]`.
+    targets
+        Number of each person, `[people]`.
+    groups
+        What is left out together to choose the penalty, `[people]`; single people if None or of one group.
+    confounds
+        `[people, columns]`, regressed out of features and targets before, see :func:`fit_ridge`.
+
+    Raises
+    ------
+    ValueError
+        If features or targets are not finite, lengths differ, or there are fewer than 3 people.
+    """
+    x, y = np.asarray(features, dtype=np.float64), np.asarray(targets, dtype=np.float64)
+    if x.ndim != 2 or x.shape[0] != len(y) or not x.size:
+        raise ValueError(f"features: got shape {list(x.shape)} for {len(y)} targets, expected a row each")
+    if len(y) < 3:
+        some = "1 sample" if len(y) == 1 else f"{len(y)} samples"
+        raise ValueError(f"targets: got {some}, expected at least 3 to choose a penalty")
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("features, targets: got NaN or infinity, expected finite values")
+    ones = np.ones(len(y))
+    mean, spread = _mean_and_spread(x, ones)
+    parts = [np.flatnonzero(part) for part in _parts(groups, len(y))]
+    with threadpool_limits(1, user_api="blas"):
+        fit = _Decomposition((x - mean) / spread, (y - y.mean())[:, None], ones[:, None], confounds)
+        out = [(part, fit.left(part)) for part in parts]
+        losses = [
+            sum(np.square(fit.left_out(penalty, part, left) - fit.y[part]).sum() for part, left in out)
+            for penalty in NUMBER_PENALTIES
+        ]
+        best = int(np.argmin(losses))
+        weight = fit.weight(NUMBER_PENALTIES[best]).T / spread
+    return Ridge(
+        weight=weight,
+        bias=y.mean() - weight @ mean,
+        penalty=float(NUMBER_PENALTIES[best]),
+        loss=float(losses[best]) / len(y),
+    )
+
+
+def _mean_and_spread(
+    x: NDArray[np.float64], weights: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    mean = np.average(x, axis=0, weights=weights)
+    spread = np.sqrt(np.average(np.square(x - mean), axis=0, weights=weights))
+    spread[spread < 1e-6 * np.maximum(np.abs(mean), 1e-30)] = np.inf  # a constant, as float32 knows it
+    return mean, spread
+
+
 def _without_mean(x: NDArray[np.float64], times: int) -> NDArray[np.float64]:
     """Return rows less their mean over time; what is done to weights is as good as done to features."""
     over = x.reshape(*x.shape[:-1], times, -1)
@@ -109,7 +188,13 @@ def _without_mean(x: NDArray[np.float64], times: int) -> NDArray[np.float64]:
 
 
 def _fit(
-    features: NDArray, labels: NDArray[np.int64], *, classes: int, groups: NDArray | None, balance: bool
+    features: NDArray,
+    labels: NDArray[np.int64],
+    *,
+    classes: int,
+    groups: NDArray | None,
+    balance: bool,
+    confounds: NDArray | None,
 ) -> Ridge:
     x, labels = np.asarray(features, dtype=np.float64), np.asarray(labels)
     copies, count = (len(x), len(labels)) if x.ndim == 3 else (1, len(labels))
@@ -118,17 +203,15 @@ def _fit(
     if not np.isfinite(x).all():
         raise ValueError("features: got NaN or infinity, expected finite values; look at the windows' BOLD")
     seen, named = np.unique(labels, return_inverse=True)
-    weights = (count / (len(seen) * np.bincount(named)))[named] if balance else np.ones(count)
+    weights = class_balance(named) if balance else np.ones(count)
     parts = [np.flatnonzero(np.tile(part, copies)) for part in _parts(groups, count)]
     named, weights = np.tile(named, copies), np.tile(weights / copies, copies)
     x = x.reshape(len(named), -1)
-    mean = np.average(x, axis=0, weights=weights)
-    spread = np.sqrt(np.average(np.square(x - mean), axis=0, weights=weights))
-    spread[spread < 1e-9 * np.maximum(np.abs(mean), 1e-30)] = np.inf  # a constant says nothing
+    mean, spread = _mean_and_spread(x, weights)
     share = np.average(np.eye(len(seen))[named], axis=0, weights=weights)
     root = np.sqrt(weights)[:, None]
     with threadpool_limits(1, user_api="blas"):  # sums in one order, whatever the machine
-        fit = _Decomposition((x - mean) / spread, np.eye(len(seen))[named] - share, root)
+        fit = _Decomposition((x - mean) / spread, np.eye(len(seen))[named] - share, root, confounds)
         penalty, scale, loss = _choose(fit, parts, named, share, count)
         weight = scale * fit.weight(penalty).T / spread
     full, bias = np.zeros((classes, x.shape[1])), np.full(classes, NEVER)
@@ -143,10 +226,24 @@ class _Decomposition:
     ----------
     x, y, root
         float64 `[rows, features]`, `[rows, classes]`, and the root of the rows' weights `[rows, 1]`.
+    confounds
+        `[rows, columns]`, of which x has been freed: what is left out, is left out of that, too.
     """
 
-    def __init__(self, x: NDArray[np.float64], y: NDArray[np.float64], root: NDArray[np.float64]) -> None:
+    def __init__(
+        self,
+        x: NDArray[np.float64],
+        y: NDArray[np.float64],
+        root: NDArray[np.float64],
+        confounds: NDArray[np.float64] | None = None,
+    ) -> None:
         self.x, self.y, self.root = root * x, root * y, root
+        self.free = root / np.linalg.norm(root)  # an offset is not penalised, nor are confounds
+        self.rest = self.y
+        if confounds is not None:
+            vectors, size, _ = np.linalg.svd(root * np.column_stack([np.ones(len(x)), confounds]), False)
+            self.free = vectors[:, size > 1e-9 * size[0]]
+            self.rest = self.y - self.free @ (self.free.T @ self.y)
         self.wide = x.shape[1] > x.shape[0]
         square, vectors = np.linalg.eigh(self.x @ self.x.T if self.wide else self.x.T @ self.x)
         kept = square > 1e-12 * max(float(square[-1]), 1e-300)
@@ -176,10 +273,12 @@ class _Decomposition:
         `left` are their left singular vectors.
         """
         shrink = self.square / (self.square + penalty * self.unit)
-        offset = self.root[part] / np.linalg.norm(self.root)  # the class offsets, which are not penalised
-        hat = (left * shrink) @ left.T + offset @ offset.T
-        residual = self.y[part] - left @ (shrink[:, None] * self.seen)
-        return (self.y[part] - np.linalg.solve(np.eye(len(part)) - hat, residual)) / self.root[part]
+        free = self.free[part]
+        inside = np.eye(len(part)) - ((left * shrink) @ left.T + free @ free.T)
+        residual = self.rest[part] - left @ (shrink[:, None] * self.seen)
+        if free.shape[1] > 1:  # a category that stands in this part alone is known to nobody else
+            return (self.y[part] - np.linalg.pinv(inside, 1e-8, hermitian=True) @ residual) / self.root[part]
+        return (self.y[part] - np.linalg.solve(inside, residual)) / self.root[part]
 
 
 def _parts(groups: NDArray | None, windows: int) -> list[NDArray[np.bool_]]:

@@ -321,16 +321,20 @@ def _resample(counts: NDArray[np.float64], resamples: int, seed: int) -> NDArray
 def _interval(
     metric: Metric, total: NDArray[np.float64], resampled: NDArray[np.float64], groups: int
 ) -> Interval:
-    """Return the metric of the pooled windows with its expanded percentile interval at 95 %.
+    """Return the metric of the pooled windows with its expanded percentile interval at 95 %."""
+    return expanded_interval(float(metric(total)), metric(resampled), groups)
+
+
+def expanded_interval(value: float, resampled: NDArray[np.float64], groups: int) -> Interval:
+    """Return a value with the 95 % interval of bootstrap resamples `[resamples]` of so many groups.
 
     Percentile intervals are too narrow for few groups; their level is widened as in Hesterberg 2015
     (The American Statistician 69:371, "expanded percentile"), so that 10 runs cover about what 95 % promises.
     """
-    value = float(metric(total))
     if groups < 2:
         return Interval(value=value, low=float("nan"), high=float("nan"))
     tail = stats.norm.cdf(np.sqrt(groups / (groups - 1)) * stats.t.ppf(0.025, groups - 1))
-    low, high = np.quantile(metric(resampled), [tail, 1.0 - tail])
+    low, high = np.quantile(resampled, [tail, 1.0 - tail])
     return Interval(value=value, low=float(low), high=float(high))
 
 

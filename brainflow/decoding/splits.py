@@ -47,6 +47,7 @@ def make_folds(
     validation_subjects: int = 0,
     test_subjects: int | None = None,
     seed: int = 0,
+    unit: str = "subject",
 ) -> list[Fold]:
     """Return the folds of a split.
 
@@ -66,6 +67,8 @@ def make_folds(
         Number of parts of `k-fold`.
     train_subjects, validation_subjects, test_subjects, seed
         Parts of `subject-wise` (all the rest, none, a fifth of all subjects) and the seed of the deal.
+    unit
+        What messages and folds call a subject, where `subjects` holds something else, as sites.
 
     Raises
     ------
@@ -79,7 +82,7 @@ def make_folds(
             _subject_wise(subjects, labels, classes, train_subjects, validation_subjects, test_subjects, seed)
         ]
     by_subject = split == "leave-one-subject-out" or (split == "k-fold" and len(np.unique(subjects)) > 1)
-    groups, unit = (subjects, "subject") if by_subject else (runs, "run")
+    groups, unit = (subjects, unit) if by_subject else (runs, "run")
     count = len(np.unique(groups))
     needed = folds if split == "k-fold" else 2
     if needed < 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -283,7 +283,8 @@ def load_task(store: BoldStore, config: TaskConfig, *, allow_mismatch: bool = Fa
         folds=folds,
         people=people,
     )
-    refuse_copies(task)
+    windows = task.sampler(np.arange(len(labels)), batch=len(labels), shuffle=False).batch(0)
+    refuse_copies(store, windows.starts + windows.lengths // 2, runs, folds, what="windows")
     return task
 
 
@@ -318,35 +319,46 @@ def _of_known_people(split: Split, segments: NDArray[np.int64], people: NDArray)
     return segments[known]
 
 
-def refuse_copies(task: DecodingTask) -> None:
-    """Refuse a fold that tests a copy of a window that it trains on, as of a subject with two names.
+def refuse_copies(
+    store: BoldStore, middle: NDArray[np.int64], runs: NDArray, folds: Sequence[Fold], *, what: str
+) -> None:
+    """Refuse a fold that tests a copy of what it trains on, as of a subject with two names.
 
-    Windows are compared by the time point in their middle; one with one value in all networks is no evidence.
+    Parameters
+    ----------
+    store
+        Where both are read.
+    middle
+        Row of the time point in the middle of each window (or run): these are compared. One with one value in
+        all networks is no evidence.
+    runs
+        Key of the run of each.
+    folds
+        Positions of what trains and tests.
+    what
+        "windows" or "runs", for the message.
 
     Raises
     ------
     ValueError
         Naming the runs.
     """
-    everything = np.arange(len(task.labels))
-    windows = task.sampler(everything, batch=len(everything), shuffle=False).batch(0)
-    middle = windows.starts + windows.lengths // 2
     content = np.zeros(len(middle), dtype=np.uint64)
     for begin in range(0, len(middle), ROWS):
         part = middle[begin : begin + ROWS]
-        for i, row in enumerate(task.store.windows(part, np.ones(len(part), dtype=np.int32)), start=begin):
+        for i, row in enumerate(store.windows(part, np.ones(len(part), dtype=np.int32)), start=begin):
             digest = blake2b(row.tobytes(), digest_size=8).digest() if (row != row[0]).any() else b"\0" * 8
             content[i] = int.from_bytes(digest, "little")
-    for fold in task.folds:
+    for fold in folds:
         trained = fold.train if fold.validation is None else np.append(fold.train, fold.validation)
         shared = np.setdiff1d(np.intersect1d(content[trained], content[fold.test]), [0])
         if len(shared):
             tested = fold.test[np.isin(content[fold.test], shared)]
             source = trained[content[trained] == content[tested[0]]][0]
             raise ValueError(
-                f"store: {len(tested)} of {len(fold.test)} windows that the fold of {fold.name} tests are "
-                f"copies of windows that it trains on (run {task.runs[tested[0]]} repeats run "
-                f"{task.runs[source]}), so the score would measure memory; keep one copy of a recording"
+                f"store: {len(tested)} of {len(fold.test)} {what} that the fold of {fold.name} tests are "
+                f"copies of {what} that it trains on (run {runs[tested[0]]} repeats run "
+                f"{runs[source]}), so the score would measure memory; keep one copy of a recording"
             )
 
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainflow.cli.adapt import curve_table
 from brainflow.cli.main import main
+from brainflow.cli.score_tables import curve_table
 from brainflow.config import ModelConfig
 from brainflow.data.splits import Split, SplitWarning, _checksum, split_people
 from brainflow.decoding.adapt import adapt
