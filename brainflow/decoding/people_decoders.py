@@ -226,7 +226,7 @@ def adapt_people(
     )
     result, chosen = _decode(task, config.name, lambda fold: features)
     layers = [readouts[place].layer for place in chosen]
-    details: dict[str, Any] = {"layers": ["last" if one is None else one for one in layers]}
+    details = {**result.details, "layers": ["last" if one is None else one for one in layers]}
     return replace(result, details=details if scratch else {**details, "pretraining_saw": saw})
 
 
@@ -290,8 +290,12 @@ def _decode(
         scores = score_classes(task.target[rows], said[rows], units=units)
     else:
         scores = score_numbers((task.target - task.expected)[rows], said[rows, 0], units=units)
-    kept = said[rows] if classes else said[rows, 0]
-    return PeopleResult(name=name, said=kept, scores=scores), chosen
+    if not classes:
+        return PeopleResult(name=name, said=said[rows, 0], scores=scores), chosen
+    confusion = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(confusion, (task.target[rows], said[rows].argmax(axis=1)), 1)
+    details = {"confusion": confusion.tolist()}
+    return PeopleResult(name=name, said=said[rows], scores=scores, details=details), chosen
 
 
 def _fit(task: PeopleTask, x: NDArray, target: NDArray, train: NDArray[np.int64]) -> Ridge:

@@ -23,6 +23,7 @@ with requires("brain maps", "report"):
 
 FINEST = 4.0
 """Smallest voxel of an interactive view in millimetres: finer maps are resampled, or a page gets huge."""
+COLOURS, GREYS = "RdBu_r", "gray"
 PLACE = (
     "Maps are drawn at the coordinates that the image of the networks has; the outlines of glass brain and "
     "surface fit where these are MNI coordinates."
@@ -77,12 +78,14 @@ def to_image(values: NDArray, masker: Any) -> Any:
     return image if np.ndim(values) == 2 else _first(image)
 
 
-def glass_brain(image: Any, *, title: str) -> bytes:
+def glass_brain(image: Any, *, title: str, cmap: str = COLOURS) -> bytes:
     """Draw a map as projections through a glass brain."""
-    return _draw(lambda: plotting.plot_glass_brain(image, colorbar=True, plot_abs=False, title=title))
+    return _draw(
+        lambda: plotting.plot_glass_brain(image, colorbar=True, plot_abs=False, title=title, cmap=cmap)
+    )
 
 
-def on_surface(image: Any, *, title: str) -> bytes:
+def on_surface(image: Any, *, title: str, cmap: str = COLOURS) -> bytes:
     """Draw a map on the left and right cortical surface (fsaverage5, which nilearn brings along)."""
 
     def draw() -> Any:
@@ -99,6 +102,7 @@ def on_surface(image: Any, *, title: str) -> bytes:
                 axes=one,
                 figure=figure,
                 vmax=top,
+                cmap=cmap,
                 colorbar=side == "right",
                 title=f"{title}, {side}",
             )
@@ -107,7 +111,7 @@ def on_surface(image: Any, *, title: str) -> bytes:
     return _draw(draw)
 
 
-def interactive(image: Any, *, title: str = "") -> str:
+def interactive(image: Any, *, title: str = "", cmap: str = COLOURS) -> str:
     """Return an interactive view of a map as a whole HTML page, with everything inside."""
     size = np.abs(np.linalg.norm(image.affine[:3, :3], axis=0))
     with warnings.catch_warnings():
@@ -117,7 +121,12 @@ def interactive(image: Any, *, title: str = "") -> str:
                 image, target_affine=np.diag(np.maximum(size, FINEST)), interpolation="nearest"
             )
         view = plotting.view_img(
-            image, bg_img=False, threshold=None, resampling_interpolation="nearest", title=title or None
+            image,
+            bg_img=False,
+            threshold=None,
+            resampling_interpolation="nearest",
+            title=title or None,
+            cmap=cmap,
         )
     page = re.sub(r"<link[^>]*icon[^>]*>", "", view.get_standalone())  # the only thing that it would fetch
     # it reads its canvases back, of which Chromium complains unless they are made for that
@@ -133,6 +142,7 @@ def brain_section(
     prefix: str,
     errors: NDArray | None = None,
     notes: Sequence[str] = (),
+    grey: bool = False,
 ) -> Section:
     """Return maps on the brain: of each a glass brain, the surface, an interactive view, and NIfTI images.
 
@@ -148,7 +158,10 @@ def brain_section(
         Fitted nilearn masker.
     prefix
         First part of the names of files.
+    grey
+        Draw without colour what is not to be believed.
     """
+    cmap = GREYS if grey else COLOURS
     pictures, views, volumes = [], [], {}
     for number, (name, row) in enumerate(zip(names, values, strict=True)):
         if not np.isfinite(row).all():
@@ -161,10 +174,15 @@ def brain_section(
             looks = {"glass": "Glass brain", "surface": "Cortical surface"}[kind]
             pictures.append(
                 Picture(
-                    name=f"{file}_{kind}", png=draw(image, title=name), alt=f"{looks}: {name}", caption=name
+                    name=f"{file}_{kind}",
+                    png=draw(image, title=name, cmap=cmap),
+                    alt=f"{looks}: {name}",
+                    caption=name,
                 )
             )
-        views.append(View(title=f"{name}: click to move through the volume", html=interactive(image)))
+        views.append(
+            View(title=f"{name}: click to move through the volume", html=interactive(image, cmap=cmap))
+        )
     saved = f"Back-projected by the masker's inverse_transform, saved beside the page as {prefix}_….nii.gz."
     notes = [*notes, saved, PLACE]
     return Section(title=title, notes=notes, pictures=pictures, views=views, volumes=volumes)

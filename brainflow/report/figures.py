@@ -43,6 +43,8 @@ STYLE: dict[str, Any] = {
 }
 BLUES = LinearSegmentedColormap.from_list("blues", ["#f6f8fb", "#9dbcf0", ACCENT, "#123a86"])
 DASHES = (0, (5, 3))
+MOST_NAMES = 40
+"""Subjects or runs that a figure names."""
 DOTS_PER_INCH = 160
 
 
@@ -124,8 +126,12 @@ def decoders(
     *,
     chance: float,
     highlight: Sequence[bool] | None = None,
+    unit: str = "accuracy",
 ) -> bytes:
-    """Draw accuracies with their intervals, one decoder a line, beside chance."""
+    """Draw accuracies with their intervals, one decoder a line, beside chance.
+
+    Another score is named by `unit`; it is at most 1, and what lies below -1 is cut off.
+    """
     marks = highlight or [False] * len(names)
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(7.2, 1.3 + 0.42 * len(names))
@@ -138,8 +144,8 @@ def decoders(
         axes.text(chance + 0.008, -0.62, f"chance {chance:.3f}", color=SECOND, fontsize=9, va="center")
         axes.set_yticks(range(len(names)), list(names))
         axes.set_ylim(len(names) - 0.5, -0.9)
-        axes.set_xlim(0, 1)
-        axes.set_xlabel("accuracy, 95 % interval")
+        axes.set_xlim(max(-1.0, min(0.0, *(low for low, _ in intervals))), 1)
+        axes.set_xlabel(f"{unit}, 95 % interval")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x", color=FAINT, linewidth=0.8)
@@ -239,18 +245,44 @@ def confusion(matrix: NDArray, classes: Sequence[str]) -> bytes:
         return _png(figure)
 
 
-def group_dots(per_group: Mapping[str, float], *, chance: float, kind: str) -> bytes:
-    """Draw one dot a subject (or run), sorted by accuracy."""
-    values = np.sort(list(per_group.values()))
+def group_dots(
+    per_group: Mapping[str, float], beside: Mapping[str, float], *, chance: float, kind: str
+) -> bytes:
+    """Draw one dot a subject (or run), sorted by accuracy, and where it is known that of ridge beside it.
+
+    Up to `MOST_NAMES` are named.
+    """
+    names = sorted(per_group, key=lambda name: per_group[name])
+    place = np.arange(1, len(names) + 1)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(7.2, 3.0)
-        axes.plot(np.arange(1, len(values) + 1), values, "o", color=ACCENT, markersize=6)
+        figure, axes = _figure(7.2, 3.4)
+        if beside:
+            ridge = [beside.get(name, np.nan) for name in names]
+            axes.plot(place, ridge, "o", color=MUTED, markersize=5, markerfacecolor="none", label="ridge")
+        axes.plot(
+            place, [per_group[name] for name in names], "o", color=ACCENT, markersize=6, label="decoder"
+        )
+        if len(names) <= MOST_NAMES:
+            axes.set_xticks(place, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
         axes.axhline(chance, color=SECOND, linewidth=1.4, linestyle=DASHES, label=f"chance {chance:.3f}")
         axes.set_ylim(0, 1.04)
-        axes.set_xlabel(f"{kind}s, sorted")
+        if len(names) > MOST_NAMES:
+            axes.set_xlabel(f"{kind}s, sorted")
         axes.set_ylabel("accuracy")
         axes.grid(axis="y", color=FAINT, linewidth=0.8)
         axes.legend(loc="upper left")
+        return _png(figure)
+
+
+def predictions(truth: NDArray, said: NDArray, *, name: str) -> bytes:
+    """Draw predicted against true values of people, `[people]` each, and the line where they are equal."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(4.8, 4.4)
+        span = [min(truth.min(), said.min()), max(truth.max(), said.max())]
+        axes.plot(span, span, color=MUTED, linewidth=1.2, linestyle=DASHES)
+        axes.plot(truth, said, "o", color=ACCENT, markersize=5, alpha=0.7)
+        axes.set_xlabel(name)
+        axes.set_ylabel(f"{name}, predicted")
         return _png(figure)
 
 

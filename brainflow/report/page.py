@@ -20,6 +20,21 @@ with requires("the report", "report"):
     from jinja2 import Environment, StrictUndefined
 
 
+def number(value: float | None) -> str:
+    """Return a number with three decimals, nothing for None."""
+    return "" if value is None else f"{value:.3f}"
+
+
+def signed(value: float) -> str:
+    """Return a number with its sign and three decimals."""
+    return f"{value:+.3f}"
+
+
+def ends(value: dict[str, Any]) -> str:
+    """Return the ends of an interval, as results hold it."""
+    return "one group" if value["low"] is None else f"[{value['low']:.3f}, {value['high']:.3f}]"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Picture:
     """A picture: `name` is its file name without suffix, `png` its bytes, `alt` what it shows in words."""

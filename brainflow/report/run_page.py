@@ -16,7 +16,8 @@ from brainflow.decoding.baselines import DESCRIPTIONS
 from brainflow.files import open_regular, own_folder, read_json
 from brainflow.pretrained.format import CONFIG, load_pretrained, read_config
 from brainflow.report import figures
-from brainflow.report.page import Page, Picture, Section, Table, write_page
+from brainflow.report.page import Page, Picture, Section, Table, ends, number, write_page
+from brainflow.report.people_page import people_facts, people_section
 from brainflow.report.reconstruction import reconstruct
 from brainflow.storage import BoldStore
 from brainflow.storage.files import replacing
@@ -24,6 +25,7 @@ from brainflow.training.metrics import METRICS, explained, read_metrics
 from brainflow.training.run_dir import SPLIT
 
 DECODING, MAPS = "scores.json", "attributions.npz"
+RIDGE = DESCRIPTIONS["ridge"]
 FITS, CHECKS, RECONSTRUCTION = "train_history.csv", "eval_history.csv", "reconstruction.npz"
 
 
@@ -50,12 +52,14 @@ def run_page(folder: Path, *, masker: Any = None) -> Page:
     if (folder / DECODING).is_file():
         summary = read_json(folder / DECODING)
         with _shaped(folder / DECODING):
-            sections += _decoding(folder, summary)
-            value = summary["decoder"]["accuracy"]["value"]
-            facts += [(f"{value:.1%}", f"named rightly (chance {summary['decoder']['chance']:.1%})")]
-            facts += [(str(summary["tested"]), f"tested windows of {len(summary['classes'])} classes")]
-            kind = str(summary["groups"]["kind"])
-        sections += _explained(folder, masker, kind)
+            if summary.get("level") == "subject":
+                sections.append(people_section(folder, summary))
+                facts = [*people_facts(summary), *facts]
+            else:
+                sections += _decoding(folder, summary)
+                facts = [*_answer(summary), *facts]
+        if summary.get("level") != "subject":
+            sections += _explained(folder, masker, summary)
     if not sections:
         raise FileNotFoundError(
             f"{folder}: neither {METRICS} nor {DECODING} there; expected what `brainflow pretrain` or "
@@ -67,7 +71,7 @@ def run_page(folder: Path, *, masker: Any = None) -> Page:
         title=f"brainflow report: {folder.resolve().name}",
         lead="What a run read, did and reached. Every figure comes from the files of the run.",
         facts=facts,
-        sections=[*about, *sections, *settings],
+        sections=[*sections, *about, *settings],
         footer=["Made by brainflow report; the page holds everything itself and fetches nothing."],
     )
 
@@ -99,7 +103,7 @@ def _pretraining(folder: Path, masker: Any) -> tuple[list[Section], list[tuple[s
     ]
     last: dict[str, Any] = next((line for line in reversed(lines) if "val_loss" in line), {})
     found = explained(last)
-    rows = [[name, _number(value)] for name, value in found.items()] + [["the mean", _number(0.0)]]
+    rows = [[name, number(value)] for name, value in found.items()] + [["the mean", number(0.0)]]
     references = {name: value for name, value in found.items() if name not in ("model", "network alone")}
     picture = Picture(
         name="loss",
@@ -164,6 +168,29 @@ def _reconstruction(folder: Path, masker: Any) -> list[Section]:
     return sections
 
 
+def _answer(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return how much is named rightly, by the best decoder without a model, and the paired difference."""
+    ours = summary["decoder"]
+    accuracy = ours["accuracy"]
+    facts = [
+        (f"{accuracy['value']:.1%}", f"named rightly {_shares(accuracy)} (chance {ours['chance']:.1%})"),
+    ]
+    gain = (summary.get("gains") or {}).get("pretrained - best baseline")
+    if gain:
+        best = next(one for one in summary["baselines"] if one["name"] == gain["and"])
+        name = DESCRIPTIONS.get(best["name"], best["name"])
+        facts.append((f"{best['accuracy']['value']:.1%}", f"by the best without a model: {name}"))
+        facts.append((f"{gain['value']:+.1%}", f"paired difference {_shares(gain)}"))
+    return [*facts, (str(summary["tested"]), f"tested windows of {len(summary['classes'])} classes")]
+
+
+def _at_chance(summary: dict[str, Any]) -> bool:
+    """Whether a decoder may as well have guessed, by its interval or, without one, by permutation."""
+    ours = summary["decoder"]
+    low = ours["accuracy"]["low"]
+    return bool(ours["permutation_p"] > 0.05 if low is None else low <= ours["chance"])
+
+
 def _decoding(folder: Path, summary: dict[str, Any]) -> list[Section]:
     entries = [*summary["baselines"], summary["decoder"]]
     ours = summary["decoder"]
@@ -171,16 +198,19 @@ def _decoding(folder: Path, summary: dict[str, Any]) -> list[Section]:
     rows = [
         [
             DESCRIPTIONS.get(e["name"], e["name"]),
-            _number(e["accuracy"]["value"]),
-            _ends(e["accuracy"]),
-            _number(e["balanced_accuracy"]["value"]),
-            _number(e["macro_f1"]["value"]),
-            _number(e["permutation_p"]),
-            _number(e["calibration"]["error"]) if e.get("calibration") else "",
+            number(e["accuracy"]["value"]),
+            ends(e["accuracy"]),
+            number(e["balanced_accuracy"]["value"]),
+            number(e["macro_f1"]["value"]),
+            number(e["permutation_p"]),
+            number(e["calibration"]["error"]) if e.get("calibration") else "",
         ]
         for e in entries
     ]
     header = ["decoder", "accuracy", "95 % interval", "balanced", "macro F1", "p", "ECE"]
+    beside: dict[str, float] = next(
+        (e["per_group"] for e in entries if e["name"] == "ridge" and e is not ours), {}
+    )
     values = [e["accuracy"] for e in entries]
     intervals = [(v["value"], v["value"]) if v["low"] is None else (v["low"], v["high"]) for v in values]
     pictures = [
@@ -204,9 +234,9 @@ def _decoding(folder: Path, summary: dict[str, Any]) -> list[Section]:
         ),
         Picture(
             name="subjects",
-            png=figures.group_dots(ours["per_group"], chance=ours["chance"], kind=kind),
+            png=figures.group_dots(ours["per_group"], beside, chance=ours["chance"], kind=kind),
             alt=f"Accuracy of each {kind}",
-            caption=f"Accuracy of each {kind}, sorted.",
+            caption=f"Accuracy of each {kind}, sorted" + (f"; {RIDGE} beside it." if beside else "."),
         ),
     ]
     if ours.get("calibration"):
@@ -256,9 +286,9 @@ def _decoding(folder: Path, summary: dict[str, Any]) -> list[Section]:
 def _learning_curve(curve: dict[str, Any], chance: float) -> Section:
     lines: dict[str, list[tuple[float, float, float, float]]] = {}
     for p in curve["points"]:
-        ends = (np.nan, np.nan) if p["low"] is None else (p["low"], p["high"])
+        limits = (np.nan, np.nan) if p["low"] is None else (p["low"], p["high"])
         name = DESCRIPTIONS.get(p["decoder"], p["decoder"])
-        lines.setdefault(name, []).append((p["train"], p["value"], *ends))
+        lines.setdefault(name, []).append((p["train"], p["value"], *limits))
     picture = Picture(
         name="learning_curve",
         png=figures.learning_curve(lines, unit=f"{curve['unit']}s", chance=chance),
@@ -266,15 +296,18 @@ def _learning_curve(curve: dict[str, Any], chance: float) -> Section:
         caption=f"The same test windows at every point; 95 % intervals over {curve['interval_over']}.",
     )
     rows = [
-        [DESCRIPTIONS.get(p["decoder"], p["decoder"]), str(p["train"]), _number(p["value"]), _ends(p)]
+        [DESCRIPTIONS.get(p["decoder"], p["decoder"]), str(p["train"]), number(p["value"]), ends(p)]
         for p in curve["points"]
     ]
     header = ["decoder", f"training {curve['unit']}s", "accuracy", "95 % interval"]
     return Section(title="Learning curve", table=Table(header=header, rows=rows), pictures=[picture])
 
 
-def _explained(folder: Path, masker: Any, kind: str) -> list[Section]:
+def _explained(folder: Path, masker: Any, summary: dict[str, Any]) -> list[Section]:
     """Return attributions: which networks, when, and on the brain if there is a masker."""
+    with _shaped(folder / DECODING):
+        guessed, kind = _at_chance(summary), str(summary["groups"]["kind"])
+        method = (summary.get("command") or {}).get("attribute")
     if not (folder / MAPS).is_file():
         return []
     with _shaped(folder / MAPS), open_regular(folder / MAPS) as file:
@@ -295,21 +328,30 @@ def _explained(folder: Path, masker: Any, kind: str) -> list[Section]:
             best = np.argsort(-values)[:3]
             rows.append([name, *(f"{networks[i]}: {values[i]:+.3f} ± {errors[i]:.3f}" for i in best)])
     header = ["class", *("strongest", "second", "third")[: min(3, mean.shape[1])]]
-    picture = Picture(
-        name="attribution_time",
-        png=figures.time_course(over_time, names),
-        alt="Attribution over the time points of a window, a line a class",
-        caption="When: sums over networks of the absolute mean attribution at each time point of a window.",
-    )
+    if guessed:
+        notes.append("The decoder is not above chance: what it goes by says nothing of the brain.")
+    pictures = []
+    if method != "occlusion":  # which leaves a network out of the whole window: it knows no when
+        pictures.append(
+            Picture(
+                name="attribution_time",
+                png=figures.time_course(over_time, names),
+                alt="Attribution over the time points of a window, a line a class",
+                caption="When: sums over networks of the absolute mean attribution at each time point of a "
+                "window.",
+            )
+        )
     title = "What the decoder goes by"
     table = Table(header=header, rows=rows)
-    sections = [Section(title=title, table=table, notes=notes, pictures=[picture])]
+    sections = [Section(title=title, table=table, notes=notes, pictures=pictures)]
     if masker is not None:
         from brainflow.report.brain import brain_section  # nilearn's plotting costs seconds
 
         titles = [f"attribution to {name}" for name in names]
         sections.append(
-            brain_section("On the brain", titles, mean, masker, prefix="attribution", errors=error)
+            brain_section(
+                "On the brain", titles, mean, masker, prefix="attribution", errors=error, grey=guessed
+            )
         )
     return sections
 
@@ -356,6 +398,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[list[str]]:
     return rows
 
 
+def _shares(value: dict[str, Any]) -> str:
+    return "" if value["low"] is None else f"[{value['low']:.1%}, {value['high']:.1%}]"
+
+
 def _mean_by_step(path: Path) -> tuple[list[float], list[float]]:
     """Return the steps of a history and the mean loss of its fits at each; empty without the file."""
     losses: dict[int, list[float]] = {}
@@ -368,11 +414,3 @@ def _mean_by_step(path: Path) -> tuple[list[float], list[float]]:
 
 def _columns(pairs: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [a for a, _ in pairs], [b for _, b in pairs]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _ends(value: dict[str, Any]) -> str:
-    return "one group" if value["low"] is None else f"[{value['low']:.3f}, {value['high']:.3f}]"

@@ -37,7 +37,9 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("estimator", [brainflow.MentalStateDecoder(), brainflow.BoldEncoder()])
+@pytest.mark.parametrize(
+    "estimator", [brainflow.MentalStateDecoder(), brainflow.BoldEncoder(), brainflow.BoldRegressor()]
+)
 def test_scikit_learn_checks(estimator):
     """None is expected to fail."""
     results = check_estimator(estimator, on_fail=None, expected_failed_checks={})
@@ -179,3 +181,41 @@ def test_a_single_run_comes_with_its_table(checkpoint):
     assert brainflow.BoldEncoder(checkpoint).fit(run, table).transform(run, table).shape == (2, 16)
     with pytest.raises(ValueError, match="got 'tokens'"):
         brainflow.BoldEncoder(checkpoint, pooling="tokens").fit(run, table)
+
+
+def make_people(people=40, seed=0):
+    """Runs of different lengths whose networks share the more of one signal the older somebody is."""
+    rng = np.random.default_rng(seed)
+    age = rng.uniform(20, 80, people)
+    lengths = rng.integers(60, 130, people)
+    runs = [
+        one / 40 * rng.normal(size=(length, 1)) + rng.normal(size=(length, NETWORKS))
+        for one, length in zip(age, lengths, strict=True)
+    ]
+    return [((run - run.mean(axis=0)) / run.std(axis=0)).astype(np.float32) for run in runs], age
+
+
+def test_a_number_is_read_from_runs_of_any_length(checkpoint):
+    runs, age = make_people()
+    regressor = brainflow.BoldRegressor(checkpoint, random_state=1)
+    assert cross_val_score(regressor, runs, age, groups=np.arange(40) // 2, cv=GroupKFold(4)).mean() > 0.3
+    regressor.fit(runs, age, groups=np.arange(40) // 2)
+    alone = [regressor.predict([run])[0] for run in runs[:5]]
+    assert regressor.predict(runs[:5]).tolist() == alone  # to the last digit
+    permuted = np.random.default_rng(1).permutation(age)
+    assert cross_val_score(regressor, runs, permuted, cv=KFold(4)).mean() < 0.1
+    with pytest.raises(ValueError, match="groups: got 3 for 40 runs"):
+        regressor.fit(runs, age, groups=[1, 2, 3])
+
+
+def test_runs_of_a_regressor_are_normalised_as_the_models_were(tmp_path):
+    torch.manual_seed(0)
+    module = build(ModelConfig(networks=NETWORKS, width=16, layers=1, heads=2, dropout=0.0))
+    folder = save_pretrained(
+        module, tmp_path / "m", {"data": {"normalisation": "z-scored per run and network"}}
+    )
+    runs, age = make_people(12)
+    plain = brainflow.BoldRegressor(folder).fit(runs, age).predict(runs)
+    raw = [100 + 30 * run for run in runs]
+    normalised = brainflow.BoldRegressor(folder, normalise=True).fit(raw, age)
+    np.testing.assert_allclose(normalised.predict(raw), plain, rtol=1e-3)
