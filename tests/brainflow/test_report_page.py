@@ -12,7 +12,7 @@ from browser import answer, assert_pictures_fit, assert_shown
 from PIL import Image
 
 from brainflow.report import figures
-from brainflow.report.brain import brain_section, make_masker
+from brainflow.report.brain import brain_section, glass_brain, make_masker, to_image
 from brainflow.report.page import Page, Picture, Section, Table, render, write_page
 from brainflow.report.run_page import run_page
 
@@ -111,8 +111,8 @@ def test_page_renders_in_a_browser(page, tmp_path):
     assert_pictures_fit(path, tmp_path, count=5)
 
 
-def test_page_of_a_decoding_renders_in_a_browser(tmp_path):
-    interval = {"value": 0.7, "low": 0.6, "high": 0.8}
+def write_decoding(folder, *, value=0.7, low=0.6, **more):
+    interval = {"value": value, "low": low, "high": 0.8}
     entry = {
         "name": "linear probe, pretrained",
         "accuracy": interval,
@@ -133,11 +133,60 @@ def test_page_of_a_decoding_renders_in_a_browser(tmp_path):
         "store_snapshot": "s",
         "decoder": entry,
         "baselines": [{**entry, "name": "ridge", "calibration": None}],
+        "gains": {"pretrained - best baseline": {"and": "ridge", "value": 0.02, "low": -0.1, "high": 0.14}},
+        **more,
     }
-    (tmp_path / "scores.json").write_text(json.dumps(summary))
-    path = write_page(run_page(tmp_path), tmp_path / "report")
+    (folder / "scores.json").write_text(json.dumps(summary))
+
+
+def test_page_of_a_decoding_renders_in_a_browser(tmp_path):
+    write_decoding(tmp_path)
+    page = run_page(tmp_path)
+    assert page.facts[:3] == [
+        ("70.0%", "named rightly [60.0%, 80.0%] (chance 50.0%)"),
+        ("70.0%", "by the best without a model: ridge, no model"),
+        ("+2.0%", "paired difference [-10.0%, 14.0%]"),
+    ]
+    assert page.sections[0].title.startswith("Decoding state")
+    path = write_page(page, tmp_path / "report")
     assert "<script" not in path.read_text(encoding="utf-8")
     assert_shown(path, tmp_path)
+
+
+def test_what_is_no_better_than_chance_is_drawn_without_colour(tmp_path):
+    """And occlusion, which leaves a network out of the whole window, has no figure over time."""
+    affine = np.diag([20.0, 20.0, 20.0, 1.0])
+    affine[:3, 3] = (-30, -60, -20)
+    nibabel.save(nibabel.Nifti1Image(np.ones((4, 4, 4), np.uint8), affine), tmp_path / "mask.nii.gz")
+    masker = make_masker(mask=str(tmp_path / "mask.nii.gz"))
+    values = np.linspace(-1, 1, 64)[None]
+    one = {"network_mean": values, "network_error": values, "network_names": np.arange(64).astype(str)}
+    np.savez(tmp_path / "attributions.npz", classes=["face"], mean=values[:, None], **one)
+    write_decoding(tmp_path, command={"attribute": "integrated-gradients"})
+    pictures = {section.title: section.pictures for section in run_page(tmp_path).sections}
+    assert [picture.name for picture in pictures["What the decoder goes by"]] == ["attribution_time"]
+    assert _colourful(glass_brain(to_image(values[0], masker), title="coloured"))
+    write_decoding(tmp_path, low=0.4, command={"attribute": "occlusion"})
+    sections = {section.title: section for section in run_page(tmp_path, masker=masker).sections}
+    assert not sections["What the decoder goes by"].pictures
+    assert any("not above chance" in note for note in sections["What the decoder goes by"].notes)
+    assert len(sections["On the brain"].pictures) == 2
+    assert not any(_colourful(picture.png) for picture in sections["On the brain"].pictures)
+
+
+def _colourful(png: bytes) -> bool:
+    return bool(np.ptp(_pixels(png), axis=2).max() > 40)
+
+
+def test_people_are_named_with_ridge_beside_them(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or b"")
+    figures.group_dots({"d/1": 0.8, "d/2": 0.6}, {"d/1": 0.5, "d/2": 0.7}, chance=0.5, kind="subject")
+    (axes,) = drawn[0].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["d/2", "d/1"]
+    ridge, ours = axes.get_lines()[:2]
+    assert list(ridge.get_ydata()) == [0.7, 0.5]
+    assert list(ours.get_ydata()) == [0.6, 0.8]
 
 
 def test_interactive_views_are_drawn_and_fetch_nothing(tmp_path):
