@@ -139,7 +139,7 @@ def decoders(
             color = ACCENT if ours else MUTED
             axes.plot([low, high], [line, line], color=color, linewidth=2.2, solid_capstyle="round")
             axes.plot(value, line, "o", color=color, markersize=8)
-            axes.text(value, line - 0.2, f"{value:.2f}", ha="center", va="bottom", fontsize=9)
+            axes.text(value, line - 0.2, f"{value:.2f}", ha="center", va="bottom", fontsize=9, clip_on=True)
         axes.axvline(chance, color=SECOND, linewidth=1.4, linestyle=DASHES)
         axes.text(chance + 0.008, -0.62, f"chance {chance:.3f}", color=SECOND, fontsize=9, va="center")
         axes.set_yticks(range(len(names)), list(names))
@@ -270,7 +270,7 @@ def group_dots(
             axes.set_xlabel(f"{kind}s, sorted")
         axes.set_ylabel("accuracy")
         axes.grid(axis="y", color=FAINT, linewidth=0.8)
-        axes.legend(loc="upper left")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
         return _png(figure)
 
 

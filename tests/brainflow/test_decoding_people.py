@@ -14,7 +14,7 @@ from brainflow.config import ModelConfig
 from brainflow.data.splits import split_people
 from brainflow.decoding.participants import read_participants
 from brainflow.decoding.people import ConfoundWarning, PeopleConfig, load_people
-from brainflow.decoding.people_decoders import cut_runs, states_of_people
+from brainflow.decoding.people_decoders import cut_runs, people_baselines, states_of_people
 from brainflow.decoding.people_scores import difference, score_classes, score_numbers
 from brainflow.decoding.readout import Readout
 from brainflow.decoding.ridge import fit_numbers
@@ -328,6 +328,21 @@ def test_people_change_places_within_their_site():
     said = np.repeat([-1.0, 1.0], 20)
     assert score_numbers(truth, said, units=site).permutation_p == 1.0
     assert score_numbers(truth, said, units=np.arange(40)).permutation_p < 0.01
+
+
+def test_a_fold_does_not_read_whom_it_leaves_out_from_the_others_of_their_site(tmp_path, no_flushing):
+    """276 edges of 48 people sum to 0 within sites, as targets do; whoever falls for that reads noise."""
+    rng = np.random.default_rng(0)
+    site = np.arange(48) % 3
+    artefact, age = rng.normal(size=(3, 24)), 10 * site + rng.normal(size=48)
+    with StoreWriter.create(str(tmp_path / "store"), networks=24) as writer:
+        for i in range(48):
+            bold = rng.normal(size=(40, 24)) + rng.normal(size=(40, 1)) * artefact[site[i]]
+            writer.append(bold, t_r=2.0, dataset="toy", subject=f"{i:03d}")
+    write_table(tmp_path / "participants.tsv", {"age": age, "site": np.array(list("ABC"))[site]})
+    config = PeopleConfig(target="age", confounds=("site",))
+    connectome = people_baselines(load_people(BoldStore.open(str(tmp_path / "store")), config))[0]
+    assert connectome.scores.main.value > -0.2
 
 
 def test_penalty_is_chosen_as_if_confounds_had_been_fitted_without_the_one_left_out():
