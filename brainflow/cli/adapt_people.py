@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
@@ -16,13 +17,10 @@ from brainflow.decoding.doctor import examine
 from brainflow.decoding.people import PeopleConfig, load_people
 from brainflow.decoding.people_decoders import (
     adapt_people,
-    cut_runs,
-    longest_window,
     people_baselines,
     people_gains,
     write_people,
 )
-from brainflow.pretrained.format import read_config
 from brainflow.pretrained.hub import fetch
 from brainflow.storage.files import output_folder
 from brainflow.storage.text import printable
@@ -72,8 +70,8 @@ def run_people(args: Any, store: Any, told: Any) -> int:
             classes=args.class_names,
         ),
     )
-    lengths = cut_runs(store.runs.length[task.runs], longest_window(read_config(checkpoint)))[1]
-    doubts = told(examine(store, checkpoint, windows=lengths))
+    # runs are cut into windows as long as those of pretraining: of their length there is no doubt
+    doubts = told(examine(store, checkpoint, windows=np.zeros(0, dtype=np.int64)))
     settings: dict[str, Any] = {
         "layer": args.layer,
         "seed": args.seed,

@@ -562,8 +562,9 @@ class BoldRegressor(RegressorMixin, _OnWindows):
         self, runs: list[NDArray], readouts: Sequence[Readout], *, together: int
     ) -> list[NDArray[np.float64]]:
         """Return states of runs, so many of which are read at once."""
-        saved = {"model": {}} if self.checkpoint is None else read_config(fetch(self.checkpoint))
-        owner, lengths = cut_runs(np.array([len(run) for run in runs]), longest_window(saved))
+        saved = {} if self.checkpoint is None else read_config(fetch(self.checkpoint))
+        longest = longest_window(saved, self.module_.config, self.t_r)
+        owner, lengths = cut_runs(np.array([len(run) for run in runs]), longest)
         where = torch.device(self.device)
 
         def batches() -> Iterator[PackedBatch]:

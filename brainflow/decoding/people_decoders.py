@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from brainflow.batch import PackedBatch, Windows, offsets
+from brainflow.config import ModelConfig
 from brainflow.decoding.adapt import Device, load_module
 from brainflow.decoding.baselines import connectomes, covariances, log_variances, tangents
 from brainflow.decoding.finetune import EVALUATION_BATCH
@@ -31,6 +32,7 @@ from brainflow.decoding.result import write_csv
 from brainflow.decoding.ridge import Ridge, fit_numbers, fit_ridge
 from brainflow.decoding.splits import Fold
 from brainflow.devices import resolve_device
+from brainflow.frameworks.registry import framework_spec
 from brainflow.pretrained.compatibility import check_fits
 from brainflow.pretrained.format import read_config
 from brainflow.storage.files import write_text
@@ -135,20 +137,24 @@ def cut_runs(lengths: NDArray[Any], longest: int) -> tuple[NDArray[np.int64], ND
     return run, np.array(parts, dtype=np.int64)
 
 
-def longest_window(saved: dict[str, Any]) -> int:
-    """Return the time points of the longest windows of a model's pretraining, as its `config.json` says.
+def longest_window(saved: dict[str, Any], model: ModelConfig, t_r: float) -> int:
+    """Return how many time points a window that a model reads may have: no more than in its pretraining.
 
-    Raises
-    ------
-    ValueError
-        If that is no number of time points.
+    Parameters
+    ----------
+    saved
+        The model's `config.json`.
+    model
+        Its configuration.
+    t_r
+        Longest TR of the runs in seconds.
     """
     drawn = ((saved.get("pretrain") or {}).get("data") or {}).get("seq_max")
-    if drawn is None:
-        return min(int(saved["model"].get("max_positions", 512)), LONGEST)
-    if type(drawn) is not int or drawn < 3:
-        raise ValueError(f"checkpoint: pretrain.data.seq_max: got {drawn!r}, expected at least 3")
-    return drawn - 1
+    longest = model.max_positions - framework_spec(model.framework).special_tokens
+    longest = min(longest, LONGEST if drawn is None else int(drawn) - 1)
+    if model.time_encoding == "table":  # seconds that it has rows for
+        longest = min(longest, int(model.max_seconds / t_r) + 1)
+    return max(longest, 1)
 
 
 def _batches(
@@ -221,9 +227,9 @@ def adapt_people(
     where = resolve_device(device)
     module = load_module(checkpoint, config, where)
     readouts = config.readouts(module)
-    features = states_of_people(
-        module, *_batches(task, longest_window(read_config(checkpoint)), where), readouts
-    )
+    t_r = float(np.asarray(task.store.runs.t_r)[task.runs].max())
+    longest = longest_window(read_config(checkpoint), module.config, t_r)
+    features = states_of_people(module, *_batches(task, longest, where), readouts)
     result, chosen = _decode(task, config.name, lambda fold: features)
     layers = [readouts[place].layer for place in chosen]
     details = {**result.details, "layers": ["last" if one is None else one for one in layers]}
