@@ -40,6 +40,8 @@ with requires("decoding", "report"):
 
 Checkpoint = str | os.PathLike[str] | None
 UNSAVED = {"masker", "device", "split"}
+TOGETHER = 8_192
+"""Time points of runs that are read at once."""
 FRESH: dict[str, Any] = {"width": 64, "layers": 2, "heads": 4}
 """Size of the model with fresh weights that stands in where no checkpoint is given."""
 
@@ -545,7 +547,9 @@ class BoldRegressor(RegressorMixin, _OnWindows):
         self.module_ = self._module(runs)
         config = AdaptConfig(mode="linear", pooling="moments", layer=self.layer)
         readouts = config.readouts(self.module_)
-        fits = [fit_numbers(x, targets, groups=groups) for x in self._states(runs, readouts, together=8)]
+        together = max(1, TOGETHER // max(map(len, runs)))
+        states = self._states(runs, readouts, together=together)
+        fits = [fit_numbers(x, targets, groups=groups) for x in states]
         best = int(np.argmin([one.loss for one in fits]))
         self.readout_, self.ridge_ = readouts[best], fits[best]
         return self
@@ -554,7 +558,7 @@ class BoldRegressor(RegressorMixin, _OnWindows):
         """Return the number of each run, `[runs]`."""
         check_is_fitted(self, "ridge_")
         runs, _ = self._windows(X, None, fit=False)
-        # one by one: what is said of a run depends to the last digit on no other
+        # one by one: rounding in float32 depends on what is read together, and nobody shall depend on others
         states = self._states(runs, [self.readout_], together=1)[0]
         return self.ridge_.logits(states)[:, 0]
 

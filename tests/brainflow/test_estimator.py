@@ -201,7 +201,8 @@ def test_a_number_is_read_from_runs_of_any_length(checkpoint):
     assert cross_val_score(regressor, runs, age, groups=np.arange(40) // 2, cv=GroupKFold(4)).mean() > 0.3
     regressor.fit(runs, age, groups=np.arange(40) // 2)
     alone = [regressor.predict([run])[0] for run in runs[:5]]
-    assert regressor.predict(runs[:5]).tolist() == alone  # to the last digit
+    # the model reads in float32, but its rounding does not depend on who stands beside a run
+    np.testing.assert_allclose(regressor.predict(runs[:5]), alone, rtol=1e-12)
     permuted = np.random.default_rng(1).permutation(age)
     assert cross_val_score(regressor, runs, permuted, cv=KFold(4)).mean() < 0.1
     with pytest.raises(ValueError, match="groups: got 3 for 40 runs"):
