@@ -394,8 +394,4 @@ def write_people(
         expected = task.expected[rows]
         said = np.stack([task.target[rows], expected, expected + result.said], axis=1).tolist()
     lines = [[*person, *values] for person, values in zip(people, said, strict=True)]
-    write_csv(
-        folder / "predictions.csv",
-        ["subject", "fold", task.unit if task.config.split_by else "unit", *header],
-        lines,
-    )
+    write_csv(folder / "predictions.csv", ["subject", "fold", "group", *header], lines)
