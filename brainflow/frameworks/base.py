@@ -184,15 +184,11 @@ def drawn_rows(mask: MaskSpec, lengths: np.ndarray) -> np.ndarray:
 
 
 def whole_loss(hidden: Tensor, unembedding: nn.Linear, target: Tensor, loss: str) -> Tensor:
-    """Return the mean loss of the projection of all `hidden` [rows, width] against `target` [rows, networks].
-
-    The rows are named by the host, so that finding them costs no synchronisation.
-    """
-    count = len(hidden)
-    sent = upload(hidden.device, rows=np.arange(count), bounds=np.array([0, count], np.int32))
+    """Return the mean loss of the projection of all `hidden` [rows, width] against `target` [rows, networks]."""
+    sent = upload(hidden.device, bounds=np.array([0, len(hidden)], np.int32))
     return linear_masked_loss(
-        hidden, unembedding.weight, unembedding.bias, target, None, loss=loss, cu_seqlens=sent["bounds"],
-        rows=sent["rows"],
+        hidden, unembedding.weight, unembedding.bias, target, MaskSpec.all_valid(), loss=loss,
+        cu_seqlens=sent["bounds"],
     )  # fmt: skip
 
 

@@ -108,8 +108,9 @@ class CSM(Framework):
             loss = whole_loss(hidden, self.unembedding, batch.bold.index_select(0, rows), kind)
         else:
             loss = linear_masked_loss(
-                hidden, weight, bias, batch.bold, None, loss=kind, rows=rows, row_weights=weights
-            )
+                hidden, weight, bias, batch.bold, None, loss=kind, rows=rows, row_weights=weights,
+                cu_seqlens=batch.cu_seqlens,
+            )  # fmt: skip
         return StepOutput(loss=loss, metrics={"reconstruction": loss.detach()})
 
     def _values(

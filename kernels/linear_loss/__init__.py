@@ -29,8 +29,8 @@ def linear_masked_loss(
 ) -> torch.Tensor:
     """Return the mean loss of `hidden @ weight.T + bias` against `target` over the masked values.
 
-    Only masked rows are projected, and predictions of shape [tokens, networks] never exist: rows go
-    through in blocks, and the forward pass computes the gradients along with the loss.
+    Only masked rows are projected, on the CPU in blocks, and the forward pass computes the gradients along
+    with the loss.
 
     Parameters
     ----------
@@ -48,8 +48,8 @@ def linear_masked_loss(
     cu_seqlens, lengths
         Bounds of the windows, as in :func:`masked_loss`.
     rows
-        int64 [masked]: the masked rows, `mask.rows(cu_seqlens)` taken on the host. On CUDA this avoids
-        the one host synchronisation that finding the rows of a mask of time points costs.
+        int64 [masked]: the masked rows, each once, `mask.rows(cu_seqlens)` taken on the host. On CUDA this
+        avoids the one host synchronisation that finding the rows of a mask of time points costs.
     row_weights
         float32 [masked], ≥ 0: the mean is weighted, Σ w · mean over networks / Σ w. Needs `rows`.
     impl
@@ -88,9 +88,8 @@ def linear_masked_loss(
         return value.to(dtype)
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
-        cast = torch.get_autocast_dtype(kind)
-        hidden, weight = hidden.to(cast), weight.to(cast)
-        bias = None if bias is None else bias.to(cast)
+        # The op casts the weight itself: its gradient is then not rounded on the way.
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
     gradients = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )

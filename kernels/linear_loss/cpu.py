@@ -29,10 +29,9 @@ ROWS = 256
 
 
 def empty_gradients(
-    weight: torch.Tensor, bias: torch.Tensor | None, gradients: bool
+    weight: torch.Tensor, bias: torch.Tensor | None, acc: torch.dtype, gradients: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return zeros for the gradients of the weight and the bias; empty if they are not wanted."""
-    acc = accumulator(weight.dtype)
     return (
         weight.new_zeros(weight.shape if gradients else 0, dtype=acc),
         weight.new_zeros(weight.shape[0] if gradients and bias is not None else 0, dtype=acc),
@@ -99,8 +98,9 @@ def _run(
     few = 16 * rows.numel() < hidden.shape[0]
     zeros = lazy_zeros if few else torch.zeros_like
     grad_hidden = zeros(hidden) if gradients else hidden.new_empty(0)
-    grad_weight, grad_bias = empty_gradients(weight, bias, gradients)
-    wide_weight, wide_bias = weight.to(acc), None if bias is None else bias.to(acc)
+    grad_weight, grad_bias = empty_gradients(weight, bias, acc, gradients)
+    wide_weight = weight.to(hidden.dtype).to(acc)  # under autocast it comes as it is
+    wide_bias = None if bias is None else bias.to(acc)
     total = 0.0
     for start in range(0, rows.numel(), ROWS):
         block = slice(start, start + ROWS)
@@ -136,9 +136,10 @@ def _selected(
 
 def fake(hidden, weight, bias, target, rows, row_weights, bounds, period, mask, loss, gradients):
     """Return what the op returns, without values."""
-    scalar = hidden.new_empty((), dtype=accumulator(hidden.dtype))
+    acc = accumulator(hidden.dtype)
+    scalar = hidden.new_empty((), dtype=acc)
     grad_hidden = torch.empty_like(hidden) if gradients else hidden.new_empty(0)
-    return (scalar, torch.empty_like(scalar), grad_hidden, *empty_gradients(weight, bias, gradients))
+    return (scalar, torch.empty_like(scalar), grad_hidden, *empty_gradients(weight, bias, acc, gradients))
 
 
 linear_masked_loss.register_fake(fake)

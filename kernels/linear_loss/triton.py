@@ -1,10 +1,11 @@
-"""linear_masked_loss on the GPU: cuBLAS projects a block of rows, one kernel compares.
+"""linear_masked_loss on the GPU: cuBLAS projects the rows, one kernel compares.
 
-The kernel turns a block's predictions (float32, also for 16-bit inputs) into the derivative of their loss, in
-place where the types agree, and writes partial sums; two more products give the gradients of rows, weight
-and bias. No host synchronisation where rows are given.
+The kernel turns predictions (float32, also for 16-bit inputs) into the derivative of their loss, in place
+where the types agree, and writes partial sums; two more products give the gradients of rows and weight. All
+rows go through at once: their predictions take no more memory than a few of the encoder's activations, and
+products of a quarter of the rows would leave half of a GPU idle. No host synchronisation where rows are given.
 
-Legend: M projected rows (masked rows, or all rows under a column mask), N networks.
+Legend: M projected rows (masked rows, or all rows), N networks.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ def tile_rows(dtype: torch.dtype) -> int:
     return 2 if dtype == torch.float32 else 4
 
 
-@triton.jit(do_not_specialize=[*SCALARS, "first", "count"])
+@triton.jit(do_not_specialize=[*SCALARS, "count"])
 def compare(
-    pred, bias, target, slope, rows, row_weights, bounds, sums, weights, first, count, networks,
+    pred, bias, target, slope, rows, row_weights, bounds, sums, weights, count, networks,
     windows, steps, period, threshold, seed, offset,
-    KIND: tl.constexpr, SPAN: tl.constexpr, PADDED: tl.constexpr, LOSS: tl.constexpr,
+    KIND: tl.constexpr, SPAN: tl.constexpr, PADDED: tl.constexpr, LOSS: tl.constexpr, LISTED: tl.constexpr,
     BIASED: tl.constexpr, WEIGHTED: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Write weight · derivative at one tile of a block's predictions to `slope`, and its partial sums.
+    """Write weight · derivative at one tile of the predictions to `slope`, and its partial sums.
 
-    Row i of the block is row `rows[i]` of the target, or row first + i under a column mask.
+    Prediction i is of row `rows[i]` of the target where rows are listed, else of row i.
     """
     index = tl.program_id(0) * R + tl.arange(0, R)
     tile = tl.program_id(1)
@@ -57,13 +58,14 @@ def compare(
     weight = tl.full([R], 1.0, ACC)
     if WEIGHTED:
         weight = tl.load(row_weights + index, mask=inside, other=0).to(ACC)
+    source = tl.minimum(index, count - 1)
+    if LISTED:
+        source = tl.load(rows + index, mask=inside, other=0)
     if KIND == COLUMNS:
-        source = first + tl.minimum(index, count - 1)
         window, position, length = locate(bounds, source, windows, steps, period, PADDED)
         taken = inside & row_mask(window, position, length, threshold, seed, offset, KIND, SPAN)
         words = column_words(tile, window, position, seed, offset, SPAN)
     else:
-        source = tl.load(rows + index, mask=inside, other=0)
         taken = inside & (weight > 0)
     start = tl.program_id(0).to(tl.int64) * R * networks
     total = tl.zeros([R], ACC)
@@ -91,11 +93,6 @@ def compare(
     tl.store(weights + program, tl.sum(amount, 0))
 
 
-def block_rows(rows: int, tokens: int) -> int:
-    """Return the rows of a block: at most a quarter of all tokens, so that predictions stay small."""
-    return max(1, min(rows, BLOCK_ROWS, max(128, tokens // 4)))
-
-
 def forward_impl(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -109,59 +106,51 @@ def forward_impl(
     loss: int,
     gradients: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Project, compare and go back, block by block."""
+    """Project, compare and go back."""
     acc, networks = accumulator(hidden.dtype), weight.shape[0]
-    if rows is None and mask[0] != masks.COLUMNS:
-        rows = _find_rows(hidden, bounds, period, mask)
-    count = hidden.shape[0] if rows is None else rows.shape[0]
-    grad_hidden = torch.zeros_like(hidden) if gradients else hidden.new_empty(0)
-    grad_weight, grad_bias = empty_gradients(weight, bias, gradients)
-    value = hidden.new_zeros((), dtype=acc)
-    inverse = torch.zeros_like(value)
+    every = mask[0] == masks.COLUMNS or (mask[0] == masks.ALL and period == 0)
+    if rows is None and not every:  # their number is read back from the device
+        rows = masks.masked_rows(mask, *masks.windows(bounds, period))
+    h = hidden if rows is None else hidden.index_select(0, rows)
+    count = h.shape[0]
     if count == 0:
-        return value, inverse, grad_hidden, grad_weight, grad_bias
-    kind = masks.COLUMNS if rows is None else masks.ALL
-    step, tile = block_rows(count, hidden.shape[0]), tile_rows(hidden.dtype)
-    columns = triton.cdiv(networks, TILE.value)
-    programs = [triton.cdiv(min(step, count - first), tile) * columns for first in range(0, count, step)]
-    sums = hidden.new_empty(sum(programs), dtype=acc)
+        value = hidden.new_zeros((), dtype=acc)
+        return value, value.clone(), *_no_gradients(hidden, weight, bias, acc, gradients)
+    weight = weight.to(hidden.dtype)
+    pred = _wide_product(h, weight.t(), acc)
+    slope = pred if hidden.dtype == acc else torch.empty_like(pred, dtype=hidden.dtype)
+    tile = tile_rows(hidden.dtype)
+    grid = (triton.cdiv(count, tile), triton.cdiv(networks, TILE.value))
+    sums = hidden.new_empty(grid[0] * grid[1], dtype=acc)
     weights = torch.empty_like(sums)
+    kind = mask[0] if rows is None else masks.ALL
     scalars, constants = launch_arguments(bounds, period, [kind, *mask[1:]])
     if kind == masks.ALL:
         constants |= {"SPAN": 1, "PADDED": False}  # the mask's own values would only compile it again
-    done = 0
-    for number, first in enumerate(range(0, count, step)):
-        block = slice(first, min(first + step, count))
-        size = block.stop - block.start
-        h = hidden[block] if rows is None else hidden.index_select(0, rows[block])
-        pred = _wide_product(h, weight.t(), acc)
-        slope = pred if hidden.dtype == acc else torch.empty_like(pred, dtype=hidden.dtype)
-        compare[(triton.cdiv(size, tile), columns)](
-            pred, pred if bias is None else bias, target, slope, bounds if rows is None else rows[block],
-            sums if row_weights is None else row_weights[block], bounds,
-            sums[done:], weights[done:], first, size, networks, **scalars, **constants,
-            LOSS=loss, BIASED=bias is not None, WEIGHTED=row_weights is not None,
-            ACC=acc_type(hidden.dtype), R=tile, num_warps=4,
-        )  # fmt: skip
-        done += programs[number]
-        if not gradients:
-            continue
-        if rows is None:
-            torch.mm(slope, weight, out=grad_hidden[block])
-        else:
-            grad_hidden.index_add_(0, rows[block], torch.mm(slope, weight))
-        grad_weight.add_(_wide_product(slope.t(), h, acc))
-        if bias is not None:
-            grad_bias.add_(slope.sum(0, dtype=acc))
-    finish[(1,)](sums, weights, value, inverse, done, LANES=LANES, num_warps=4)
+    compare[grid](
+        pred, pred if bias is None else bias, target, slope, bounds if rows is None else rows,
+        sums if row_weights is None else row_weights, bounds, sums, weights, count, networks,
+        **scalars, **constants, LOSS=loss, LISTED=rows is not None, BIASED=bias is not None,
+        WEIGHTED=row_weights is not None, ACC=acc_type(hidden.dtype), R=tile, num_warps=4,
+    )  # fmt: skip
+    value, inverse = hidden.new_empty((), dtype=acc), hidden.new_empty((), dtype=acc)
+    finish[(1,)](sums, weights, value, inverse, len(sums), LANES=LANES, num_warps=4)
+    if not gradients:
+        return value, inverse, *_no_gradients(hidden, weight, bias, acc, gradients)
+    grad_hidden = torch.mm(slope, weight)
+    if rows is not None:
+        grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_hidden)
+    grad_weight = _wide_product(slope.t(), h, acc)
+    grad_bias = hidden.new_empty(0, dtype=acc) if bias is None else slope.sum(0, dtype=acc)
     return value, inverse, grad_hidden, grad_weight, grad_bias
 
 
-def _find_rows(hidden: torch.Tensor, bounds: torch.Tensor, period: int, mask: list[int]) -> torch.Tensor:
-    """Return the masked rows; their number is read back from the device unless all packed rows are."""
-    if mask[0] == masks.ALL and period == 0:
-        return torch.arange(hidden.shape[0], device=hidden.device)
-    return masks.masked_rows(mask, *masks.windows(bounds, period))
+def _no_gradients(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, acc: torch.dtype, wanted: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return gradients of 0, or nothing in their places where none are wanted."""
+    grad_hidden = torch.zeros_like(hidden) if wanted else hidden.new_empty(0)
+    return grad_hidden, *empty_gradients(weight, bias, acc, wanted)
 
 
 def _wide_product(a: torch.Tensor, b: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
@@ -202,7 +191,7 @@ def _aot_configs() -> list[AotConfig]:
     tokens, count, networks, windows = 3200, 640, 1024, 64
     result = []
     for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        for kind, name in ((masks.ALL, "rows"), (masks.COLUMNS, "columns")):
+        for kind, name in ((masks.ALL, "rows"), (masks.ALL, "all"), (masks.COLUMNS, "columns")):
             for code, loss in enumerate(("l1", "mse", "huber")):
                 tile = tile_rows(dtype)
                 programs, bounds = ((count // tile,), torch.float32), ((windows + 1,), torch.int32)
@@ -213,7 +202,7 @@ def _aot_configs() -> list[AotConfig]:
                         kernel=compare,
                         arguments={
                             "pred": ((count, networks), torch.float32),
-                            "bias": ((networks,), dtype),
+                            "bias": ((networks,), torch.float32),
                             "target": ((tokens, networks), dtype),
                             "slope": ((count, networks), dtype),
                             "rows": ((count,), torch.int64) if by_rows else bounds,
@@ -221,7 +210,6 @@ def _aot_configs() -> list[AotConfig]:
                             "bounds": bounds,
                             "sums": programs,
                             "weights": programs,
-                            "first": 0,
                             "count": count,
                             "networks": networks,
                             "windows": windows,
@@ -232,8 +220,8 @@ def _aot_configs() -> list[AotConfig]:
                             "offset": 12345,
                         },
                         constants={"KIND": kind, "SPAN": 0 if kind == masks.COLUMNS else 1, "PADDED": False,
-                                   "LOSS": code, "BIASED": True, "WEIGHTED": by_rows,
-                                   "ACC": tl.float32, "R": tile},
+                                   "LOSS": code, "LISTED": name == "rows", "BIASED": True,
+                                   "WEIGHTED": name == "rows", "ACC": tl.float32, "R": tile},
                         wide=("pred", "target", "slope"),
                         computed=("slope",),
                     )

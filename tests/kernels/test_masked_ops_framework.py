@@ -116,6 +116,7 @@ def test_compile_equals_eager_without_compiling_every_step():
 
 def test_autocast_projects_in_its_dtype():
     hidden, weight, bias = leaves((17, 8), (33, 8), 33)
+    bias.data = bias.data.bfloat16().float()  # it is added in float32
     target = torch.randn(17, 33)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = linear_masked_loss(hidden, weight, bias, target, TIME_POINTS)
@@ -236,9 +237,10 @@ def test_launches_syncs_and_allocations(mask, monkeypatch):
             assert not any(
                 "_local_scalar_dense" in n or "nonzero" in n or "_to_copy" in n for n in seen.names
             )
-    assert allocations == {"mask": 1, "loss": 0, "gradient": 1, "linear": 0}
+    predicted = 0 if mask.by_rows else 1
+    assert allocations == {"mask": 1, "loss": 0, "gradient": 1, "linear": predicted}
     assert (kernels["mask"], kernels["loss"], kernels["gradient"]) == (1, 2, 1)
-    assert kernels["linear"] <= (2 if mask.by_rows else 5)
+    assert kernels["linear"] == 2
 
 
 def test_no_synchronisation_on_cuda():
