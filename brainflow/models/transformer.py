@@ -23,11 +23,12 @@ from brainflow.config import ModelConfig
 from brainflow.kernels import attention, shifted_attention
 from brainflow.kernels.varlen_attention import settle
 from brainflow.models.dropout import Dropout
+from brainflow.models.rotary import rotate, rotation
+from brainflow.models.weights import Linear, cast_together
 
 Style = Literal["gpt", "bert"]
 Streams = Literal["one", "two", "second"]
 EPS = {"gpt": 1e-5, "bert": 1e-12}
-ROTARY_BASE = 10_000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,23 +60,23 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.dropout, self.causal = c.heads, c.dropout, style == "gpt"
         self.backend = None if c.attention == "auto" else c.attention
-        self.qkv = nn.Linear(c.width, 3 * c.width)
-        self.out = nn.Linear(c.width, c.width)
+        self.qkv = Linear(c.width, 3 * c.width)
+        self.out = Linear(c.width, c.width)
 
     def forward(
         self,
         x: Tensor,
         layout: Layout,
         streams: Streams = "one",
-        rotation: Tensor | None = None,
+        turn: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """Return attention of `x` [T, width] over itself; streams and rows as in :class:`Block`."""
         p = self.dropout if self.training else 0.0
         cu, longest = layout.cu_seqlens, layout.max_seqlen
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        if rotation is not None:
-            qkv = torch.cat((_rotate(qkv[:, :2], rotation).to(qkv.dtype), qkv[:, 2:]), 1)
+        if turn is not None:
+            qkv = rotate(qkv, turn)
         impl, p = settle(qkv[:, 0], cu.shape[0] - 1, p, self.backend)
         if streams == "one":
             q, k, v = qkv.unbind(1)
@@ -97,13 +98,6 @@ def _attend(
     return cast(Tensor, attention(q, k, v, cu, longest, causal=causal, dropout_p=p, impl=impl))
 
 
-def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs (i, i + D/2) of `x` [T, …, H, D] by angles whose cosines and sines are given."""
-    cos, sin = rotation[:, None, None].unbind(-2)
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
-
-
 class FeedForward(nn.Module):
     """Linear, GELU, Linear; or SwiGLU with as many weights."""
 
@@ -115,8 +109,8 @@ class FeedForward(nn.Module):
         hidden = c.feedforward * c.width
         if self.gated:
             hidden = -(-2 * hidden // 3 // 8) * 8
-        self.up = nn.Linear(c.width, 2 * hidden if self.gated else hidden)
-        self.down = nn.Linear(hidden, c.width)
+        self.up = Linear(c.width, 2 * hidden if self.gated else hidden)
+        self.down = Linear(hidden, c.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the transformed tokens, [T, width]."""
@@ -151,7 +145,7 @@ class Block(nn.Module):
         x: Tensor,
         layout: Layout,
         streams: Streams = "one",
-        rotation: Tensor | None = None,
+        turn: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """Return the block's output.
@@ -165,17 +159,26 @@ class Block(nn.Module):
         streams
             "one", "two", or "second": two come in, only the queries go on, [T, width] (nothing reads the time
             points after the last block).
-        rotation
-            [T (or 2T), 2, D / 2], cosines and sines of rotary positions.
+        turn
+            [T (or 2T), 2, D], cosines and sines of rotary positions.
         rows
             int64 [n], the tokens that go on (nothing reads the others after the last block); None: all.
         """
+        if torch.compiler.is_compiling():  # the compiler puts the casts into its kernels
+            return self._forward(x, layout, streams, turn, rows)
+        linears = self.attention.qkv, self.attention.out, self.feedforward.up, self.feedforward.down
+        with cast_together(linears, x.device):
+            return self._forward(x, layout, streams, turn, rows)
+
+    def _forward(
+        self, x: Tensor, layout: Layout, streams: Streams, turn: Tensor | None, rows: Tensor | None
+    ) -> Tensor:
         if self.pre:
-            mixed = self.attention(self.norm1(x), layout, streams, rotation, rows)
+            mixed = self.attention(self.norm1(x), layout, streams, turn, rows)
             x = x[-layout.positions.shape[0] :] if streams == "second" else x
             x = (x if rows is None else x.index_select(0, rows)) + self.dropout(mixed)
             return x + self.dropout(self.feedforward(self.norm2(x)))
-        mixed = self.attention(x, layout, streams, rotation, rows)
+        mixed = self.attention(x, layout, streams, turn, rows)
         x = self.norm1((x if rows is None else x.index_select(0, rows)) + self.dropout(mixed))
         return self.norm2(x + self.dropout(self.feedforward(x)))
 
@@ -237,11 +240,11 @@ class Transformer(nn.Module):
         """
         self._check(layout, two_streams)
         x = self.dropout(self._placed(x, layout)).flatten(0, -2)
-        rotation = self._rotation(layout, 2 if two_streams else 1) if self.positions is None else None
+        turn = self._turn(layout, 2 if two_streams else 1) if self.positions is None else None
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             streams: Streams = "one" if not two_streams else "second" if i == last else "two"
-            inputs = (x, layout, streams, rotation, rows if i == last else None)
+            inputs = (x, layout, streams, turn, rows if i == last else None)
             if self.recompute and self.training:
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -258,14 +261,11 @@ class Transformer(nn.Module):
             x = x + self.token_types.weight[0]
         return x if norm_first(self.style, self.config) else self.norm(x)
 
-    def _rotation(self, layout: Layout, streams: int) -> Tensor:
-        """Return cosines and sines of the angles position · base^(-2i / D), [streams · T, 2, D / 2]."""
-        half = self.config.width // self.config.heads // 2
-        dtype = next(self.parameters()).dtype
-        exact = torch.promote_types(dtype, torch.float32)  # half precision cannot tell late positions apart
-        exponent = torch.arange(half, dtype=exact, device=layout.positions.device) / half
-        angle = layout.positions[:, None] * ROTARY_BASE**-exponent
-        return torch.stack((angle.cos(), angle.sin()), 1).to(dtype).repeat(streams, 1, 1)
+    def _turn(self, layout: Layout, streams: int) -> Tensor:
+        """Return the rotation of the tokens by their positions, [streams · T, 2, D]."""
+        c = self.config
+        turn = rotation(layout.positions, c.width // c.heads, next(self.parameters()).dtype)
+        return turn if streams == 1 else turn.repeat(streams, 1, 1)
 
     def _check(self, layout: Layout, two_streams: bool) -> None:
         if self.positions is not None and layout.max_seqlen > self.positions.num_embeddings:

@@ -11,6 +11,7 @@ from brainflow.batch import PackedBatch, Windows
 from brainflow.config import ModelConfig
 from brainflow.frameworks import build
 from brainflow.models.embedding import BoldEmbedding
+from brainflow.models.rotary import rotate, rotation
 from brainflow.models.transformer import Layout, Transformer
 
 SIZE = {"networks": 5, "width": 16, "layers": 2, "heads": 2, "dropout": 0.0, "max_positions": 16}
@@ -95,13 +96,17 @@ def test_rotary_states_depend_on_distances_alone():
     model(torch.randn(40, 16, dtype=torch.float64), layout_of([40]))  # longer than max_positions
 
 
-def test_a_rotation_is_the_product_with_complex_numbers():
-    from brainflow.models.transformer import _rotate
-
-    x, angle = torch.randn(6, 2, 3, 8, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
-    turned = _rotate(x, torch.stack((angle.cos(), angle.sin()), 1))
-    expected = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)[:, None, None]
-    torch.testing.assert_close(torch.complex(*turned.chunk(2, -1)), expected)
+def test_a_rotation_is_the_product_with_complex_numbers(monkeypatch):
+    qkv, places = torch.randn(6, 3, 2, 8, dtype=torch.float64, requires_grad=True), torch.arange(3.0, 9.0)
+    angle = places.double()[:, None] * 10_000.0 ** -(torch.arange(4.0, dtype=torch.float64) / 4)
+    turn = rotation(places.double(), 8, torch.float64)
+    turned = rotate(qkv, turn)
+    expected = torch.complex(*qkv[:, :2].chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)[:, None, None]
+    torch.testing.assert_close(torch.complex(*turned[:, :2].chunk(2, -1)), expected)
+    assert torch.equal(turned[:, 2], qkv[:, 2])
+    assert torch.autograd.gradcheck(lambda x: rotate(x, turn), qkv)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotate(qkv, turn), turned)
 
 
 def test_swiglu_has_as_many_weights_and_rms_norm_no_bias():
