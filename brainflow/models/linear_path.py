@@ -10,7 +10,7 @@ over has states that decode worse than raw data, because what decodes is what th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -321,6 +321,21 @@ def _hidden_error(covariance: Tensor, judge: Tensor) -> float:
     return total
 
 
+@dataclass(frozen=True)
+class _Waves:
+    """The orthonormal cosine transforms (DCT-II) of a batch's windows.
+
+    `matrices` [windows, longest, longest] are, in a window's own waves and time points, its transform, and
+    arbitrary elsewhere. `seats` [tokens] are the time points' rows in windows padded to the longest; `which`
+    [windows] is the place of each window's length in `lengths`.
+    """
+
+    seats: Tensor
+    lengths: np.ndarray
+    which: Tensor
+    matrices: Tensor
+
+
 class PrincipalPath(LinearPath):
     """Windows by their principal components: as many numbers a window as a vector has.
 
@@ -350,6 +365,7 @@ class PrincipalPath(LinearPath):
         self.register_buffer("spectrum", torch.ones(FREQUENCIES, networks))
         self._batches: list[PackedBatch] = []
         self._known: dict[Any, Any] = {}
+        self._latest: tuple[Any, _Waves] | None = None
 
     def collect(self, batch: PackedBatch) -> None:
         """Keep a batch: variances over time can be summed when the patterns are known."""
@@ -367,10 +383,12 @@ class PrincipalPath(LinearPath):
         power = torch.zeros(FREQUENCIES, networks, dtype=torch.float64, device=self.mean.device)
         count = power.new_zeros(FREQUENCIES)
         for batch in self._batches:
-            for length, waves, values, _ in self._of_length(batch):
-                place = torch.from_numpy(_frequency(length)).to(power.device)
-                power.index_add_(0, place, (waves @ values).double().square().sum(0))
-                count.index_add_(0, place, count.new_full((length,), float(len(values))))
+            frequency = np.concatenate([_frequency(length) for length in batch.lengths.tolist()])
+            place = torch.from_numpy(frequency).to(power.device)
+            waves = self._waves(batch)
+            values = self._transformed(batch, waves).flatten(0, 1).index_select(0, waves.seats)
+            power.index_add_(0, place, values.double().square())
+            count += torch.bincount(place, minlength=FREQUENCIES)
         seen = count > 0  # a frequency that no window has is as rare as the rarest that one has
         power[seen] /= count[seen, None]
         power[~seen] = power[seen].amin(0)
@@ -380,29 +398,20 @@ class PrincipalPath(LinearPath):
     def code(self, batch: PackedBatch) -> Tensor:
         """Return the windows' codes, [windows, numbers]; with zeros where a window has fewer values."""
         with _exactly(batch):
-            result = self.mean.new_zeros(batch.windows, self.numbers)
-            for length, waves, values, windows in self._of_length(batch):
-                place, scale = self._components(length)
-                of = (waves @ values).flatten(1)[:, place] / scale
-                result[windows, : of.shape[1]] = of
-            return result
+            waves = self._waves(batch)
+            place, scale = self._components(batch, waves)
+            of = self._transformed(batch, waves).flatten(1).gather(1, place)
+            return torch.where(scale > 0, of / scale, 0.0)
 
     def expand(self, code: Tensor, batch: PackedBatch) -> Tensor:
         """Return the windows of some codes, [tokens, networks]; differentiable."""
         with _exactly(batch):
-            starts = offsets(batch.lengths)
-            parts, rows = [], []
-            for length in np.unique(batch.lengths):
-                windows = np.flatnonzero(batch.lengths == length)
-                place, scale = self._components(int(length))
-                sent = upload(code.device, windows=windows)["windows"]
-                of = code.to(self.mean.dtype)[sent, : len(place)] * scale
-                full = of.new_zeros(len(windows), int(length) * len(self.mean)).index_copy(1, place, of)
-                back = self._waves(int(length)).t() @ full.view(len(windows), int(length), -1)
-                parts.append((back @ self.patterns.t() + self.mean).flatten(0, 1))
-                rows.append((starts[windows][:, None] + np.arange(length)).ravel())
-            order = upload(code.device, order=np.argsort(np.concatenate(rows)))["order"]
-            return torch.cat(parts)[order]
+            waves = self._waves(batch)
+            place, scale = self._components(batch, waves)
+            size = len(code), batch.max_seqlen, len(self.mean)
+            full = scale.new_zeros(size).flatten(1).scatter_add(1, place, code.to(scale.dtype) * scale)
+            back = torch.bmm(waves.matrices.transpose(1, 2), full.view(size)).flatten(0, 1)
+            return torch.addmm(self.mean, back.index_select(0, waves.seats), self.patterns.t())
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return what is left of a batch's windows in their codes, [tokens, networks]."""
@@ -419,35 +428,65 @@ class PrincipalPath(LinearPath):
             self._known[key] = make()
         return self._known[key]
 
-    def _of_length(self, batch: PackedBatch) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Yield, by length, waves [length, length], values [windows, length, networks] and the windows."""
+    def _transformed(self, batch: PackedBatch, waves: _Waves) -> Tensor:
+        """Return the windows' values by wave and pattern, [windows, longest, networks]."""
         projected = (batch.bold.to(self.mean.dtype) - self.mean) @ self.patterns
-        starts = offsets(batch.lengths)
-        for length in np.unique(batch.lengths):
-            windows = np.flatnonzero(batch.lengths == length)
-            rows = starts[windows][:, None] + np.arange(length)
-            sent = upload(projected.device, rows=rows, windows=windows)
-            yield int(length), self._waves(int(length)), projected[sent["rows"]], sent["windows"]
+        size = batch.windows, batch.max_seqlen, len(self.mean)
+        values = projected.new_zeros(size).flatten(0, 1).index_copy_(0, waves.seats, projected)
+        return torch.bmm(waves.matrices, values.view(size))
 
-    def _waves(self, length: int) -> Tensor:
-        """Return the orthonormal DCT-II, [frequencies, time points]."""
-        return self._once(("waves", length), lambda: self._dct(length))
+    def _waves(self, batch: PackedBatch) -> _Waves:
+        """Return the waves of a batch's windows; those of the latest batch are kept."""
+        key = batch.lengths.tobytes(), self.mean.device, self.mean.dtype
+        if self._latest is None or self._latest[0] != key:
+            self._latest = key, self._new_waves(batch)
+        return self._latest[1]
 
-    def _dct(self, length: int) -> Tensor:
-        time, wave = np.arange(length), np.arange(length)[:, None]
-        matrix = np.cos(np.pi / length * (time + 0.5) * wave) * np.sqrt(2.0 / length)
-        matrix[0] /= np.sqrt(2.0)
-        return torch.from_numpy(matrix).to(self.mean)
+    def _new_waves(self, batch: PackedBatch) -> _Waves:
+        # A window has few waves of its own length; a product of all windows of all lengths at once takes
+        # them from a table of cosines of multiples of half a step: cos(pi / L (t + 1/2) f), m = (2t + 1) f.
+        longest = batch.max_seqlen
+        lengths, which = np.unique(batch.lengths, return_inverse=True)
+        time, wave = np.arange(longest), np.arange(longest)[:, None]
+        sent = upload(
+            self.mean.device,
+            which=which,
+            multiples=((2 * time + 1) * wave).astype(np.int32),
+            turns=(4 * lengths[:, None, None]).astype(np.int32),
+            begin=(2 * lengths * (lengths - 1))[:, None, None].astype(np.int32),
+            seats=longest * window_of(batch.lengths) + positions(batch.lengths),
+        )
+        size = 1 << (longest - 1).bit_length()
+        cosines = self._once(("cosines", size), lambda: torch.from_numpy(_cosines(size)).to(self.mean))
+        entry = sent["multiples"] % sent["turns"] + sent["begin"]
+        matrices = cosines.index_select(0, entry.flatten()).view(entry.shape)
+        matrices[:, 0] *= 0.5**0.5  # orthonormal
+        return _Waves(sent["seats"], lengths, sent["which"], matrices.index_select(0, sent["which"]))
 
-    def _components(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return which (frequency, pattern) pairs a code of such a window holds, and their deviations."""
+    def _components(self, batch: PackedBatch, waves: _Waves) -> tuple[Tensor, Tensor]:
+        """Return which (wave, pattern) pairs the windows' codes hold, and their deviations, [windows, numbers].
+
+        Where a window has fewer values than a code has numbers, the deviation is 0.
+        """
         # a fit or loaded weights raise the version
-        return self._once(("components", length, self.spectrum._version), lambda: self._largest(length))
+        known = [
+            self._once(("components", length, self.spectrum._version), lambda: self._largest(length))
+            for length in waves.lengths.tolist()
+        ]
+        place, scale = (torch.stack(part).index_select(0, waves.which) for part in zip(*known, strict=True))
+        return place, scale
 
     def _largest(self, length: int) -> tuple[Tensor, Tensor]:
         variance = self.spectrum[torch.from_numpy(_frequency(length)).to(self.mean.device)].flatten()
         top, place = variance.topk(min(self.numbers, len(variance)))
-        return place, top.sqrt().clamp_min(1e-6)
+        missing = (0, self.numbers - len(top))
+        return nn.functional.pad(place, missing), nn.functional.pad(top.sqrt().clamp_min(1e-6), missing)
+
+
+def _cosines(longest: int) -> np.ndarray:
+    """Return sqrt(2 / L) · cos(pi m / (2 L)) for all m < 4 L, one L after the other from 1 to `longest`."""
+    lengths = np.repeat(np.arange(1, longest + 1), 4 * np.arange(1, longest + 1))
+    return np.sqrt(2.0 / lengths) * np.cos(np.pi / (2.0 * lengths) * positions(4 * np.arange(1, longest + 1)))
 
 
 def _frequency(length: int) -> Ints:
