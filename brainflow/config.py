@@ -212,8 +212,8 @@ class TrainConfig:
     """Several ranks: copy the parameters to each, shard them over all (FSDP2), or over a machine's ranks."""
     ema: float = 0.0
     """Decay of a moving average of the weights, e.g. 0.999, which is validated and released; 0 for none."""
-    compile: bool = False
-    """Run the transformer's blocks through torch.compile."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Run the transformer's blocks through torch.compile: fewer and larger kernels; `auto`: on GPUs."""
     patience: int = 0
     """Stop after this many validations in a row without a lower validation loss; 0: never."""
     keep_best: bool = False

@@ -158,11 +158,10 @@ def check_framework(config: PretrainConfig) -> None:
             f"data.seq_min: got {data.seq_min}, expected at least {_GAP + 2} with model.framework="
             f"{spec.name}, which cuts a window in two halves with a gap of up to {_GAP} time points"
         )
-    if not spec.transformer and (config.train.compile or model.recompute):
-        name = "train.compile" if config.train.compile else "model.recompute"
+    if not spec.transformer and (config.train.compile == "on" or model.recompute):
+        asked = "train.compile: got on" if config.train.compile == "on" else "model.recompute: got True"
         raise ValueError(
-            f"{name}: got True with model.framework={spec.name}, which has no transformer blocks; leave it "
-            "out"
+            f"{asked} with model.framework={spec.name}, which has no transformer blocks; leave it out"
         )
     if spec.check is not None:
         spec.check(model)

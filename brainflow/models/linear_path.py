@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -464,13 +465,13 @@ class PrincipalPath(LinearPath):
         return _Waves(sent["seats"], lengths, sent["which"], matrices.index_select(0, sent["which"]))
 
     def _components(self, batch: PackedBatch, waves: _Waves) -> tuple[Tensor, Tensor]:
-        """Return which (wave, pattern) pairs the windows' codes hold, and their deviations, [windows, numbers].
+        """Return which (wave, pattern) pairs the codes hold, and their deviations, [windows, numbers].
 
         Where a window has fewer values than a code has numbers, the deviation is 0.
         """
         # a fit or loaded weights raise the version
         known = [
-            self._once(("components", length, self.spectrum._version), lambda: self._largest(length))
+            self._once(("components", length, self.spectrum._version), partial(self._largest, length))
             for length in waves.lengths.tolist()
         ]
         place, scale = (torch.stack(part).index_select(0, waves.which) for part in zip(*known, strict=True))

@@ -56,7 +56,8 @@ class _Rotated(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return _turned(upstream, *ctx.saved_tensors, -1), None
+        (turn,) = ctx.saved_tensors
+        return _turned(upstream, turn, -1), None
 
 
 def _turned(qkv: Tensor, turn: Tensor, sign: int) -> Tensor:

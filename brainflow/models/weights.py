@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Linear(nn.Linear):
-    """As `torch.nn.Linear`, with the weight and bias that :func:`cast_together` has put into `low`, if any."""
+    """As `torch.nn.Linear`, with the weight and bias that :func:`cast_together` has left in `low`, if any."""
 
     low: tuple[Tensor, Tensor] | None = None
 

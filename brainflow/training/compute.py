@@ -35,6 +35,11 @@ def _best_precision(device: torch.device) -> str:
     return "fp32"
 
 
+def compiles(wanted: str, device: torch.device) -> bool:
+    """Whether the transformer's blocks are compiled with this setting of `train.compile`."""
+    return wanted == "on" or (wanted == "auto" and device.type == "cuda")
+
+
 def describe_compute(config: PretrainConfig, device: torch.device) -> str:
     """Say on what, in which precision and with which attention kernel a run computes, and why.
 
@@ -48,8 +53,9 @@ def describe_compute(config: PretrainConfig, device: torch.device) -> str:
     line = f"{name}, precision {precision}"
     if not framework_spec(model.framework).transformer:
         return f"{line}, LSTMs by {'cuDNN' if device.type == 'cuda' else 'PyTorch'}"
+    blocks = "; blocks compiled" if compiles(config.train.compile, device) else ""
     if device.type != "cuda":
-        return f"{line}, attention in plain PyTorch"
+        return f"{line}, attention in plain PyTorch{blocks}"
     dtype = HALF.get(precision, torch.float32)
     q = torch.empty(2, model.heads, model.width // model.heads, dtype=dtype, device=device)
     asked = None if model.attention == "auto" else model.attention
@@ -69,7 +75,7 @@ def describe_compute(config: PretrainConfig, device: torch.device) -> str:
         line += f"; {backend} cannot drop attention weights, so dropout {model.dropout:g} is elsewhere only"
     if backend == "fallback":
         line += "; it stops the GPU and is many times as slow as a flash kernel"
-    return line
+    return line + blocks
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

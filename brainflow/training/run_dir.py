@@ -30,6 +30,7 @@ FREE = (
     "model.attention",
     "data.loader",
     "train.checkpoint_every",
+    "train.compile",
     "train.keep",
     "train.permanent_every",
     "train.parallel",
@@ -153,6 +154,9 @@ def saved_config(folder: Path) -> dict[str, Any]:
         return {}
     try:
         values = read_json(path)
+        train = values.get("train") if isinstance(values, dict) else None
+        if isinstance(train, dict) and isinstance(train.get("compile"), bool):  # before there was auto
+            train["compile"] = "on" if train["compile"] else "off"
         settings = {name: value for name, value in values.items() if name != "store_snapshot"}
         check_names(PretrainConfig, settings)
         check_values(PretrainConfig, settings)

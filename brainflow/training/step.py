@@ -24,7 +24,7 @@ from brainflow.models.transformer import Transformer
 from brainflow.pretrained.warm_start import freeze, load_initial
 
 from . import checkpoint, parallel
-from .compute import allow_tf32, autocast
+from .compute import allow_tf32, autocast, compiles
 from .meters import Meters, matrix_weights
 from .microbatch import LossWeight, PairGradient, loss_weights
 from .optimizer import (
@@ -107,12 +107,12 @@ class TrainingStep:
         self._count_tokens()
         self._pair_gradient = PairGradient(self.module)
         self._mask_seed = derive_seed(train.seed, "masks")
-        if train.compile:
+        if compiles(train.compile, device):
             for part in self.module.modules():
                 if isinstance(part, Transformer):
                     for block in part.blocks:
                         block.compile(dynamic=True)
-        self.model = parallel.spread(self.module, ranks, train.parallel, device)
+        self.model = parallel.spread(self.module, ranks, train.parallel, device, train.precision)
         self.optimizer = make_optimizer(self.module, train)
         self.scale = LossScale(device) if train.precision == "fp16" else None
         self.ema = MovingAverage(self.module, train.ema) if train.ema else None

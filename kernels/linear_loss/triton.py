@@ -3,7 +3,8 @@
 The kernel turns predictions (float32, also for 16-bit inputs) into the derivative of their loss, in place
 where the types agree, and writes partial sums; two more products give the gradients of rows and weight. All
 rows go through at once: their predictions take no more memory than a few of the encoder's activations, and
-products of a quarter of the rows would leave half of a GPU idle. No host synchronisation where rows are given.
+products of a quarter of the rows would leave half of a GPU idle. No host synchronisation where rows are
+given.
 
 Legend: M projected rows (masked rows, or all rows), N networks.
 """

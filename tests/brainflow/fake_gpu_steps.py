@@ -2,7 +2,8 @@
 
 A script of test_fake_gpu.py, started with fake_gpu.cpp in LD_PRELOAD; writes JSON to standard output. What
 lies on the host is real, what lies on the GPU has shape and type alone. The operators' own Python runs, the
-Triton launches in it are counted; a cuDNN LSTM is one call that is made up here.
+Triton launches in it are counted; a pass of cuDNN's LSTM counts as one launch each way. Blocks are not
+compiled.
 """
 
 import collections
@@ -10,10 +11,12 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._foreach_utils import _foreach_supported_types as foreach_types
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
@@ -27,9 +30,11 @@ from brainflow.kernels.loss import triton as loss
 from brainflow.kernels.masking import triton as tokens
 from brainflow.kernels.varlen_attention import backends, ops, shifted
 from brainflow.models import autoencoder
+from brainflow.recipes import today
 from brainflow.storage import BoldStore
 from brainflow.training.compute import describe_compute, settle_precision
-from brainflow.training.meters import Readback
+from brainflow.training.loop import _Run
+from brainflow.training.meters import Clock, Readback
 from brainflow.training.parallel import Ranks
 from brainflow.training.step import TrainingStep
 
@@ -59,7 +64,8 @@ class FakeGpu(TorchDispatchMode):
         self.clear()
 
     def clear(self):
-        self.launches, self.stops, self.backends = collections.Counter(), [], set()
+        self.launches, self.attention = collections.Counter(), 0
+        self.stops, self.backends = [], set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -77,9 +83,13 @@ class FakeGpu(TorchDispatchMode):
         if not on_gpu:
             return func(*args, **kwargs)
         if func._schema.name in BODIES:
-            self.backends |= {x for x in args if x in backends.BACKENDS} if "attention" in name else set()
+            before = self.launches.total()
             with self, torch.no_grad():
-                return BODIES[func._schema.name](*args, **kwargs)
+                out = BODIES[func._schema.name](*args, **kwargs)
+            if "attention" in name:
+                self.backends |= {x for x in args if x in backends.BACKENDS}
+                self.attention += self.launches.total() - before
+            return out
         self._look(name, args, kwargs, given)
         with self.fake:
             out = func(*args, **kwargs)
@@ -105,11 +115,20 @@ class FakeGpu(TorchDispatchMode):
             self.stops.append(f"a copy {source.device.type} to {to}, pinned {pinned}, {non_blocking=}")
 
 
-def lstm(module, x, steps, state):
-    """A cuDNN pass: its results have the right shapes and depend on all that they should."""
-    used = sum(p.sum() for p in module.parameters()) + x.sum() + sum(s.sum() for s in state)
-    out = x.new_zeros(len(x), state[0].shape[0], module.hidden_size) + used
-    return out, (state[0] + used, state[1] + used)
+class CudnnPass(torch.autograd.Function):
+    """A pass of cuDNN: one launch each way, whose results have the right shapes."""
+
+    @staticmethod
+    def forward(ctx, gpu, width, x, h, c, *weights):
+        ctx.gpu = gpu
+        ctx.save_for_backward(x, h, c, *weights)
+        gpu.launches["cudnn"] += 1
+        return x.new_empty(len(x), h.shape[0], width), torch.empty_like(h), torch.empty_like(c)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        ctx.gpu.launches["cudnn_backward"] += 1
+        return None, None, *(torch.empty_like(x) for x in ctx.saved_tensors)
 
 
 class Event:
@@ -130,7 +149,13 @@ def pretend(gpu):
         gpu.launches[kernel.fn.__name__] += 1
 
     JITFunction.run = launch
-    autoencoder.run_packed = lstm
+
+    def run_packed(module, x, steps, state):
+        out, h, c = CudnnPass.apply(gpu, module.hidden_size, x, *state, *module.parameters())
+        return out, (h, c)
+
+    foreach_types.append(FakeTensor)
+    autoencoder.run_packed = run_packed
     backends._capability = lambda index: (9, 0)
     for name in ("fa2", "fa4"):
         backends.BACKENDS[name].installed = lambda: False
@@ -141,56 +166,86 @@ def pretend(gpu):
     torch.cuda.device_of = lambda tensor: contextlib.nullcontext()
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     torch.cuda.get_device_name = lambda device: "a fake GPU"
+    torch.cuda.max_memory_allocated = lambda device: 0
 
 
 def take(store, framework, gpu, *, loader, model, parts=1, **train):
-    """Return what the second of two steps does."""
+    """Return what the second of two steps does, and the line of metrics after it."""
     config = PretrainConfig(
         store=store.path,
         out="absent",
-        model=ModelConfig(framework=framework, networks=store.networks, width=64, layers=2, heads=2, **model),
-        data=DataConfig(batch_size=8, seq_min=10, seq_max=30),
-        train=TrainConfig(micro_batches=parts, **train),
+        model=ModelConfig(framework=framework, networks=store.networks, **{**SIZE, **model}),
+        data=DataConfig(batch_size=WINDOWS),
+        train=TrainConfig(micro_batches=parts, compile="off", **train),
     )
     config = settle_precision(config, Path("absent"), GPU, resume="never")
-    pairs = "bert" in framework
     samplers = [
-        WindowSampler(store.runs, batch=8, seq_min=10, seq_max=30, seed=1, rank=i, world=parts, pairs=pairs)
+        WindowSampler(store.runs, batch=WINDOWS, seq_min=10, seq_max=50, seed=1, rank=i, world=parts,
+                      pairs="bert" in framework)
         for i in range(parts)
-    ]
-    step = TrainingStep(config, Ranks(), GPU)
-    batches = iter(make_loader(store, MicrobatchSampler(samplers), kind=loader, device="cuda:0"))
-    readback = Readback()
+    ]  # fmt: skip
+    run = SimpleNamespace(
+        ranks=Ranks(), device=GPU, step=2, peak=1.0, one_step=TrainingStep(config, Ranks(), GPU)
+    )
+    model_launches = collections.Counter()
+
+    def backward(*given, real=run.one_step._backward):
+        before, attention = gpu.launches.total(), gpu.attention
+        out = real(*given)
+        model_launches["all"] += gpu.launches.total() - before
+        model_launches["attention"] += gpu.attention - attention
+        return out
+
+    run.one_step._backward = backward
+    loaded = make_loader(store, MicrobatchSampler(samplers), kind=loader, device="cuda:0")
+    batches, clock, readback = iter(loaded), Clock(loaded), Readback()
     for number in range(2):
         gpu.clear()
-        step(batches, number, 1e-3, stop=False)
-        readback.push(step.meters.read(), {})
+        model_launches.clear()
+        numbers = run.one_step(batches, number, 1e-3, stop=False)
+        step_launches = gpu.launches.total()
+        _Run._push(run, readback, numbers, 1e-3, clock)
     return {
-        "launches": gpu.launches.total(),
+        "model": model_launches["all"] - model_launches["attention"],
+        "attention": model_launches["attention"],
+        "update": step_launches - model_launches["all"],
         "stops": list(gpu.stops),
         "backends": sorted(gpu.backends),
         "said": describe_compute(config, GPU),
-        "on the host": [n for n, p in step.module.named_parameters() if p.device.type != "cuda"],
+        "on the host": [n for n, p in run.one_step.module.named_parameters() if p.device.type != "cuda"],
     }
 
 
+SIZE = {"width": 64, "layers": 4, "heads": 2}
+WINDOWS = 192
+
+
+def recipe(framework, **model):
+    """Return the settings of a model that `pretrain` takes by default."""
+    return {**today(framework)["model"], **model}
+
+
+FORCED, FREE_RUNNING = {"layers": 2, "teacher_forcing": 1.0}, {"layers": 2, "teacher_forcing": 0.0}
+MODERN = {"positions": "rotary", "norm": "rms", "activation": "swiglu", "time_encoding": "fourier"}
 CASES = {
     "csm": ("csm", {}),
+    "csm, 12 layers": ("csm", {"model": {"layers": 12}}),
     "csm single": ("csm", {"model": {"masking": "single"}}),
-    "csm next": ("csm", {"model": {"masking": "next"}}),
-    "csm modern": (
-        "csm",
-        {"model": {"positions": "rotary", "norm": "rms", "activation": "swiglu", "time_encoding": "fourier",
-                   "recompute": True}},
-    ),
+    "csm today": ("csm", {"model": recipe("csm")}),
+    "csm today, 12 layers": ("csm", {"model": recipe("csm", layers=12)}),
+    "csm modern": ("csm", {"model": {**MODERN, "recompute": True, "coordinates": True, "loss": "huber"}}),
     "csm fp16, averaged": ("csm", {"precision": "fp16", "ema": 0.9}),
     "seq-bert": ("seq-bert", {}),
-    "seq-bert in parts": ("seq-bert", {"parts": 2, "loader": "host"}),
+    "seq-bert today": ("seq-bert", {"model": recipe("seq-bert")}),
+    "seq-bert in parts": ("seq-bert", {"parts": 2, "loader": "host", "model": {"mask_span": 3}}),
     "net-bert": ("net-bert", {}),
-    "net-bert in parts": ("net-bert", {"parts": 2, "model": {"mask_span": 3}}),
-    "autoencoder forced": ("autoencoder", {"model": {"teacher_forcing": 1.0}}),
-    "autoencoder free": ("autoencoder", {"model": {"teacher_forcing": 0.0}}),
-}  # fmt: skip
+    "net-bert today": ("net-bert", {"model": recipe("net-bert")}),
+    "net-bert in parts": ("net-bert", {"parts": 2, "model": {"mask_span": 3, "late_read": True}}),
+    "autoencoder forced": ("autoencoder", {"model": FORCED}),
+    "autoencoder free": ("autoencoder", {"model": FREE_RUNNING}),
+    "autoencoder today, forced": ("autoencoder", {"model": recipe("autoencoder", **FORCED)}),
+    "autoencoder today, free": ("autoencoder", {"model": recipe("autoencoder", **FREE_RUNNING)}),
+}
 
 
 def main():

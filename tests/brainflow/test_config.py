@@ -69,7 +69,7 @@ def run(framework="csm", *, data=None, train=None, **model):
         (lambda: run("seq-bert", data=DataConfig(seq_max=511)), "data.seq_max: .* 3 special tokens"),
         (lambda: run("net-bert", data=DataConfig(seq_min=5)), "data.seq_min: .* 6 .*net-bert"),
         (lambda: run(train=TrainConfig(micro_batches=5)), "train.micro_batches"),
-        (lambda: run("autoencoder", train=TrainConfig(compile=True)), "train.compile"),
+        (lambda: run("autoencoder", train=TrainConfig(compile="on")), "train.compile: got on"),
         (lambda: run("autoencoder", recompute=True), "model.recompute"),
         (lambda: run("seq-bert", masking="single"), "model.masking"),
         (lambda: build(ModelConfig(framework="net-bert", masking="next")), "model.masking"),

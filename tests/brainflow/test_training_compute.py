@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from brainflow.cli import doctor
 from brainflow.config import ModelConfig, PretrainConfig, TrainConfig
 from brainflow.kernels.varlen_attention import backends
 from brainflow.models.transformer import Layout, Transformer
@@ -66,6 +67,7 @@ def test_every_preset_reaches_a_flash_kernel_with_nothing_but_torch(h100, tmp_pa
     said = describe_compute(config, GPU)
     assert said.startswith("NVIDIA H100 80GB HBM3, precision bf16, attention torch (the first flash kernel")
     assert "torch cannot drop attention weights, so dropout 0.1 is elsewhere only" in said
+    assert said.endswith("; blocks compiled")
 
 
 def test_the_autoencoder_has_no_attention(h100):
@@ -109,6 +111,16 @@ def test_flash_attention_2_is_preferred_because_it_drops_weights(h100, monkeypat
     assert backends.settle(q, 1, 0.1, "fallback") == ("fallback", 0.1)
     with pytest.raises(ValueError, match="impl: got 'fa9', expected one of"):
         backends.settle(q, 1, 0.1, "fa9")
+
+
+def test_doctor_names_the_kernel_that_a_model_would_take(h100, monkeypatch):
+    assert doctor._attention() == "plain PyTorch (no GPU)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert doctor._attention() == "torch, in bf16 and fp16"
+    monkeypatch.setattr(backends.BACKENDS["fa2"], "installed", lambda: True)
+    assert doctor._attention() == "fa2, in bf16 and fp16"
+    monkeypatch.setattr(backends, "_capability", lambda index: (7, 5))
+    assert doctor._attention().startswith("fallback (fa4: it is not installed; fa2: it needs compute capab")
 
 
 def test_a_model_without_a_flash_kernel_warns_once_and_computes(h100):

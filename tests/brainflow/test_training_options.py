@@ -251,8 +251,8 @@ def test_compiled_blocks_train_to_the_same_losses(store, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "compile", by_torch)
     runs = [
-        pretrain(tiny(store, tmp_path / str(on), model={"dropout": 0.0}, steps=3, compile=on), quiet=True)
-        for on in (False, True)
+        pretrain(tiny(store, tmp_path / on, model={"dropout": 0.0}, steps=3, compile=on), quiet=True)
+        for on in ("auto", "on")
     ]
     one, other = ([line["loss"] for line in read_metrics(run) if "loss" in line] for run in runs)
     assert one == pytest.approx(other, rel=1e-5)

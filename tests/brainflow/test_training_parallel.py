@@ -17,8 +17,9 @@ from ranks import SLURM, assert_close, curve, on_ranks
 
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from brainflow.frameworks import build
+from brainflow.models.transformer import FeedForward
 from brainflow.storage import StoreWriter
-from brainflow.training import checkpoint
+from brainflow.training import checkpoint, parallel
 from brainflow.training import step as step_module
 from brainflow.training.loop import pretrain
 from brainflow.training.metrics import read_metrics
@@ -87,6 +88,39 @@ def test_a_parameter_without_a_gradient_in_some_steps_does_not_stop_two_ranks(st
     two = tiny(store, tmp_path / "two", "autoencoder", **settings)
     on_ranks(2, lambda: pretrain(two, quiet=True), tmp_path)
     assert_close(curve(tmp_path / "two"), curve(one))
+
+
+def test_ranks_that_gather_in_bf16_train_as_those_that_gather_in_float32(store, tmp_path):
+    """As on GPUs: the blocks' sharded parameters are bf16 in the forward pass, and float32 where they lie."""
+
+    def work(device):
+        def step(self, *given, real=TrainingStep.__call__, **more):
+            numbers = real(self, *given, **more)
+            assert seen == {torch.bfloat16 if device == "cuda" else torch.float32}
+            assert {p.dtype for p in self.module.parameters()} == {torch.float32}
+            return numbers
+
+        def feed(self, x, real=FeedForward.forward):
+            seen.add(self.up.weight.dtype)
+            return real(self, x)
+
+        def norm(x, shape, weight, bias, eps, real=torch.nn.functional.layer_norm):
+            return real(
+                x.float(), shape, weight.float(), bias.float(), eps
+            )  # as CUDA's autocast, not the CPU's
+
+        torch.nn.functional.layer_norm = norm
+        seen, policy = set(), parallel.gathering("bf16", torch.device(device))
+        TrainingStep.__call__, FeedForward.forward = step, feed
+        parallel.gathering = lambda precision, device: policy
+        config = tiny(store, tmp_path / device, parallel="fsdp", precision="bf16", lr=1e-2)
+        pretrain(config, quiet=True)
+
+    for device in ("cuda", "cpu"):
+        on_ranks(2, lambda device=device: work(device), tmp_path)
+    half, wide = ([line["loss"] for line in curve(tmp_path / d) if "loss" in line] for d in ("cuda", "cpu"))
+    assert half == pytest.approx(wide, rel=1e-2)
+    assert half != wide
 
 
 @pytest.mark.parametrize(
@@ -309,7 +343,7 @@ ranks = Ranks(rank=1000, world=1024, local=0, local_world=8)
 for how, shards in (("fsdp", 1024), ("hsdp", 8)):
     module = build(ModelConfig(networks=1024, width=1024, layers=2, heads=8))
     sizes = {name: p.shape[0] for name, p in module.named_parameters()}
-    spread(module, ranks, how, torch.device("cpu"))
+    spread(module, ranks, how, torch.device("cpu"), "fp32")
     for name, p in module.named_parameters():
         assert p.to_local().shape[0] in (sizes[name] // shards, -(-sizes[name] // shards), 0), (name, how)
     assert dict(module.named_parameters())["unembedding.weight"].device_mesh.size() == 1024
