@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from brainflow.batch import Ints, offsets, positions, window_of
+from brainflow.kernels import feedback
 from brainflow.models.dropout import Dropout
-from brainflow.models.recurrence import Gathered, LSTMPass, LSTMStep
+from brainflow.models.recurrence import Gathered, Left, LSTMPass, LSTMStep
+from brainflow.models.weights import cast_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +116,13 @@ def run_lstm(lstm: nn.LSTM, x: Tensor, steps: Steps, start: Tensor | None = None
     tuple
         Hidden states [tokens, directions, width] and final ones [windows, directions, width].
     """
-    directions = 2 if lstm.bidirectional else 1
-    first = x.new_zeros(len(steps.last), lstm.hidden_size) if start is None else start
+    directions, size = 2 if lstm.bidirectional else 1, (len(steps.last), lstm.hidden_size)
     if x.is_cuda:
-        state = first.expand(directions, -1, -1).contiguous()
-        out, (final, _) = run_packed(lstm, x, steps, (state, torch.zeros_like(state)))
+        zeros = x.new_zeros(directions, *size)
+        state = zeros if start is None else start.expand(directions, -1, -1).contiguous()
+        out, (final, _) = run_packed(lstm, x, steps, (state, zeros))
         return out, final.transpose(0, 1)
+    first = x.new_zeros(size) if start is None else start
     sizes = tuple(steps.batch_sizes.tolist())
     runs, finals = [], []
     for name, previous, end in (("", steps.before, steps.last), ("_reverse", steps.after, None))[:directions]:
@@ -239,10 +242,12 @@ class Decoder(nn.Module):
         given
             [tokens, width], time-major: what each step reads instead of the output before.
         """
+        if pooled.is_cuda and feedback.HAS_TRITON and pooled.dtype != torch.float64 and not self.chained:
+            return self._run_free_fused(pooled, steps)
         slots = [0] * len(self.lstms) if self.chained else list(range(len(self.lstms)))
         hidden = [pooled if ended is None else ended] * len(self.lstms)
         cells = [torch.zeros_like(pooled)] * len(self.lstms)
-        gathered: list[list[Tensor]] = [[] for _ in self.lstms]
+        gathered = [Left() for _ in self.lstms]
         weights = [
             _gathered(cast(nn.LSTM, lstm), left) for lstm, left in zip(self.lstms, gathered, strict=True)
         ]
@@ -260,7 +265,38 @@ class Decoder(nn.Module):
             outputs.append(fed)
         return torch.cat(outputs)
 
+    def _run_free_fused(self, pooled: Tensor, steps: Steps) -> Tensor:
+        """Return what :meth:`run_free` does, by a kernel a layer and step."""
+        kind = pooled.device.type
+        half = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if half else pooled.dtype
+        keep = self.dropout(pooled.new_ones(len(self.lstms), len(steps.before), pooled.shape[1], dtype=dtype))
+        norms = [cast(nn.LayerNorm, norm) for norm in self.norms]
+        layers: list[Tensor] = []
+        with torch.autocast(kind, enabled=False):
+            for lstm in self.lstms:
+                inputs, recurrent, bias_ih, bias_hh = cast(nn.LSTM, lstm).all_weights[0]
+                layers += inputs, recurrent, bias_ih + bias_hh
+            first_bias = layers[2]
+            layers[2] = torch.addmv(first_bias, layers[0], self.output.bias)
+            layers[0] = layers[0] @ self.output.weight
+            flat = self.output.weight, self.output.bias, first_bias, *layers
+            out, out_bias, first_bias, *low = cast_all(flat, dtype)
+            hidden = feedback.decode_freely(
+                tuple(steps.batch_sizes.tolist()),
+                steps.before,
+                norms[0].eps if norms else 0.0,
+                pooled.to(dtype),
+                first_bias,
+                out,
+                out_bias,
+                keep,
+                [(low[i], low[i + 1], low[i + 2]) for i in range(0, len(low), 3)],
+                [(norm.weight, norm.bias) for norm in norms],
+            )
+        return cast(Tensor, self.output(hidden * keep[-1]))
 
-def _gathered(lstm: nn.LSTM, left: list[Tensor]) -> tuple[Tensor, Tensor]:
+
+def _gathered(lstm: nn.LSTM, left: Left) -> tuple[Tensor, Tensor]:
     weight_ih, weight_hh, bias_ih, bias_hh = (cast(Tensor, weight) for weight in lstm.all_weights[0])
     return Gathered.apply(torch.cat((weight_ih, weight_hh), 1), bias_ih + bias_hh, left)

@@ -327,14 +327,16 @@ class _Waves:
     """The orthonormal cosine transforms (DCT-II) of a batch's windows.
 
     `matrices` [windows, longest, longest] are, in a window's own waves and time points, its transform, and
-    arbitrary elsewhere. `seats` [tokens] are the time points' rows in windows padded to the longest; `which`
-    [windows] is the place of each window's length in `lengths`.
+    arbitrary elsewhere. `seats` [tokens] are the time points' rows in windows padded to the longest. `place`,
+    `scale` and `inverse` [windows, numbers] are the (wave, pattern) pairs of the windows' codes, their
+    deviations and 1 / these, both 0 where a window has fewer values than a code has numbers.
     """
 
     seats: Tensor
-    lengths: np.ndarray
-    which: Tensor
     matrices: Tensor
+    place: Tensor
+    scale: Tensor
+    inverse: Tensor
 
 
 class PrincipalPath(LinearPath):
@@ -400,17 +402,16 @@ class PrincipalPath(LinearPath):
         """Return the windows' codes, [windows, numbers]; with zeros where a window has fewer values."""
         with _exactly(batch):
             waves = self._waves(batch)
-            place, scale = self._components(batch, waves)
-            of = self._transformed(batch, waves).flatten(1).gather(1, place)
-            return torch.where(scale > 0, of / scale, 0.0)
+            of = self._transformed(batch, waves).flatten(1).gather(1, waves.place)
+            return of * waves.inverse
 
     def expand(self, code: Tensor, batch: PackedBatch) -> Tensor:
         """Return the windows of some codes, [tokens, networks]; differentiable."""
         with _exactly(batch):
             waves = self._waves(batch)
-            place, scale = self._components(batch, waves)
             size = len(code), batch.max_seqlen, len(self.mean)
-            full = scale.new_zeros(size).flatten(1).scatter_add(1, place, code.to(scale.dtype) * scale)
+            values = code.to(waves.scale.dtype) * waves.scale
+            full = values.new_zeros(size).flatten(1).scatter_add(1, waves.place, values)
             back = torch.bmm(waves.matrices.transpose(1, 2), full.view(size)).flatten(0, 1)
             return torch.addmm(self.mean, back.index_select(0, waves.seats), self.patterns.t())
 
@@ -438,7 +439,7 @@ class PrincipalPath(LinearPath):
 
     def _waves(self, batch: PackedBatch) -> _Waves:
         """Return the waves of a batch's windows; those of the latest batch are kept."""
-        key = batch.lengths.tobytes(), self.mean.device, self.mean.dtype
+        key = batch.lengths.tobytes(), self.mean.device, self.mean.dtype, self.spectrum._version
         if self._latest is None or self._latest[0] != key:
             self._latest = key, self._new_waves(batch)
         return self._latest[1]
@@ -461,27 +462,24 @@ class PrincipalPath(LinearPath):
         cosines = self._once(("cosines", size), lambda: torch.from_numpy(_cosines(size)).to(self.mean))
         entry = sent["multiples"] % sent["turns"] + sent["begin"]
         matrices = cosines.index_select(0, entry.flatten()).view(entry.shape)
-        matrices[:, 0] *= 0.5**0.5  # orthonormal
-        return _Waves(sent["seats"], lengths, sent["which"], matrices.index_select(0, sent["which"]))
-
-    def _components(self, batch: PackedBatch, waves: _Waves) -> tuple[Tensor, Tensor]:
-        """Return which (wave, pattern) pairs the codes hold, and their deviations, [windows, numbers].
-
-        Where a window has fewer values than a code has numbers, the deviation is 0.
-        """
+        matrices[:, 0].mul_(0.5**0.5)  # orthonormal
         # a fit or loaded weights raise the version
         known = [
             self._once(("components", length, self.spectrum._version), partial(self._largest, length))
-            for length in waves.lengths.tolist()
+            for length in lengths.tolist()
         ]
-        place, scale = (torch.stack(part).index_select(0, waves.which) for part in zip(*known, strict=True))
-        return place, scale
+        place, scale, inverse = (
+            torch.stack(part).index_select(0, sent["which"]) for part in zip(*known, strict=True)
+        )
+        return _Waves(sent["seats"], matrices.index_select(0, sent["which"]), place, scale, inverse)
 
-    def _largest(self, length: int) -> tuple[Tensor, Tensor]:
+    def _largest(self, length: int) -> tuple[Tensor, ...]:
+        """Return the (wave, pattern) pairs of a window's code, their deviations and 1 / these."""
         variance = self.spectrum[torch.from_numpy(_frequency(length)).to(self.mean.device)].flatten()
         top, place = variance.topk(min(self.numbers, len(variance)))
         missing = (0, self.numbers - len(top))
-        return nn.functional.pad(place, missing), nn.functional.pad(top.sqrt().clamp_min(1e-6), missing)
+        scale = top.sqrt().clamp_min(1e-6)
+        return tuple(nn.functional.pad(x, missing) for x in (place, scale, 1.0 / scale))
 
 
 def _cosines(longest: int) -> np.ndarray:

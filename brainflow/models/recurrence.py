@@ -108,13 +108,23 @@ class LSTMPass(Function):
         )
 
 
+class Left:
+    """What the backward passes of a layer's steps leave: gradients of gates, and the inputs that they had.
+
+    Not a list itself: under autocast `custom_fwd` hands on a copy of every list that it is given.
+    """
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+
 class LSTMStep(Function):
     """One step of one layer, for decoding that feeds itself; see :class:`Gathered`."""
 
     @staticmethod
     @_in_float32
     def forward(
-        ctx: Any, x: Tensor, h: Tensor, c: Tensor, weight: Tensor, bias: Tensor, gathered: list[Any]
+        ctx: Any, x: Tensor, h: Tensor, c: Tensor, weight: Tensor, bias: Tensor, gathered: Left
     ) -> tuple[Tensor, Tensor]:
         """Return hidden state and cell [n, H] after reading x [n, inputs]; weight is [4H, inputs + H]."""
         inputs, width = torch.cat((x, h), 1), h.shape[1]
@@ -135,7 +145,7 @@ class LSTMStep(Function):
         dc = torch.addcmul(dc, dh, d_cell)
         d[:, : 3 * width].view(-1, 3, width).mul_(dc.unsqueeze(1))
         d[:, 3 * width :].mul_(dh)
-        ctx.gathered.append((d, inputs))
+        ctx.gathered.pairs.append((d, inputs))
         d_inputs = d @ weight
         size = inputs.shape[1] - width
         return d_inputs[:, :size], d_inputs[:, size:], dc * gates[:, width : 2 * width], None, None, None
@@ -148,7 +158,7 @@ class Gathered(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor, gathered: list[Any]) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, gathered: Left) -> tuple[Tensor, Tensor]:
         """Return views of weight and bias."""
         ctx.set_materialize_grads(False)
         ctx.gathered = gathered
@@ -158,11 +168,11 @@ class Gathered(Function):
     @once_differentiable
     def backward(ctx: Any, *_: None) -> tuple[Tensor | None, ...]:
         """Return both gradients, one product and one sum over all steps."""
-        if not ctx.gathered:
+        pairs = ctx.gathered.pairs
+        if not pairs:
             return None, None, None
-        gates = torch.cat([d for d, _ in ctx.gathered])
-        inputs = torch.cat([i for _, i in ctx.gathered])
-        ctx.gathered.clear()
+        gates, inputs = (torch.cat(part) for part in zip(*pairs, strict=True))
+        pairs.clear()
         return gates.t() @ inputs, gates.sum(0), None
 
 

@@ -36,7 +36,7 @@ def cast_together(linears: Sequence[Linear], device: torch.device) -> Iterator[N
     wide = [layer for layer in linears if layer.weight.dtype == torch.float32]
     if wide and torch.is_autocast_enabled(kind):
         weights = [weight for layer in wide for weight in (layer.weight, layer.bias)]
-        low = cast(tuple[Tensor, ...], _Cast.apply(torch.get_autocast_dtype(kind), *weights))
+        low = cast_all(weights, torch.get_autocast_dtype(kind))
         for layer, weight, bias in zip(wide, low[::2], low[1::2], strict=True):
             layer.low = weight, bias
     try:
@@ -44,6 +44,11 @@ def cast_together(linears: Sequence[Linear], device: torch.device) -> Iterator[N
     finally:
         for layer in wide:
             layer.low = None
+
+
+def cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return the tensors in another element type, cast by one launch forward and one backward."""
+    return cast(tuple[Tensor, ...], _Cast.apply(dtype, *tensors))
 
 
 class _Cast(Function):

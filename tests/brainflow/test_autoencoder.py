@@ -69,6 +69,19 @@ def test_forced_decoding_of_its_own_output_is_free_running():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
+def test_every_weight_learns_from_free_running_under_autocast():
+    torch.manual_seed(4)
+    decoder, pooled = Decoder(8, 2, dropout=0.0), torch.randn(len(LENGTHS), 8)
+    _, steps = make_steps(LENGTHS)
+    found = []
+    for half in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            out = decoder.run_free(pooled, steps)
+        found.append(torch.autograd.grad(out.float().square().sum(), list(decoder.parameters())))
+    for wide, half in zip(*found, strict=True):
+        assert (half - wide).norm() <= 0.05 * wide.norm()
+
+
 def test_free_running_gradients_are_those_of_plain_autograd():
     torch.manual_seed(2)
     decoder = randomised(Decoder(4, 2, dropout=0.0))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-from brainflow.kernels import MaskSpec
+from brainflow.kernels import MaskSpec, feedback
 from brainflow.kernels.gathering import triton as gather
 from brainflow.kernels.linear_loss import triton as linear
 from brainflow.kernels.loss import triton as loss
@@ -43,6 +43,16 @@ def gather_windows():
     gather.gather_windows(torch.randn(128, NETWORKS), starts, BOUNDS, ROWS, 34, None, torch.float32, [], None)
 
 
+def decode_freely():
+    weight, bias, width = torch.randn(4 * WIDTH, WIDTH), torch.randn(4 * WIDTH), WIDTH
+    norm = torch.ones(width), torch.zeros(width)
+    start = torch.randn(3, width, requires_grad=True)
+    feedback.decode_freely(
+        (3,), torch.arange(3, 6), 1e-5, start, bias, torch.randn(width, width), torch.randn(width),
+        torch.ones(2, 3, width), [(weight, weight, bias)] * 2, [norm],
+    ).sum().backward()  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("op", "kernels"),
     [
@@ -50,6 +60,7 @@ def gather_windows():
         (linear_masked_loss, ["compare", "finish"]),
         (mask_tokens, ["replace", "gradients", "sum_positions"]),
         (gather_windows, ["gather_kernel"]),
+        (decode_freely, ["step", "step", "step_backward", "step_backward"]),
     ],
 )
 def test_every_kernel_is_launched_on_the_device_of_its_tensors(op, kernels, launches):
