@@ -32,10 +32,10 @@ BUDGETS = {
     "net-bert": (265, 12),
     "net-bert today": (295, 12),
     "net-bert in parts": (610, 24),
-    "autoencoder forced": (120, 0),
-    "autoencoder free": (4300, 0),
-    "autoencoder today, forced": (160, 0),
-    "autoencoder today, free": (4300, 0),
+    "autoencoder forced": (118, 0),
+    "autoencoder free": (385, 0),
+    "autoencoder today, forced": (153, 0),
+    "autoencoder today, free": (420, 0),
 }
 UPDATE = 45  # in one part: loading, clipping, meters, AdamW; loss scale and averaged weights are 21 more
 

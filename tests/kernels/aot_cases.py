@@ -13,6 +13,7 @@ import triton.language as tl
 
 from brainflow.kernels import aot
 from brainflow.kernels.dispatch import AotConfig
+from brainflow.kernels.feedback import triton as decoder
 
 ROWS, NETWORKS = 3200, 1024
 
@@ -73,6 +74,32 @@ def means_config(rows):
     )
 
 
+def decoder_config(kernel):
+    """Return a kernel of the decoder that reads its own output, of its top layer at the published size."""
+    rows, width, windows = 5664, 768, 192
+    low = {name: (shape, torch.bfloat16) for name, shape in {
+        "upstream": (rows, width), "keep": (rows, width), "before": (rows, width), "hidden": (rows, width),
+        "later_pre": (rows, width), "d_pre": (rows, width), "inputs": (4 * width, width),
+        "recurrent": (4 * width, width), "output": (width, width), "bias": (4 * width,),
+        "output_bias": (width,), "later_gates": (rows, 4 * width), "later_lowest": (rows, 4 * width),
+        "d_gates": (rows, 4 * width),
+    }.items()}  # fmt: skip
+    wide = {name: (shape, torch.float32) for name, shape in {
+        "below": (rows, width), "pre": (rows, width), "cells": (rows, width), "cells_before": (rows, width),
+        "gates": (rows, 4 * width), "d_cells": (windows, width), "gamma": (width,), "beta": (width,),
+    }.items()}  # fmt: skip
+    known = {**low, **wide, "count": windows, "later": windows, "width": width, "eps": 1e-5}
+    sizes = {"R": decoder.R, "C": decoder.C, "K": decoder.K}
+    constants = {"LOWEST": False, "TOP": True, "START": False, "END": False, "PRECISION": "ieee", **sizes}
+    names = kernel.arg_names
+    return AotConfig(
+        name=kernel.fn.__name__,
+        kernel=kernel,
+        arguments={name: known[name] for name in names if name in known},
+        constants={name: constants[name] for name in names if name in constants},
+    )
+
+
 def main():
     production = {config.name: config for config in aot.configs()}
     gather = production["gather_windows.fp32.fp32.plain"]
@@ -88,11 +115,14 @@ def main():
         "gather 100": (gather, 100),
         "gather bf16": (production["gather_windows.int16.bf16.networks"], 90),
         "loss bf16": (production["masked_loss.gradient.rows.l1.bf16"], 90),
+        "decoder": (decoder_config(decoder.step), 90),
+        "decoder backward": (decoder_config(decoder.step_backward), 90),
     }
     result = {}
     for name, (config, arch) in cases.items():
         report = aot.compile_config(config, arch)
         result[name] = {**report.to_dict(), "problems": aot.problems(config, report)}
+        result[name]["tensor cores"] = "mma" in report.ptx
         try:
             aot.check(config, report)
         except ValueError as error:

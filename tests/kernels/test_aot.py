@@ -32,6 +32,12 @@ def test_good_kernels_pass(cases, name):
     assert 16 <= case["registers"] <= aot.MAX_REGISTERS
 
 
+@pytest.mark.parametrize("name", ["decoder", "decoder backward"])
+def test_the_decoder_multiplies_on_tensor_cores_without_spills(cases, name):
+    assert cases[name]["spills"] == 0
+    assert cases[name]["tensor cores"]
+
+
 def test_wide_accesses_of_the_listing_are_those_of_the_machine_code(cases):
     case = cases["gather 90"]
     assert case["loads"]["store"] == {"128": case["sass"]["LDG.128"]}
