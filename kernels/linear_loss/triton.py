@@ -196,18 +196,18 @@ def _aot_configs() -> list[AotConfig]:
             for code, loss in enumerate(("l1", "mse", "huber")):
                 tile = tile_rows(dtype)
                 programs, bounds = ((count // tile,), torch.float32), ((windows + 1,), torch.int32)
-                by_rows = kind == masks.ALL  # else bounds and sums are passed for what is not read
+                listed = name == "rows"  # else bounds and sums are passed for what is not read
                 result.append(
                     AotConfig(
                         name=f"linear_masked_loss.compare.{name}.{loss}.{short}",
                         kernel=compare,
                         arguments={
                             "pred": ((count, networks), torch.float32),
-                            "bias": ((networks,), torch.float32),
+                            "bias": ((networks,), dtype),
                             "target": ((tokens, networks), dtype),
                             "slope": ((count, networks), dtype),
-                            "rows": ((count,), torch.int64) if by_rows else bounds,
-                            "row_weights": ((count,), torch.float32) if by_rows else programs,
+                            "rows": ((count,), torch.int64) if listed else bounds,
+                            "row_weights": ((count,), torch.float32) if listed else programs,
                             "bounds": bounds,
                             "sums": programs,
                             "weights": programs,
@@ -217,12 +217,12 @@ def _aot_configs() -> list[AotConfig]:
                             "steps": 7,
                             "period": 0,
                             "threshold": 3355443,
-                            "seed": 2**40 + 1,
+                            "seed": 0 if name == "all" else 2**40 + 1,  # which decides its type
                             "offset": 12345,
                         },
                         constants={"KIND": kind, "SPAN": 0 if kind == masks.COLUMNS else 1, "PADDED": False,
-                                   "LOSS": code, "LISTED": name == "rows", "BIASED": True,
-                                   "WEIGHTED": name == "rows", "ACC": tl.float32, "R": tile},
+                                   "LOSS": code, "LISTED": listed, "BIASED": True,
+                                   "WEIGHTED": listed, "ACC": tl.float32, "R": tile},
                         wide=("pred", "target", "slope"),
                         computed=("slope",),
                     )
