@@ -230,30 +230,7 @@ def decode_freely(
     layers: list[tuple[Tensor, Tensor, Tensor]],
     norms: list[tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Return the top layer's hidden states, [T, H] in the type of `start`; differentiable.
-
-    Parameters
-    ----------
-    sizes
-        Windows still running at each step.
-    previous
-        int64 [T], row of the step before in [hidden states; start].
-    eps
-        Of the layer norms.
-    start
-        [W, H], hidden states of all layers before the first step; cells are 0 then.
-    first_bias
-        [4H], biases of the lowest layer at the first step, which reads nothing.
-    output, output_bias
-        [H, H] and [H], projection of what is read at the next step.
-    keep
-        [L, T, H], factors of dropout above each layer, without gradient.
-    layers
-        Weights [4H, H] of what a layer reads and of its hidden state, and biases [4H]. Those of the lowest
-        layer read the top layer's hidden state: `weight @ output` and `weight @ output_bias + bias`.
-    norms
-        Weight and bias of the L - 1 layer norms, float32 [H] each.
-    """
+    """Return the top layer's hidden states, [T, H]."""
     flat = [tensor for group in (*layers, *norms) for tensor in group]
     result: Tensor = _Decoded.apply(sizes, previous, eps, start, first_bias, output, output_bias, keep, *flat)
     return result

@@ -69,6 +69,21 @@ def test_forced_decoding_of_its_own_output_is_free_running():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_free_running_by_the_kernels_of_a_gpu_is_the_loop(layers):
+    """What they are given, computed by their specification."""
+    torch.manual_seed(5)
+    decoder = randomised(Decoder(5, layers, dropout=0.3)).eval()
+    _, steps = make_steps(LENGTHS)
+    pooled = torch.randn(len(LENGTHS), 5, dtype=torch.float64, requires_grad=True)
+    inputs = [pooled, *decoder.parameters()]
+    loop, fused = decoder.run_free(pooled, steps), decoder._run_free_fused(pooled, steps)
+    torch.testing.assert_close(fused, loop, rtol=0, atol=1e-12)
+    grads = (torch.autograd.grad(out.square().sum(), inputs) for out in (loop, fused))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
 def test_every_weight_learns_from_free_running_under_autocast():
     torch.manual_seed(4)
     decoder, pooled = Decoder(8, 2, dropout=0.0), torch.randn(len(LENGTHS), 8)

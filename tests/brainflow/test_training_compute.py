@@ -13,7 +13,8 @@ from brainflow.config import ModelConfig, PretrainConfig, TrainConfig
 from brainflow.kernels.varlen_attention import backends
 from brainflow.models.transformer import Layout, Transformer
 from brainflow.recipes import SIZES, pretraining
-from brainflow.training.compute import describe_compute, settle_precision
+from brainflow.training.compute import compiles, describe_compute, settle_precision
+from brainflow.training.run_dir import saved_config
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -60,6 +61,12 @@ def test_a_run_continues_in_the_precision_that_it_began_with(h100, tmp_path):
     assert settled(config_of(), tmp_path, resume="never").train.precision == "bf16"
 
 
+@pytest.mark.parametrize(("switch", "setting"), [(False, "off"), (True, "on")])
+def test_a_run_that_began_when_compiling_was_a_switch_continues(tmp_path, switch, setting):
+    (tmp_path / "train_config.json").write_text(json.dumps({"train": {"compile": switch}}))
+    assert saved_config(tmp_path)["train"]["compile"] == setting
+
+
 @pytest.mark.parametrize("preset", [*SIZES, "published"])
 @pytest.mark.parametrize("framework", ["csm", "seq-bert", "net-bert"])
 def test_every_preset_reaches_a_flash_kernel_with_nothing_but_torch(h100, tmp_path, preset, framework):
@@ -68,6 +75,11 @@ def test_every_preset_reaches_a_flash_kernel_with_nothing_but_torch(h100, tmp_pa
     assert said.startswith("NVIDIA H100 80GB HBM3, precision bf16, attention torch (the first flash kernel")
     assert "torch cannot drop attention weights, so dropout 0.1 is elsewhere only" in said
     assert said.endswith("; blocks compiled")
+
+
+def test_blocks_are_compiled_on_gpus_and_where_it_is_asked_for():
+    assert [compiles(wanted, GPU) for wanted in ("auto", "on", "off")] == [True, True, False]
+    assert [compiles(wanted, CPU) for wanted in ("auto", "on", "off")] == [False, True, False]
 
 
 def test_the_autoencoder_has_no_attention(h100):

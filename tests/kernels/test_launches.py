@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-from brainflow.kernels import MaskSpec, feedback
+from brainflow.kernels import MaskSpec
+from brainflow.kernels.feedback import triton as feedback
 from brainflow.kernels.gathering import triton as gather
 from brainflow.kernels.linear_loss import triton as linear
 from brainflow.kernels.loss import triton as loss
