@@ -28,7 +28,7 @@ MASKS = {
 LOSSES = ["l1", "mse", "huber"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CALLS = list(product(MASKS, LOSSES, DTYPES))
-LINEAR_CALLS = list(product(["rows", "columns"], LOSSES, DTYPES))
+LINEAR_CALLS = list(product(["rows", "all", "columns"], LOSSES, DTYPES))
 
 
 @pytest.fixture(scope="module")
