@@ -312,12 +312,30 @@ def _static() -> int:
             if name in accesses
         )
 
-    columns = ("kernel", "sm", "warps", "registers", "spills", "shared", "loads", "stores", "check")
+    columns = (
+        "kernel",
+        "sm",
+        "warps",
+        "registers",
+        "spills",
+        "shared",
+        "resident warps",
+        "loads",
+        "stores",
+        "check",
+    )
     table = Table(title="Triton kernels compiled ahead of time")
     for column in columns:
         table.add_column(column, no_wrap=True)
     for config, report in aot.compile_all([80, 90, 100]):
-        numbers = (report.arch, report.num_warps, report.registers, report.spills, report.shared)
+        numbers = (
+            report.arch,
+            report.num_warps,
+            report.registers,
+            report.spills,
+            report.shared,
+            report.resident_warps,
+        )
         table.add_row(
             report.name,
             *map(str, numbers),

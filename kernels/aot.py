@@ -34,6 +34,8 @@ from .dispatch import AotConfig, interpreting
 ARCHS = (80, 90, 100)
 OPS = ("masking", "loss", "linear_loss", "gathering")
 MAX_REGISTERS = 80
+SHARED = {80: 164, 90: 228, 100: 228}
+"""KiB of shared memory of a multiprocessor; each block takes 1 KiB beside its own."""
 WIDE = 128
 
 
@@ -66,10 +68,18 @@ class Report:
     ptx: str = field(repr=False)
     cubin: bytes = field(repr=False)
 
+    @property
+    def resident_warps(self) -> int:
+        """How many of a multiprocessor's 64 warps registers and shared memory leave room for."""
+        of_warp = -(-self.registers * 32 // 256) * 256
+        blocks = 65_536 // (of_warp * self.num_warps), SHARED[self.arch] * 1024 // (self.shared + 1024)
+        return min(64, 32 * self.num_warps, self.num_warps * min(blocks))
+
     def to_dict(self) -> dict[str, Any]:
         """Return all but the code, ready for JSON."""
         skip = ("ptx", "cubin")
-        return {k: v for k, v in self.__dict__.items() if k not in skip}
+        kept = {k: v for k, v in self.__dict__.items() if k not in skip}
+        return {**kept, "resident_warps": self.resident_warps}
 
 
 def configs() -> list[AotConfig]:
@@ -115,7 +125,8 @@ def compile_config(config: AotConfig, arch: int) -> Report:
     ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
     registers, spills = _ptxas(ptx, arch)
     runtime = {name: kind for name, kind in source.signature.items() if kind != "constexpr"}
-    loads, stores = accesses(ptx, list(runtime))
+    pointers = [name if kind.startswith("*") else "" for name, kind in runtime.items()]
+    loads, stores = accesses(ptx, pointers)
     names = list(source.signature)
     header = ptx[ptx.index(".entry") : ptx.index("{", ptx.index(".entry"))]
     return Report(
@@ -142,8 +153,9 @@ def problems(config: AotConfig, report: Report) -> list[str]:
     found = []
     if report.spills:
         found.append(f"spills: got {report.spills} bytes, expected 0; make the tile smaller")
-    if report.registers > MAX_REGISTERS:
-        found.append(f"registers: got {report.registers} a thread, expected at most {MAX_REGISTERS}")
+    allowed = MAX_REGISTERS if config.max_registers is None else config.max_registers
+    if report.registers > allowed:
+        found.append(f"registers: got {report.registers} a thread, expected at most {allowed}")
     for name in config.wide:
         seen = {"load": report.loads.get(name, {}), "store": report.stores.get(name, {})}
         if not any(seen.values()):
@@ -177,7 +189,7 @@ def accesses(
     ptx
         The listing.
     parameters
-        Names of the parameters in the order of the kernel's signature in the listing.
+        Names of the parameters in the order of the kernel's signature in the listing; "" for a number.
 
     Returns
     -------
@@ -214,7 +226,7 @@ def _follow(line: str, origin: dict[str, frozenset[str]], parameters: Sequence[s
     operation, target, rest = match.groups()
     if operation.startswith("ld.param"):
         index = re.search(r"_param_(\d+)", rest)
-        names = {parameters[int(index[1])]} if index and int(index[1]) < len(parameters) else set()
+        names = {parameters[int(index[1])]} - {""} if index and int(index[1]) < len(parameters) else set()
     elif operation.startswith(("ld.", "atom.")):
         return
     else:

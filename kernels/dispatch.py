@@ -144,5 +144,7 @@ class AotConfig:
     num_warps: int = 4
     wide: tuple[str, ...] = ()
     """Arguments of shape [tokens, networks]: every load and store of theirs must be 128-bit wide."""
+    max_registers: int | None = None
+    """A thread, where a program's tiles take more than :data:`aot.MAX_REGISTERS`."""
     computed: tuple[str, ...] = ()
     """Arguments whose stores hold computed values: bfloat16 must be rounded to nearest (cvt.rn.bf16)."""
