@@ -9,6 +9,7 @@ __all__ = [
     "linear_masked_loss",
     "mask_tokens",
     "masked_loss",
+    "qkv_attention",
     "shifted_attention",
 ]
 
@@ -18,7 +19,7 @@ if __name__ != "kernels":
     from .loss import masked_loss
     from .masking import mask_tokens
     from .masks import MaskSpec
-    from .varlen_attention import attention, shifted_attention
+    from .varlen_attention import attention, qkv_attention, shifted_attention
 else:
     # In a checkout whose root is on the path, transformers' look for a package `kernels` ends here. A version
     # this low tells it that the package it means is not installed; an ImportError would be its end. To import

@@ -32,7 +32,7 @@ from triton.runtime.jit import create_function_from_signature
 from .dispatch import AotConfig, interpreting
 
 ARCHS = (80, 90, 100)
-OPS = ("masking", "loss", "linear_loss", "gathering")
+OPS = ("masking", "loss", "linear_loss", "gathering", "varlen_attention")
 MAX_REGISTERS = 80
 SHARED = {80: 164, 90: 228, 100: 228}
 """KiB of shared memory of a multiprocessor; each block takes 1 KiB beside its own."""

@@ -13,13 +13,14 @@ from torch import Tensor
 _LEVELS = 1 << 16
 
 
-def _dropped(p: float) -> int:
+def dropped(p: float) -> int:
+    """Return how many of the 65,536 numbers drop a value."""
     return min(_LEVELS - 1, round(p * _LEVELS))
 
 
 def kept(p: float) -> float:
     """Return the probability with which a value is kept at a dropout probability p in [0, 1)."""
-    return 1.0 - _dropped(p) / _LEVELS
+    return 1.0 - dropped(p) / _LEVELS
 
 
 def random_words(count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -31,7 +32,7 @@ def random_words(count: int, device: torch.device, generator: torch.Generator | 
 def keep_words(words: Tensor, p: float, like: Tensor) -> Tensor:
     """Return 1 where a value of `like`'s shape is kept and 0 where it is dropped, in its dtype."""
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    return torch.ge(words.view(like.shape), _dropped(p) - _LEVELS // 2, out=out)
+    return torch.ge(words.view(like.shape), dropped(p) - _LEVELS // 2, out=out)
 
 
 def keep_mask(like: Tensor, p: float, generator: torch.Generator) -> Tensor:

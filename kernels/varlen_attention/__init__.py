@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import naive, ops, shifted
+from . import naive, ops, shifted, window
 from .backends import choose, settle
 from .checks import check_dropout, check_shapes
 
-__all__ = ["attention", "settle", "shifted_attention"]
+__all__ = ["attention", "qkv_attention", "settle", "shifted_attention"]
 
 
 def attention(
@@ -48,7 +48,8 @@ def attention(
     return_lse
         Also return log Σ exp(scores), float32 [tokens, heads] (float64 beside float64), differentiable.
     impl
-        "fa4", "fa2", "torch", "fallback", "naive", or None: the best of those that are installed and can.
+        "window", "fa4", "fa2", "torch", "fallback", "naive", or None: on CUDA the first of these that is
+        installed and can (window.py says why "window" comes first), on the CPU the fallback.
 
     Returns
     -------
@@ -75,7 +76,11 @@ def attention(
         out, lse = naive.attention(q, k, v, cu_seqlens, causal=causal, softmax_scale=scale)
         out, lse = out.to(q.dtype), lse.to(ops.lse_dtype(q))
     else:
-        impl = choose(q, cu_seqlens.shape[0] - 1, dropout_p, impl)
+        impl = choose(q, cu_seqlens.shape[0] - 1, max_seqlen, dropout_p, impl)
+        if impl == "window":
+            rest = (cu_seqlens, max_seqlen, "one", causal, dropout_p, scale, return_lse)
+            out, lse = window.attention(q, k, v, *rest)
+            return (out, lse) if return_lse else out
         out, lse, _ = ops.attention(q, k, v, cu_seqlens, max_seqlen, causal, dropout_p, scale, impl)
     return (out, lse) if return_lse else out
 
@@ -132,10 +137,85 @@ def shifted_attention(
         check_dropout(dropout_p)
         out, _ = naive.shifted_attention(q, k, v, k_self, v_self, cu_seqlens, softmax_scale=scale)
         return out.to(q.dtype)
-    impl = choose(q, cu_seqlens.shape[0] - 1, dropout_p, impl)
+    impl = choose(q, cu_seqlens.shape[0] - 1, 2 * max_seqlen, dropout_p, impl)
+    if impl == "window":
+        both = torch.cat((torch.stack((q.detach(), k, v), 1), torch.stack((q, k_self, v_self), 1)))
+        rest = (cu_seqlens, max_seqlen, "second", True, dropout_p, scale, False)
+        return window.attention(both, None, None, *rest)[0]
     return shifted.shifted_attention(q, k, v, k_self, v_self, cu_seqlens, max_seqlen, dropout_p, scale, impl)[
         0
     ]
+
+
+def qkv_attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    *,
+    streams: str = "one",
+    impl: str | None = None,
+) -> Tensor:
+    """Attend as a transformer does whose queries, keys and values come from one projection.
+
+    The kernels of `impl="window"` compute it in one launch forward and one backward, both streams, too.
+
+    Parameters
+    ----------
+    qkv
+        [tokens, 3, heads, head_dim]; of two streams [2 · tokens, 3, heads, head_dim], the first one above.
+    cu_seqlens, max_seqlen, causal, dropout_p, softmax_scale, impl
+        As in :func:`attention`; of the first stream's tokens. Two streams are causal in any case.
+    streams
+        "one"; "two": :func:`attention` of the first, :func:`shifted_attention` of the second; "second": the
+        latter alone.
+
+    Returns
+    -------
+    Tensor
+        [tokens, heads, head_dim]; of "two" [2 · tokens, heads, head_dim].
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in :func:`attention`.
+
+    Examples
+    --------
+    >>> qkv = torch.randn(2 * 5, 3, 2, 8)
+    >>> windows = torch.tensor([0, 2, 5], dtype=torch.int32)
+    >>> qkv_attention(qkv, windows, 3, streams="two").shape
+    torch.Size([10, 2, 8])
+    """
+    if streams not in ("one", "two", "second"):
+        raise ValueError(f"streams: got {streams!r}, expected 'one', 'two' or 'second'")
+    count = 1 if streams == "one" else 2
+    if qkv.dim() != 4 or qkv.shape[1] != 3 or qkv.shape[0] % count:
+        rows = "tokens" if count == 1 else "2 · tokens"
+        raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, expected [{rows}, 3, heads, head_dim]")
+    (qkv,) = _autocast(qkv)
+    *first, last = qkv.unflatten(0, (count, -1)).unbind(0)
+    q, k, v = (first[0] if first else last).unbind(1)
+    check_shapes(q, {}, cu_seqlens, max_seqlen)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if impl != "naive":
+        impl = choose(q, cu_seqlens.shape[0] - 1, count * max_seqlen, dropout_p, impl)
+    if impl == "window":
+        rest = (cu_seqlens, max_seqlen, streams, causal, dropout_p, scale, False)
+        return window.attention(qkv, None, None, *rest)[0]
+    parts = []
+    if streams != "second":
+        out = attention(q, k, v, cu_seqlens, max_seqlen, causal or count == 2, dropout_p, scale, impl=impl)
+        assert isinstance(out, Tensor)  # no log-sum-exp was asked for
+        parts.append(out)
+    if count == 2:
+        q2, k2, v2 = last.unbind(1)
+        parts.append(
+            shifted_attention(q2, k, v, k2, v2, cu_seqlens, max_seqlen, scale, dropout_p=dropout_p, impl=impl)
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

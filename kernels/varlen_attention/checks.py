@@ -6,11 +6,14 @@ only where reading costs no synchronisation: on CPU tensors (:func:`host_lengths
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from .. import dispatch
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -29,6 +32,10 @@ class Limits:
     dropout: bool = False
     index_limit: int | None = None
     """Bound of (tokens + 128 · windows) · heads · head_dim, where the backend counts in int32."""
+    interpreted: bool = False
+    """Whether it also takes CPU tensors under Triton's interpreter."""
+    longest: Callable[[torch.dtype], int] | None = None
+    """Tokens of the longest window that it takes, both streams counted where there are two."""
 
 
 def check_shapes(q: Tensor, named: dict[str, Tensor], cu_seqlens: Tensor, max_seqlen: int) -> None:
@@ -77,11 +84,12 @@ def check_shapes(q: Tensor, named: dict[str, Tensor], cu_seqlens: Tensor, max_se
         raise ValueError(f"max_seqlen: got {max_seqlen}, expected at least 1 token")
 
 
-def refusal(limits: Limits, q: Tensor, windows: int, dropout_p: float) -> Exception | None:
+def refusal(limits: Limits, q: Tensor, windows: int, max_seqlen: int, dropout_p: float) -> Exception | None:
     """Return the error to raise if a backend cannot compute this, or None if it can."""
     tokens, heads, head_dim = q.shape
     who = f'impl="{limits.name}"'
-    if q.device.type not in limits.devices:
+    on_cpu = q.device.type == "cpu" and limits.interpreted and dispatch.interpreting()
+    if q.device.type not in limits.devices and not on_cpu:
         expected = " or ".join(limits.devices)
         return ValueError(f"q: got a tensor on {q.device}, expected one on {expected} for {who}")
     if q.dtype not in limits.dtypes:
@@ -95,7 +103,12 @@ def refusal(limits: Limits, q: Tensor, windows: int, dropout_p: float) -> Except
     if dropout_p > 0.0 and not limits.dropout:
         return ValueError(
             f"dropout_p: got {dropout_p}, expected 0 for {who}, which cannot drop attention weights; "
-            'impl="fa2" and impl="fallback" can'
+            'impl="window", "fa2" and "fallback" can'
+        )
+    if limits.longest is not None and max_seqlen > limits.longest(q.dtype):
+        return ValueError(
+            f"max_seqlen: got {max_seqlen} (two streams count twice), expected at most "
+            f"{limits.longest(q.dtype)} tokens in {q.dtype} for {who}"
         )
     elements = (tokens + 128 * windows) * heads * head_dim
     if limits.index_limit is not None and elements >= limits.index_limit:

@@ -90,7 +90,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _state: None) 
     head_dim = q.shape[-1]
     if dlse is not None:
         dout, q, k, v, out = _carry_lse_gradient(dout, dlse, q, k, v, out)
-        problem = refusal(BACKENDS[ctx.rest[-1]].LIMITS, q, cu_seqlens.shape[0] - 1, 0.0)
+        problem = refusal(BACKENDS[ctx.rest[-1]].LIMITS, q, cu_seqlens.shape[0] - 1, ctx.rest[0], 0.0)
         if problem is not None:
             raise problem
     grads = torch.ops.brainflow.attention_backward(dout, q, k, v, out, lse, state, cu_seqlens, *ctx.rest)

@@ -201,7 +201,7 @@ REFUSED = {
     "max_seqlen: got 0": {"max_seqlen": 0},
     "max_seqlen: got Tensor, expected an int": {"max_seqlen": torch.tensor(3)},
     "dropout_p: got 1.0": {"dropout_p": 1.0},
-    "impl: got 'triton', expected one of 'naive', 'fa4'": {"impl": "triton"},
+    "impl: got 'triton', expected one of 'naive', 'window'": {"impl": "triton"},
     'dropout_p: got 0.1, expected 0 for impl="naive"': {"impl": "naive", "dropout_p": 0.1},
 }
 

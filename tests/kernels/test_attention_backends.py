@@ -15,7 +15,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from brainflow.kernels.testing import error_ratio
-from brainflow.kernels.varlen_attention import attention, backends, fa2, fa4, shifted_attention, torch_varlen
+from brainflow.kernels.varlen_attention import (
+    attention,
+    backends,
+    fa2,
+    fa4,
+    qkv_attention,
+    shifted_attention,
+    torch_varlen,
+)
 
 LENGTHS = [5, 1, 9, 3]
 FA2_FORWARD = (
@@ -317,23 +325,25 @@ def test_refuses_the_region_where_int32_overflows():
         q = torch.empty(tokens, heads, head_dim, dtype=torch.bfloat16, device="cuda")
         for impl in ("fa2", "torch"):
             limits = backends.BACKENDS[impl].LIMITS
-            assert backends.refusal(limits, q, windows, 0.0) is None
-            assert "2147483648" in str(backends.refusal(limits, q, 1_100, 0.0))
-        assert backends.refusal(fa4.LIMITS, q, 1_100, 0.0) is None
+            assert backends.refusal(limits, q, windows, 9, 0.0) is None
+            assert "2147483648" in str(backends.refusal(limits, q, 1_100, 9, 0.0))
+        assert backends.refusal(fa4.LIMITS, q, 1_100, 9, 0.0) is None
 
 
-def fake_choice(monkeypatch, installed, capability=(9, 0), dtype=torch.bfloat16, head_dim=64, dropout_p=0.0):
+def fake_choice(
+    monkeypatch, installed, longest=129, capability=(9, 0), dtype=torch.bfloat16, head_dim=64, dropout_p=0.0
+):
     for name, module in backends.BACKENDS.items():
         monkeypatch.setattr(module, "installed", lambda name=name: name in installed)
     monkeypatch.setattr(backends, "_capability", lambda index: capability)
     with FakeTensorMode():
         q = torch.empty(10, 2, head_dim, dtype=dtype, device="cuda")
-        return backends.choose(q, 2, dropout_p, None)
+        return backends.choose(q, 2, longest, dropout_p, None)
 
 
-@pytest.mark.filterwarnings("ignore:attention. no flash kernel:UserWarning")
+@pytest.mark.filterwarnings("ignore:attention. no kernel for GPUs:UserWarning")
 def test_choice_by_device_and_what_is_installed(monkeypatch):
-    everything = {"fa4", "fa2", "torch", "fallback"}
+    everything = {"window", "fa4", "fa2", "torch", "fallback"}
     assert fake_choice(monkeypatch, everything) == "fa4"
     assert fake_choice(monkeypatch, everything, dropout_p=0.1) == "fa2"
     assert fake_choice(monkeypatch, everything, capability=(8, 0)) == "fa2"
@@ -342,10 +352,42 @@ def test_choice_by_device_and_what_is_installed(monkeypatch):
     assert fake_choice(monkeypatch, everything - {"fa4", "fa2"}, dropout_p=0.1) == "fallback"
     assert fake_choice(monkeypatch, everything, dtype=torch.float32) == "fallback"
     assert fake_choice(monkeypatch, everything, capability=(7, 5)) == "fallback"
-    assert backends.choose(torch.empty(1, 1, 8), 1, 0.0, None) == "fallback"
+    assert backends.choose(torch.empty(1, 1, 8), 1, 1, 0.0, None) == "fallback"
 
 
-@pytest.mark.parametrize("impl", ["fa2", "fa4", "torch"])
+@pytest.mark.filterwarnings("ignore:attention. no kernel for GPUs:UserWarning")
+def test_short_windows_go_to_the_kernels_for_them_whatever_dropout_and_precision(monkeypatch):
+    everything = {"window", "fa4", "fa2", "torch", "fallback"}
+
+    def choice(longest, **changes):
+        return fake_choice(monkeypatch, everything, longest, **changes)
+
+    assert choice(128) == choice(1, dropout_p=0.1) == choice(128, head_dim=12) == "window"
+    assert choice(129) == choice(128, head_dim=128) == "fa4"
+    assert choice(128, capability=(7, 5)) == choice(33, dtype=torch.float32) == "fallback"
+    assert choice(32, dtype=torch.float32, dropout_p=0.1) == "window"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert choice(64, dtype=torch.float32) == "window"
+        assert choice(65, dtype=torch.float32) == "fallback"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_limit_counts_both_streams(monkeypatch):
+    with FakeTensorMode():
+        qkv = torch.empty(260, 3, 2, 64, dtype=torch.bfloat16, device="cuda")
+        windows = torch.empty(3, dtype=torch.int32, device="cuda")
+        assert qkv_attention(qkv, windows, 64, streams="two", impl="window").shape == (260, 2, 64)
+        for streams in ("two", "second"):
+            with pytest.raises(
+                ValueError, match=r"max_seqlen: got 130 \(two streams count twice\), expected"
+            ):
+                qkv_attention(qkv, windows, 65, streams=streams, impl="window")
+        assert qkv_attention(qkv, windows, 128, impl="window").shape == (260, 2, 64)
+
+
+@pytest.mark.parametrize("impl", ["window", "fa2", "fa4", "torch"])
 def test_cpu_tensors_are_refused(impl, monkeypatch):
     monkeypatch.setattr(backends.BACKENDS[impl], "installed", lambda: True)
     with pytest.raises(ValueError, match="q: got a tensor on cpu, expected one on cuda"):

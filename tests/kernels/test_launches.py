@@ -2,12 +2,13 @@
 
 import gc
 import sys
+from unittest import mock
 
 import pytest
 import torch
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-from brainflow.kernels import MaskSpec
+from brainflow.kernels import MaskSpec, dispatch, qkv_attention
 from brainflow.kernels.feedback import triton as feedback
 from brainflow.kernels.gathering import triton as gather
 from brainflow.kernels.linear_loss import triton as linear
@@ -54,6 +55,12 @@ def decode_freely():
     ).sum().backward()  # fmt: skip
 
 
+def window_attention():
+    qkv = torch.randn(2 * ROWS, 3, 2, 16, dtype=torch.bfloat16, requires_grad=True)
+    with mock.patch.object(dispatch, "interpreting", return_value=True):  # CPU tensors stand in
+        qkv_attention(qkv, BOUNDS, 34, dropout_p=0.1, streams="two", impl="window").sum().backward()
+
+
 @pytest.mark.parametrize(
     ("op", "kernels"),
     [
@@ -62,6 +69,7 @@ def decode_freely():
         (mask_tokens, ["replace", "gradients", "sum_positions"]),
         (gather_windows, ["gather_kernel"]),
         (decode_freely, ["step", "step", "step_backward", "step_backward"]),
+        (window_attention, ["attend", "attend_backward"]),
     ],
 )
 def test_every_kernel_is_launched_on_the_device_of_its_tensors(op, kernels, launches):
