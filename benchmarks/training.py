@@ -208,7 +208,7 @@ def _backend(config: ModelConfig, precision: str, windows: int, device: str) -> 
     q = torch.empty(
         windows, config.heads, config.width // config.heads, device=device, dtype=DTYPES[precision]
     )
-    return choose(q, windows, 0.0, None)
+    return choose(q, windows, 2 * 49 + 3, 0.0, None)  # two streams, or two windows and their special tokens
 
 
 def count_work(module: Framework, config: ModelConfig, batch: PackedBatch) -> Work:

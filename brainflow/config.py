@@ -49,10 +49,11 @@ class ModelConfig:
     mean of the nearest time points that are not masked."""
     teacher_forcing: float = 0.5
     """Autoencoder: probability that a batch is decoded from the true values before each time point."""
-    attention: Literal["auto", "fa4", "fa2", "torch", "fallback"] = "auto"
-    """Attention kernel on GPUs: flash-attn 4 or 2, torch's own, or plain PyTorch, many times as slow. `auto`
-    takes the best flash kernel that is installed, one that can drop attention weights first; where it cannot,
-    none are dropped. All but `fallback` need bf16 or fp16."""
+    attention: Literal["auto", "window", "fa4", "fa2", "torch", "fallback"] = "auto"
+    """Attention kernel on GPUs: `window`, this package's own for windows of up to 128 tokens (64 in two
+    streams), flash-attn 4 or 2, torch's own, or plain PyTorch, many times as slow. `auto` takes the first of
+    these that is installed and can, one that can drop attention weights before others; where it cannot, none
+    are dropped. fa4, fa2 and torch need bf16 or fp16."""
     recompute: bool = False
     """Activation checkpointing of the transformer: less memory, about a third more time."""
     positions: Literal["learned", "rotary", "seconds"] = "learned"

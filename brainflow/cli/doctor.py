@@ -121,8 +121,12 @@ def _attention() -> str:
     if not torch.cuda.is_available():
         return "plain PyTorch (no GPU)"
     q = torch.empty(2, 12, 64, dtype=torch.bfloat16, device="cuda")
-    reasons = backends.no_flash(q, 1, 0.0)
-    return f"fallback ({reasons})" if reasons else f"{backends.settle(q, 1, 0.1, None)[0]}, in bf16 and fp16"
+    short = backends.BACKENDS["window"].longest(q.dtype)
+    reasons = backends.no_kernel(q, 1, short + 1, 0.0)
+    long = f"fallback ({reasons})" if reasons else backends.settle(q, 1, short + 1, 0.1, None)[0]
+    if backends.why_not("window", q, 1, short, 0.1) is None:
+        return f"window up to {short} tokens, {long} beyond, in bf16 and fp16"
+    return long
 
 
 def _version(package: str) -> str | None:

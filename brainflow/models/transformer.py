@@ -12,7 +12,7 @@ time points before i and itself, never a time point i or later and never another
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from brainflow.config import ModelConfig
-from brainflow.kernels import attention, shifted_attention
+from brainflow.kernels import qkv_attention
 from brainflow.kernels.varlen_attention import settle
 from brainflow.models.dropout import Dropout
 from brainflow.models.rotary import rotate, rotation
@@ -77,25 +77,11 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         if turn is not None:
             qkv = rotate(qkv, turn)
-        impl, p = settle(qkv[:, 0], cu.shape[0] - 1, p, self.backend)
-        if streams == "one":
-            q, k, v = qkv.unbind(1)
-            mixed = _attend(q, k, v, cu, longest, self.causal, p, impl)
-        else:
-            points, queries = qkv.unflatten(0, (2, -1)).unbind(0)
-            q, k, v = points.unbind(1)
-            q2, k2, v2 = queries.unbind(1)
-            mixed = shifted_attention(q2, k, v, k2, v2, cu, longest, dropout_p=p, impl=impl)
-            if streams == "two":
-                mixed = torch.cat((_attend(q, k, v, cu, longest, True, p, impl), mixed))
+        asking = longest if streams == "one" else 2 * longest
+        impl, p = settle(qkv[:, 0], cu.shape[0] - 1, asking, p, self.backend)
+        mixed = qkv_attention(qkv, cu, longest, self.causal, p, streams=streams, impl=impl)
         mixed = mixed if rows is None else mixed.index_select(0, rows)
         return self.out(mixed.flatten(1))
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, causal: bool, p: float, impl: str
-) -> Tensor:
-    return cast(Tensor, attention(q, k, v, cu, longest, causal=causal, dropout_p=p, impl=impl))
 
 
 class FeedForward(nn.Module):

@@ -59,23 +59,32 @@ def describe_compute(config: PretrainConfig, device: torch.device) -> str:
     dtype = HALF.get(precision, torch.float32)
     q = torch.empty(2, model.heads, model.width // model.heads, dtype=dtype, device=device)
     asked = None if model.attention == "auto" else model.attention
-    if asked is None and (reason := backends.no_flash(q, 1, 0.0)):
+    allow_tf32(precision == "tf32")  # which kernels can compute this depends on it
+    longest = _longest(config)
+    if asked is None and (reason := backends.no_kernel(q, 1, longest, 0.0)):
         raise ValueError(
-            f"model.attention: got auto with train.precision {precision} on {name}, where no flash kernel "
+            f"model.attention: got auto with train.precision {precision} on {name}, where no kernel for GPUs "
             f"runs ({reason}); take --train.precision bf16 if the GPU has it, or --model.attention fallback, "
             "which is many times as slow"
         )
     try:
-        backend, dropout = backends.settle(q, 1, model.dropout, asked)
+        backend, dropout = backends.settle(q, 1, longest, model.dropout, asked)
     except (ValueError, TypeError) as error:
         raise ValueError(f"model.attention: got {asked}; {error}") from error
-    why = "the first flash kernel that is installed and can" if asked is None else "as asked for"
+    why = "the first kernel that is installed and can" if asked is None else "as asked for"
     line += f", attention {backend} ({why})"
     if dropout != model.dropout:
         line += f"; {backend} cannot drop attention weights, so dropout {model.dropout:g} is elsewhere only"
     if backend == "fallback":
-        line += "; it stops the GPU and is many times as slow as a flash kernel"
+        line += "; it stops the GPU and is many times as slow as a kernel of its own"
     return line + blocks
+
+
+def _longest(config: PretrainConfig) -> int:
+    """Return how many tokens a window has at most, both streams counted where a model has two."""
+    model = config.model
+    tokens = config.data.seq_max - 1 + framework_spec(model.framework).special_tokens
+    return 2 * tokens if (model.framework, model.masking) == ("csm", "dense") else tokens
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

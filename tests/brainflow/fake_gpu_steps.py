@@ -29,6 +29,7 @@ from brainflow.kernels.linear_loss import triton as linear
 from brainflow.kernels.loss import triton as loss
 from brainflow.kernels.masking import triton as tokens
 from brainflow.kernels.varlen_attention import backends, ops, shifted
+from brainflow.kernels.varlen_attention import triton as window
 from brainflow.models import autoencoder
 from brainflow.recipes import today
 from brainflow.storage import BoldStore
@@ -44,7 +45,7 @@ FREE = ("detach", "alias", "_unsafe_view", "lift_fresh")
 OPS = (
     loss._forward, loss._backward, linear.linear_masked_loss, tokens.mask_tokens, tokens.mask_tokens_backward,
     gather.gather_windows, ops.attention, ops.attention_backward, shifted.shifted_attention,
-    shifted.shifted_attention_backward,
+    shifted.shifted_attention_backward, window.window_attention, window.window_attention_backward,
 )  # fmt: skip
 BODIES = {op._qualname: op._init_fn for op in OPS}
 
@@ -87,7 +88,8 @@ class FakeGpu(TorchDispatchMode):
             with self, torch.no_grad():
                 out = BODIES[func._schema.name](*args, **kwargs)
             if "attention" in name:
-                self.backends |= {x for x in args if x in backends.BACKENDS}
+                asked = {x for x in args if x in backends.BACKENDS}
+                self.backends |= {"window"} if "window" in name else asked
                 self.attention += self.launches.total() - before
             return out
         self._look(name, args, kwargs, given)

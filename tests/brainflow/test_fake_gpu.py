@@ -1,4 +1,4 @@
-"""A step asks nothing of the GPU, launches few kernels, and attention runs on a flash kernel by default.
+"""A step asks nothing of the GPU, launches few kernels, and attention has a kernel of its own, by default.
 
 Real optimizer steps run on fake CUDA tensors (fake_gpu_steps.py) over a GPU that does nothing (fake_gpu.cpp).
 """
@@ -83,7 +83,7 @@ def test_a_step_launches_no_more_than_its_budget(steps, case):
     assert steps[case]["update"] <= UPDATE * parts + more
 
 
-def test_attention_runs_on_a_flash_kernel_with_nothing_but_torch(steps):
+def test_attention_takes_the_kernels_for_short_windows(steps):
     for case, step in steps.items():
-        assert step["backends"] == ([] if "autoencoder" in case else ["torch"])
+        assert step["backends"] == ([] if "autoencoder" in case else ["window"])
         assert f"precision {'fp16' if 'fp16' in case else 'bf16'}" in step["said"]

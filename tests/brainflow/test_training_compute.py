@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from brainflow.cli import doctor
-from brainflow.config import ModelConfig, PretrainConfig, TrainConfig
+from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from brainflow.kernels.varlen_attention import backends
 from brainflow.models.transformer import Layout, Transformer
 from brainflow.recipes import SIZES, pretraining
@@ -36,6 +36,7 @@ def config_of(framework="csm", **changes):
     return PretrainConfig(
         store="store",
         out="out",
+        data=DataConfig(seq_max=changes.pop("seq_max", 50)),
         model=ModelConfig(framework=framework, **model),
         train=TrainConfig(**changes),
     )
@@ -69,17 +70,33 @@ def test_a_run_that_began_when_compiling_was_a_switch_continues(tmp_path, switch
 
 @pytest.mark.parametrize("preset", [*SIZES, "published"])
 @pytest.mark.parametrize("framework", ["csm", "seq-bert", "net-bert"])
-def test_every_preset_reaches_a_flash_kernel_with_nothing_but_torch(h100, tmp_path, preset, framework):
+def test_every_preset_reaches_a_kernel_for_gpus_with_nothing_but_torch(h100, tmp_path, preset, framework):
     config = settled(pretraining("store", "out", preset_name=preset, framework=framework), tmp_path)
     said = describe_compute(config, GPU)
-    assert said.startswith("NVIDIA H100 80GB HBM3, precision bf16, attention torch (the first flash kernel")
-    assert "torch cannot drop attention weights, so dropout 0.1 is elsewhere only" in said
+    kernel = "torch" if preset == "1b" else "window"  # heads of 128
+    assert said.startswith(f"NVIDIA H100 80GB HBM3, precision bf16, attention {kernel} (the first kernel")
+    assert ("torch cannot drop attention weights, so dropout 0.1 is" in said) == (kernel == "torch")
     assert said.endswith("; blocks compiled")
 
 
 def test_blocks_are_compiled_on_gpus_and_where_it_is_asked_for():
     assert [compiles(wanted, GPU) for wanted in ("auto", "on", "off")] == [True, True, False]
     assert [compiles(wanted, CPU) for wanted in ("auto", "on", "off")] == [False, True, False]
+
+
+def test_long_windows_go_to_a_flash_kernel(h100):
+    def said(framework, seq_max, **changes):
+        return describe_compute(config_of(framework, seq_max=seq_max, **changes), GPU)
+
+    assert "attention window" in said(
+        "csm", 65, precision="bf16"
+    )  # windows have up to seq_max - 1 time points
+    assert "attention torch" in said("csm", 66, precision="bf16")  # two streams
+    assert "attention window" in said("seq-bert", 126, precision="bf16")  # and three special tokens
+    assert "attention torch" in said("seq-bert", 127, precision="bf16")
+    assert "attention window" in said("seq-bert", 62, precision="tf32")
+    assert "attention window" in said("csm", 17, precision="fp32")
+    assert "attention torch (as asked for)" in said("csm", 50, precision="bf16", attention="torch")
 
 
 def test_the_autoencoder_has_no_attention(h100):
@@ -93,9 +110,9 @@ def test_the_autoencoder_has_no_attention(h100):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"precision": "fp32"}, r"no flash kernel runs .*torch\.float32.*--train\.precision bf16"),
+        ({"precision": "fp32"}, r"no kernel for GPUs runs .*torch\.float32.*--train\.precision bf16"),
         ({"precision": "tf32"}, r"take --train\.precision bf16 if .* or --model\.attention fallback"),
-        ({"precision": "bf16", "width": 768, "heads": 64}, "got head_dim 12"),
+        ({"precision": "bf16", "width": 768, "heads": 64, "seq_max": 200}, "got head_dim 12"),
         ({"precision": "bf16", "attention": "fa2"}, "model.attention: got fa2; .* not installed"),
         ({"precision": "fp32", "attention": "torch"}, "model.attention: got torch; q: got torch.float32"),
     ],
@@ -117,20 +134,20 @@ def test_flash_attention_2_is_preferred_because_it_drops_weights(h100, monkeypat
     for name in ("fa2", "fa4"):
         monkeypatch.setattr(backends.BACKENDS[name], "installed", lambda: True)
     q = torch.empty(2, 12, 64, dtype=torch.bfloat16, device=GPU)
-    assert backends.settle(q, 1, 0.1, None) == ("fa2", 0.1)
-    assert backends.settle(q, 1, 0.0, None) == ("fa4", 0.0)
-    assert backends.settle(q, 1, 0.1, "fa4") == ("fa4", 0.0)
-    assert backends.settle(q, 1, 0.1, "fallback") == ("fallback", 0.1)
+    assert backends.settle(q, 1, 129, 0.1, None) == ("fa2", 0.1)
+    assert backends.settle(q, 1, 129, 0.0, None) == ("fa4", 0.0)
+    assert backends.settle(q, 1, 129, 0.1, "fa4") == ("fa4", 0.0)
+    assert backends.settle(q, 1, 129, 0.1, "fallback") == ("fallback", 0.1)
     with pytest.raises(ValueError, match="impl: got 'fa9', expected one of"):
-        backends.settle(q, 1, 0.1, "fa9")
+        backends.settle(q, 1, 129, 0.1, "fa9")
 
 
 def test_doctor_names_the_kernel_that_a_model_would_take(h100, monkeypatch):
     assert doctor._attention() == "plain PyTorch (no GPU)"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert doctor._attention() == "torch, in bf16 and fp16"
+    assert doctor._attention() == "window up to 128 tokens, torch beyond, in bf16 and fp16"
     monkeypatch.setattr(backends.BACKENDS["fa2"], "installed", lambda: True)
-    assert doctor._attention() == "fa2, in bf16 and fp16"
+    assert doctor._attention() == "window up to 128 tokens, fa2 beyond, in bf16 and fp16"
     monkeypatch.setattr(backends, "_capability", lambda index: (7, 5))
     assert doctor._attention().startswith("fallback (fa4: it is not installed; fa2: it needs compute capab")
 
@@ -138,10 +155,10 @@ def test_doctor_names_the_kernel_that_a_model_would_take(h100, monkeypatch):
 def test_a_model_without_a_flash_kernel_warns_once_and_computes(h100):
     backends._warn.cache_clear()
     q = torch.empty(2, 12, 64, device=GPU)
-    with pytest.warns(UserWarning, match=r"no flash kernel can compute this.*torch\.float32"):
-        assert backends.settle(q, 1, 0.1, None) == ("fallback", 0.1)
+    with pytest.warns(UserWarning, match=r"no kernel for GPUs can compute this.*torch\.float32"):
+        assert backends.settle(q, 1, 129, 0.1, None) == ("fallback", 0.1)
     with warnings.catch_warnings(action="error"):
-        backends.settle(q, 1, 0.1, None)
+        backends.settle(q, 1, 129, 0.1, None)
 
 
 def test_a_kernel_for_gpus_does_not_keep_a_model_from_running_on_the_cpu():
