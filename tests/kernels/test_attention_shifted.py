@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from brainflow.kernels.testing import error_ratio, nan_memory
-from brainflow.kernels.varlen_attention import attention, shifted_attention
+from brainflow.kernels.varlen_attention import attention, qkv_attention, shifted_attention
 
 LENGTHS = {"mixed": [3, 1, 17, 9, 1], "single": [1], "last of length 1": [5, 1], "all of length 1": [1, 1, 1]}
 
@@ -138,3 +138,27 @@ def test_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = shifted_attention(*draw([2, 3]), cumulative([2, 3]), 3)
     assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("impl", ["naive", "fallback"])
+def test_both_streams_of_one_projection(impl):
+    qkv, windows = torch.randn(2 * 7, 3, 2, 8), cumulative([3, 4])
+    (q, k, v), (q2, k2, v2) = (stream.unbind(1) for stream in qkv.chunk(2))
+    first = attention(q, k, v, windows, 4, True, impl=impl)
+    second = shifted_attention(q2, k, v, k2, v2, windows, 4, impl=impl)
+    for streams, expected in (("two", torch.cat((first, second))), ("second", second)):
+        assert torch.equal(qkv_attention(qkv, windows, 4, streams=streams, impl=impl), expected)
+    assert torch.equal(qkv_attention(qkv[:7], windows, 4, True, impl=impl), first)
+
+
+@pytest.mark.parametrize(
+    ("shape", "streams", "message"),
+    [
+        ((7, 3, 2, 8), "two", r"qkv: got shape \(7, 3, 2, 8\), expected \[2 · tokens, 3, heads, head_dim\]"),
+        ((7, 2, 2, 8), "one", r"qkv: got shape \(7, 2, 2, 8\), expected \[tokens, 3, heads, head_dim\]"),
+        ((7, 3, 2, 8), "three", "streams: got 'three', expected 'one', 'two' or 'second'"),
+    ],
+)
+def test_refuses_what_is_no_projection(shape, streams, message):
+    with pytest.raises(ValueError, match=message):
+        qkv_attention(torch.zeros(shape), cumulative([3, 4]), 4, streams=streams)
