@@ -19,23 +19,23 @@ HERE = Path(__file__).parent
 # Launches of a step of 192 windows, forward and backward, in 4 blocks (2 LSTMs) if no other number is given:
 # all but attention's, and attention's.
 BUDGETS = {
-    "csm": (260, 160),
-    "csm, 12 layers": (650, 480),
-    "csm single": (225, 12),
-    "csm today": (235, 12),
-    "csm today, 12 layers": (615, 36),
-    "csm modern": (640, 240),  # the blocks run forward twice
-    "csm fp16, averaged": (260, 160),
-    "seq-bert": (265, 12),
-    "seq-bert today": (305, 12),
-    "seq-bert in parts": (610, 24),
-    "net-bert": (265, 12),
-    "net-bert today": (295, 12),
-    "net-bert in parts": (610, 24),
+    "csm": (218, 8),
+    "csm, 12 layers": (525, 24),
+    "csm single": (220, 8),
+    "csm today": (230, 8),
+    "csm today, 12 layers": (605, 24),
+    "csm modern": (595, 12),  # the blocks run forward twice
+    "csm fp16, averaged": (220, 8),
+    "seq-bert": (260, 8),
+    "seq-bert today": (298, 8),
+    "seq-bert in parts": (600, 16),
+    "net-bert": (260, 8),
+    "net-bert today": (288, 8),
+    "net-bert in parts": (600, 16),
     "autoencoder forced": (118, 0),
     "autoencoder free": (385, 0),
     "autoencoder today, forced": (153, 0),
-    "autoencoder today, free": (420, 0),
+    "autoencoder today, free": (418, 0),
 }
 UPDATE = 45  # in one part: loading, clipping, meters, AdamW; loss scale and averaged weights are 21 more
 

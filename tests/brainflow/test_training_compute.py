@@ -88,9 +88,8 @@ def test_long_windows_go_to_a_flash_kernel(h100):
     def said(framework, seq_max, **changes):
         return describe_compute(config_of(framework, seq_max=seq_max, **changes), GPU)
 
-    assert "attention window" in said(
-        "csm", 65, precision="bf16"
-    )  # windows have up to seq_max - 1 time points
+    # windows have up to seq_max - 1 time points
+    assert "attention window" in said("csm", 65, precision="bf16")
     assert "attention torch" in said("csm", 66, precision="bf16")  # two streams
     assert "attention window" in said("seq-bert", 126, precision="bf16")  # and three special tokens
     assert "attention torch" in said("seq-bert", 127, precision="bf16")
@@ -149,7 +148,9 @@ def test_doctor_names_the_kernel_that_a_model_would_take(h100, monkeypatch):
     monkeypatch.setattr(backends.BACKENDS["fa2"], "installed", lambda: True)
     assert doctor._attention() == "window up to 128 tokens, fa2 beyond, in bf16 and fp16"
     monkeypatch.setattr(backends, "_capability", lambda index: (7, 5))
-    assert doctor._attention().startswith("fallback (fa4: it is not installed; fa2: it needs compute capab")
+    said = doctor._attention()
+    assert said.startswith("fallback (window: max_seqlen: got 129")
+    assert "fa4: it is not installed; fa2: it needs compute capability 8.0, this GPU has 7.5" in said
 
 
 def test_a_model_without_a_flash_kernel_warns_once_and_computes(h100):
