@@ -7,6 +7,7 @@ numbers.
 Examples
 --------
   brainflow demo
+  brainflow demo --open
   brainflow demo --out demo-out --json
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +34,8 @@ class Args:
     """Seeds weights, data order, dropout and resampling."""
     threads: int = 1
     """CPU threads; another number may change the last digits."""
+    open: bool = False
+    """Show the page in the web browser at the end."""
     json: bool = False
     """Print the figures as one JSON object on stdout; no progress on stderr."""
 
@@ -78,4 +82,6 @@ def _run(args: Args, began: float) -> int:
     else:
         print_tables(result, Console())
         print(f"Pictures and one page that shows them: {page}  ({figures['seconds']:.0f} s)")
+    if args.open and not webbrowser.open(page.resolve().as_uri()):
+        print(f"brainflow demo: no web browser was found; open {page} with one", file=sys.stderr)
     return 0

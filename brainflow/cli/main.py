@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "split": ("brainflow.cli.split", "keep people out of pretraining, to test on them"),
     "info": ("brainflow.cli.info", "say what a store holds"),
     "verify": ("brainflow.cli.verify", "read all of a store and name every damaged chunk and run"),
+    "init": ("brainflow.cli.init", "write a commented run.toml: every setting of `pretrain`"),
     "pretrain": ("brainflow.cli.pretrain", "train a model on a store with one of the learning frameworks"),
     "sweep": ("brainflow.cli.sweep", "search over settings: many runs, any number of machines, one study"),
     "adapt": ("brainflow.cli.adapt", "adapt a pretrained model to decode mental states"),
@@ -41,6 +42,25 @@ VERBS: dict[str, tuple[str, str]] = {
     "plot": ("brainflow.cli.plot", "draw the loss curves of one or more runs"),
 }
 SHELLS = ("bash", "zsh", "fish")
+NEXT = """\
+Pretrain sequence models on fMRI and decode mental states with them.
+
+See it work:
+  brainflow demo --open                from recordings to a decoder, in minutes
+  brainflow doctor                     what this installation can do
+
+With your data:
+  brainflow prepare BIDS_DIR out participant group --atlas schaefer-400
+                                       fMRIPrep's output to a store; or
+  brainflow ingest arrays runs.toml --store store
+                                       .npy, .mat, .csv, ... to a store
+  brainflow split store --test 0.2 --out split.json
+                                       people whom pretraining never reads
+  brainflow pretrain store --data.split split.json --out run
+  brainflow adapt store --from run --target COLUMN --split split.json \\
+      --out decoding --report
+
+`brainflow --help` lists all verbs, `brainflow VERB --help` explains one."""
 EXAMPLES = """\
 Examples:
   brainflow demo
@@ -86,7 +106,7 @@ def _main(args: list[str]) -> int:
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s"
     )
     if not args or args[0] in ("-h", "--help"):
-        print(usage())
+        print(usage() if args else NEXT)
         return 0
     if args[0] == "--version":
         print(f"brainflow {importlib.import_module('brainflow').__version__}")

@@ -68,8 +68,14 @@ def test_every_setting_is_in_the_help_with_an_explanation(capsys, verb):
     assert "Peak learning rate of AdamW" in text
 
 
-def test_no_argument_shows_help(capsys):
+def test_no_argument_says_what_to_do_next(capsys):
     assert main([]) == 0
+    out = capsys.readouterr().out
+    named = re.findall(r"^  brainflow (\S+)", out, re.MULTILINE)
+    assert named[0] == "demo"
+    assert set(named) <= set(VERBS)
+    assert max(map(len, out.splitlines())) <= 80
+    assert main(["--help"]) == 0
     assert "Verbs:" in capsys.readouterr().out
 
 
