@@ -101,6 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: list[str]) -> int:
+    if os.environ.get(
+        "NO_COLOR"
+    ):  # rich obeys it; tyro, which prints --help, only its own variable, on import
+        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
     verbose = _take_verbose(args)
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s"

@@ -79,6 +79,26 @@ def test_no_argument_says_what_to_do_next(capsys):
     assert "Verbs:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_no_color_is_obeyed_in_a_terminal(wanted):
+    ours, theirs = os.openpty()
+    environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "PYTHON_TYRO_ANSI_CODES")}
+    environment |= {"TERM": "xterm-256color"} | ({} if wanted else {"NO_COLOR": "1"})
+    code = "import sys; from brainflow.cli.main import main; sys.exit(main(['split', '--help']))"
+    done = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 4096):
+            shown += piece
+    except OSError:  # how a terminal says that nobody writes any more
+        pass
+    os.close(ours)
+    assert done.wait() == 0
+    assert b"STORE" in shown
+    assert (b"\x1b[" in shown) is wanted
+
+
 def test_version():
     done = command("--version")
     assert done.returncode == 0
