@@ -1,6 +1,7 @@
 """The site: `python -m sphinx -W --keep-going docs docs/_build/html` runs all tutorials and builds it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version as installed
@@ -10,11 +11,12 @@ HERE = Path(__file__).parent
 # The tutorials call `brainflow` and `python`: those of this environment.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "88", "NO_COLOR": "1"}
+os.environ["IPYTHONDIR"] = str(HERE / "_build" / "ipython")
 
 project = "brainflow"
 author = copyright = "brainflow developers"
 release = version = installed("brainflow-fmri")
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "numpydoc", "sphinx_copybutton"]
 exclude_patterns = ["_build", "README.md"]
 html_theme = "furo"
 html_title = f"brainflow {release}"
@@ -41,9 +43,19 @@ nb_merge_streams = True
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures have them
-autodoc_default_options = {"members": True}
-napoleon_numpy_docstring, napoleon_google_docstring = True, False
-napoleon_use_rtype = False
+autodoc_default_options = {
+    "members": True,
+    "exclude-members": "set_fit_request, set_predict_request, set_predict_proba_request, set_score_request, "
+    "set_transform_request, get_metadata_routing",
+}
+numpydoc_show_class_members = False
+
+
+def write_startup_file(app):
+    """Put `bash_cell.py` where the IPython of the tutorials reads it when it starts."""
+    startup = HERE / "_build" / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True, exist_ok=True)
+    shutil.copy(HERE / "bash_cell.py", startup)
 
 
 def write_command_page(app):
@@ -65,4 +77,5 @@ def write_command_page(app):
 
 def setup(app):
     """Write what is generated before the pages are read."""
+    app.connect("builder-inited", write_startup_file)
     app.connect("builder-inited", write_command_page)
