@@ -1,7 +1,7 @@
 """How `%%bash` cells run while the site is built: a startup file of its IPython.
 
 IPython's own hands the output on in pieces of 100 bytes, between which myst-nb puts line breaks, and under
-ipykernel programs are told to colour what is no terminal. Here a cell's output is one piece, as a pipe gets it.
+ipykernel programs are told to colour what is no terminal. Here the output is one piece, as a pipe gets it.
 """
 
 import os
