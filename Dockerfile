@@ -7,7 +7,7 @@ ENV PYTHONUNBUFFERED=1 \
     NILEARN_DATA=/cache/nilearn \
     TEMPLATEFLOW_HOME=/cache/templateflow \
     BRAINFLOW_CACHE=/cache/brainflow \
-    MPLCONFIGDIR=/tmp/matplotlib
+    MPLCONFIGDIR=/cache/matplotlib
 
 COPY . /src
 # `torch.compile` and Triton on a GPU call a C compiler.
@@ -18,9 +18,9 @@ RUN apt-get update \
     && python -m pip install '/src[dali,report,bids,arrays,remote,slurm,hub]' \
     && rm -rf /src \
     && useradd --uid 1000 --no-create-home --home-dir /cache brainflow \
-    && install -d -m 1777 /cache /work
+    && install -d -m 1777 /cache /project
 USER 1000
-WORKDIR /work
+WORKDIR /project
 
 ENTRYPOINT ["brainflow"]
 CMD ["--help"]
