@@ -101,9 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: list[str]) -> int:
-    if os.environ.get(
-        "NO_COLOR"
-    ):  # rich obeys it; tyro, which prints --help, only its own variable, on import
+    # rich obeys NO_COLOR; tyro, which prints --help, obeys only its own variable, which it reads on import
+    if os.environ.get("NO_COLOR"):
         os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
     verbose = _take_verbose(args)
     logging.basicConfig(
