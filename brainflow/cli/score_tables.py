@@ -38,8 +38,11 @@ def gain_line(name: str, gain: dict[str, Any]) -> str:
 
 def scores_table(results: list[Result], *, title: str) -> Table:
     """Return a table with one decoder a row."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("decoder")
+    # as narrow as a terminal of 80 columns, in which no name may be cut
+    table = Table(
+        title=title, title_justify="left", title_style="bold", show_edge=False, padding=(0, 1, 0, 0)
+    )
+    table.add_column("decoder", overflow="fold")
     for name in ("accuracy [95 %]", "p", "balanced", "macro F1", "ECE"):
         table.add_column(name.replace("[", r"\["), justify="right", no_wrap=True)
     for result in results:
