@@ -46,15 +46,17 @@ def worth() -> None:
     people, ours, gain = (
         np.array(record[k]) for k in ("labelled_people", "pretrained", "pretrained_minus_best")
     )
+    ends = 100 * np.array([record["low"], record["high"]]).T
     _, axes = plt.subplots(figsize=(6.4, 3.3), layout="constrained")
     axes.fill_between(people, ours - gain, ours, color=RED, alpha=0.12, lw=0)
-    axes.plot(people, ours, "o-", color=RED, label="pretrained without labels, linear probe")
+    axes.plot(people, ours, "o-", color=RED, label="pretrained without labels, adapted by default")
     axes.plot(people, ours - gain, "s--", color=BLUE, label="best of 13 decoders without a model")
-    for x, y, more in zip(people, ours, gain, strict=True):
-        axes.text(x, y + 0.03, f"+{100 * more:.0f}", color=RED, ha="center")
+    for x, y, more, (low, high) in zip(people, ours, gain, ends, strict=True):
+        said = f"+{100 * more:.0f}\n[{low:.0f}, {high:.0f}]"
+        axes.text(x, y + 0.03, said, color=RED, ha="center", fontsize=8)
     axes.axhline(record["chance"], color=GREY, lw=0.8)
     axes.text(people[-1], record["chance"] + 0.015, "chance", color=GREY, ha="right")
-    axes.set(xscale="log", xticks=people, xticklabels=people, ylim=(0, 1.08), title=record["title"])
+    axes.set(xscale="log", xticks=people, xticklabels=people, ylim=(0, 1.17), title=record["title"])
     axes.set(xlabel="labelled people", ylabel="accuracy, people never seen")
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
