@@ -1,5 +1,5 @@
-"""Turn recorded runs into a store: released WebDataset tars, array files that a TOML file lists, or the runs
-of another store.
+"""Turn recorded runs into a store: released WebDataset tars, array files that a TOML file lists, XCP-D's time
+series, the F-BERT corpus, or the runs of another store. `brainflow recipes` lists public data.
 
 Nothing is scaled unless it is asked for, with --normalise (arrays: `normalise` in the TOML file): `zscore`
 z-scores each network of a run, `spatial` also takes away mean and SD over networks at each volume, `gsr` also
@@ -10,6 +10,8 @@ Examples
   brainflow ingest tar runs/*.tar store --parcellation DiFuMo-1024
   brainflow ingest tar hcp/*.tar store --split split.json --validation-subjects 5 --test-subjects 10
   brainflow ingest arrays runs.toml --store store
+  brainflow ingest xcpd xcp_d store --atlas 4S456Parcels --normalise zscore
+  brainflow ingest fbert fbert-corpus store --sidecars sidecars
   brainflow ingest store store spatial --normalise spatial
 """
 
@@ -19,6 +21,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -102,14 +105,66 @@ class Store:
     """Print one JSON object."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Xcpd:
+    """Read the parcel time series that XCP-D wrote, .tsv or .ptseries.nii, with its sidecars and outliers.
+
+    Outliers are censored; where XCP-D removed them, they are put back, interpolated. Empty parcels become 0.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """XCP-D's output."""
+    store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+    """Store to write. Runs are added if it exists."""
+    atlas: str = ""
+    """Label of the parcellation, such as 4S456Parcels; needed if there are several."""
+    space: str = ""
+    """Space of the series, such as fsLR; needed if there are several."""
+    dataset: str = ""
+    """Name of the dataset in the keys of runs; by default the name of its folder."""
+    normalise: Kind = "none"
+    """What to do to each run."""
+    dtype: Literal["float16", "float32", "int16", "int8"] = "float16"
+    """Element type of a new store."""
+    overwrite: bool = False
+    """Replace the store."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fbert:
+    """Read the F-BERT corpus: windows.npy, window_to_recording.npy, recordings.json and licenses.json.
+
+    Each window becomes a run. The repetition times are not in the corpus, but in the data sets' own sidecars.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """The corpus, as downloaded."""
+    store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+    """Store to write. Runs are added if it exists."""
+    sidecars: Path
+    """Directory with one folder a data set (ds000030, …) and its _bold.json files anywhere below."""
+    dtype: Literal["float16", "float32", "int16", "int8"] = "float16"
+    """Element type of a new store."""
+    overwrite: bool = False
+    """Replace the store."""
+    json: bool = False
+    """Print one JSON object."""
+
+
 Args = (
     Annotated[Tar, tyro.conf.subcommand("tar", prefix_name=False)]
     | Annotated[Arrays, tyro.conf.subcommand("arrays", prefix_name=False)]
     | Annotated[Store, tyro.conf.subcommand("store", prefix_name=False)]
+    | Annotated[Xcpd, tyro.conf.subcommand("xcpd", prefix_name=False)]
+    | Annotated[Fbert, tyro.conf.subcommand("fbert", prefix_name=False)]
 )
 
+_SOURCES = {Store: "runs", Fbert: "recordings"}
 
-def run(args: Tar | Arrays | Store) -> int:
+
+def run(args: Tar | Arrays | Store | Xcpd | Fbert) -> int:
     """Ingest, print what was written, and return 1 if a source was bad."""
     if isinstance(args, Arrays):
         store = args.store
@@ -121,6 +176,14 @@ def run(args: Tar | Arrays | Store) -> int:
             report = ingest_store(
                 args.source, store, normalise=args.normalise, overwrite=args.overwrite, progress=progress
             )
+    elif isinstance(args, Xcpd):
+        store = args.store
+        with progress_bar("runs", quiet=args.json) as progress:
+            report = _xcpd(args, progress)
+    elif isinstance(args, Fbert):
+        store = args.store
+        with progress_bar("recordings", quiet=args.json) as progress:
+            report = _fbert(args, progress)
     else:
         *sources, store = args.paths if args.store is None else (*args.paths, args.store)
         if not sources:
@@ -138,7 +201,7 @@ def run(args: Tar | Arrays | Store) -> int:
             split_runs(
                 opened.runs, sizes=sizes, by="subject", seed=args.split_seed, snapshot=opened.snapshot
             ).save(args.split)
-    _show(report, store, args.json, "runs" if isinstance(args, Store) else "files")
+    _show(report, store, args.json, _SOURCES.get(type(args), "files"))
     return 0 if report.ok else 1
 
 
@@ -153,6 +216,35 @@ def _tar(args: Tar, sources: list[str], store: str, progress: Callable[[int, int
         normalisation=args.normalisation,
         normalise=args.normalise,
         compression=args.compression,
+    )
+
+
+def _xcpd(args: Xcpd, progress: Callable[[int, int], None]) -> IngestReport:
+    from brainflow.prepare.xcpd import ingest_xcpd
+
+    return ingest_xcpd(
+        args.source,
+        args.store,
+        atlas=args.atlas,
+        space=args.space,
+        dataset=args.dataset,
+        dtype=args.dtype,
+        normalise=args.normalise,
+        overwrite=args.overwrite,
+        progress=progress,
+    )
+
+
+def _fbert(args: Fbert, progress: Callable[[int, int], None]) -> IngestReport:
+    from brainflow.prepare.fbert import ingest_fbert
+
+    return ingest_fbert(
+        args.source,
+        args.store,
+        sidecars=args.sidecars,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        progress=progress,
     )
 
 
@@ -177,6 +269,10 @@ def _show(report: IngestReport, store: str, as_json: bool, sources: str) -> None
         return
     for reason in report.failures.values():
         print(f"FAILED {printable(reason)}")
+    for key, what in list(report.notes.items())[:_SHOWN]:
+        print(f"NOTE {printable(key)}: {printable(what)}")
+    if len(report.notes) > _SHOWN:
+        print(f"… and so for {len(report.notes) - _SHOWN} runs more (--json names all)")
     print_rounded(report)
     _print_scale(report, store)
     print(

@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "prepare": ("brainflow.cli.prepare", "turn fMRIPrep's derivatives into a store, as a BIDS App"),
     "atlases": ("brainflow.cli.atlases", "list the parcellations that are known by name"),
     "ingest": ("brainflow.cli.ingest", "turn recorded runs into a store"),
+    "recipes": ("brainflow.cli.recipes", "say how to get public data, and what it takes"),
     "simulate": ("brainflow.cli.simulate", "write a simulated cohort, whose truth is known, as a store"),
     "split": ("brainflow.cli.split", "keep people out of pretraining, to test on them"),
     "info": ("brainflow.cli.info", "say what a store holds"),

@@ -34,6 +34,7 @@ class IngestReport:
     failures : {file: reason} of those of which nothing was written
     rounded : {key: what} of the runs that the element type of the store changed by more than 0.1 % of the
         standard deviation of a network
+    notes : {key: what} of runs that were changed in reading, other than by rounding
     scale : how the runs were scaled as they were given, and what was done to that
     """
 
@@ -41,6 +42,7 @@ class IngestReport:
     sources: int = 0
     failures: dict[str, str] = field(default_factory=dict)
     rounded: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     scale: Scale = field(default_factory=Scale)
 
     @property
