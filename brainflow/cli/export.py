@@ -38,8 +38,8 @@ class Args:
 def run(args: Args) -> int:
     """Write the files and return the exit code."""
     from brainflow.prepare import find_atlas
+    from brainflow.prepare.description import write_description
     from brainflow.prepare.export import export
-    from brainflow.prepare.gather import write_description
     from brainflow.storage import BoldStore
     from brainflow.storage.text import printable
 
@@ -54,6 +54,6 @@ def run(args: Args) -> int:
         geometry=find_atlas(args.geometry) if args.geometry else None,
     )
     count = sum(1 for _ in files)
-    write_description(args.output)
+    write_description(args.output, [args.store.parent])
     print(f"{printable(str(args.output))}: {count} runs as {args.format}")
     return 0

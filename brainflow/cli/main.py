@@ -112,7 +112,7 @@ def _main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(usage() if args else NEXT)
         return 0
-    if args[0] == "--version":
+    if args[0] == "--version" or (args[0] in VERBS and args[1:] == ["--version"]):
         print(f"brainflow {importlib.import_module('brainflow').__version__}")
         return 0
     if args[0] == "--print-completion":

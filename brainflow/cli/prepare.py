@@ -19,9 +19,11 @@ Examples
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -30,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from brainflow.cli.ingest import print_rounded
-from brainflow.cli.prepare_args import Args, labels, query_of, settings_of, template_of, work_of
+from brainflow.cli.prepare_args import Args, filters_of, labels, query_of, settings_of, template_of, work_of
 from brainflow.cli.prepare_cluster import submitted, write_slurm
 from brainflow.cli.progress import progress_bar
 from brainflow.cli.usage import WrongUsage
@@ -69,20 +71,21 @@ def run(args: Args) -> int:
 def _participant(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     """Prepare what is not done yet and return the records of that."""
     from brainflow.prepare.atlas import save_atlas
-    from brainflow.prepare.gather import write_description
+    from brainflow.prepare.description import write_description
     from brainflow.prepare.pool import prepare_runs
 
     jobs = _jobs(args, atlases)
     todo = [job for job in jobs if not job.is_done()]
+    processes = _processes(args, jobs)
     if args.dry_run:
-        _print_plan(jobs, todo, args.nprocs)
+        _print_plan(jobs, todo, processes)
         return []
-    write_description(args.output_dir)
+    write_description(args.output_dir, _roots(args), (image for job in jobs for image in job.files.images))
     for atlas in atlases:
         save_atlas(atlas, work_of(args))
     records = []
     with _Progress(len(todo)) as progress:
-        for record in prepare_runs(todo, args.nprocs) if args.submit == "no" else submitted(args, todo):
+        for record in prepare_runs(todo, processes) if args.submit == "no" else submitted(args, todo):
             records.append(record)
             progress.show(record)
     outcome = _counts(records) or "nothing was left to do"
@@ -90,10 +93,30 @@ def _participant(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     return records
 
 
+def _roots(args: Args) -> list[Path]:
+    return [args.bids_dir, *args.derivatives]
+
+
+def _processes(args: Args, jobs: Sequence[Job]) -> int:
+    """Workers that fit into --mem-mb, at most those asked for."""
+    from brainflow.prepare.pool import worker_bytes
+
+    if args.mem_mb is None:
+        return args.nprocs
+    fitting = int(args.mem_mb * 1e6 // worker_bytes(jobs))
+    if fitting < 1:
+        raise ValueError(
+            f"mem_mb: got {args.mem_mb}, expected at least {math.ceil(worker_bytes(jobs) / 1e6)}, which one "
+            "worker may take"
+        )
+    return min(args.nprocs, fitting)
+
+
 def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     """Gather the stores, write table and report, and return the records of all runs."""
     from brainflow.prepare import gather
     from brainflow.prepare.atlas import saved_atlas
+    from brainflow.prepare.description import write_description
     from brainflow.storage import BoldStore
 
     records = gather.select_records(
@@ -101,13 +124,15 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
         participants=labels(args.participant_label, "sub"),
         tasks=labels(args.task_id, "task"),
         sessions=labels(args.session_id, "ses"),
+        filters=filters_of(args),
     )
     records = sorted([*records, *_unprepared(args, records)], key=lambda record: record["key"])
     if args.dry_run:
         print(f"{len(records)} runs: {_counts(records)}; nothing was gathered")
         return records
-    gather.write_description(args.output_dir)
-    gather.write_table(records, args.output_dir / "runs.tsv")
+    images = (Path(file) for record in records for file in record.get("inputs", []))
+    write_description(args.output_dir, _roots(args), images)
+    gather.write_table(records, args.output_dir / "runs.tsv", _roots(args))
     if not any(record["status"] == "done" for record in records):
         _print_left_out(records)
     specs = atlases or [
@@ -129,7 +154,7 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
             print(f"atlas {atlas.label}: its mesh is not known, so no coordinates are stored; see --surfaces")
     if failures:
         gather.demote(records, failures)
-        gather.write_table(records, args.output_dir / "runs.tsv")
+        gather.write_table(records, args.output_dir / "runs.tsv", _roots(args))
     if args.report:
         from brainflow.report.quality import write_quality_report
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+from brainflow.storage.columns import shown
+from brainflow.storage.ingest.limits import TEXT_BYTES, regular_size
 
 if TYPE_CHECKING:
     from brainflow.prepare import Query, Settings
@@ -28,10 +32,13 @@ class Args:
     """`participant` prepares runs, `group` gathers them; both words do both."""
     participant_label: tuple[str, ...] = ()
     """Participants, with or without `sub-`; all if not given."""
-    session_id: tuple[str, ...] = ()
+    session_id: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--session-label"])] = ()
     """Sessions, with or without `ses-`."""
     task_id: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-t"])] = ()
     """Tasks, with or without `task-`."""
+    bids_filter_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """JSON as fMRIPrep takes it: `{"bold": {"acquisition": "mb", "run": [1, 2], "direction": null}}` takes
+    these values; null is for no value, "*" for any."""
     derivatives: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["-d"])] = ()
     """Further directories with derivatives or event files."""
     dataset: str = ""
@@ -39,9 +46,9 @@ class Args:
     input: Literal["volume", "cifti", "gifti"] = "volume"
     """Images to take: volumes, CIFTI .dtseries.nii, or pairs of GIFTI .func.gii."""
     space: str = ""
-    """Their space; by default MNI152NLin2009cAsym, fsLR or fsaverage5."""
+    """Their space, such as MNIPediatricAsym:cohort-3; by default MNI152NLin2009cAsym, fsLR or fsaverage5."""
     res: str = ""
-    """Their resolution (`res-` or `den-`), where there are several."""
+    """Their resolution (`res-` or `den-`), where there are several; `native` for images without one."""
     atlas: tuple[str, ...] = ()
     """Parcellations: a name (`brainflow atlases` lists them), a path, or LABEL=PATH; `a+b` joins two into
     one; several are done in one pass."""
@@ -88,8 +95,12 @@ class Args:
     """Element type of the stores."""
     nprocs: Annotated[int, tyro.conf.arg(aliases=["--n-procs", "--nthreads"])] = 1
     """Worker processes, one thread each."""
+    mem_mb: int | None = None
+    """Most memory of all workers together in MB; fewer are started where it would not do."""
     work_dir: Annotated[Path | None, tyro.conf.arg(aliases=["-w"])] = None
     """Where parts lie until they are gathered; both levels need it. By default OUTPUT_DIR/work."""
+    skip_bids_validator: bool = False
+    """Taken for the sake of other BIDS Apps' command lines: no validator is run in any case."""
     report: bool = True
     """Write the quality report at the group level."""
     dry_run: bool = False
@@ -124,7 +135,51 @@ def query_of(args: Args) -> Query:
         tasks=labels(args.task_id, "task"),
         sessions=labels(args.session_id, "ses"),
         dataset=args.dataset,
+        filters=filters_of(args),
     )
+
+
+_LONG = dict(
+    zip(
+        ("subject", "session", "task", "acquisition", "ceagent", "reconstruction", "direction"),
+        ("sub", "ses", "task", "acq", "ce", "rec", "dir"),
+        strict=True,
+    )
+) | {name: name for name in ("run", "echo", "part")}
+
+
+def filters_of(args: Args) -> dict[str, tuple[str | None, ...]]:
+    """Values of entities that `--bids-filter-file` asks for.
+
+    Raises
+    ------
+    ValueError : if the file is no JSON of that kind, or filters by something that a run's name does not say
+    """
+    path = args.bids_filter_file
+    if path is None:
+        return {}
+    try:
+        regular_size(path, TEXT_BYTES)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        bold = dict(content.get("bold", {}))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"bids_filter_file: {path}: is no JSON object of objects ({error})") from error
+    bold = {name: value for name, value in bold.items() if (name, value) not in _ALWAYS}
+    filters: dict[str, tuple[str | None, ...]] = {}
+    for name, value in bold.items():
+        values = value if isinstance(value, list) else [value]
+        if name not in _LONG or any(
+            isinstance(one, bool) or not isinstance(one, str | int | None) for one in values
+        ):
+            raise ValueError(
+                f"bids_filter_file: {path}: bold has {shown(name)}: {shown(value)}, expected one of "
+                f"{', '.join(_LONG)} with a text, a whole number, null or a list of these"
+            )
+        filters[_LONG[name]] = tuple(one if one is None else str(one) for one in values)
+    return filters
+
+
+_ALWAYS = [("datatype", "func"), ("suffix", "bold")]
 
 
 def template_of(args: Args) -> str:

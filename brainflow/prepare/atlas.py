@@ -124,11 +124,16 @@ def _from_files(path: Path, label: str, surfaces: tuple[Path, ...]) -> AtlasSpec
         label=label,
         paths=paths,
         kind=kind,
-        space=entities.get("space", "") or entities.get("tpl", ""),
+        space=_space(entities),
         names=tuple(sorted(_names_beside(path).items())),
         digest=_digest(paths),
         surfaces=tuple(surface.absolute() for surface in surfaces) if kind in ("dlabel", "gifti") else (),
     )
+
+
+def _space(entities: Mapping[str, str]) -> str:
+    space = entities.get("space", "") or entities.get("tpl", "")
+    return f"{space}:cohort-{entities['cohort']}" if space and entities.get("cohort") else space
 
 
 def _both_hemispheres(path: Path) -> tuple[Path, Path]:

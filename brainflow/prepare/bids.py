@@ -21,6 +21,7 @@ from brainflow.prepare.files import (
     is_folder,
     make_key,
     parse_name,
+    passes,
 )
 from brainflow.prepare.hcp import find_hcp_runs, is_hcp
 
@@ -69,7 +70,8 @@ def find_runs(bids_dir: Path, query: Query, *, derivatives: Collection[Path] = (
     FileNotFoundError : if a directory does not exist
     """
     if is_hcp(bids_dir):
-        return find_hcp_runs(bids_dir, query, query.dataset or dataset_name(bids_dir))
+        found = find_hcp_runs(bids_dir, query, query.dataset or dataset_name(bids_dir))
+        return [run for run in found if passes(run.entities, query.filters)]
     runs: dict[tuple[str, ...], _Found] = {}
     tables: list[BidsFile] = []
     check_folders(bids_dir, derivatives)
@@ -95,7 +97,9 @@ def find_runs(bids_dir: Path, query: Query, *, derivatives: Collection[Path] = (
     found = [
         _make_run(dataset, files, attached, query)
         for files in runs.values()
-        if files.images and _is_wanted(files.images[0], query)
+        if files.images
+        and _is_wanted(files.images[0], query)
+        and passes(files.images[0].entities, query.filters)
     ]
     return sorted(found, key=lambda run: run.key)
 
@@ -146,9 +150,13 @@ def _parse(path: Path) -> BidsFile | None:
 
 
 def _is_image(file: BidsFile, query: Query) -> bool:
-    if file.suffix != "bold" or file.entities.get("space", "") != query.wanted_space:
+    space, _, cohort = query.wanted_space.partition(":cohort-")
+    if file.suffix != "bold" or file.entities.get("space", "") != space:
         return False
-    if query.resolution and file.entities.get("res", file.entities.get("den", "")) != query.resolution:
+    if cohort and file.entities.get("cohort") != cohort:
+        return False
+    resolution = file.entities.get("res", file.entities.get("den", "native"))
+    if query.resolution and resolution != query.resolution:
         return False
     if query.kind == "volume":
         return file.extension in (".nii.gz", ".nii") and file.entities.get("desc") == query.description
@@ -203,7 +211,7 @@ def _make_run(dataset: str, found: _Found, tables: _Tables, query: Query) -> Run
             problem = f"expected one GIFTI file a hemisphere (L, R), found {', '.join(hemispheres) or 'none'}"
     elif len(images) > 1:
         names = ", ".join(file.path.name for file in images)
-        problem = f"several images fit: {names}; choose with --res or --space"
+        problem = f"several images fit: {names}; choose with --res (native for none) or --space"
     own = {image.path.name.removesuffix(image.extension) for image in images}
     sidecars = [file for file in tables.of(first, "bold") if _applies(file, own)]
     sidecars.sort(key=lambda file: file.path.name.removesuffix(".json") not in own)
@@ -218,10 +226,16 @@ def _make_run(dataset: str, found: _Found, tables: _Tables, query: Query) -> Run
         confounds=confounds[0].path if confounds else None,
         events=tuple(file.path for file in events),
         source=found.sources[0].path if len(found.sources) == 1 else None,
-        space=first.entities.get("space", ""),
+        space=_space(first),
         description=first.entities.get("desc", ""),
         problem=problem,
     )
+
+
+def _space(file: BidsFile) -> str:
+    """Space of an image, with the cohort of templates that have several, as in `MNIInfant:cohort-1`."""
+    space, cohort = (file.entities.get(name, "") for name in ("space", "cohort"))
+    return f"{space}:cohort-{cohort}" if cohort else space
 
 
 def _applies(sidecar: BidsFile, own: set[str]) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from brainflow.optional import need
 from brainflow.prepare.atlas import BACKGROUND, AtlasSpec, read_labels
-from brainflow.prepare.gather import GENERATOR, is_ours
+from brainflow.prepare.description import GENERATOR, bids_uri, is_ours
 from brainflow.storage.files import replace_durably
 from brainflow.storage.layout import to_json
 from brainflow.storage.store import BoldStore
@@ -63,6 +63,7 @@ def export(
     """
     label = re.sub(r"[^A-Za-z0-9]", "", label or store.attributes["parcellation"]) or "unknown"
     space = space or str(store.attributes["preprocessing"].get("space", ""))
+    space = f"space-{space}".replace(":cohort-", "_cohort-") if space else ""
     names = list(store.attributes["network_names"] or (str(i) for i in range(1, store.networks + 1)))
     axis = _parcels(names, geometry) if form == "ptseries" else None
     subjects, sessions, keys, datasets = (
@@ -80,7 +81,7 @@ def export(
     known = Counter((subjects[i], sessions[i], short[i]) for i in chosen)
     for i in chosen:
         alone = known[subjects[i], sessions[i], short[i]] == 1  # or two datasets have one name for a run
-        stem = _part(short[i] if alone else keys[i]) + (f"_space-{_part(space)}" if space else "")
+        stem = _part(short[i] if alone else keys[i]) + (f"_{_part(space)}" if space else "")
         stem += f"_atlas-{label}_stat-mean"
         folder = output / f"sub-{_part(subjects[i])}"
         folder = (folder / f"ses-{_part(sessions[i])}" if sessions[i] else folder) / "func"
@@ -93,6 +94,7 @@ def export(
         else:
             _write_ptseries(path, bold, axis, t_r)
         sidecar = {"RepetitionTime": t_r, "SkullStripped": True, "Atlas": label, "SamplingFrequency": 1 / t_r}
+        sidecar["Sources"] = [bids_uri(Path(store.path), [Path(store.path).parent])]
         replace_durably(sidecar_path, to_json({**sidecar, "GeneratedBy": [GENERATOR]}))
         yield Exported(key=keys[i], path=path)
 

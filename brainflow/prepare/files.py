@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -126,9 +126,30 @@ class RunFiles:
         return (*self.images, *self.sidecars, *others, *self.events)
 
 
+def passes(entities: Mapping[str, str], filters: Mapping[str, Collection[str | None]]) -> bool:
+    """Whether a recording has one of the values of each filter: None for no value, "*" for any.
+
+    Numbers are compared as such: 1 is 01.
+    """
+    return all(
+        any(_fits(entities.get(name, ""), wanted) for wanted in values) for name, values in filters.items()
+    )
+
+
+def _fits(value: str, wanted: str | None) -> bool:
+    if wanted in (None, "*"):
+        return bool(value) == (wanted == "*")
+    assert wanted is not None
+    return value == wanted or (value.isdigit() and wanted.isdigit() and int(value) == int(wanted))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """Which runs to look for; an empty collection takes all."""
+    """Which runs to look for; an empty collection takes all.
+
+    `resolution` is the label of `res-` or `den-`, "native" for images without one. `filters` are the values
+    of `RUN_ENTITIES` to take, see `passes`.
+    """
 
     kind: Kind = "volume"
     space: str = ""
@@ -138,10 +159,11 @@ class Query:
     tasks: Collection[str] = ()
     sessions: Collection[str] = ()
     dataset: str = ""
+    filters: Mapping[str, Collection[str | None]] = field(default_factory=dict)
 
     @property
     def wanted_space(self) -> str:
-        """The space asked for, or the usual one of the kind."""
+        """The space asked for, or the usual one of the kind; that of a cohort as `MNIInfant:cohort-1`."""
         return (
             self.space or {"volume": "MNI152NLin2009cAsym", "cifti": "fsLR", "gifti": "fsaverage5"}[self.kind]
         )

@@ -95,6 +95,7 @@ def prepare_run(job: Job) -> dict[str, Any]:
         record |= {
             "fingerprint": job.fingerprint(),
             "recipe": job.recipe,
+            "inputs": [str(path.absolute()) for path in job.files.inputs],
             "status": DONE,
             "reason": "",
             "notes": [],

@@ -159,11 +159,14 @@ def build(folder, haxby):
     bold, affine, mask = haxby
     root = folder / "bids"
     root.mkdir()
-    (root / "dataset_description.json").write_text('{"Name": "Test", "BIDSVersion": "1.9.0"}')
+    (root / "dataset_description.json").write_text(
+        '{"Name": "Test", "BIDSVersion": "1.9.0", "DatasetDOI": "doi:10.18112/openneuro.ds000105.v3.0.0"}'
+    )
     made = Tree(root=root, bold=bold, affine=affine, mask=mask)
     made.fmriprep.mkdir(parents=True)
     (made.fmriprep / "dataset_description.json").write_text(
-        '{"Name": "fMRIPrep", "DatasetType": "derivative"}'
+        '{"Name": "fMRIPrep", "DatasetType": "derivative", "SourceDatasets": [{"DOI": "", "URL": 7}],'
+        ' "GeneratedBy": [{"Name": "fMRIPrep", "Version": "25.2.0", "Container": {"Tag": "x"}}]}'
     )
     return made
 

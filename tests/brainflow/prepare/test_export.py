@@ -34,10 +34,22 @@ def test_tsv(store, tmp_path, run_verb):
     table = pandas.read_csv(path, sep="\t", dtype=np.float32)
     assert table.columns.tolist() == [f"n {i}" for i in range(12)]
     np.testing.assert_array_equal(table.to_numpy(), BoldStore.open(store).run(0).astype(np.float32))
-    assert json.loads((path.parent / f"{name}.json").read_text())["RepetitionTime"] == 0.72
+    sidecar = json.loads((path.parent / f"{name}.json").read_text())
+    assert sidecar["RepetitionTime"] == 0.72
+    [source] = sidecar["Sources"]
+    _, link, file = source.split(":")
+    links = json.loads((out / "dataset_description.json").read_text())["DatasetLinks"]
+    assert (out / links[link] / file).resolve() == store
     found = get_bids_files(str(out), file_tag="timeseries", file_type="tsv", sub_folder=True)
     assert len(found) == 2  # nilearn looks for sessions in all participants or in none
     assert parse_bids_filename(found[0])["entities"]["atlas"] == "grid"
+
+
+def test_the_cohort_of_a_template_is_an_entity_of_the_name(store, tmp_path, run_verb):
+    words = ("--space", "MNIInfant:cohort-2", "--participant-label", "02")
+    assert run_verb(export, store, tmp_path / "xcp", *words) == 0
+    [path] = (tmp_path / "xcp").rglob("*.tsv")
+    assert "_space-MNIInfant_cohort-2_atlas-grid_" in path.name
 
 
 def test_ptseries_with_and_without_geometry(store, tree, tmp_path, run_verb):

@@ -1,9 +1,11 @@
 """`brainflow prepare` as people and clusters run it: one command, killed workers, any order."""
 
+import csv
 import html
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +17,9 @@ import tyro
 from nilearn.interfaces.fmriprep import load_confounds
 from nilearn.maskers import NiftiLabelsMasker
 
+import brainflow
 from brainflow.cli import prepare
+from brainflow.cli.main import main
 from brainflow.data.segments import stored_shift
 from brainflow.prepare import Query, Settings, find_atlas, find_runs
 from brainflow.prepare.pool import prepare_runs
@@ -127,11 +131,45 @@ def test_one_command(dataset, tmp_path):
     segments = store.segments
     assert segments.columns["mental_state"].tolist() == ["face", "house", "cat"] * 4
     assert (segments.onset[0], segments.length[0]) == (2, 9)
-    assert json.loads((out / "dataset_description.json").read_text())["DatasetType"] == "derivative"
+    assert_described(out)
     assert "data:image/png;base64," in report
     assert "http://" not in report.replace("http://www.w3.org", "")
     for fact in ("temporal SNR", "Carpet plot", "Framewise displacement", "Correlation of networks"):
         assert fact in report, fact
+
+
+def assert_described(out):
+    """As BIDS 1.11.1 has it: versions, sources, and links by which the URIs of runs.tsv lead to files."""
+    description = json.loads((out / "dataset_description.json").read_text())
+    assert (description["BIDSVersion"], description["DatasetType"]) == ("1.11.1", "derivative")
+    ours, fmriprep = description["GeneratedBy"]
+    assert (ours["Name"], ours["Version"]) == ("brainflow", brainflow.__version__)
+    assert fmriprep == {"Name": "fMRIPrep", "Version": "25.2.0"}
+    assert description["SourceDatasets"] == [{"DOI": "doi:10.18112/openneuro.ds000105.v3.0.0"}]
+    assert "*.zarr/" in (out / ".bidsignore").read_text().splitlines()
+    with open(out / "runs.tsv", newline="") as file:
+        sources = [uri for row in csv.DictReader(file, delimiter="\t") for uri in row["sources"].split("; ")]
+    assert len(sources) == 13 * 3 - 1 + 4  # image, sidecar, confounds, which one lacks; events of the task
+    for uri in sources:
+        scheme, name, path = uri.split(":", 2)
+        assert scheme == "bids"
+        assert (out / description["DatasetLinks"][name] / path).is_file()
+
+
+def test_options_of_other_bids_apps(kept, tmp_path, capsys):
+    assert main(["prepare", "--version"]) == 0
+    assert capsys.readouterr().out == f"brainflow {brainflow.__version__}\n"
+    options = ("--skip_bids_validator", "--session-label", "b", "--dry-run", "--nprocs", "8", "--mem_mb")
+    line = words(kept, tmp_path / "out", "participant")
+    assert command(prepare, *line, *options, "1000") == 0
+    planned = capsys.readouterr().out
+    assert "4 of 4 runs to prepare" in planned
+    processes, gigabytes = map(float, re.search(r"(\d+) processes of at most ([\d.]+) GB", planned).groups())
+    assert 1 <= processes < 8
+    assert processes * gigabytes <= 1 + 0.05 * processes  # printed to 0.1 GB
+    with pytest.raises(ValueError, match="mem_mb: got 100, expected at least"):
+        command(prepare, *line, *options, "100")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_dataset_is_named_before_an_atlas_is_fetched(tmp_path):

@@ -1,9 +1,12 @@
 """The index finds what a BIDS dataset holds, without a database."""
 
+import json
 from pathlib import Path
 
 import pytest
+import tyro
 
+from brainflow.cli.prepare_args import Args, query_of
 from brainflow.prepare import Query, find_runs
 from brainflow.prepare.bids import dataset_name
 from brainflow.prepare.files import parse_name
@@ -115,6 +118,49 @@ def test_several_resolutions_must_be_chosen_between(dataset):
     assert set(problems[1:]) == {""}
     [run] = find_runs(dataset, Query(resolution="2"))
     assert run.problem == ""
+    native = find_runs(dataset, Query(resolution="native"))
+    assert [run.problem for run in native] == [""] * 8
+    assert "res-2" not in native[0].images[0].name
+
+
+def test_cohorts_of_a_template_are_chosen_between(dataset):
+    func = dataset / "derivatives" / "fmriprep-20.2.3" / "sub-01" / "func"
+    for cohort in "12":
+        touch(func / f"sub-01_task-rest_space-MNIInfant_cohort-{cohort}_desc-preproc_bold.nii.gz")
+    [run] = find_runs(dataset, Query(space="MNIInfant"))
+    assert "choose with --res (native for none) or --space" in run.problem
+    [run] = find_runs(dataset, Query(space="MNIInfant:cohort-2"))
+    assert (run.space, run.problem) == ("MNIInfant:cohort-2", "")
+    assert "cohort-2" in run.images[0].name
+
+
+@pytest.mark.parametrize(
+    ("bold", "count"),
+    [
+        ({}, 8),
+        ({"datatype": "func", "suffix": "bold", "session": "a"}, 4),
+        ({"subject": ["01", "02"], "run": 1}, 4),  # 1 is 01
+        ({"run": ["02"], "acquisition": None}, 4),
+        ({"acquisition": "*"}, 0),
+        ({"run": None}, 0),
+    ],
+)
+def test_a_filter_file_chooses_runs(dataset, tmp_path, bold, count):
+    path = tmp_path / "filter.json"
+    path.write_text(json.dumps({"t1w": {"session": "b"}, "bold": bold}))
+    words = [str(dataset), "out", "participant", "--bids-filter-file", str(path)]
+    args = tyro.cli(Args, args=words)
+    assert len(find_runs(dataset, query_of(args))) == count
+
+
+@pytest.mark.parametrize(
+    "text", ['{"bold": {"color": "red"}}', '{"bold": {"run": [true]}}', '{"bold": [1]}', "[", "3"]
+)
+def test_a_wrong_filter_file_is_refused(tmp_path, text):
+    path = tmp_path / "filter.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"bids_filter_file: .*filter\.json: "):
+        query_of(tyro.cli(Args, args=["in", "out", "participant", "--bids-filter-file", str(path)]))
 
 
 def test_a_missing_hemisphere_is_a_problem(dataset):
