@@ -116,7 +116,7 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     """Gather the stores, write table and report, and return the records of all runs."""
     from brainflow.prepare import gather
     from brainflow.prepare.atlas import saved_atlas
-    from brainflow.prepare.description import write_description
+    from brainflow.prepare.description import makers_of, write_description
     from brainflow.storage import BoldStore
 
     records = gather.select_records(
@@ -158,7 +158,15 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     if args.report:
         from brainflow.report.quality import write_quality_report
 
-        report = write_quality_report(records, stores, args.output_dir / "report.html", dataset=dataset)
+        report = write_quality_report(
+            records,
+            stores,
+            args.output_dir / "report.html",
+            dataset=dataset,
+            atlases={atlas.label: atlas for atlas in specs},
+            work=work_of(args),
+            makers=makers_of(args.output_dir),
+        )
         print(f"{report}: quality report")
     return records
 

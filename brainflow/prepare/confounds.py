@@ -27,6 +27,7 @@ _MOTION_NAMES = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z")
 AROMA_IMAGE = "smoothAROMAnonaggr"
 """`desc-` of the images that the strategy "aroma" goes with: ICA-AROMA has cleaned and smoothed them."""
 FRAMEWISE_DISPLACEMENT = "framewise_displacement"
+DVARS = "std_dvars"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Confounds:
     censor : bool [time], True where nilearn's sample mask leaves the volume out
     displacement : float64 [time], framewise displacement in mm, NaN for the first volume; None where unknown
     steady_from : number of leading volumes that fMRIPrep marked as non-steady
+    dvars : float64 [time], standardised DVARS, NaN for the first volume; None where unknown
     """
 
     values: np.ndarray | None
@@ -47,6 +49,7 @@ class Confounds:
     censor: np.ndarray
     displacement: np.ndarray | None
     steady_from: int
+    dvars: np.ndarray | None = None
 
     @property
     def has_cosines(self) -> bool:
@@ -79,7 +82,9 @@ def load(images: tuple[Path, ...], table: Path | None, strategy: Strategy, volum
     raw = _read_table(table)
     if len(raw) != volumes:
         raise Unusable(f"{table.name}: has {len(raw)} rows for {volumes} volumes")
-    displacement = _numbers(raw, FRAMEWISE_DISPLACEMENT, table) if FRAMEWISE_DISPLACEMENT in raw else None
+    displacement, dvars = (
+        _numbers(raw, name, table) if name in raw else None for name in (FRAMEWISE_DISPLACEMENT, DVARS)
+    )
     columns = [name for name in raw.columns if re.fullmatch(r"non_steady_state_outlier\d+", name)]
     marked = np.flatnonzero(_numbers(raw, columns, table).any(axis=1)) if columns else np.zeros(0, np.int64)
     steady_from = int(marked[-1]) + 1 if len(marked) else 0
@@ -87,7 +92,12 @@ def load(images: tuple[Path, ...], table: Path | None, strategy: Strategy, volum
     if strategy == "none":
         censor[marked] = True
         return Confounds(
-            values=None, names=(), censor=censor, displacement=displacement, steady_from=steady_from
+            values=None,
+            names=(),
+            censor=censor,
+            displacement=displacement,
+            steady_from=steady_from,
+            dvars=dvars,
         )
     chosen, kept = _select(images, strategy)
     _check_finite(raw, chosen, table)
@@ -100,6 +110,7 @@ def load(images: tuple[Path, ...], table: Path | None, strategy: Strategy, volum
         censor=censor,
         displacement=displacement,
         steady_from=steady_from,
+        dvars=dvars,
     )
 
 

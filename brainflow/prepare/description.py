@@ -63,6 +63,12 @@ def write_description(output: Path, roots: Sequence[Path] = (), images: Iterable
         replace_durably(ignore, "".join(f"{line}\n" for line in _NO_BIDS).encode())
 
 
+def makers_of(output: Path) -> list[dict[str, str]]:
+    """What made the images that an output was made of, `Name` and `Version`, as its description says."""
+    makers = _texts(_read(output / _DESCRIPTION).get("GeneratedBy"))
+    return [one for one in makers if one.get("Name") != GENERATOR["Name"]]
+
+
 def dataset_links(roots: Sequence[Path]) -> dict[str, Path]:
     """A name for each data set, by which BIDS URIs point into it."""
     links: dict[str, Path] = {}

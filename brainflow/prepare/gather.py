@@ -133,7 +133,7 @@ def gather(
             "confound_columns": done[0]["confounds"],
             "hrf_shift": EventSettings(**recipe["events"]).seconds,
         },
-        normalisation=APPLIED.get(_normalised(recipe["clean"]), ""),
+        normalisation=APPLIED.get(normalised(recipe["clean"]), ""),
         provenance={"atlas_sha256": atlas.digest, "made_by": "brainflow prepare"},
         overwrite=path.exists(),
     ) as writer:
@@ -148,7 +148,7 @@ def gather(
     return report
 
 
-def _normalised(clean: Mapping[str, Any]) -> str:
+def normalised(clean: Mapping[str, Any]) -> str:
     """What was done to runs that this version, or one whose setting was `standardize`, prepared."""
     return str(clean.get("normalise", "zscore" if clean.get("standardize") else "none"))
 

@@ -1,6 +1,7 @@
 """Outcome of each run, on disk, and the two reasons why there is no time series.
 
 <work>/parts/<atlas>/<key>.part.npz    time series, censor bits and segments of a run under one atlas
+<work>/before/<atlas>/<key>.part.npy   the time series before cleaning, coarsely, for the quality report
 <work>/runs/<key>.json                 status, reason and quality of a run; written last
 """
 
@@ -11,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from brainflow.prepare.files import RUN_ENTITIES
-from brainflow.storage.files import replace_durably
+from brainflow.storage.files import replace_durably, replacing
 from brainflow.storage.layout import to_json
 from brainflow.storage.parts import part_path
 
@@ -84,11 +87,39 @@ def _names(key: str) -> dict[str, Any]:
     return {"dataset": parts.get("ds", ""), "entities": entities}
 
 
+def _before_path(work: Path, atlas: str, key: str) -> Path:
+    return part_path(work / "before" / atlas, key).with_suffix(".npy")
+
+
+def write_before(work: Path, atlas: str, key: str, series: np.ndarray) -> None:
+    """Keep a run as it was before cleaning, as eighths of a standard deviation of each network in int8.
+
+    Parameters
+    ----------
+    series : float [time, networks], finite
+    """
+    deviation = series - series.mean(axis=0)
+    scale = 8 / np.where(np.ptp(series, axis=0) > 0, series.std(axis=0), np.inf)
+    path = _before_path(work, atlas, key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        np.save(file, np.clip(np.rint(deviation * scale), -127, 127).astype(np.int8))
+
+
+def read_before(work: Path, atlas: str, key: str) -> np.ndarray | None:
+    """What `write_before` kept, float32 [time, networks] in standard deviations; None if it is not there."""
+    try:
+        return np.load(_before_path(work, atlas, key), allow_pickle=False).astype(np.float32) / 8
+    except (OSError, ValueError, EOFError):
+        return None
+
+
 def forget(work: Path, key: str, atlases: Sequence[str]) -> None:
     """Remove what an earlier preparation of a run left, the record first: it vouches for the parts."""
     record_path(work, key).unlink(missing_ok=True)
     for atlas in atlases:
         part_path(parts_of(work, atlas), key).unlink(missing_ok=True)
+        _before_path(work, atlas, key).unlink(missing_ok=True)
 
 
 def is_complete(work: Path, record: dict[str, Any] | None, fingerprint: str, atlases: Sequence[str]) -> bool:

@@ -31,6 +31,7 @@ from brainflow.prepare.records import (
     is_complete,
     parts_of,
     read_record,
+    write_before,
     write_record,
 )
 from brainflow.prepare.settings import AUTO, Settings
@@ -165,6 +166,7 @@ def _prepare(job: Job, record: dict[str, Any]) -> None:
     record["flat_networks"] = {}
     for atlas, series in zip(job.atlases, extracted, strict=True):
         record["flat_networks"][atlas.label] = int((np.ptp(series, axis=0) == 0).sum())
+        write_before(job.work, atlas.label, files.key, series)
         write_part(
             parts_of(job.work, atlas.label),
             clean(series, confounds, settings.clean, timing.seconds),
@@ -213,6 +215,7 @@ def _drop(confounds: Confounds, dropped: int) -> Confounds:
         censor=confounds.censor[dropped:],
         displacement=None if displacement is None else displacement[dropped:],
         steady_from=confounds.steady_from,
+        dvars=None if confounds.dvars is None else confounds.dvars[dropped:],
     )
 
 
@@ -221,6 +224,7 @@ def _motion(confounds: Confounds) -> dict[str, Any]:
         "mean_fd": None,
         "max_fd": None,
         "fd": None,
+        "dvars": None,
         "censored": int(confounds.censor.sum()),
         "confounds": list(confounds.names),
     }
@@ -229,6 +233,8 @@ def _motion(confounds: Confounds) -> dict[str, Any]:
         record["mean_fd"] = float(np.nanmean(displacement))
         record["max_fd"] = float(np.nanmax(displacement))
         record["fd"] = [_finite(round(float(value), 4)) for value in displacement]
+    if confounds.dvars is not None:
+        record["dvars"] = [_finite(round(float(value), 4)) for value in confounds.dvars]
     return record
 
 

@@ -174,6 +174,54 @@ def _fit_maps(atlas: AtlasSpec, shape: tuple[int, ...], affine: np.ndarray) -> P
     return lambda data: np.stack([inverse @ (maps @ volume) for volume in data.T])
 
 
+def mean_and_labels(
+    path: Path, atlas: AtlasSpec, volumes: int = 20
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """An image and an atlas on one grid, that of the atlas, to look at.
+
+    Parameters
+    ----------
+    path : 4-D image
+    volumes : so many of the first are averaged
+
+    Returns
+    -------
+    mean float [x, y, z]; labels int [x, y, z], of maps the one that weighs most, 0 for none; affine [4, 4]
+
+    Raises
+    ------
+    Unusable, OSError, ValueError : if the image or the atlas cannot be read
+    """
+    nibabel = need("nibabel", "reading images", "bids")
+    resample = need("nilearn.image", "resampling an image", "bids").resample_img
+    image = open_volume(path)
+    mean = nibabel.Nifti1Image(_read(image, 0, min(volumes, image.shape[3])).mean(axis=3), image.affine)
+    first = nibabel.load(atlas.pieces[0].paths[0])
+    grid = {"target_affine": first.affine, "target_shape": first.shape[:3]}
+    labels = np.zeros(first.shape[:3], np.int32)
+    for piece in atlas.pieces:
+        volume = nibabel.Nifti1Image(_one_label_a_voxel(piece), nibabel.load(piece.paths[0]).affine)
+        if not _is_on(volume, first.shape[:3], first.affine):
+            volume = resample(volume, interpolation="nearest", **grid)
+        mine = np.asarray(volume.dataobj, np.int32)
+        labels = np.where(mine > 0, mine + labels.max(), labels)
+    if not _is_on(mean, first.shape[:3], first.affine):
+        mean = resample(mean, interpolation="linear", **grid)
+    return np.asarray(mean.dataobj, np.float64), labels, first.affine
+
+
+def _one_label_a_voxel(atlas: AtlasSpec) -> np.ndarray:
+    image = need("nibabel", "reading an atlas", "bids").load(atlas.paths[0], keep_file_open=True)
+    if atlas.kind == "labels":
+        return read_labels(image).astype(np.int32)
+    best, labels = np.zeros(image.shape[:3]), np.zeros(image.shape[:3], np.int32)
+    for number in range(image.shape[3]):
+        weight = np.nan_to_num(np.asarray(image.dataobj[..., number], np.float64))
+        labels[weight > best] = number + 1
+        best = np.maximum(best, weight)
+    return labels
+
+
 def _is_on(image: Any, shape: tuple[int, ...], affine: np.ndarray) -> bool:
     return image.shape[:3] == tuple(shape) and np.allclose(image.affine, affine)
 

@@ -1,7 +1,7 @@
-"""The quality report of a prepared dataset: one HTML file with tables, motion, carpet plots and correlations.
+"""The quality report of a prepared dataset: one HTML file with tables and pictures.
 
-It shows what went in, how much the participants moved, how clean the signal is, and what was left out and
-why.
+It shows what went in, how much the participants moved, where the networks lie, what cleaning did, what the
+conditions are, what was left out and why; and it says what was done, in a paragraph for a paper.
 """
 
 from __future__ import annotations
@@ -12,11 +12,25 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from brainflow.prepare.records import read_before
+from brainflow.prepare.volumes import mean_and_labels
+from brainflow.report.methods import methods
 from brainflow.report.page import Page, Picture, Section, Table, render
-from brainflow.report.quality_figures import carpet, correlation, framewise_displacement, run_overview
+from brainflow.report.quality_figures import (
+    Line,
+    carpet,
+    correlation,
+    framewise_displacement,
+    outline,
+    responses,
+    run_overview,
+)
 from brainflow.storage.files import write_text
 
 if TYPE_CHECKING:
+    from brainflow.prepare import AtlasSpec
     from brainflow.storage import BoldStore
 
 CARPETS = 6
@@ -24,11 +38,22 @@ CARPETS = 6
 CORRELATION_RUNS = 100
 """Runs, evenly spaced, that the correlation matrix is averaged over at most."""
 MOVED = 0.5
-"""Framewise displacement in mm above which a volume counts as moved."""
+"""Framewise displacement in mm above which a volume counts as moved, as in fMRIPrep."""
+UNLIKE = 1.5
+"""Standardised DVARS above which a volume counts as unlike the one before it, as in fMRIPrep."""
+CONDITIONS = 40
+"""Conditions of which mean responses are shown: the most frequent ones."""
 
 
 def write_quality_report(
-    records: Sequence[Mapping[str, Any]], stores: Mapping[str, BoldStore], path: Path, *, dataset: str
+    records: Sequence[Mapping[str, Any]],
+    stores: Mapping[str, BoldStore],
+    path: Path,
+    *,
+    dataset: str,
+    atlases: Mapping[str, AtlasSpec],
+    work: Path,
+    makers: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Write the report and return its path.
 
@@ -38,6 +63,12 @@ def write_quality_report(
         One for each run, from `brainflow prepare`; also of runs that were left out.
     stores
         The gathered store of each atlas.
+    atlases
+        By the same labels.
+    work
+        Where the time series before cleaning lie.
+    makers
+        What made the images, `Name` and `Version`.
     """
     done = [record for record in records if record["status"] == "done"]
     out = [record for record in records if record["status"] != "done"]
@@ -60,8 +91,10 @@ def write_quality_report(
             _left_out(out),
             _tasks(done),
             _motion(done),
-            *(_atlas(done, label, store) for label, store in stores.items()),
+            *(_conditions(store) for store in list(stores.values())[:1]),
+            *(_atlas(done, store, atlases[label], work) for label, store in stores.items()),
             _runs(done),
+            *([_methods(records, done, stores, makers)] if done else []),
         ],
         footer=_recipe(done),
     )
@@ -101,12 +134,17 @@ def _motion(done: Sequence[Mapping[str, Any]]) -> Section:
     moved = sum(value > MOVED for record in known for value in record["fd"] if value is not None)
     volumes = sum(len(record["fd"]) for record in known)
     worst = max(known, key=lambda record: record["mean_fd"])
+    text = [
+        f"Framewise displacement is above {MOVED} mm in {100 * moved / volumes:.1f} % of the volumes; "
+        f"{worst['key']} moved most ({worst['mean_fd']:.2f} mm on average)."
+    ]
+    dvars = [value for record in done for value in record.get("dvars") or () if value is not None]
+    if dvars:
+        unlike = np.mean(np.array(dvars) > UNLIKE)
+        text.append(f"Standardised DVARS is above {UNLIKE} in {100 * unlike:.1f} % of the volumes.")
     return Section(
         title="Motion",
-        text=[
-            f"Framewise displacement is above {MOVED} mm in {100 * moved / volumes:.1f} % of the volumes; "
-            f"{worst['key']} moved most ({worst['mean_fd']:.2f} mm on average)."
-        ],
+        text=text,
         pictures=[
             Picture(
                 name="motion",
@@ -127,7 +165,86 @@ def _motion(done: Sequence[Mapping[str, Any]]) -> Section:
     )
 
 
-def _atlas(done: Sequence[Mapping[str, Any]], label: str, store: BoldStore) -> Section:
+def _conditions(store: BoldStore) -> Section:
+    """Counts of each condition, and the mean signal of each network under it."""
+    segments, names = store.segments, _names(store)
+    shift = store.attributes["preprocessing"].get("hrf_shift", 0)
+    labels = segments.columns.get("mental_state", np.zeros(0, str)).tolist()
+    counts = Counter(label for label in labels if label)
+    if not counts:
+        return Section(title="Conditions", text=["No run has labelled segments."])
+    subjects, t_r = store.runs.subject, store.runs.t_r
+    rows = []
+    for label, count in counts.most_common():
+        mine = np.flatnonzero(np.array(labels) == label)
+        runs = np.unique(segments.run[mine])
+        seconds = np.median(segments.length[mine] * t_r[segments.run[mine]])
+        people = len(np.unique(subjects[runs]))
+        rows.append([label, str(count), str(len(runs)), str(people), f"{seconds:.1f}"])
+    shown = [label for label, _ in counts.most_common(CONDITIONS)]
+    means, read = _mean_responses(store, labels, shown)
+    header = ["condition", "segments", "runs", "participants", "median length (s)"]
+    return Section(
+        title="Conditions",
+        text=[f"Segments are shifted by {shift:g} s for the haemodynamic lag."],
+        table=Table(header=header, rows=rows),
+        pictures=[
+            Picture(
+                name="responses",
+                png=responses(means, shown, names),
+                alt="Mean signal of each network under each condition",
+                caption="Mean signal of each network within the segments of each condition, over "
+                f"{read} runs with segments; {len(shown)} of {len(counts)} conditions.",
+            )
+        ],
+    )
+
+
+def _mean_responses(
+    store: BoldStore, labels: Sequence[str], conditions: Sequence[str]
+) -> tuple[np.ndarray, int]:
+    """Mean over the uncensored volumes of each condition, [conditions, networks]; and the runs read."""
+    segments = store.segments
+    totals, volumes = np.zeros((len(conditions), store.networks)), np.zeros((len(conditions), 1))
+    number = {label: i for i, label in enumerate(conditions)}
+    labelled = np.unique(segments.run)
+    chosen = labelled[:: -(-len(labelled) // CORRELATION_RUNS)]
+    for run in chosen.tolist():
+        bold, censor = np.asarray(store.run(run), np.float64), store.runs.censor(run)
+        kept = np.ones(len(bold), bool) if censor is None else ~censor
+        for k in np.flatnonzero(segments.run == run).tolist():
+            if (i := number.get(labels[k])) is not None:
+                onset = int(segments.onset[k])
+                within = slice(onset, onset + int(segments.length[k]))
+                totals[i] += bold[within][kept[within]].sum(axis=0)
+                volumes[i] += kept[within].sum()
+    return totals / np.maximum(volumes, 1), len(chosen)
+
+
+def _names(store: BoldStore) -> list[str]:
+    return list(store.attributes["network_names"] or map(str, range(1, store.networks + 1)))
+
+
+def _outline(record: Mapping[str, Any], atlas: AtlasSpec) -> tuple[list[Picture], list[str]]:
+    """The networks on the mean image of a run, or why they are not shown."""
+    if record["recipe"]["kind"] != "volume" or not record.get("inputs"):
+        return [], []
+    try:
+        mean, labels, affine = mean_and_labels(Path(record["inputs"][0]), atlas)
+    except (OSError, ValueError) as error:
+        return [], [f"The networks are not drawn on an image: {error}."]
+    picture = Picture(
+        name=f"outline-{atlas.label}",
+        png=outline(mean, labels, affine),
+        alt=f"Borders of the networks of {atlas.label} on the mean image of a run",
+        caption=f"Borders of the networks on the mean of the first volumes of {record['key']}: they have to "
+        "lie on the brain, and on its cortex where the atlas does.",
+    )
+    return [picture], []
+
+
+def _atlas(done: Sequence[Mapping[str, Any]], store: BoldStore, atlas: AtlasSpec, work: Path) -> Section:
+    label, names = atlas.label, _names(store)
     by_key = {record["key"]: record for record in done}
     keys = store.runs.key.tolist()
     ranked = sorted(range(len(keys)), key=lambda i: -(by_key[keys[i]]["mean_fd"] or 0.0))
@@ -138,23 +255,31 @@ def _atlas(done: Sequence[Mapping[str, Any]], label: str, store: BoldStore) -> S
         f"{key}: {count} networks are constant (outside the recorded field of view)."
         for key, count in (+flat).items()
     ]
-    pictures = [
+    pictures, failures = _outline(by_key[keys[ranked[len(ranked) // 2]]], atlas)
+    notes += failures
+    pictures += [
         Picture(
             name=f"correlation-{label}",
-            png=correlation([store.run(keys.index(key)) for key in averaged]),
+            png=correlation([store.run(keys.index(key)) for key in averaged], names),
             alt=f"Matrix of correlations between the networks of {label}",
             caption=f"Correlation of networks, averaged over {len(averaged)} of {len(keys)} runs (Fisher z).",
         )
     ]
     for i in shown:
         record = by_key[keys[i]]
+        before = read_before(work, label, keys[i])
+        stages = {} if before is None else {"before cleaning": before}
+        stages["after cleaning"] = store.run(i)
+        known = (("FD (mm)", record["fd"], MOVED), ("DVARS", record.get("dvars"), UNLIKE))
+        lines = [Line(label=name, values=values, limit=limit) for name, values, limit in known if values]
         pictures.append(
             Picture(
                 name=f"carpet-{label}-{i}",
-                png=carpet(store.run(i), record["fd"], store.runs.censor(i), t_r=record["t_r"]),
-                alt=f"Carpet plot of {keys[i]}: framewise displacement above, networks by time below",
-                caption=f"{keys[i]}: motion and all networks over time; {len(shown)} of {len(keys)} runs "
-                f"shown.",
+                png=carpet(stages, lines, store.runs.censor(i), names, t_r=record["t_r"]),
+                alt=f"Carpet plot of {keys[i]}: motion and DVARS above, networks by time below",
+                caption=f"{keys[i]}: framewise displacement and standardised DVARS with the limits of "
+                f"fMRIPrep ({MOVED} mm, {UNLIKE}), and all networks over time, in standard deviations, "
+                f"{' and '.join(stages)}; {len(shown)} of {len(keys)} runs shown.",
             )
         )
     return Section(title=f"Atlas {label}: {store.networks} networks", notes=notes, pictures=pictures)
@@ -176,6 +301,18 @@ def _runs(done: Sequence[Mapping[str, Any]]) -> Section:
     ]
     header = ["run", "TR (s)", "volumes", "mean FD (mm)", "max FD (mm)", "censored", "tSNR", "notes"]
     return Section(title="Runs", table=Table(header=header, rows=rows, prose=(7,)))
+
+
+def _methods(
+    records: Sequence[Mapping[str, Any]],
+    done: Sequence[Mapping[str, Any]],
+    stores: Mapping[str, BoldStore],
+    makers: Sequence[Mapping[str, Any]],
+) -> Section:
+    networks = {label: store.networks for label, store in stores.items()}
+    paragraph, works = methods(done, networks, makers, runs=len(records))
+    text = ["To be used in papers, in whole or in part.", paragraph]
+    return Section(title="Methods", text=text, notes=works)
 
 
 def _recipe(done: Sequence[Mapping[str, Any]]) -> list[str]:

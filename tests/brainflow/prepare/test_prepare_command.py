@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import tyro
+from browser import assert_shown
 from nilearn.interfaces.fmriprep import load_confounds
 from nilearn.maskers import NiftiLabelsMasker
 
@@ -136,6 +137,13 @@ def test_one_command(dataset, tmp_path):
     assert "http://" not in report.replace("http://www.w3.org", "")
     for fact in ("temporal SNR", "Carpet plot", "Framewise displacement", "Correlation of networks"):
         assert fact in report, fact
+    for fact in (
+        "Borders of the networks",
+        "before cleaning and after cleaning",
+        "preprocessed by fMRIPrep 25",
+    ):
+        assert fact in report, fact
+    assert_shown(out / "report.html", tmp_path)
 
 
 def assert_described(out):
