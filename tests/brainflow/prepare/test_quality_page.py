@@ -64,11 +64,12 @@ def test_the_atlas_is_drawn_where_its_labels_are(tmp_path):
     np.testing.assert_allclose(mean[1:7, 3, 3], (np.arange(1, 7) - 0.5) / 2, atol=1e-5)
     soft = np.zeros((8, 8, 8, 3), np.float32)
     soft[0, ..., 0], soft[1, ..., 1], soft[1, ..., 2] = 0.2, 0.3, 0.5
+    soft[2, ..., 0], soft[2, ..., 2] = 0.6, 0.4
     nibabel.save(nibabel.Nifti1Image(soft, fine), tmp_path / "atlas-soft_probseg.nii.gz")
     _, labels, _ = mean_and_labels(
         tmp_path / "bold.nii.gz", find_atlas(str(tmp_path / "atlas-soft_probseg.nii.gz"))
     )
-    assert labels[:3, 0, 0].tolist() == [1, 3, 0]
+    assert labels[:4, 0, 0].tolist() == [1, 3, 1, 0]
 
 
 def test_series_before_cleaning_are_kept_and_volumes_are_aligned(tree, tmp_path, run_verb):
