@@ -276,7 +276,7 @@ def test_a_run_of_one_parcel_has_nothing_spatial(tree):
     [({"standardize": True}, "zscore"), ({"standardize": False}, "none"), ({"normalise": "gsr"}, "gsr")],
 )
 def test_what_earlier_versions_prepared_is_known(clean, kind):
-    assert gather._normalised(clean) == kind
+    assert gather.normalised(clean) == kind
 
 
 def test_the_command_takes_each_kind(tmp_path):
