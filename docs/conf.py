@@ -65,10 +65,8 @@ def write_command_page(app):
     lines = ["# The command line", "", "What `brainflow VERB --help` prints.", ""]
     for verb, (_, what) in VERBS.items():
         lines += [f"## {verb}", "", f"{what[0].upper()}{what[1:]}.", ""]
-        for form in (
-            [],
-            *([[kind] for kind in ("tar", "arrays", "store", "xcpd", "fbert")] if verb == "ingest" else []),
-        ):
+        forms = ("tar", "arrays", "store", "xcpd", "fbert") if verb == "ingest" else ()
+        for form in ([], *([kind] for kind in forms)):
             command = [sys.executable, "-m", "brainflow", verb, *form, "--help"]
             shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             lines += ["```text", shown.rstrip(), "```", ""]

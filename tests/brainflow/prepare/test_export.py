@@ -10,6 +10,7 @@ from nilearn.interfaces.bids import get_bids_files, parse_bids_filename
 from nilearn.maskers import NiftiLabelsMasker
 
 from brainflow.cli import export
+from brainflow.prepare.xcpd import ingest_xcpd
 from brainflow.storage import BoldStore, StoreWriter
 
 
@@ -50,6 +51,19 @@ def test_the_cohort_of_a_template_is_an_entity_of_the_name(store, tmp_path, run_
     assert run_verb(export, store, tmp_path / "xcp", *words) == 0
     [path] = (tmp_path / "xcp").rglob("*.tsv")
     assert "_space-MNIInfant_cohort-2_atlas-grid_" in path.name
+
+
+@pytest.mark.parametrize("form", ["tsv", "ptseries"])
+def test_what_is_exported_can_be_ingested_again(store, tmp_path, run_verb, form):
+    out, back = tmp_path / "xcp", tmp_path / "back.zarr"
+    assert run_verb(export, store, out, "--format", form) == 0
+    assert ingest_xcpd(out, back, dataset="x").ok
+    first, second = BoldStore.open(store), BoldStore.open(back)
+    assert second.runs.key.tolist() == first.runs.key.tolist()
+    assert second.runs.t_r.tolist() == first.runs.t_r.tolist()
+    assert second.attributes["network_names"] == first.attributes["network_names"]
+    for run in range(3):
+        np.testing.assert_array_equal(second.run(run), first.run(run))
 
 
 def test_ptseries_with_and_without_geometry(store, tree, tmp_path, run_verb):

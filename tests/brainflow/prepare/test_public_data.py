@@ -200,6 +200,10 @@ def test_hcp_young_adult(place):
     ]
     assert store.networks == 3
     assert set(store.segments.columns["mental_state"]) == {"lf", "rest"}
+    for image in Path("HCP1200").rglob("*.nii"):  # to make room for the next subject
+        image.unlink()
+    assert main(["prepare", "HCP1200", "out", "group", "--no-report"]) == 0
+    assert BoldStore.open(store.path).runs.key.tolist() == store.runs.key.tolist()
 
 
 def tar(path, members):
