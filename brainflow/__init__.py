@@ -28,6 +28,7 @@ __all__ = [
     "from_pretrained",
     "load",
     "push_to_hub",
+    "save_pretrained",
 ]
 _PLACES = {
     "embed": "brainflow.decoding.embed",
@@ -40,10 +41,10 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from brainflow.pretrained.format import load_pretrained
+    if name in ("load", "save_pretrained"):
+        from brainflow.pretrained import format
 
-        return load_pretrained
+        return format.load_pretrained if name == "load" else format.save_pretrained
     if name in _PLACES:
         from importlib import import_module
 

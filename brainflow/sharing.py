@@ -1,6 +1,7 @@
-"""Upload of models and decoders to the hub.
+"""Upload of models and decoders to the hub, and of stores to the hub or a bucket.
 
-What is uploaded is made anew from the model's folder, in which nothing is changed but a card of our own.
+What is uploaded of a model is made anew from its folder, in which nothing is changed but a card of our own. A
+store goes up as it is, because its checksums hold for the bytes that it has.
 """
 
 from __future__ import annotations
@@ -8,18 +9,21 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from brainflow.files import open_regular
 from brainflow.optional import need
 from brainflow.pretrained import card
-from brainflow.pretrained.format import CARD, CONFIG, HEAD, WEIGHTS, load_pretrained, read_config
+from brainflow.pretrained.format import CARD, CONFIG, HEAD, WEIGHTS, load_pretrained, located, read_config
 from brainflow.pretrained.hub import SHARED
-from brainflow.pretrained.privacy import Subjects, published
+from brainflow.pretrained.privacy import Subjects, paths_in, published
+from brainflow.storage import BoldStore, StoreError, verify
 from brainflow.storage.files import write_text
+from brainflow.storage.manifest import MANIFEST, parse_manifest
+from brainflow.storage.publishing import contents
 from brainflow.storage.text import printable
 
 
@@ -90,7 +94,7 @@ def prepare_upload(
     ValueError
         If the model or its head cannot be loaded, or a file is a link that leads out of the folder.
     """
-    source = Path(folder)
+    source = located(folder)
     config = read_config(source)
     files = {WEIGHTS: source / WEIGHTS}
     if config.get("decoder") is not None:
@@ -111,7 +115,7 @@ def prepare_upload(
     if not own_card:
         texts[CARD] = card.model_card(
             seen.config,
-            validation=card.last_validation(source),
+            validation=card.last_validation(source, config.get("step")),
             license=license,
             name=name or source.resolve().name,
         )
@@ -137,7 +141,7 @@ def push_to_hub(
     folder
         Folder of a saved model or decoder.
     repository
-        `owner/name` on the hub; made if absent.
+        `owner/name` or `hf://owner/name` on the hub; made if absent.
     private
         Visibility of a repository that is made; one that is public already is refused.
     dry_run
@@ -160,33 +164,146 @@ def push_to_hub(
     ConnectionError
         If the hub refuses or is not reached.
     """
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
-        raise ValueError(f"repository: got {repository!r}, expected owner/name")
+    repository = _repository(repository, "model")
     name = repository.partition("/")[2]
     upload = prepare_upload(folder, subjects=subjects, license=license, name=name)
     said(upload)
     if not dry_run:
-        _send(upload, repository, private=private)
-        if CARD in upload.texts and not (Path(folder) / CARD).is_symlink():  # as the hub's cache has it
+        files = {name: text.encode() for name, text in upload.texts.items()} | upload.files
+        _send({name: files[name] for name in upload.names}, repository, "model", private=private)
+        shipped = located(folder) != Path(folder)
+        if CARD in upload.texts and not shipped and not (Path(folder) / CARD).is_symlink():  # the hub's cache
             write_text(Path(folder) / CARD, upload.texts[CARD])
     return upload.names
 
 
-def _send(upload: Upload, repository: str, *, private: bool) -> None:
+def describe_store(path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> str:
+    """Say in words what would be seen by whoever reads a store, after all of it has been read and compared.
+
+    Parameters
+    ----------
+    path
+        The store.
+    progress
+        Called with (bytes read, bytes in all).
+
+    Raises
+    ------
+    StoreError
+        If it is damaged.
+    """
+    report = verify(path, progress)
+    if not report.ok:
+        raise StoreError(
+            f"{path}: is damaged, so it is not published: {report.errors[0]}; `brainflow verify` lists all"
+        )
+    store = BoldStore.open(path, fallback=False)
+    people = {(str(d), str(s)) for d, s in zip(store.runs.dataset, store.runs.subject, strict=True)}
+    paths = paths_in(store.attributes)
+    return "\n".join(
+        [
+            f"  {len(store.runs):,} runs, {report.chunks:,} chunks, each compared with its checksum",
+            f"  people: {len(people)}, by the names that the store has",
+            f"  paths in its attributes: {printable(', '.join(paths)) or 'none'}",
+        ]
+    )
+
+
+def push_store(
+    path: str | os.PathLike[str], repository: str, *, private: bool = True, license: str = "unknown"
+) -> int:
+    """Upload a store as a data set of the hub, in one commit, and return the bytes of what it holds.
+
+    Parameters
+    ----------
+    path
+        The store.
+    repository
+        `owner/name` on the hub; made if absent.
+    private
+        Visibility of a repository that is made; one that is public already is refused.
+    license
+        Licence of the data, as the hub abbreviates it.
+
+    Raises
+    ------
+    ValueError
+        If `repository` is not of the form `owner/name`, is public and should not be, or holds another store.
+    ConnectionError
+        If the hub refuses or is not reached.
+    """
+    repository = _repository(repository, "dataset")
+    store = BoldStore.open(path, fallback=False)
+    data, last = contents(store, {})
+    files: dict[str, bytes | Path] = {**data, **last}
+    sizes = [f.stat().st_size if isinstance(f, Path) else len(f) for f in files.values()]
+    files[CARD] = card.store_card(store, repository, license=license).encode()
+    _send(files, repository, "dataset", private=private, check=partial(_check_older, store))
+    return sum(sizes)
+
+
+def _check_older(store: BoldStore, repository: str) -> None:
+    """Refuse a repository that holds another store than an older generation of this one.
+
+    Raises
+    ------
+    ValueError
+        If it does.
+    """
     client = need("huggingface_hub", "the hub", "hub")
-    contents: dict[str, Any] = {name: text.encode() for name, text in upload.texts.items()} | upload.files
+    try:
+        there = client.hf_hub_download(repository, MANIFEST, repo_type="dataset", force_download=True)
+    except client.errors.EntryNotFoundError:
+        return
+    manifest, attributes, snapshot = parse_manifest(Path(there).read_bytes(), f"hf://datasets/{repository}")
+    own = parse_manifest(store.manifest_bytes, str(store.path))[1]
+    older = manifest.generation < store.generation and attributes == own
+    if not older and snapshot != store.snapshot:
+        raise ValueError(
+            f"repository: {repository} holds another store or a newer generation; choose another repository"
+        )
+
+
+def _repository(name: str, kind: str) -> str:
+    """Return `owner/name` of a repository, given as such or as a URL of the hub.
+
+    Raises
+    ------
+    ValueError
+        If it is neither.
+    """
+    prefix = "hf://datasets/" if kind == "dataset" else "hf://"
+    plain = name.removeprefix(prefix).removesuffix("/")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", plain):
+        raise ValueError(f"repository: got {name!r}, expected owner/name or {prefix}owner/name for a {kind}")
+    return plain
+
+
+def _send(
+    files: Mapping[str, bytes | Path],
+    repository: str,
+    kind: str,
+    *,
+    private: bool,
+    check: Callable[[str], None] = lambda repository: None,
+) -> None:
+    client = need("huggingface_hub", "the hub", "hub")
     parts = [
-        client.CommitOperationAdd(path_in_repo=name, path_or_fileobj=contents[name]) for name in upload.names
+        client.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+        for name, content in files.items()
     ]
     try:
         api = client.HfApi()
-        api.create_repo(repository, private=private, exist_ok=True)
-        if private and api.repo_info(repository).private is not True:
+        api.create_repo(repository, repo_type=kind, private=private, exist_ok=True)
+        if private and api.repo_info(repository, repo_type=kind).private is not True:
             raise ValueError(
                 f"repository: {repository} is there already and is public; choose another, or say --public "
                 "(private=False) to publish there"
             )
-        api.create_commit(repository, operations=parts, commit_message="Share a model of brainflow")
+        check(repository)
+        api.create_commit(
+            repository, operations=parts, repo_type=kind, commit_message=f"Publish a {kind} of brainflow"
+        )
     except (ValueError, OSError):
         raise
     except Exception as error:  # of the client's own transport

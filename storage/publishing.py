@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import as_completed
 from pathlib import Path
 
@@ -52,23 +52,7 @@ def publish(
                     "it first"
                 )
             published[name] = len(old)
-    data: dict[str, bytes | Path] = {}
-    runs, manifest = store.runs, store.manifest
-    arrays = (
-        (store.layout.bold_grid, runs.start, runs.length, manifest.rows),
-        (store.layout.statistics_grid, runs.slot, np.ones(len(runs), np.int64), manifest.slots),
-    )
-    for grid, starts, lengths, _ in arrays:
-        for shard in grid.chunks_in_shards(starts, lengths)[0].tolist():
-            if shard * grid.chunks_per_shard >= published[grid.name]:
-                data[grid.shard_path(shard)] = Path(store.path) / grid.shard_path(shard)
-    for relative in manifest.files:
-        data[relative] = store.check_file(relative).tobytes()
-    if manifest.copied:
-        data[manifest_copy(manifest.generation)] = store.manifest_bytes
-    data[INDEX_GROUP] = group_metadata({})
-    last = {f"{grid.name}/zarr.json": store.layout.array_metadata(grid, rows) for grid, _, _, rows in arrays}
-    last[MANIFEST] = store.manifest_bytes  # the commit
+    data, last = contents(store, published)
     sizes = {
         name: value.stat().st_size if isinstance(value, Path) else len(value)
         for name, value in {**data, **last}.items()
@@ -88,3 +72,37 @@ def publish(
     if progress is not None:
         progress(total, total)
     return total
+
+
+def contents(
+    store: BoldStore, published: Mapping[str, int]
+) -> tuple[dict[str, bytes | Path], dict[str, bytes]]:
+    """What of a local store has to be uploaded, by path in it; and what goes last, the commit at the end.
+
+    Parameters
+    ----------
+    store : opened with `fallback=False`
+    published : {array: number of its chunks that are there already}
+
+    Raises
+    ------
+    StoreError : if a file of its index is damaged
+    """
+    data: dict[str, bytes | Path] = {}
+    runs, manifest = store.runs, store.manifest
+    arrays = (
+        (store.layout.bold_grid, runs.start, runs.length, manifest.rows),
+        (store.layout.statistics_grid, runs.slot, np.ones(len(runs), np.int64), manifest.slots),
+    )
+    for grid, starts, lengths, _ in arrays:
+        for shard in grid.chunks_in_shards(starts, lengths)[0].tolist():
+            if shard * grid.chunks_per_shard >= published.get(grid.name, 0):
+                data[grid.shard_path(shard)] = Path(store.path) / grid.shard_path(shard)
+    for relative in manifest.files:
+        data[relative] = store.check_file(relative).tobytes()
+    if manifest.copied:
+        data[manifest_copy(manifest.generation)] = store.manifest_bytes
+    data[INDEX_GROUP] = group_metadata({})
+    last = {f"{grid.name}/zarr.json": store.layout.array_metadata(grid, rows) for grid, _, _, rows in arrays}
+    last[MANIFEST] = store.manifest_bytes  # the commit
+    return data, last

@@ -35,13 +35,15 @@ VERBS: dict[str, tuple[str, str]] = {
     "embed": ("brainflow.cli.embed", "embed images, tables and stores with a pretrained model"),
     "report": ("brainflow.cli.report", "make one HTML page of a run or a decoding"),
     "doctor": ("brainflow.cli.doctor", "say how far a store is from what a model saw, and what to do"),
-    "share": ("brainflow.cli.share", "write a model's card and upload it to the hub"),
+    "publish": ("brainflow.cli.publish", "put a model with its card, or a store, on the hub or in a bucket"),
     "bench": ("brainflow.benchmarks.command", "measure loader, kernels and training steps on this machine"),
     "import-checkpoint": ("brainflow.cli.import_checkpoint", "read the released weights of 2022"),
     "export-checkpoint": ("brainflow.cli.export_checkpoint", "write weights under the names of 2022"),
     "export": ("brainflow.cli.export", "write a store's runs as files that other tools read"),
     "plot": ("brainflow.cli.plot", "draw the loss curves of one or more runs"),
 }
+FORMER = {"share": "publish"}
+"""Verb of an older version → today's."""
 SHELLS = ("bash", "zsh", "fish")
 NEXT = """\
 Pretrain sequence models on fMRI and decode mental states with them.
@@ -117,7 +119,7 @@ def _main(args: list[str]) -> int:
         return 0
     if args[0] == "--print-completion":
         return _print_completion(args[1:])
-    verb, rest = args[0], args[1:]
+    verb, rest = FORMER.get(args[0], args[0]), args[1:]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "`brainflow --help` lists the verbs"

@@ -357,6 +357,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         *,
         masker: Any = None,
         device: Literal["cpu", "cuda"] = "cpu",
+        **download: Any,
     ) -> Self:
         """Return a decoder that :meth:`save` or `brainflow adapt --save` wrote.
 
@@ -368,8 +369,10 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
             Fitted nilearn masker of the model's parcellation, if X will be images.
         device
             Where to compute.
+        **download
+            `revision` and what :func:`brainflow.from_pretrained` takes, for a repository of the hub.
         """
-        decoder, config = load_decoder(fetch(folder))
+        decoder, config = load_decoder(fetch(folder, **download))
         section = config["decoder"]
         data, estimator = config.get("data") or {}, config.get("estimator")
         if estimator is None:  # from `brainflow adapt --save`
@@ -389,6 +392,8 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         if masker is not None:
             result.masker_ = masker
         return result
+
+    save_pretrained, from_pretrained = save, load
 
 
 class BoldEncoder(TransformerMixin, _OnWindows):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from brainflow.data.splits import Split, listed
 from brainflow.files import read_json
-from brainflow.pretrained.format import CONFIG, read_config
+from brainflow.pretrained.format import CONFIG, located, read_config
 from brainflow.pretrained.privacy import seen
 
 TRAINED_BODY = ("finetune", "lora")
@@ -115,7 +114,7 @@ def people_seen(checkpoint: str | os.PathLike[str], people: set[str]) -> tuple[l
     fitted: set[str] = set()
     unknown, name = "", os.fspath(checkpoint)
     for generation in range(GENERATIONS):
-        path = Path(name) / CONFIG
+        path = located(name) / CONFIG
         if not path.is_file():
             unknown = unknown or name
             break

@@ -11,13 +11,16 @@ from typing import Any
 
 from brainflow.files import is_number, parse_json, read_text
 from brainflow.pretrained.format import CARD, CONFIG, read_config
-from brainflow.pretrained.privacy import HASHED
+from brainflow.pretrained.privacy import HASHED, without_paths
+from brainflow.storage import BoldStore
 from brainflow.storage.files import write_text
 from brainflow.storage.text import printable
 
 METRICS = "metrics.jsonl"
 MARKER = "<!-- Made by brainflow, which writes it anew. Delete this line and the card is yours. -->"
 VALIDATION = {
+    "val_explained_variance": "explained variance of masked values in held-out runs",
+    "val_linear_explained_variance": "the same of the best linear predictor",
     "val_l1": "L1 error of masked values in held-out runs",
     "val_mean_l1": "the same of each network's mean",
     "val_last_l1": "the same of the last value",
@@ -33,7 +36,8 @@ def write_card(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder) / CARD
     if not own_card(path):
         config = read_config(folder)
-        card = model_card(config, validation=last_validation(Path(folder)), name=path.parent.resolve().name)
+        validation = last_validation(Path(folder), config.get("step"))
+        card = model_card(config, validation=validation, name=path.parent.resolve().name)
         write_text(path, card)
     return path
 
@@ -43,16 +47,28 @@ def own_card(path: Path) -> bool:
     return path.exists() and MARKER not in read_text(path)
 
 
-def last_validation(folder: Path) -> dict[str, Any] | None:
-    """Return the last validation line of a run's log; None without one, or where the log is damaged."""
+def last_validation(folder: Path, step: int | None = None) -> dict[str, Any] | None:
+    """Return a validation line of a run's log, of the released step or else the last; None without one.
+
+    Parameters
+    ----------
+    folder
+        The run.
+    step
+        Optimizer steps of the weights that were released, which may be fewer than the run had.
+    """
     path = folder / METRICS
     if not path.is_file():
         return None
+    last = None
     for line in reversed(read_text(path, most=MOST_LOG).splitlines()):
         if '"val_loss"' in line:
             found = parse_json(line, f"{path}: the last validation")
-            return {key: value for key, value in found.items() if is_number(value)}
-    return None
+            numbers = {key: value for key, value in found.items() if is_number(value)}
+            if step is None or numbers.get("step") == step:
+                return numbers
+            last = last or numbers
+    return last
 
 
 def model_card(
@@ -131,6 +147,48 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
+def store_card(store: BoldStore, repository: str, *, license: str = "unknown") -> str:
+    """Return the card of a published store.
+
+    Parameters
+    ----------
+    store
+        What is published.
+    repository
+        `owner/name` on the hub.
+    license
+        Licence of the data, as the hub abbreviates it.
+    """
+    runs, attributes = store.runs, store.attributes
+    people = {(str(d), str(s)) for d, s in zip(runs.dataset, runs.subject, strict=True)}
+    front = {"license": license, "tags": ["fmri", "neuroimaging", "brainflow"]}
+    name = re.sub(r".*/", "", repository)
+    lines = [
+        "---",
+        *(f"{key}: {_yaml(value)}" for key, value in front.items()),
+        "---",
+        MARKER,
+        "",
+        f"# {name}: parcellated fMRI as a brainflow store",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| runs | {len(runs)} of {len(people)} people |",
+        f"| data sets | {', '.join(map(_cell, sorted(set(map(str, runs.dataset)))))} |",
+        f"| time points | {int(runs.length.sum())} |",
+        f"| repetition time | {_range(sorted(set(runs.t_r.tolist())))} |",
+        f"| networks | {store.networks} |",
+        f"| parcellation | {_cell(without_paths(str(attributes['parcellation'])))} |",
+        f"| normalisation | {_cell(without_paths(str(attributes['normalisation'])))} |",
+        f"| snapshot | `{store.snapshot}` |",
+        "",
+        f'Read it with `BoldStore.open("hf://datasets/{repository}")`, or train on it with '
+        f"`brainflow pretrain hf://datasets/{repository}`: only what is read is downloaded, and every chunk "
+        "is compared with its checksum.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _front_matter(
     config: dict[str, Any], validation: dict[str, Any] | None, license: str, name: str
 ) -> list[str]:
@@ -147,10 +205,9 @@ def _front_matter(
         scores = {key: decoding[key]["value"] for key in ("accuracy", "balanced_accuracy", "macro_f1")}
         task, kinds = "mental-state decoding", {"macro_f1": "f1"}
     else:
-        scores = {
-            key: validation[key] for key in VALIDATION if key == "val_l1" and validation and key in validation
-        }
-        task, kinds = "masked reconstruction of fMRI", {"val_l1": "mae"}
+        kinds = {"val_explained_variance": "explained_variance", "val_l1": "mae"}
+        scores = {key: validation[key] for key in kinds if validation and key in validation}
+        task = "masked reconstruction of fMRI"
     if scores:
         metrics = [
             {"type": kinds.get(key, key), "name": key, "value": value} for key, value in scores.items()

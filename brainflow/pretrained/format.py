@@ -24,6 +24,8 @@ from brainflow.storage.files import replacing, write_text
 WEIGHTS, HEAD, CONFIG, CARD = "model.safetensors", "head.safetensors", "config.json", "README.md"
 DIGESTS = "sha256"
 FORMAT = 1
+SHIPPED = Path(__file__).parent / "shipped"
+"""Models that come with the package: a folder each, under the name that they are asked for by."""
 FLOATS = {"F64", "F32", "F16", "BF16"}
 """Element types of weights in safetensors files; all of ours are F32."""
 
@@ -106,8 +108,23 @@ def _earlier_digests(folder: Path) -> dict[str, list[str]]:
     return {name: [one] if isinstance(one, str) else one for name, one in found.items()}
 
 
+def located(name: str | os.PathLike[str]) -> Path:
+    """Return the folder of a model on this machine: a path, or else that of a model that ships by this name.
+
+    Examples
+    --------
+    >>> located("story-small").is_dir(), located("./story-small").is_dir()
+    (True, False)
+    """
+    path = Path(name)
+    shipped = SHIPPED / path.name
+    if os.fspath(name) == path.name and not path.exists() and (shipped / CONFIG).is_file():
+        return shipped
+    return path
+
+
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return `config.json` of a saved model: "model", "format" and what `extra` held.
+    """Return `config.json` of a model, saved or shipped: "model", "format" and what `extra` held.
 
     Raises
     ------
@@ -116,7 +133,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     ValueError
         If the file is no model configuration that this version reads; the message names what is wrong in it.
     """
-    path = Path(directory) / CONFIG
+    path = located(directory) / CONFIG
     if not path.exists():
         raise FileNotFoundError(
             f"{directory}: no {CONFIG} there; expected a folder that `brainflow pretrain` or "
@@ -140,7 +157,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_pretrained(directory: str | os.PathLike[str]) -> nn.Module:
-    """Return the saved framework module, on the CPU and in evaluation mode.
+    """Return the framework module of a folder or a shipped model, on the CPU and in evaluation mode.
 
     Raises
     ------
@@ -150,7 +167,7 @@ def load_pretrained(directory: str | os.PathLike[str]) -> nn.Module:
         If configuration and weights do not fit together, or the weights are not those that the configuration
         was written with; the message names the tensors or the file.
     """
-    folder = Path(directory)
+    folder = located(directory)
     saved = read_config(folder)
     config = from_dict(ModelConfig, saved["model"])
     path = folder / WEIGHTS

@@ -8,15 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from brainflow.optional import need
-from brainflow.pretrained.format import CARD, CONFIG, HEAD, WEIGHTS, load_pretrained
+from brainflow.pretrained.format import CARD, CONFIG, HEAD, SHIPPED, WEIGHTS, load_pretrained, located
 
 SHARED = (CONFIG, WEIGHTS, HEAD, CARD)
 """All of a repository that is up- or downloaded: nothing that could be executed."""
 
+DOWNLOAD = ("cache_dir", "token", "local_files_only", "force_download")
 
-def from_pretrained(name: str | os.PathLike[str], *, revision: str | None = None) -> Any:
-    """Return a framework module from a folder, or from a repository of the hub (`owner/name`)."""
-    return load_pretrained(fetch(name, revision=revision))
+
+def from_pretrained(name: str | os.PathLike[str], *, revision: str | None = None, **download: Any) -> Any:
+    """Return a framework module, on the CPU and in evaluation mode.
+
+    Parameters
+    ----------
+    name
+        A folder, the name of a model that ships with the package, or a repository of the hub (`owner/name`).
+    revision
+        Branch, tag or commit of the repository.
+    **download
+        `cache_dir`, `token`, `local_files_only`, `force_download`, as in `from_pretrained` of the hub's
+        `PyTorchModelHubMixin`.
+    """
+    return load_pretrained(fetch(name, revision=revision, **download))
 
 
 def fetch(
@@ -26,13 +39,14 @@ def fetch(
     files: Sequence[str] = SHARED,
     ownerless: bool = False,
     argument: str = "",
+    **download: Any,
 ) -> Path:
     """Return the folder of a model: `name` itself, or where the hub's files lie after download.
 
     Parameters
     ----------
     name
-        A folder, or a repository of the hub (`owner/name`).
+        A folder, the name of a model that ships with the package, or a repository of the hub (`owner/name`).
     revision
         Branch, tag or commit of the repository.
     files
@@ -41,6 +55,8 @@ def fetch(
         Whether the hub's first models, such as gpt2, are meant, too.
     argument
         What `name` was given as, for messages.
+    **download
+        See :func:`from_pretrained`.
 
     Raises
     ------
@@ -50,15 +66,20 @@ def fetch(
         If it can only be on the hub and huggingface_hub is not installed.
     """
     start = f"{argument}: {name}" if argument else str(name)
-    if (Path(name) / CONFIG).is_file():
-        return Path(name)
+    unknown = sorted(download.keys() - DOWNLOAD)
+    if unknown:
+        raise TypeError(f"got {', '.join(unknown)}, expected some of revision, {', '.join(DOWNLOAD)}")
+    folder = located(name)
+    if (folder / CONFIG).is_file():
+        return folder
     if not _may_be_a_repository(name, ownerless):
         raise FileNotFoundError(
-            f"{start}: no {CONFIG} there; expected a model's folder or a repository of the hub as owner/name"
+            f"{start}: no {CONFIG} there; expected a model's folder, a repository of the hub as owner/name, "
+            f"or a model that ships with the package ({', '.join(shipped())})"
         )
     client = need("huggingface_hub", "the hub", "hub")
     try:
-        return Path(client.snapshot_download(name, revision=revision, allow_patterns=list(files)))
+        return Path(client.snapshot_download(name, revision=revision, allow_patterns=list(files), **download))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{start} is neither a model's folder here nor to be had from the hub ({error})"
@@ -70,6 +91,11 @@ def base_model(name: str | os.PathLike[str] | None) -> dict[str, str]:
     if not name or (Path(name) / CONFIG).is_file():
         return {}
     return {"base_model": str(name)}
+
+
+def shipped() -> list[str]:
+    """Return the names of the models that ship with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))
 
 
 def _may_be_a_repository(name: str | os.PathLike[str], ownerless: bool) -> bool:

@@ -119,6 +119,13 @@ def without_paths(text: str) -> str | None:
     return _PATH.sub("(a path)", text)
 
 
+def paths_in(facts: dict[str, Any]) -> list[str]:
+    """Return the names of a record's entries that hold an absolute path, such as `preprocessing.mask`."""
+    found: list[str] = []
+    _without_paths(facts, (), found)
+    return sorted(set(found))
+
+
 def _without_paths(value: Any, place: tuple[str, ...], removed: list[str]) -> Any:
     if place in _VOCABULARY:
         return value

@@ -1,4 +1,4 @@
-"""What `share` publishes: said before it is done, no paths, no names of people, nothing of elsewhere."""
+"""What `publish` shows of a model: said first, no paths, no names of people, nothing of elsewhere."""
 
 import inspect
 import json
@@ -165,7 +165,7 @@ def test_names_of_people(folder, subjects):
 
 def test_a_dry_run_writes_nothing_and_prints_the_card(folder, hub, capsys):
     before = contents(folder)
-    assert main(["share", str(folder), "me/model", "--dry-run", "--license", "cc-by-4.0"]) == 0
+    assert main(["publish", str(folder), "me/model", "--dry-run", "--license", "cc-by-4.0"]) == 0
     assert contents(folder) == before
     assert (hub.calls, hub.files) == ([], {})
     said = capsys.readouterr().out
@@ -238,6 +238,18 @@ def test_a_head_that_does_not_load_is_not_shared(folder, hub):
     with pytest.raises(ValueError, match="no decoder"):
         sharing.push_to_hub(folder, "me/model")
     assert hub.files == {}
+
+
+def test_the_card_has_the_validation_of_the_weights_that_were_released(folder):
+    lines = [
+        {"step": step, "val_loss": 1.0, "val_l1": l1, "val_explained_variance": 1 - l1}
+        for step, l1 in ((3, 0.25), (6, 0.75))
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    card = sharing.prepare_upload(folder).texts["README.md"]
+    for words in ("Validation after 3 steps", "explained variance of masked values in held-out runs: 0.750"):
+        assert words in card
+    assert cards.last_validation(folder)["step"] == 6
 
 
 def test_the_card_says_nothing_that_it_was_not_told(folder):
