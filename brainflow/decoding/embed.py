@@ -36,7 +36,7 @@ from brainflow.prepare.settings import CleanSettings, Rules, Settings, Strategy
 from brainflow.prepare.single import ENDINGS, fetch_file, files_of, job_of, kind_of, split_url
 from brainflow.prepare.surfaces import read_parcels
 from brainflow.prepare.timing import repetition_time
-from brainflow.pretrained.compatibility import check_fits, differences, signal_differences
+from brainflow.pretrained.compatibility import check_fits, differences, longest_window, signal_differences
 from brainflow.pretrained.format import load_pretrained, read_config
 from brainflow.pretrained.hub import fetch
 from brainflow.storage import BoldStore, StoreError
@@ -291,15 +291,11 @@ def _load(checkpoint: Any, layer: LayerName, pooling: Pooling, bins: int, device
     module: Any = load_pretrained(folder)
     if readout.layer not in (*layers(module), *SIDES):
         raise ValueError(f"layer: got {layer}, but the model has {len(layers(module)) - 2} blocks between")
-    drawn = (config.get("pretrain") or {}).get("data") or {}
-    longest = module.config.max_positions - framework_spec(module.config.framework).special_tokens
-    if "seq_max" in drawn:
-        longest = min(longest, int(drawn["seq_max"]) - 1)
     return _Model(
         folder=folder,
         module=module.to(where).eval(),
         data=config.get("data") or {},
-        longest=max(longest, 1),
+        longest=longest_window(config),
         readout=readout,
         device=where,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from brainflow.frameworks.registry import framework_spec
 from brainflow.pretrained.format import read_config
 from brainflow.pretrained.privacy import without_paths
 from brainflow.storage import BoldStore
@@ -250,6 +251,19 @@ def _shown(value: Any, other: Any) -> str:
     others = list(other) if isinstance(other, (list, tuple)) else []
     first = next((i for i, (a, b) in enumerate(zip(value, others, strict=False)) if a != b), len(others))
     return f"{list(value[first : first + 3])}… from place {first} of {len(value)}"
+
+
+def longest_window(config: dict[str, Any]) -> int:
+    """Return how many time points the longest window had that a model was trained on; at least 1.
+
+    Parameters
+    ----------
+    config
+        The model's `config.json`; one that does not say how its windows were drawn has room for so many.
+    """
+    model, drawn = config["model"], (config.get("pretrain") or {}).get("data") or {}
+    longest = model["max_positions"] - framework_spec(model["framework"]).special_tokens
+    return max(min(longest, int(drawn.get("seq_max", longest + 1)) - 1), 1)
 
 
 def fingerprint(store: BoldStore, runs: Any = None, *, sample: int = 8) -> dict[str, Any]:
