@@ -1,4 +1,4 @@
-"""What is installed is one package, `brainflow`, that lives beside transformers."""
+"""What is installed is one package, `brainflow`, beside transformers, and a file for Brainmarks."""
 
 import subprocess
 import sys
@@ -25,7 +25,13 @@ def wheel(tmp_path_factory):
 
 def test_top_level_names(wheel):
     names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert {name for name in names if not name.endswith(".dist-info")} == {"brainflow"}
+    assert {name for name in names if not name.endswith(".dist-info")} == {"brainflow", "brainmarks"}
+
+
+def test_nothing_but_one_file_lies_in_the_namespace_of_brainmarks(wheel):
+    """An `__init__.py` would make it ours: theirs would not be found any more, or be deleted with it."""
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("brainmarks/")]
+    assert names == ["brainmarks/models/brainflow_fmri.py"]
 
 
 def test_every_source_file_is_in_the_wheel(wheel):
@@ -37,6 +43,8 @@ def test_every_source_file_is_in_the_wheel(wheel):
     assert {"pieman24.npz", "LICENSE-DATA"} <= {
         name.rpartition("/")[2] for name in packed if name.startswith("brainflow/demo_data/pieman/")
     }
+    shipped = "brainflow/pretrained/shipped/story-small/"
+    assert {shipped + name for name in ("config.json", "model.safetensors", "README.md")} <= packed
     assert len([name for name in packed if name.endswith("licenses/LICENSE")]) == 1
     assert len([name for name in packed if name.endswith("LICENSE-DATA") and "dist-info" in name]) == 2
     assert {"brainflow/benchmarks/floors.json", "brainflow/prepare/atlases.toml"} <= packed

@@ -6,6 +6,7 @@ decoders without a model. Intervals are 95 %, over subjects, or over runs where 
 Examples
 --------
   brainflow adapt store --from run --target condition --out decoding
+  brainflow adapt store --from story-small --target segment --split split.json --out decoding
   brainflow adapt store --from run --target state --split leave-one-subject-out --mode lora --out decoding
   brainflow adapt store --from run --target state --split split.json --out decoding
   brainflow adapt store --from run --target state --n-train-subjects 48 --n-test-subjects 20 --out decoding
@@ -45,7 +46,8 @@ class Args:
     """Store with labelled segments; or the TOML file of `brainflow ingest arrays`, whose runs are then
     written to OUT/store-from-arrays first."""
     from_: Annotated[str, tyro.conf.arg(name="from", metavar="CKPT")]
-    """Pretrained model: the directory of a `brainflow pretrain` run, or `owner/name` on the hub."""
+    """Pretrained model: the directory of a `brainflow pretrain` run, `owner/name` on the hub, or
+    `story-small`, which ships with the package."""
     target: Annotated[str, tyro.conf.arg(metavar="COLUMN")]
     """Label column to decode; of people a column of their table: numbers are regressed, text is classes."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]

@@ -13,6 +13,7 @@ Examples
     --nprocs 8 --per run --out emb.parquet
   brainflow embed s3://openneuro.org/ds000001/sub-01_bold.nii.gz --from run --atlas a.nii.gz --out emb.csv
   brainflow embed store --from run --window 30 --layer last --out emb.npz
+  brainflow embed run.npy --t-r 1.5 --from story-small --out emb.csv
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Args:
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE…")]
     """Images, tables of time series, or stores; paths or URLs."""
     from_: Annotated[str, tyro.conf.arg(name="from", metavar="MODEL")]
-    """Pretrained model: the directory of a `brainflow pretrain` run, or `owner/name` on the hub."""
+    """Pretrained model: the directory of a `brainflow pretrain` run, `owner/name` on the hub, or
+    `story-small`, which ships with the package."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """Table to write: .parquet, .csv, .tsv or .npz."""
     atlas: str | None = None
