@@ -61,7 +61,8 @@ def _attention(repeats: int, device: str) -> list[Row]:
         return out
 
     theirs: dict[str, Attend] = {"padded": _padded(edges, longest), "block_diagonal": _block_diagonal(edges)}
-    backends: dict[str, Attend] = {name: partial(backend, impl=name) for name in _backends(q, edges, longest)}
+    backends: dict[str, Attend] = {name: partial(backend, impl=name) for name in BACKENDS}
+    backends = {name: attend for name, attend in backends.items() if _runs(partial(attend, q, k, v))}
     exact = [x.double() for x in step(backend)]
     for other in (*theirs.values(), *backends.values()):
         require_close("varlen_attention", step(other), exact, [BOUND[kind]] * 4)
@@ -81,6 +82,52 @@ def _attention(repeats: int, device: str) -> list[Row]:
     for name in backends if len(backends) > 1 else ():
         found += rows(f"varlen_attention/{name}", times, ours=name, baselines=("ours",))
     return found + roofline_rows("varlen_attention", times["ours"], nbytes, flops, device, TYPES[kind])
+
+
+def race(
+    shortest: int, longest: int, windows: int, seconds: float, device: str, dtype: torch.dtype
+) -> list[Row]:
+    """Return forward + backward times of all backends, of one stream and of two, over the chosen one's.
+
+    Parameters
+    ----------
+    shortest, longest, windows
+        Windows of `shortest` to `longest` tokens, and how many.
+    seconds
+        For each of the two.
+    """
+    lengths = np.random.default_rng(0).integers(shortest, longest, windows, endpoint=True)
+    lengths[0] = longest
+    edges = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
+    generator = torch.Generator().manual_seed(0)
+    *leaves, upstream = (
+        torch.randn(int(lengths.sum()), HEADS, HEAD_DIM, generator=generator)
+        .to(device, dtype)
+        .requires_grad_()
+        for _ in range(6)
+    )
+
+    def one(impl: str | None) -> tuple[Tensor, ...]:
+        out = attention(*leaves[:3], edges, longest, causal=True, impl=impl)
+        return torch.autograd.grad(out, leaves[:3], upstream)
+
+    def two(impl: str | None) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(shifted_attention(*leaves, edges, longest, impl=impl), leaves, upstream)
+
+    found = []
+    name = f"{shortest}-{longest}x{windows}/{str(dtype)[6:]}"
+    for form, step in (("one_stream", one), ("two_streams", two)):
+        ways = {name: partial(step, name) for name in BACKENDS if _runs(partial(step, name))}
+        if len(ways) > 1:  # a turn lasts as long as that of the slowest, which is known to be
+            del ways["fallback"]
+        ways["chosen"] = partial(step, None)
+        times = timing.interleave(ways, repeats=3, seconds=seconds, device=device)
+        for backend in ways:
+            found += speed_rows(
+                "kernels", f"attention/{form}/{name}/{backend}", times, ours=backend,
+                baselines=() if backend == "chosen" else ("chosen",),
+            )  # fmt: skip
+    return found
 
 
 def _padded(edges: Tensor, longest: int) -> Attend:
@@ -111,16 +158,13 @@ def _block_diagonal(edges: Tensor) -> Attend:
     return attend
 
 
-def _backends(q: Tensor, edges: Tensor, longest: int) -> list[str]:
-    """Return the attention backends that run here in this precision."""
-    found = []
-    for name in BACKENDS:
-        try:
-            attention(q, q, q, edges, longest, causal=True, impl=name)
-        except (ValueError, TypeError):  # not installed, or it says that it cannot
-            continue
-        found.append(name)
-    return found
+def _runs(call: Callable[[], object]) -> bool:
+    """Whether a backend of attention computes this here."""
+    try:
+        call()
+    except (ValueError, TypeError):  # not installed, or it says that it cannot
+        return False
+    return True
 
 
 def _gather(case: str, dtype: torch.dtype, quick: bool, device: str, windows: int) -> list[Row]:

@@ -10,7 +10,8 @@ Examples
   brainflow bench kernels --only 'masked_loss/*'
   brainflow bench kernels --static          # registers, spills, load widths: needs no GPU
   brainflow bench all --quick --gate
-  brainflow bench all --device cuda --json gpu.json
+  brainflow bench gpu --json gpu.json     # what is worth knowing first of a GPU, in at most eight minutes
+  brainflow bench all --device cuda --json all.json
   brainflow bench frameworks --store rest.store
   brainflow bench learning --quick --json learning.json     # what pretraining is worth; not part of `all`
   brainflow bench loader --compare yesterday.json
@@ -18,17 +19,14 @@ Examples
 
 from __future__ import annotations
 
-import gc
 import importlib
 import importlib.metadata
 import json
-import math
 import multiprocessing
 import os
 import platform
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -69,10 +67,10 @@ class Args:
     """Arguments of `brainflow bench`."""
 
     suite: Annotated[
-        Literal["loader", "kernels", "frameworks", "scaling", "prepare", "learning", "all"],
+        Literal["loader", "kernels", "frameworks", "scaling", "prepare", "learning", "gpu", "all"],
         tyro.conf.Positional,
     ] = "all"
-    """Suite to run; `all` are the others but `prepare` and `learning`."""
+    """Suite to run; `all` are the others but `prepare`, `learning` and `gpu`."""
     quick: bool = False
     """Small inputs, few repeats, one process: at most minutes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -98,13 +96,15 @@ class Args:
     """Also print which ratios moved since the run whose --json this file is."""
     static: bool = False
     """`kernels` only: compile for sm_80, 90, 100 and print registers, spills and load widths."""
+    dry: bool = False
+    """`gpu` only: run all of it at tiny sizes on the CPU, to see that it works; its figures mean nothing."""
 
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise ValueError(
                 f"--threads: got {self.threads}, expected 0 (a core each) or a number of threads"
             )
-        only_of = {"store": "frameworks", "static": "kernels"}
+        only_of = {"store": "frameworks", "static": "kernels", "dry": "gpu"}
         for name, suite in (only_of | dict.fromkeys(("frameworks", "seeds", "draws"), "learning")).items():
             value = getattr(self, name)
             if value not in (None, False, ()) and self.suite != suite:
@@ -113,6 +113,16 @@ class Args:
                 raise ValueError(f"--{name}: got {value}, expected at least 1")
         if self.suite == "learning" and (self.gate or self.compare or self.device == "cuda"):
             raise ValueError("--gate, --compare, --device cuda: got one with learning, which times nothing")
+        if self.suite == "gpu":
+            given = [n for n in ("quick", "only", "gate", "compare") if getattr(self, n)]
+            if given:
+                raise ValueError(
+                    f"--{given[0]}: got the suite gpu, which takes only --dry, --json and --threads"
+                )
+            if self.device != "auto":
+                raise ValueError(
+                    f"--device: got {self.device} with gpu, expected the GPU, with --dry the CPU: leave it out"
+                )
 
 
 def run(args: Args) -> int:
@@ -121,6 +131,8 @@ def run(args: Args) -> int:
         return _static()
     if args.suite == "learning":
         return _learning(args)
+    if args.suite == "gpu":
+        return _gpu(args)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every look at memory prints two lines
     import torch
 
@@ -176,15 +188,37 @@ def _learning(args: Args) -> int:
     return 1 if failures else 0
 
 
+def _gpu(args: Args) -> int:
+    """Measure what is worth knowing first of a GPU."""
+    if args.dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # for the processes that measure: Triton is imported in them
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    import torch
+
+    from .gpu import card, measure
+
+    if not (args.dry or torch.cuda.is_available()):
+        raise ValueError("gpu: torch sees no CUDA device; with --dry all of it runs on the CPU, tiny")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = "cpu" if args.dry else "cuda"
+    env = environment(device) | {"nvidia_smi": card()}
+    print(", ".join(f"{k} {v}" for k, v in env.items() if v is not None), file=sys.stderr)
+    _, failures = measure(args.dry, device, env=env, json_file=args.json)
+    for line in failures:
+        print(line, file=sys.stderr)
+    return 1 if failures else 0
+
+
 def _measure(args: Args, device: str, failures: list[str]) -> dict[str, list[Row]]:
     """Return suite → rows; a full run goes over the suites again and again, each time in new processes."""
-    from .timing import merge
+    from .timing import finite, merge
 
     if args.store is not None:
         from .race import time_to_loss
 
         rows = time_to_loss(240 if args.quick else 6000, device, args.store)
-        return {"frameworks": _finite(rows)}
+        return {"frameworks": finite(rows)}
     suites = ALL if args.suite == "all" else (args.suite,) if args.only else ("ceilings", args.suite)
     if args.quick:
         passes = [{suite: measure(suite, True, device, args.only, failures) for suite in suites}]
@@ -208,30 +242,22 @@ def measure(
 ) -> dict[str, list[Row]]:
     """Run the measurements of a suite, one by one, and return name → rows.
 
-    A measurement that raises gives no row: it is named on stderr and in `failures`, and the others go on. A
-    row whose value is not finite (what was to be reached was not) is left out: JSON has no such number.
+    A measurement that raises gives no row: it is named on stderr and in `failures`, and the others go on.
     """
-    from .timing import WrongResultError
+    from .timing import attempt
 
     found: dict[str, list[Row]] = {}
     for name, function in load(suite, quick, device).items():
         if only is not None and not fnmatch(name, only):
             continue
         began = time.perf_counter()
-        try:
-            found[name] = _finite(function())
-        except WrongResultError as error:
-            failures.append(f"{name}: wrong result, so no speed: {error}")
-        except Exception as error:
-            traceback.print_exc()
-            failures.append(f"{name}: failed, so no speed: {type(error).__name__}: {error}")
-        gc.collect()  # a large model must be gone before the next one comes
+        rows, failure = attempt(name, function)
+        if failure is None:
+            found[name] = rows
+        else:
+            failures.append(failure)
         print(f"{suite}: {name}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
     return found
-
-
-def _finite(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if math.isfinite(row.value)]
 
 
 def load(suite: str, quick: bool, device: str) -> Mapping[str, Callable[[], list[Row]]]:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import itertools
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,7 +25,23 @@ from . import timing
 from .roofline import TYPES, floor, roofline_rows
 from .timing import Row, Timing, peak_bytes, require_close, speed_rows
 
-WINDOWS, TIME, NETWORKS, WIDTH = 64, 50, 1024, 768
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a batch, and the width of the hidden states that are projected."""
+
+    windows: int = 64
+    time: int = 50
+    networks: int = 1024
+    width: int = 768
+
+    @property
+    def tokens(self) -> int:
+        """Time points of all windows."""
+        return self.windows * self.time
+
+
+USUAL = Sizes()
 MASKS = {
     "time": MaskSpec.time_points(0.2, seed=1),
     "network": MaskSpec.networks(0.2, seed=1),
@@ -40,22 +56,27 @@ Outputs = tuple[Tensor, ...]
 
 def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
     """Return name → what measures it; with `quick` `torch.compile` for one mask alone: compiling is slow."""
-    seconds = 1.0 if quick else 2.0
     found: dict[str, Callable[[], list[Row]]] = {}
     for kind in ("fp32", "bf16") if device == "cuda" else ("fp32",):
-        for name, mask in MASKS.items():
-            compiled = _compiles(device) and (name == "time" or not quick)
-            found[_case("masked_loss", name, kind)] = partial(
-                _masked_loss, name, mask, kind, seconds, device, compiled=compiled
-            )
-        for name in ("time", "position"):
-            found[_case("linear_masked_loss", name, kind)] = partial(
-                _linear, name, MASKS[name], kind, seconds, device
-            )
-        found[_case("mask_tokens", "time", kind)] = partial(
-            _mask_tokens, "time", MASKS["time"], kind, seconds, device
-        )
+        compiled = [name for name in MASKS if _compiles(device) and (name == "time" or not quick)]
+        found |= of_size(USUAL, kind, 1.0 if quick else 2.0, device, compiled=compiled)
     return found
+
+
+def of_size(
+    sizes: Sizes, kind: str, seconds: float, device: str, *, compiled: Collection[str] = ()
+) -> dict[str, Callable[[], list[Row]]]:
+    """Return name → what measures it at these sizes for so long; masks in `compiled` beside torch.compile."""
+    found: dict[str, Callable[[], list[Row]]] = {}
+    given = (sizes, kind, seconds, device)
+    for name, mask in MASKS.items():
+        case = _case("masked_loss", name, kind, sizes)
+        found[case] = partial(_masked_loss, case, mask, *given, compiled=name in compiled)
+    for name in ("time", "position"):
+        case = _case("linear_masked_loss", name, kind, sizes)
+        found[case] = partial(_linear, case, MASKS[name], *given)
+    case = _case("mask_tokens", "time", kind, sizes)
+    return found | {case: partial(_mask_tokens, case, MASKS["time"], *given)}
 
 
 def naive_loss(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -71,13 +92,13 @@ def weighted_loss(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def _masked_loss(
-    name: str, mask: MaskSpec, kind: str, seconds: float, device: str, *, compiled: bool
+    case: str, mask: MaskSpec, sizes: Sizes, kind: str, seconds: float, device: str, *, compiled: bool
 ) -> list[Row]:
-    pred, target = (_random(WINDOWS * TIME, NETWORKS, kind, device) for _ in range(2))
+    pred, target = (_random(sizes.tokens, sizes.networks, kind, device) for _ in range(2))
     pred.requires_grad_()
-    bounds, step = _bounds(device), _following(mask)
-    dense = mask.dense(bounds, NETWORKS)
-    expand = _expander(mask, dense)
+    bounds, step = _bounds(sizes, device), _following(mask)
+    dense = mask.dense(bounds, sizes.networks)
+    expand = _expander(mask, dense, sizes)
 
     def ours(chosen: MaskSpec | None = None) -> Outputs:
         return _with_gradient(masked_loss(pred, target, chosen or step(), cu_seqlens=bounds), pred)
@@ -88,7 +109,6 @@ def _masked_loss(
         losses["compile"] = torch.compile(losses["naive"])
         losses["compile_weighted"] = torch.compile(lambda: weighted_loss(pred, target, expand()))
     theirs = {who: partial(_step, loss, pred) for who, loss in losses.items()}
-    case = _case("masked_loss", name, kind)
     exact = pred.detach().float().requires_grad_()
     expected = _with_gradient(naive_loss(exact, target.float(), expand()), exact)
     for form in (partial(ours, mask), *theirs.values()):
@@ -100,14 +120,14 @@ def _masked_loss(
     return [*_rows(case, times, kind, device, least), memory]
 
 
-def _linear(name: str, mask: MaskSpec, kind: str, seconds: float, device: str) -> list[Row]:
-    tokens = WINDOWS * TIME
-    hidden, weight = _random(tokens, WIDTH, kind, device), _random(NETWORKS, WIDTH, kind, device) / WIDTH**0.5
-    inputs = (hidden, weight, torch.zeros(NETWORKS, device=device, dtype=hidden.dtype))
+def _linear(case: str, mask: MaskSpec, sizes: Sizes, kind: str, seconds: float, device: str) -> list[Row]:
+    tokens, networks, width = sizes.tokens, sizes.networks, sizes.width
+    hidden, weight = _random(tokens, width, kind, device), _random(networks, width, kind, device) / width**0.5
+    inputs = (hidden, weight, torch.zeros(networks, device=device, dtype=hidden.dtype))
     for leaf in inputs:
         leaf.requires_grad_()
-    target, step, host = _random(tokens, NETWORKS, kind, device), _following(mask), _bounds("cpu")
-    expand = _expander(mask, mask.dense(_bounds(device), NETWORKS))
+    target, step, host = _random(tokens, networks, kind, device), _following(mask), _bounds(sizes, "cpu")
+    expand = _expander(mask, mask.dense(_bounds(sizes, device), networks), sizes)
 
     def project_all(inputs: Outputs = inputs, target: Tensor = target) -> Outputs:
         return _with_gradient(naive_loss(torch.nn.functional.linear(*inputs), target, expand()), *inputs)
@@ -116,24 +136,25 @@ def _linear(name: str, mask: MaskSpec, kind: str, seconds: float, device: str) -
         rows = (chosen or step()).rows(host).to(device, non_blocking=True)
         return _with_gradient(linear_masked_loss(*inputs, target, None, rows=rows), *inputs)
 
-    case = _case("linear_masked_loss", name, kind)
     exact = tuple(leaf.detach().float().requires_grad_() for leaf in inputs)
     bounds = (LOSS_BOUND[kind], *[LINEAR_GRADIENT_BOUND[kind]] * len(inputs))
     require_close(case, ours(mask), project_all(exact, target.float()), bounds)
     masked = int(mask.rows(host).numel())
-    least = masked * (2 * WIDTH + NETWORKS) + tokens * WIDTH + 3 * NETWORKS * WIDTH
+    least = masked * (2 * width + networks) + tokens * width + 3 * networks * width
     times = timing.interleave({"ours": ours, "project_all": project_all}, device=device, seconds=seconds)
-    flops = 6 * masked * WIDTH * NETWORKS
+    flops = 6 * masked * width * networks
     memory = _memory_row(case, ours, project_all, "project_all", device)
     return [*_rows(case, times, kind, device, hidden.element_size() * least, flops), memory]
 
 
-def _mask_tokens(name: str, mask: MaskSpec, kind: str, seconds: float, device: str) -> list[Row]:
-    x, upstream = (_random(WINDOWS * TIME, NETWORKS, kind, device) for _ in range(2))
-    bounds, step = _bounds(device), _following(mask)
-    token = torch.randn(NETWORKS, device=device, dtype=x.dtype, requires_grad=True)
-    dense = mask.dense(bounds, NETWORKS)
-    expand = _expander(mask, dense)
+def _mask_tokens(
+    case: str, mask: MaskSpec, sizes: Sizes, kind: str, seconds: float, device: str
+) -> list[Row]:
+    x, upstream = (_random(sizes.tokens, sizes.networks, kind, device) for _ in range(2))
+    bounds, step = _bounds(sizes, device), _following(mask)
+    token = torch.randn(sizes.networks, device=device, dtype=x.dtype, requires_grad=True)
+    dense = mask.dense(bounds, sizes.networks)
+    expand = _expander(mask, dense, sizes)
 
     def naive(token: Tensor = token, x: Tensor = x, upstream: Tensor = upstream) -> Outputs:
         out = torch.where(expand() == 1, token.expand(*x.shape), x)
@@ -143,7 +164,6 @@ def _mask_tokens(name: str, mask: MaskSpec, kind: str, seconds: float, device: s
         out = mask_tokens(x, chosen or step(), token, cu_seqlens=bounds)
         return out, torch.autograd.grad(out, token, upstream)[0]
 
-    case = _case("mask_tokens", name, kind)
     exact = token.detach().float().requires_grad_()
     bounds_of = (LOSS_BOUND[kind], GRADIENT_BOUND[kind])
     require_close(case, ours(mask), naive(exact, x.float(), upstream.float()), bounds_of)
@@ -169,8 +189,11 @@ def _memory_row(
     )  # fmt: skip
 
 
-def _case(operator: str, mask: str, kind: str) -> str:
-    return f"{operator}/{mask}" if kind == "fp32" else f"{operator}/{mask}/{kind}"
+def _case(operator: str, mask: str, kind: str, sizes: Sizes) -> str:
+    parts = [operator, mask, *([] if kind == "fp32" else [kind])]
+    if sizes != USUAL:
+        parts.append(f"{sizes.windows}x{sizes.time}x{sizes.networks}x{sizes.width}")
+    return "/".join(parts)
 
 
 def _compiles(device: str) -> bool:
@@ -184,8 +207,8 @@ def _random(rows: int, columns: int, kind: str, device: str) -> Tensor:
     return torch.randn(rows, columns, device=device).to(TYPES[kind])
 
 
-def _bounds(device: str) -> Tensor:
-    return torch.arange(0, WINDOWS * TIME + 1, TIME, dtype=torch.int32, device=device)
+def _bounds(sizes: Sizes, device: str) -> Tensor:
+    return torch.arange(0, sizes.tokens + 1, sizes.time, dtype=torch.int32, device=device)
 
 
 def _following(mask: MaskSpec) -> Callable[[], MaskSpec]:
@@ -194,14 +217,15 @@ def _following(mask: MaskSpec) -> Callable[[], MaskSpec]:
     return lambda: replace(mask, offset=next(steps))
 
 
-def _expander(mask: MaskSpec, dense: Tensor) -> Callable[[], Tensor]:
+def _expander(mask: MaskSpec, dense: Tensor, sizes: Sizes) -> Callable[[], Tensor]:
     """Return what makes the int64 mask of the data's size, as the naive form does in every step."""
-    small = dense[:, :1].clone() if mask.by_rows else dense.view(WINDOWS, TIME, NETWORKS)[:, 0].clone()
+    windows, time, networks = sizes.windows, sizes.time, sizes.networks
+    small = dense[:, :1].clone() if mask.by_rows else dense.view(windows, time, networks)[:, 0].clone()
 
     def expand() -> Tensor:
         if mask.by_rows:
-            return small.long().repeat(1, NETWORKS)
-        return small[:, None].long().repeat(1, TIME, 1).view(WINDOWS * TIME, NETWORKS)
+            return small.long().repeat(1, networks)
+        return small[:, None].long().repeat(1, time, 1).view(windows * time, networks)
 
     return expand
 

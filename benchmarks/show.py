@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .timing import WIDE, Row
@@ -22,9 +23,14 @@ def print_rows(suite: str, rows: Iterable[Row]) -> None:
     """Print the rows of a suite as a table; a figure that several processes disagree about as a range."""
     table = Table(title=f"{suite}: medians; ratio = ours over the baseline, larger is better")
     for column in HEADER:
-        table.add_column(column, justify="left" if column in ("case", "metric", "baseline") else "right")
+        justify: Any = "left" if column in ("case", "metric", "baseline") else "right"
+        table.add_column(column, justify=justify, overflow="fold")
+    rows = list(rows)
+    noted = any(row.note for row in rows)
+    if noted:
+        table.add_column("note", overflow="fold")
     for row in rows:
-        table.add_row(*figures(row))
+        table.add_row(*figures(row), *([escape(row.note)] if noted else []))
     console().print(table)
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -86,6 +88,8 @@ class Row:
     p50: float | None = None
     p80: float | None = None
     range: tuple[float, float] | None = None
+    note: str = ""
+    """What no number says: why there is none, where a step stops."""
 
     @property
     def figure(self) -> float:
@@ -102,6 +106,28 @@ class Row:
     def to_dict(self, env: Mapping[str, Any]) -> dict[str, Any]:
         """Return the row as a JSON-ready dict with the environment that it was measured in."""
         return {**asdict(self), "env": dict(env)}
+
+
+def attempt(name: str, function: Callable[[], list[Row]]) -> tuple[list[Row], str | None]:
+    """Return a measurement's rows, and what went wrong if something did; then there are no rows.
+
+    A row whose value is not finite (what was to be reached was not) is left out: JSON has no such number.
+    """
+    rows, failure = [], None
+    try:
+        rows = finite(function())
+    except WrongResultError as error:
+        failure = f"{name}: wrong result, so no speed: {error}"
+    except Exception as error:
+        traceback.print_exc()
+        failure = f"{name}: failed, so no speed: {type(error).__name__}: {error}"
+    gc.collect()  # a large model must be gone before the next one comes
+    return rows, failure
+
+
+def finite(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows whose value is a number."""
+    return [row for row in rows if math.isfinite(row.value)]
 
 
 def merge(runs: Sequence[Sequence[Row]]) -> list[Row]:

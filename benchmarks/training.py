@@ -162,7 +162,7 @@ def _throughput(name: str, config: ModelConfig, windows: int, seconds: float, de
     first, found = next(iter(ways)), []
     for way, call in ways.items():
         case, precision = f"{name}/{way}", way.partition("/")[0]
-        found += _speed(case, times[way], work, precision, device)
+        found += work_rows(case, times[way], work, precision, device)
         found += speed_rows(
             "frameworks", case, times, ours=way, baselines=() if way == first else (first,),
             metric="tokens_per_s", unit="tokens/s", work=work.tokens,
@@ -245,7 +245,8 @@ def _tokens(module: nn.Module, batch: PackedBatch) -> int:
     return sum(seen) if hooks else batch.tokens  # LSTMs read a token a time point
 
 
-def _speed(case: str, timed: Timing, work: Work, precision: str, device: str) -> list[Row]:
+def work_rows(case: str, timed: Timing, work: Work, precision: str, device: str) -> list[Row]:
+    """Return a step's work a second, share of the machine's peak, and hours of the published run."""
     rows = partial(speed_rows, "frameworks", case, {"ours": timed})
     found = rows(metric="sequences_per_s", unit="sequences/s", work=work.sequences)
     found += rows(metric="trs_per_s", unit="TRs/s", work=work.time_points)
@@ -305,15 +306,19 @@ def _bare_step(config: PretrainConfig, steps: int, device: str) -> Timing:
     return Timing(seconds=timed.seconds[len(timed.seconds) // 3 :])  # the first ones warm up
 
 
-def _loop_config(folder: Path, steps: int, device: str) -> PretrainConfig:
+def noise_store(path: Path, *, runs: int = 8, networks: int = NETWORKS) -> str:
+    """Write runs of 300 time points of noise as a store and return its path."""
     rng = np.random.default_rng(0)
-    path = folder / "store"
-    with StoreWriter.create(path, networks=NETWORKS, dtype="float16", parcellation="none") as writer:
-        for run in range(8):
-            bold = rng.standard_normal((300, NETWORKS)).astype(np.float32)
+    with StoreWriter.create(path, networks=networks, dtype="float16", parcellation="none") as writer:
+        for run in range(runs):
+            bold = rng.standard_normal((300, networks)).astype(np.float32)
             writer.append(bold, t_r=2.0, dataset="noise", subject=str(run), session="", task="rest", run="1")
+    return str(path)
+
+
+def _loop_config(folder: Path, steps: int, device: str) -> PretrainConfig:
     return PretrainConfig(
-        store=str(path),
+        store=noise_store(folder / "store", networks=NETWORKS),
         out=str(folder / "run"),
         device="cuda" if device == "cuda" else "cpu",
         model=ModelConfig(width=128, layers=2, heads=2, networks=NETWORKS),

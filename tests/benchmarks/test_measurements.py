@@ -117,7 +117,7 @@ def measured(suite):
 
 def _make_tiny(patch):
     sizes = {
-        kernels: {"WINDOWS": 4, "TIME": 6, "NETWORKS": 16, "WIDTH": 8},
+        kernels: {"USUAL": kernels.Sizes(windows=4, time=6, networks=16, width=8)},
         attention: {"HEADS": 2, "HEAD_DIM": 8, "WINDOWS": 4, "STORE": (200, 8)},
         loader: {"NETWORKS": 8, "QUICK_RUNS": 3},
         storage: {"COPIES": 1, "MANY": 2_000, "DTYPES": ("float16", "int8")},

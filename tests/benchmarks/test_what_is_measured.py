@@ -116,10 +116,12 @@ def test_powers_of_two():
     assert [scaling._powers_of_two(n) for n in (1, 2, 3, 8)] == [[1], [1, 2], [1, 2], [1, 2, 4, 8]]
 
 
+SMALL = kernels.Sizes(windows=4, time=6, networks=16, width=8)
+
+
 @pytest.fixture
 def small(monkeypatch):
-    for name, size in (("WINDOWS", 4), ("TIME", 6), ("NETWORKS", 16), ("WIDTH", 8)):
-        monkeypatch.setattr(kernels, name, size)
+    monkeypatch.setattr(kernels, "USUAL", SMALL)
     monkeypatch.setattr(kernels, "floor", lambda *_: 1.0)
     monkeypatch.setattr(kernels, "roofline_rows", lambda *_: [])
 
@@ -128,14 +130,8 @@ def small(monkeypatch):
 @pytest.mark.parametrize("operator", ["masked_loss", "linear_masked_loss", "mask_tokens"])
 def test_an_operator_that_is_wrong_has_no_speed(small, monkeypatch, operator, kind):
     """In bf16, too, which is timed on CUDA: what is right passes, two in a hundred off does not."""
-    measure = {
-        "masked_loss": lambda: kernels._masked_loss(
-            "time", kernels.MASKS["time"], kind, 0.0, "cpu", compiled=False
-        ),
-        "linear_masked_loss": lambda: kernels._linear("time", kernels.MASKS["time"], kind, 0.0, "cpu"),
-        "mask_tokens": lambda: kernels._mask_tokens("time", kernels.MASKS["time"], kind, 0.0, "cpu"),
-    }[operator]
     case = f"{operator}/time" if kind == "fp32" else f"{operator}/time/bf16"
+    measure = kernels.of_size(SMALL, kind, 0.0, "cpu")[case]
     assert {row.case for row in measure()} == {case}
     right = getattr(kernels, operator)
     monkeypatch.setattr(kernels, operator, lambda *a, **k: right(*a, **k) * 1.02)
@@ -146,7 +142,7 @@ def test_an_operator_that_is_wrong_has_no_speed(small, monkeypatch, operator, ki
 def test_a_compiled_form_that_is_wrong_has_no_speed(small, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: lambda: function() * 1.001)
     with pytest.raises(WrongResultError, match="masked_loss/time"):
-        kernels._masked_loss("time", kernels.MASKS["time"], "fp32", 0.0, "cpu", compiled=True)
+        kernels.of_size(SMALL, "fp32", 0.0, "cpu", compiled=["time"])["masked_loss/time"]()
 
 
 def test_the_mask_as_a_factor_is_the_naive_loss():

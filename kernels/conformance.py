@@ -1,0 +1,233 @@
+"""Every op on a device against its float64 specification: what tests run and `brainflow bench gpu`.
+
+A comparison returns its largest error as a share of what rounding allows: at most 1 where the op is right,
+infinite where something differs that must be equal to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import accumulate, product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gathering import gather_windows
+from .linear_loss import linear_masked_loss
+from .loss import masked_loss
+from .masking import mask_tokens
+from .masks import MaskSpec
+from .testing import error_ratio
+from .varlen_attention import attention, shifted_attention
+from .varlen_attention.backends import BACKENDS, why_not
+
+LENGTHS = (7, 1, 30, 12)
+NETWORKS, WIDTH, HEADS, HEAD_DIM = 333, 24, 2, 64
+MASKS = {
+    "time_points": MaskSpec.time_points(0.3, seed=2**63 + 5, offset=2**31 + 1),
+    "spans": MaskSpec.spans(0.3, 3, seed=1),
+    "position": MaskSpec.position(seed=2),
+    "networks": MaskSpec.networks(0.3, seed=3),
+    "tubes": MaskSpec.tubes(0.3, 4, seed=4),
+    "entries": MaskSpec.entries(0.3, seed=5),
+    "all_valid": MaskSpec.all_valid(),
+}
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+"""Element type → relative error (L2) that is allowed."""
+ATTENTION_BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+STORES = (torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.int8)
+FORMS = ("causal", "both directions", "second stream")
+Comparison = Callable[[], float]
+
+
+class NotHereError(Exception):
+    """What was to be compared does not run on this device; the message says why."""
+
+
+def masked_ops(
+    device: str,
+    *,
+    impl: str | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    networks: int = NETWORKS,
+    masks: Iterable[str] = tuple(MASKS),
+    dtypes: Iterable[torch.dtype] = tuple(BOUNDS),
+) -> dict[str, Comparison]:
+    """Return name → comparison of every op but attention, for every mask and element type.
+
+    Parameters
+    ----------
+    device
+        "cpu" or "cuda".
+    impl
+        Face of the ops; None: the device's own.
+    lengths, networks
+        Sizes: time points of each window, networks.
+    masks, dtypes
+        Names of masks, element types.
+
+    Examples
+    --------
+    >>> masked_ops("cpu")["masked_loss/spans/float32/l1"]() <= 1
+    True
+    """
+    found: dict[str, Comparison] = {}
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    for dtype, scheme in product(dtypes, masks):
+        name, given = f"{scheme}/{str(dtype)[6:]}", (device, impl, bounds, networks, MASKS[scheme], dtype)
+        for loss in ("l1", "huber"):
+            found[f"masked_loss/{name}/{loss}"] = partial(_masked_loss, *given, loss)
+        found[f"linear_masked_loss/{name}/mse"] = partial(_linear_masked_loss, *given)
+        for token, by_position in (("network", False), ("position", True)):
+            found[f"mask_tokens/{name}/{token}"] = partial(_mask_tokens, *given, by_position)
+    for store in STORES:
+        found[f"gather_windows/{str(store)[6:]}"] = partial(
+            _gather_windows, device, impl, lengths, networks, store
+        )
+    return found
+
+
+def attentions(
+    device: str,
+    *,
+    backends: Iterable[str] = tuple(BACKENDS),
+    longest: Iterable[int] = (16, 49, 200),
+    head_dims: Iterable[int] = (HEAD_DIM,),
+    dtypes: Iterable[torch.dtype] = tuple(BOUNDS),
+) -> dict[str, Comparison]:
+    """Return name → comparison of every attention backend, form and length of the longest window.
+
+    A comparison raises :class:`NotHereError` where its backend does not run.
+    """
+    return {
+        f"{backend}/{form}/{length}/{head_dim}/{str(dtype)[6:]}": partial(
+            _attention, device, backend, form, length, head_dim, dtype
+        )
+        for backend, form, length, head_dim, dtype in product(backends, FORMS, longest, head_dims, dtypes)
+    }
+
+
+def _draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _gradients(function: Callable[..., Any], *inputs: Tensor, upstream: Tensor | None = None) -> list[Tensor]:
+    """Return the result and the gradients of the inputs, all on the CPU."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    seed = torch.ones_like(out) if upstream is None else upstream.to(out)
+    return [x.cpu() for x in (out.detach(), *torch.autograd.grad(out, leaves, seed))]
+
+
+def _share(found: Sequence[Tensor], expected: Sequence[Tensor], bound: float, *equal: bool) -> float:
+    """Return the largest error ÷ bound; infinite if not all of `equal` holds."""
+    if not all(equal):
+        return float("inf")
+    errors = (error_ratio(got, wanted) / bound for got, wanted in zip(found, expected, strict=True))
+    return max(errors, default=0.0)
+
+
+def _masked_loss(
+    device: str,
+    impl: str | None,
+    bounds: Tensor,
+    networks: int,
+    mask: MaskSpec,
+    dtype: torch.dtype,
+    loss: str,
+) -> float:
+    shape = (int(bounds[-1]), networks)
+    pred, target = _draw(*shape, dtype=dtype), _draw(*shape, dtype=dtype, seed=1)
+    there, on = target.to(device), bounds.to(device)
+    found = _gradients(
+        lambda p: masked_loss(p, there, mask, loss=loss, cu_seqlens=on, impl=impl), pred.to(device)
+    )
+    expected = _gradients(
+        lambda p: masked_loss(p, target.double(), mask, loss=loss, cu_seqlens=bounds, impl="naive"),
+        pred.double(),
+    )
+    # The slope of huber may be too small for float16.
+    same = loss == "huber" or torch.equal(found[1] == 0, expected[1] == 0)
+    return _share(found, expected, BOUNDS[dtype], same)
+
+
+def _linear_masked_loss(
+    device: str, impl: str | None, bounds: Tensor, networks: int, mask: MaskSpec, dtype: torch.dtype
+) -> float:
+    shapes = ((int(bounds[-1]), WIDTH), (networks, WIDTH), (networks,), (int(bounds[-1]), networks))
+    *operands, target = (_draw(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
+    rows = mask.rows(bounds) if mask.by_rows else None
+
+    def loss(*inputs: Tensor, impl: str | None) -> Tensor:
+        on = inputs[0].device
+        at = None if rows is None else rows.to(on)
+        goal = target.to(on, inputs[0].dtype)
+        return linear_masked_loss(
+            *inputs, goal, mask, rows=at, cu_seqlens=bounds.to(on), loss="mse", impl=impl
+        )
+
+    found = _gradients(partial(loss, impl=impl), *(x.to(device) for x in operands))
+    expected = _gradients(partial(loss, impl="naive"), *(x.double() for x in operands))
+    return _share(found, expected, BOUNDS[dtype])
+
+
+def _mask_tokens(
+    device: str,
+    impl: str | None,
+    bounds: Tensor,
+    networks: int,
+    mask: MaskSpec,
+    dtype: torch.dtype,
+    by_position: bool,
+) -> float:
+    shape = (int(bounds[-1]), networks)
+    x, upstream = _draw(*shape, dtype=dtype), _draw(*shape, dtype=dtype, seed=3)
+    token = _draw(*((int(bounds.diff().max()), 1) if by_position else (networks,)), seed=2)
+    on = bounds.to(device)
+    found = _gradients(
+        lambda a, t: mask_tokens(a, mask, t, cu_seqlens=on, impl=impl),
+        x.to(device), token.to(device), upstream=upstream,
+    )  # fmt: skip
+    expected = _gradients(
+        lambda a, t: mask_tokens(a, mask, t, cu_seqlens=bounds, impl="naive"),
+        x.double(), token.to(dtype).double(), upstream=upstream,
+    )  # fmt: skip
+    same = (torch.equal(found[i].double(), expected[i]) for i in (0, 1))
+    return _share(found[2:], expected[2:], BOUNDS[torch.float32], *same)
+
+
+def _gather_windows(
+    device: str, impl: str | None, lengths: Sequence[int], networks: int, store: torch.dtype
+) -> float:
+    values = (_draw(200, networks) * 30).to(store)
+    scale = None if store.is_floating_point else _draw(networks, seed=4).abs()
+    starts = [(3 + 57 * i) % (200 - length) for i, length in enumerate(lengths)]
+    expected = gather_windows(values, starts, lengths, scale=scale, impl="naive")
+    there = None if scale is None else scale.to(device)
+    found = gather_windows(values.to(device), starts, lengths, scale=there, impl=impl)
+    return _share([], [], 1.0, torch.equal(found.cpu(), expected))
+
+
+def _attention(
+    device: str, backend: str, form: str, longest: int, head_dim: int, dtype: torch.dtype
+) -> float:
+    lengths = [1, longest, min(17, longest), longest // 2]
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    shape = (sum(lengths), HEADS, head_dim)
+    inputs = [_draw(*shape, dtype=dtype, seed=i) for i in range(5 if form == "second stream" else 3)]
+    asked = 2 * longest if form == "second stream" else longest
+    if reason := why_not(backend, inputs[0].to(device), len(lengths), asked, 0.0):
+        raise NotHereError(f"{backend}: {reason}")
+
+    def attend(*inputs: Tensor, impl: str) -> Any:
+        on = bounds.to(inputs[0].device)
+        if form == "second stream":
+            return shifted_attention(*inputs, on, longest, impl=impl)
+        return attention(*inputs, on, longest, causal=form == "causal", impl=impl)
+
+    upstream = _draw(*shape, seed=9)
+    found = _gradients(partial(attend, impl=backend), *(x.to(device) for x in inputs), upstream=upstream)
+    expected = _gradients(partial(attend, impl="naive"), *(x.double() for x in inputs), upstream=upstream)
+    return _share(found, expected, ATTENTION_BOUNDS[dtype])
