@@ -108,11 +108,15 @@ def race(
     )
 
     def one(impl: str | None) -> tuple[Tensor, ...]:
-        out = attention(*leaves[:3], edges, longest, causal=True, impl=impl)
-        return torch.autograd.grad(out, leaves[:3], upstream)
+        q, k, v = leaves[:3]
+        out = attention(q, k, v, edges, longest, causal=True, impl=impl)
+        assert isinstance(out, Tensor)  # no log-sum-exp was asked for
+        return torch.autograd.grad(out, (q, k, v), upstream)
 
     def two(impl: str | None) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(shifted_attention(*leaves, edges, longest, impl=impl), leaves, upstream)
+        q, k, v, k_self, v_self = leaves
+        out = shifted_attention(q, k, v, k_self, v_self, edges, longest, impl=impl)
+        return torch.autograd.grad(out, leaves, upstream)
 
     found = []
     name = f"{shortest}-{longest}x{windows}/{str(dtype)[6:]}"

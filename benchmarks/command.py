@@ -121,7 +121,7 @@ class Args:
                 )
             if self.device != "auto":
                 raise ValueError(
-                    f"--device: got {self.device} with gpu, expected the GPU, with --dry the CPU: leave it out"
+                    f"--device: got {self.device} with gpu, expected auto: the GPU, with --dry the CPU"
                 )
 
 

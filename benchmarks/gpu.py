@@ -68,12 +68,12 @@ def operators(dry: bool, device: str) -> Cases:
     compared: dict[str, conformance.Comparison] = {}
     if dry:
         tiny: dict[str, Any] = {"lengths": (3, 1, 5), "networks": 20, "dtypes": (torch.float32,)}
-        compared = conformance.masked_ops(device, impl="triton", masks=("time_points", "networks"), **tiny)
+        compared = conformance.ops(device, impl="triton", masks=("time_points", "networks"), **tiny)
     else:
         for networks in (1024, conformance.NETWORKS):
-            ops = conformance.masked_ops(device, networks=networks)
-            compared |= {f"{name}/{networks}": compare for name, compare in ops.items()}
-    found = {name: partial(_compared, name, compare) for name, compare in compared.items()}
+            of_size = conformance.ops(device, networks=networks)
+            compared |= {f"{name}/{networks}": compare for name, compare in of_size.items()}
+    found: Cases = {name: partial(_compared, name, compare) for name, compare in compared.items()}
     for name, config in _frameworks(_size(dry, 2, 128)):
         found[name] = partial(_compared, name, partial(_framework_errors, config, device))
     return found
@@ -108,7 +108,8 @@ def kernel_speeds(dry: bool, device: str) -> Cases:
     """Kernels over sizes, and a race of the attention backends over lengths of windows."""
     sizes = [kernels.USUAL]
     sizes += [kernels.Sizes(192, 30), kernels.Sizes(192, 30, 400, 256), kernels.Sizes(1024, 30, 1024, 2048)]
-    lengths, seconds = ((10, 49, 192), (50, 64, 96), (65, 128, 64), (129, 200, 32)), 0.3
+    lengths: tuple[tuple[int, int, int], ...] = ((10, 49, 192), (50, 64, 96), (65, 128, 64), (129, 200, 32))
+    seconds = 0.3
     if dry:
         sizes, lengths, seconds = [kernels.Sizes(4, 6, 16, 8)], ((2, 4, 3),), 0.0
     found: Cases = {}
@@ -188,11 +189,11 @@ def run_section(name: str, end: float, dry: bool, device: str) -> tuple[list[Row
     idle: list[tuple[Connection, Any]] = []
     while waiting or busy:
         while waiting and len(busy) < processes:
-            pipe, process = idle.pop() if idle else _start(name, dry, device)
+            pipe, process = idle.pop() if idle else _start(section, dry, device)
             case = waiting.popleft()
             pipe.send(case)
             busy[pipe] = case, process
-        ready = wait(list(busy), timeout=max(0.0, end - time.monotonic()))
+        ready: list[Any] = wait(list(busy), timeout=max(0.0, end - time.monotonic()))
         if not ready:
             break
         for pipe in ready:
@@ -259,20 +260,20 @@ def card() -> str | None:
     return "; ".join(done.stdout.split("\n")).strip("; ")
 
 
-def _start(name: str, dry: bool, device: str) -> tuple[Connection, Any]:
+def _start(section: Section, dry: bool, device: str) -> tuple[Connection, Any]:
     context = multiprocessing.get_context("forkserver")
     here, there = context.Pipe()
-    given = (there, name, dry, device, torch.get_num_threads())
+    given = (there, section, dry, device, torch.get_num_threads())
     process = context.Process(target=_work, args=given, daemon=True)
     process.start()
     there.close()
     return here, process
 
 
-def _work(pipe: Connection, name: str, dry: bool, device: str, threads: int) -> None:
+def _work(pipe: Connection, section: Section, dry: bool, device: str, threads: int) -> None:
     """Measure the cases that are asked for, until the pipe is closed or the GPU answers no more."""
     begin_worker(threads)
-    cases, usable = SECTIONS[name][0](dry, device), True
+    cases, usable = section(dry, device), True
     while usable:
         try:
             case = pipe.recv()
@@ -344,7 +345,7 @@ def _framework_errors(config: ModelConfig, device: str) -> float:
 
 def _step(case: str, model: ModelConfig, mode: Any, windows: int, device: str) -> list[Row]:
     config = PretrainConfig(
-        store="absent", out="absent", model=model, train=TrainConfig(compile=mode != "off", micro_batches=1)
+        store="absent", out="absent", model=model, train=TrainConfig(compile=mode, micro_batches=1)
     )
     config = settle_precision(config, Path("absent"), torch.device(device), resume="never")
     if mode != "off":
@@ -433,7 +434,7 @@ def _times(case: str, ways: Mapping[str, Callable[[], object]], seconds: float, 
 
 
 @contextmanager
-def _opened(kinds: list[str], networks: int, device: str) -> Iterator[dict[str, Any]]:
+def _opened(kinds: list[Any], networks: int, device: str) -> Iterator[dict[str, Any]]:
     """Yield kind → loader, all of one store and the same windows."""
     with tempfile.TemporaryDirectory(prefix="brainflow-bench-") as folder:
         store = BoldStore.open(
@@ -492,7 +493,7 @@ def _published(framework: str, dry: bool, folder: Path) -> PretrainConfig:
     return dataclasses.replace(config, model=tiny, data=data)
 
 
-def _pretraining(framework: str, mode: Any, dry: bool, device: str) -> list[Row]:
+def _pretraining(framework: str, mode: Any, dry: bool, device: Any) -> list[Row]:
     steps, every = (4, 2) if dry else (100, 20)
     if mode != "off":
         torch._dynamo.reset()
@@ -500,9 +501,7 @@ def _pretraining(framework: str, mode: Any, dry: bool, device: str) -> list[Row]
         folder = Path(name)
         config = _published(framework, dry, folder)
         noise_store(folder / "store", networks=config.model.networks)
-        train = dataclasses.replace(
-            config.train, steps=steps, log_every=every, compile=mode != "off", plot=False
-        )
+        train = dataclasses.replace(config.train, steps=steps, log_every=every, compile=mode, plot=False)
         data = dataclasses.replace(config.data, validation_batches=1)
         config = dataclasses.replace(config, train=train, data=data, device=device)
         lines = [line for line in read_metrics(pretrain(config, quiet=True)) if "loss" in line][1:]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .feedback import decode_freely
 from .gathering import gather_windows
 from .linear_loss import linear_masked_loss
 from .loss import masked_loss
@@ -46,7 +47,7 @@ class NotHereError(Exception):
     """What was to be compared does not run on this device; the message says why."""
 
 
-def masked_ops(
+def ops(
     device: str,
     *,
     impl: str | None = None,
@@ -70,7 +71,7 @@ def masked_ops(
 
     Examples
     --------
-    >>> masked_ops("cpu")["masked_loss/spans/float32/l1"]() <= 1
+    >>> ops("cpu")["masked_loss/spans/float32/l1"]() <= 1
     True
     """
     found: dict[str, Comparison] = {}
@@ -82,6 +83,8 @@ def masked_ops(
         found[f"linear_masked_loss/{name}/mse"] = partial(_linear_masked_loss, *given)
         for token, by_position in (("network", False), ("position", True)):
             found[f"mask_tokens/{name}/{token}"] = partial(_mask_tokens, *given, by_position)
+    for dtype in dtypes:
+        found[f"decode_freely/{str(dtype)[6:]}"] = partial(_decode_freely, device, impl, lengths, dtype)
     for store in STORES:
         found[f"gather_windows/{str(store)[6:]}"] = partial(
             _gather_windows, device, impl, lengths, networks, store
@@ -163,9 +166,10 @@ def _linear_masked_loss(
     def loss(*inputs: Tensor, impl: str | None) -> Tensor:
         on = inputs[0].device
         at = None if rows is None else rows.to(on)
-        goal = target.to(on, inputs[0].dtype)
+        hidden, weight, bias = inputs
+        goal, edges = target.to(on, hidden.dtype), bounds.to(on)
         return linear_masked_loss(
-            *inputs, goal, mask, rows=at, cu_seqlens=bounds.to(on), loss="mse", impl=impl
+            hidden, weight, bias, goal, mask, rows=at, cu_seqlens=edges, loss="mse", impl=impl
         )
 
     found = _gradients(partial(loss, impl=impl), *(x.to(device) for x in operands))
@@ -210,6 +214,31 @@ def _gather_windows(
     return _share([], [], 1.0, torch.equal(found.cpu(), expected))
 
 
+def _decode_freely(device: str, impl: str | None, lengths: Sequence[int], dtype: torch.dtype) -> float:
+    sizes = tuple(sum(length > step for length in lengths) for step in range(max(lengths)))
+    windows, tokens, gates, layers = len(lengths), sum(lengths), 4 * WIDTH, 2
+    ends = list(accumulate(sizes))
+    previous = torch.cat(
+        [torch.arange(n) + begin for n, begin in zip(sizes, [tokens, 0, *ends], strict=False)]
+    )
+    shapes = [(windows, WIDTH), (gates,), (WIDTH, WIDTH), (WIDTH,)]
+    shapes += [(gates, WIDTH), (gates, WIDTH), (gates,)] * layers
+    operands = [(0.3 * _draw(*shape, seed=i)).to(dtype) for i, shape in enumerate(shapes)]
+    operands += [_draw(WIDTH, seed=i) for i in (20, 21)]
+    keep = torch.rand(layers, tokens, WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def decode(*inputs: Tensor, impl: str | None) -> Tensor:
+        start, first_bias, output, output_bias, *flat, weight, bias = inputs
+        low = [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
+        given = (start, first_bias, output, output_bias, keep.to(start))
+        return decode_freely(sizes, previous.to(start.device), 1e-5, *given, low, [(weight, bias)], impl=impl)
+
+    upstream = _draw(tokens, WIDTH, seed=30)
+    found = _gradients(partial(decode, impl=impl), *(x.to(device) for x in operands), upstream=upstream)
+    expected = _gradients(partial(decode, impl="naive"), *(x.double() for x in operands), upstream=upstream)
+    return _share(found, expected, 5 * BOUNDS[dtype])  # rounding adds up over steps
+
+
 def _attention(
     device: str, backend: str, form: str, longest: int, head_dim: int, dtype: torch.dtype
 ) -> float:
@@ -223,9 +252,10 @@ def _attention(
 
     def attend(*inputs: Tensor, impl: str) -> Any:
         on = bounds.to(inputs[0].device)
-        if form == "second stream":
-            return shifted_attention(*inputs, on, longest, impl=impl)
-        return attention(*inputs, on, longest, causal=form == "causal", impl=impl)
+        op: Any = shifted_attention
+        if form != "second stream":
+            op = partial(attention, causal=form == "causal")
+        return op(*inputs, on, longest, impl=impl)
 
     upstream = _draw(*shape, seed=9)
     found = _gradients(partial(attend, impl=backend), *(x.to(device) for x in inputs), upstream=upstream)

@@ -20,6 +20,14 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Let `-k cuda` take every test that needs a GPU, whatever its name."""
+    for item in items:
+        if "cuda" in getattr(item, "fixturenames", ()):
+            item.extra_keyword_matches.add("cuda")
+
+
 @pytest.fixture(scope="session")
 def thorough(request):
     """Whether to try all and not a sample."""
@@ -40,6 +48,15 @@ def cuda():
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU: torch.cuda.is_available() is False")
     return "cuda"
+
+
+@pytest.fixture
+def two_gpus(cuda):
+    """Two GPUs of this machine; without them the test is skipped, and says so."""
+    import torch
+
+    if (count := torch.cuda.device_count()) < 2:
+        pytest.skip(f"needs 2 GPUs: torch.cuda.device_count() is {count}")
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,15 @@
 
 import dataclasses
 import itertools
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from tiny_training import curve, tiny, write_store
+from tiny_training import ENV, at_step, curve, tiny, write_store
 
+from brainflow.config import to_dict
 from brainflow.data import dali_installed, make_loader
 from brainflow.data.sampler import WindowSampler
 from brainflow.storage import BoldStore
@@ -57,6 +61,68 @@ def test_a_step_does_not_wait_for_the_gpu(cuda, store, tmp_path, framework, part
     monkeypatch.setattr(TrainingStep, "__call__", guarded)
     settings = {"micro_batches": parts, "loader": loader, "ema": 0.9}
     pretrain(config_of(store, tmp_path / "run", framework, cuda, **settings), quiet=True)
+
+
+class Killed(Exception):
+    pass
+
+
+def killed(step):
+    raise Killed
+
+
+@pytest.fixture
+def repeatable():
+    """Sums on a GPU whose order is always the same."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.mark.parametrize("framework", ["csm", "autoencoder"])
+def test_a_killed_training_continues_bit_for_bit(device, store, tmp_path, framework, repeatable, monkeypatch):
+    def config(name):
+        return config_of(store, tmp_path / name, framework, device, steps=6, checkpoint_every=2, ema=0.9)
+
+    whole = pretrain(config("whole"), quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStep, "__call__", at_step(5, killed))
+        with pytest.raises(Killed):
+            pretrain(config("run"), quiet=True)
+    assert curve(pretrain(config("run"), quiet=True)) == curve(whole)
+
+
+ON_A_RANK = """
+import json, sys
+from brainflow.config import PretrainConfig, from_dict
+from brainflow.training.loop import pretrain
+pretrain(from_dict(PretrainConfig, json.loads(sys.argv[1])), quiet=True)
+"""
+
+
+def train_on_ranks(world, config, folder):
+    """Train in `world` processes: none may be forked once a GPU was used."""
+    script = folder / "on_a_rank.py"
+    script.write_text(ON_A_RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    done = subprocess.run(
+        [*command, str(script), json.dumps(to_dict(config))], capture_output=True, text=True, env=ENV
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_two_gpus_have_the_losses_of_one(two_gpus, store, tmp_path, framework, parallel):
+    settings = {"precision": "fp32", "micro_batches": 2}
+    one = pretrain(config_of(store, tmp_path / "one", framework, "cuda", **settings), quiet=True)
+    two = config_of(store, tmp_path / "two", framework, "cuda", parallel=parallel, **settings)
+    train_on_ranks(2, two, tmp_path)
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
 
 
 @pytest.mark.parametrize("pairs", [False, True])

@@ -10,9 +10,9 @@ from brainflow.kernels import conformance
 from brainflow.kernels.linear_loss.cpu import _scaled
 
 
-@pytest.mark.parametrize("name", conformance.masked_ops("cpu"))
-def test_masked_ops(device, name):
-    assert conformance.masked_ops(device)[name]() <= 1
+@pytest.mark.parametrize("name", conformance.ops("cpu"))
+def test_ops(device, name):
+    assert conformance.ops(device)[name]() <= 1
 
 
 @pytest.mark.parametrize("name", conformance.attentions("cpu"))
