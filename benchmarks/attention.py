@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from brainflow.kernels.gathering import gather_windows
-from brainflow.kernels.varlen_attention import attention, shifted_attention
+from brainflow.kernels.varlen_attention import attention, qkv_attention, shifted_attention
 from brainflow.kernels.varlen_attention.backends import BACKENDS
 
 from . import timing
@@ -85,9 +85,18 @@ def _attention(repeats: int, device: str) -> list[Row]:
 
 
 def race(
-    shortest: int, longest: int, windows: int, seconds: float, device: str, dtype: torch.dtype
+    shortest: int,
+    longest: int,
+    windows: int,
+    seconds: float,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    heads: int = HEADS,
 ) -> list[Row]:
-    """Return forward + backward times of all backends, of one stream and of two, over the chosen one's.
+    """Return forward + backward times of all backends as a transformer calls them, over the chosen one's.
+
+    Cases are attention/STREAMS/WINDOWS/TYPE/BACKEND, causal.
 
     Parameters
     ----------
@@ -98,37 +107,29 @@ def race(
     """
     lengths = np.random.default_rng(0).integers(shortest, longest, windows, endpoint=True)
     lengths[0] = longest
-    edges = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
-    generator = torch.Generator().manual_seed(0)
-    *leaves, upstream = (
-        torch.randn(int(lengths.sum()), HEADS, HEAD_DIM, generator=generator)
-        .to(device, dtype)
-        .requires_grad_()
-        for _ in range(6)
-    )
-
-    def one(impl: str | None) -> tuple[Tensor, ...]:
-        q, k, v = leaves[:3]
-        out = attention(q, k, v, edges, longest, causal=True, impl=impl)
-        assert isinstance(out, Tensor)  # no log-sum-exp was asked for
-        return torch.autograd.grad(out, (q, k, v), upstream)
-
-    def two(impl: str | None) -> tuple[Tensor, ...]:
-        q, k, v, k_self, v_self = leaves
-        out = shifted_attention(q, k, v, k_self, v_self, edges, longest, impl=impl)
-        return torch.autograd.grad(out, leaves, upstream)
-
-    found = []
+    tokens, edges = int(lengths.sum()), torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
+    edges = edges.to(device)
     name = f"{shortest}-{longest}x{windows}/{str(dtype)[6:]}"
-    for form, step in (("one_stream", one), ("two_streams", two)):
-        ways = {name: partial(step, name) for name in BACKENDS if _runs(partial(step, name))}
+    found = []
+    for streams, count in (("one", 1), ("two", 2)):
+        generator = torch.Generator().manual_seed(0)
+        given = torch.randn(count * tokens, 4, heads, HEAD_DIM, generator=generator).to(device, dtype)
+        qkv, upstream = given[:, :3].contiguous().requires_grad_(), given[:, 3].contiguous()
+
+        def step(
+            impl: str | None, qkv: Tensor = qkv, upstream: Tensor = upstream, streams: str = streams
+        ) -> Tensor:
+            out = qkv_attention(qkv, edges, longest, causal=True, streams=streams, impl=impl)
+            return torch.autograd.grad(out, qkv, upstream)[0]
+
+        ways = {way: partial(step, way) for way in BACKENDS if _runs(partial(step, way))}
         if len(ways) > 1:  # a turn lasts as long as that of the slowest, which is known to be
             del ways["fallback"]
         ways["chosen"] = partial(step, None)
         times = timing.interleave(ways, repeats=3, seconds=seconds, device=device)
         for backend in ways:
             found += speed_rows(
-                "kernels", f"attention/{form}/{name}/{backend}", times, ours=backend,
+                "kernels", f"attention/{streams}/{name}/{backend}", times, ours=backend,
                 baselines=() if backend == "chosen" else ("chosen",),
             )  # fmt: skip
     return found

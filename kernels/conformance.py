@@ -21,7 +21,7 @@ from .loss import masked_loss
 from .masking import mask_tokens
 from .masks import MaskSpec
 from .testing import error_ratio
-from .varlen_attention import attention, shifted_attention
+from .varlen_attention import attention, qkv_attention, shifted_attention
 from .varlen_attention.backends import BACKENDS, why_not
 
 LENGTHS = (7, 1, 30, 12)
@@ -39,7 +39,7 @@ BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 """Element type → relative error (L2) that is allowed."""
 ATTENTION_BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 STORES = (torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.int8)
-FORMS = ("causal", "both directions", "second stream")
+FORMS = ("causal", "both directions", "second stream", "two streams")
 Comparison = Callable[[], float]
 
 
@@ -244,19 +244,24 @@ def _attention(
 ) -> float:
     lengths = [1, longest, min(17, longest), longest // 2]
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    shape = (sum(lengths), HEADS, head_dim)
+    shape: tuple[int, ...] = (sum(lengths), HEADS, head_dim)
     inputs = [_draw(*shape, dtype=dtype, seed=i) for i in range(5 if form == "second stream" else 3)]
-    asked = 2 * longest if form == "second stream" else longest
+    asked = 2 * longest if "stream" in form else longest
     if reason := why_not(backend, inputs[0].to(device), len(lengths), asked, 0.0):
         raise NotHereError(f"{backend}: {reason}")
 
     def attend(*inputs: Tensor, impl: str) -> Any:
         on = bounds.to(inputs[0].device)
+        if form == "two streams":
+            return qkv_attention(inputs[0], on, longest, streams="two", impl=impl)
         op: Any = shifted_attention
         if form != "second stream":
             op = partial(attention, causal=form == "causal")
         return op(*inputs, on, longest, impl=impl)
 
+    if form == "two streams":
+        shape = (2 * sum(lengths), HEADS, head_dim)
+        inputs = [_draw(2 * sum(lengths), 3, HEADS, head_dim, dtype=dtype)]
     upstream = _draw(*shape, seed=9)
     found = _gradients(partial(attend, impl=backend), *(x.to(device) for x in inputs), upstream=upstream)
     expected = _gradients(partial(attend, impl="naive"), *(x.double() for x in inputs), upstream=upstream)

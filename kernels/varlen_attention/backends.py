@@ -93,7 +93,7 @@ def why_not(name: str, q: Tensor, windows: int, max_seqlen: int, dropout_p: floa
     problem = refusal(limits, q, windows, max_seqlen, dropout_p)
     if problem is not None:
         return str(problem)
-    if limits.capability is not None and _capability(q.device.index or 0) < limits.capability:
+    if q.is_cuda and limits.capability is not None and _capability(q.device.index or 0) < limits.capability:
         needed, has = (
             ".".join(map(str, pair)) for pair in (limits.capability, _capability(q.device.index or 0))
         )

@@ -1,4 +1,4 @@
-"""What is measured first on a GPU: all of it on the CPU; what fails, dies or does not end costs nothing more."""
+"""What is measured first on a GPU, all of it on the CPU; what fails or hangs costs nothing but itself."""
 
 import json
 import subprocess
