@@ -66,17 +66,16 @@ def ceilings(dry: bool, device: str) -> Cases:
 def operators(dry: bool, device: str) -> Cases:
     """Every op, mask and element type, and the frameworks' gradients, against float64."""
     compared: dict[str, conformance.Comparison] = {}
+    for name, config in _frameworks(_size(dry, 2, 128)):
+        compared[name] = partial(_framework_errors, config, device)
     if dry:
         tiny: dict[str, Any] = {"lengths": (3, 1, 5), "networks": 20, "dtypes": (torch.float32,)}
-        compared = conformance.ops(device, impl="triton", masks=("time_points", "networks"), **tiny)
+        compared |= conformance.ops(device, impl="triton", masks=("time_points", "networks"), **tiny)
     else:
         for networks in (1024, conformance.NETWORKS):
             of_size = conformance.ops(device, networks=networks)
             compared |= {f"{name}/{networks}": compare for name, compare in of_size.items()}
-    found: Cases = {name: partial(_compared, name, compare) for name, compare in compared.items()}
-    for name, config in _frameworks(_size(dry, 2, 128)):
-        found[name] = partial(_compared, name, partial(_framework_errors, config, device))
-    return found
+    return {name: partial(_compared, name, compare) for name, compare in compared.items()}
 
 
 def attentions(dry: bool, device: str) -> Cases:
@@ -90,18 +89,23 @@ def attentions(dry: bool, device: str) -> Cases:
 
 def steps(dry: bool, device: str) -> Cases:
     """A training step of every framework: host and device time, launches, where it waits for the GPU."""
-    found: Cases = {}
-    windows = 3 if dry else 192
-    modes = ("off",) if dry else ("off", "auto")
-    for mode, (layers, width) in itertools.product(modes, ((1, 16),) if dry else ((4, 768), (12, 768))):
-        for name, model in _frameworks(_size(dry, layers, width)):
-            if mode == "off" or framework_spec(model.framework).transformer:  # no LSTM is compiled
-                case = f"{name}/{layers}x{width}" + ("" if mode == "off" else "/compiled")
-                found[case] = partial(_step, case, model, mode, windows, device)
-    for name in () if dry else framework_names():
-        model = _published(name, dry, Path("absent")).model
-        found[f"{name}/published"] = partial(_step, f"{name}/published", model, "off", windows, device)
-    return found
+    sizes, windows = (((1, 16),), 3) if dry else (((4, 768), (12, 768)), 192)
+    models = {
+        f"{name}/{layers}x{width}": model
+        for layers, width in sizes
+        for name, model in _frameworks(_size(dry, layers, width))
+    }
+    given = [(name, model, "off") for name, model in models.items()]
+    if not dry:
+        given += [
+            (f"{n}/published", _published(n, dry, Path("absent")).model, "off") for n in framework_names()
+        ]
+        given += [
+            (f"{name}/compiled", model, "auto")
+            for name, model in models.items()
+            if framework_spec(model.framework).transformer  # no LSTM is compiled
+        ]
+    return {name: partial(_step, name, model, mode, windows, device) for name, model, mode in given}
 
 
 def kernel_speeds(dry: bool, device: str) -> Cases:
@@ -147,11 +151,11 @@ def pretrainings(dry: bool, device: str) -> Cases:
 SECTIONS: dict[str, tuple[Section, int, int]] = {
     "ceilings": (ceilings, 15, 1),
     "operators": (operators, 90, 4),
-    "attention": (attentions, 45, 4),
+    "attention": (attentions, 40, 4),
     "steps": (steps, 130, 1),
-    "kernels": (kernel_speeds, 70, 1),
-    "loaders": (loaders, 40, 1),
-    "pretraining": (pretrainings, 80, 1),
+    "kernels": (kernel_speeds, 75, 1),
+    "loaders": (loaders, 35, 1),
+    "pretraining": (pretrainings, 75, 1),
 }
 """Section → cases, seconds, processes. What is timed has the GPU to itself."""
 
@@ -184,6 +188,8 @@ def run_section(name: str, end: float, dry: bool, device: str) -> tuple[list[Row
         Rows, the last one about the section; what failed. A case that failed has a row that says why.
     """
     section, _, processes = SECTIONS[name]
+    if dry:
+        processes = 1  # each has to warm up
     began, rows, failures = time.monotonic(), [], []
     waiting = deque(section(dry, device))
     busy: dict[Connection, tuple[str, Any]] = {}

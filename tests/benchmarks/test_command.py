@@ -82,7 +82,7 @@ def test_rows_are_written_with_the_environment(suite, tmp_path):
     (row,) = json.loads(out.read_text())
     assert set(row) == {
         *("suite", "case", "metric", "value", "unit", "baseline", "ratio"),
-        *("floor_share", "p20", "p50", "p80", "range", "env"),
+        *("floor_share", "p20", "p50", "p80", "range", "note", "env"),
     }
     assert (row["case"], row["ratio"]) == ("mask", 3.0)
     assert row["env"]["torch"]

@@ -117,7 +117,7 @@ def test_a_row_carries_its_environment():
     assert entry["env"] == {"cpu": "here"}
     assert set(entry) == {
         *("suite", "case", "metric", "value", "unit", "baseline", "ratio"),
-        *("floor_share", "p20", "p50", "p80", "range", "env"),
+        *("floor_share", "p20", "p50", "p80", "range", "note", "env"),
     }
 
 

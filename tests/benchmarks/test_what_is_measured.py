@@ -116,12 +116,12 @@ def test_powers_of_two():
     assert [scaling._powers_of_two(n) for n in (1, 2, 3, 8)] == [[1], [1, 2], [1, 2], [1, 2, 4, 8]]
 
 
-SMALL = kernels.Sizes(windows=4, time=6, networks=16, width=8)
+SIZES = kernels.Sizes(windows=4, time=6, networks=16, width=8)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(kernels, "USUAL", SMALL)
+    monkeypatch.setattr(kernels, "USUAL", SIZES)
     monkeypatch.setattr(kernels, "floor", lambda *_: 1.0)
     monkeypatch.setattr(kernels, "roofline_rows", lambda *_: [])
 
@@ -131,7 +131,7 @@ def small(monkeypatch):
 def test_an_operator_that_is_wrong_has_no_speed(small, monkeypatch, operator, kind):
     """In bf16, too, which is timed on CUDA: what is right passes, two in a hundred off does not."""
     case = f"{operator}/time" if kind == "fp32" else f"{operator}/time/bf16"
-    measure = kernels.of_size(SMALL, kind, 0.0, "cpu")[case]
+    measure = kernels.of_size(SIZES, kind, 0.0, "cpu")[case]
     assert {row.case for row in measure()} == {case}
     right = getattr(kernels, operator)
     monkeypatch.setattr(kernels, operator, lambda *a, **k: right(*a, **k) * 1.02)
@@ -142,7 +142,7 @@ def test_an_operator_that_is_wrong_has_no_speed(small, monkeypatch, operator, ki
 def test_a_compiled_form_that_is_wrong_has_no_speed(small, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: lambda: function() * 1.001)
     with pytest.raises(WrongResultError, match="masked_loss/time"):
-        kernels.of_size(SMALL, "fp32", 0.0, "cpu", compiled=["time"])["masked_loss/time"]()
+        kernels.of_size(SIZES, "fp32", 0.0, "cpu", compiled=["time"])["masked_loss/time"]()
 
 
 def test_the_mask_as_a_factor_is_the_naive_loss():
