@@ -51,8 +51,8 @@ def read_text(path: Name, *, most: int = MOST_TEXT) -> str:
     ValueError
         If it is larger, no regular file, or not UTF-8.
     """
-    with open_regular(path) as file:
-        data = io.BufferedReader(file).read(most + 1)
+    with io.BufferedReader(open_regular(path)) as file:
+        data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"{path}: has more than {most} bytes, expected a smaller file; restore or delete it")
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from brainflow.files import read_json, read_text
 MISSING = ("", "n/a", "nan")
 PERSON, DATASET = "participant_id", "dataset"
 MOST_TABLE = 2**28
+LARGEST = 1e100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,22 +133,28 @@ def numbers(values: Sequence[str]) -> NDArray[np.float64] | None:
     Raises
     ------
     ValueError
-        If one is infinite.
+        If one is infinite, or so large that its square may be.
     """
+    if any("_" in text for text in values):  # Python's own way to write numbers, which no table has
+        return None
     try:
         found = np.array([float(text) for text in values])
     except ValueError:
         return None
-    if not np.isfinite(found).all():
-        wrong = next(text for text in values if not math.isfinite(float(text)))
-        raise ValueError(f"got {wrong!r}, expected finite numbers, or n/a where a value is missing")
+    for text, value in zip(values, found, strict=True):
+        if not abs(value) < LARGEST:
+            raise ValueError(
+                f"got {text[:40]!r}, expected finite numbers below {LARGEST:g}, n/a where one is missing"
+            )
     return found
 
 
 def _lines(path: Path) -> list[list[str]]:
     text = io.StringIO(read_text(path, most=MOST_TABLE).removeprefix("\ufeff"), newline="")
     comma: Any = (
-        {"delimiter": ","} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        {"delimiter": ","}
+        if path.suffix.lower() == ".csv"
+        else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     )
     try:
         return list(csv.reader(text, **comma))

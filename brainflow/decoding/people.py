@@ -259,14 +259,18 @@ def _target(
 ) -> tuple[NDArray[Any], tuple[str, ...]]:
     """Return the target of each person, and the names of the classes, if it is one of classes."""
     name = config.target
+    if name in config.confounds:
+        raise ValueError(f"confounds: {name!r} is the target itself, of which nothing would be left")
     found = _numbers(texts, name, "target")
+    if config.classes is None and name not in table.levels:
+        _refuse_mixture(texts, name, "target", f"or --classes {len(set(texts))} if all of them are classes")
     distinct = len(set(texts)) if found is None else len(np.unique(found))
     if distinct < 2:
         raise ValueError(f"target: everybody has {texts[0]!r} in {name!r}, expected different values")
     if found is not None and config.classes is None and name not in table.levels and distinct > 2:
         return found, ()
-    classes = tuple(sorted(set(texts)) if found is None else _sorted_names(found))
-    named = texts if found is None else [f"{value:g}" for value in found]
+    classes = tuple(sorted(set(texts)) if found is None else map(_name, np.unique(found)))
+    named = texts if found is None else [_name(value) for value in found]
     if config.classes is not None:
         check_classes(config.classes, classes, origin="classes", column=name)
     labels = np.array([classes.index(text) for text in named], dtype=np.int64)
@@ -279,8 +283,20 @@ def _target(
     return labels, classes
 
 
-def _sorted_names(found: NDArray[np.float64]) -> list[str]:
-    return [f"{value:g}" for value in np.unique(found)]
+def _name(value: float) -> str:
+    return repr(float(value)).removesuffix(".0")  # all digits: two numbers are two names
+
+
+def _refuse_mixture(texts: Sequence[str], name: str, argument: str, otherwise: str) -> None:
+    """Refuse a column of which some texts are numbers: with one `NA` or `89+`, ages would be categories."""
+    strange = [text for text in texts if numbers([text]) is None]
+    if strange and (
+        len(strange) < len(texts) or numbers([text.replace(",", ".") for text in texts]) is not None
+    ):
+        raise ValueError(
+            f"{argument}: {name!r} holds numbers, and {listed(sorted(set(strange)))}, which is none; write "
+            f"n/a where a value is missing, numbers with a point, {otherwise}"
+        )
 
 
 def _numbers(texts: Sequence[str], name: str, argument: str) -> NDArray[np.float64] | None:
@@ -305,7 +321,11 @@ def _confounds(
                 f"confounds: {name!r} is what --split-by keeps whole, so that the effect of a value that is "
                 "tested is unknown; name it in one of them"
             )
-        found = None if name in table.levels else _numbers(texts, name, "confounds")
+        found = None
+        if name not in table.levels:
+            found = _numbers(texts, name, "confounds")
+            where = f"or Levels in {table.path.stem}.json if all of them are categories"
+            _refuse_mixture(texts, name, "confounds", where)
         if found is not None:
             kinds[name] = "number"
             codes = np.unique(found)

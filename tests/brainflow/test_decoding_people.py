@@ -201,6 +201,7 @@ def test_a_model_that_has_seen_test_people_is_refused(planted, model, tmp_path, 
         ),
         (["--target", "group", "--classes", "3"], 1, "classes: got 3, but column 'group' holds 2"),
         (["--target", "participant_id"], 1, "have one person each"),
+        (["--target", "age", "--confounds", "fd,age"], 1, "'age' is the target itself"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(planted, model, tmp_path, capsys, options, code, says):
@@ -252,6 +253,37 @@ def test_tables_that_may_be_read_in_two_ways_are_refused(tmp_path, text, says):
     path.write_text(text)
     with pytest.raises(ValueError, match=says):
         read_participants(path, ["a/01", "a/02", "a/03", "b/03"])
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        (["NA", "20"], "target: 'x' holds numbers, and NA, which is none"),
+        (["89+", "31.5"], r"and 89\+, which is none"),
+        (["20,5", "31,0", "31,5"], "and 20,5, 31,0, 31,5, which is none"),
+        (["1_0", "20", "30"], "and 1_0, which is none"),
+        (["1e200", "20", "30"], r"got '1e200', expected finite numbers below 1e\+100"),
+    ],
+)
+def test_numbers_with_something_else_among_them_are_no_classes(planted, tmp_path, texts, says):
+    path = write_table(tmp_path / "p.tsv", {"x": [texts[i % len(texts)] for i in range(60)], "n": range(60)})
+    store = BoldStore.open(str(planted / "store"))
+    with pytest.raises(ValueError, match=says):
+        load_people(store, PeopleConfig(target="x", participants=str(path)))
+    with pytest.raises(ValueError, match=says.replace("target", "confounds")):
+        load_people(store, PeopleConfig(target="n", confounds=("x",), participants=str(path)))
+    if "1e200" not in texts:
+        config = PeopleConfig(target="x", classes=len(texts), participants=str(path))
+        assert load_people(store, config).classes == tuple(sorted(texts))
+
+
+def test_long_numbers_are_different_classes(planted, tmp_path):
+    path = write_table(tmp_path / "p.tsv", {"x": [20210101 + i % 2 for i in range(60)]})
+    task = load_people(
+        BoldStore.open(str(planted / "store")), PeopleConfig(target="x", participants=str(path))
+    )
+    assert task.classes == ("20210101", "20210102")
+    assert task.target.tolist() == [0, 1] * 30
 
 
 def test_a_dataset_tells_two_people_of_one_label(tmp_path):
