@@ -234,13 +234,16 @@ def _connect(url: str) -> Any:
         "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT),
         "allow_http": parts.scheme == "http" or endpoint.startswith("http://"),
     }
-    return stores.from_url(url, client_options=options, retry_config={"max_retries": 0})
+    try:
+        return stores.from_url(url, client_options=options, retry_config={"max_retries": 0})
+    except (_obstore().exceptions.BaseError, ValueError) as error:
+        raise StoreError(f"{url}: is no URL that can be opened ({_brief(error)}); correct it") from error
 
 
 def _hub_url(url: str) -> str:
     """Where the hub, or the server in HF_ENDPOINT, gives the files of a hf:// URL."""
     match = _HUB.fullmatch(url)
-    if match is None:
+    if match is None or ".." in re.split(r"[/@]", url):
         raise StoreError(f"{url}: expected hf://datasets/owner/name/… or hf://owner/name/…")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     return f"{endpoint}/{match[1]}/resolve/{match[2] or 'main'}/{match[3] or ''}"

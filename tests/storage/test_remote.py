@@ -126,6 +126,11 @@ def test_other_schemes(pair, proxy, tmp_path, monkeypatch):
     for call in (BoldStore.open, verify_error):
         with pytest.raises(StoreError, match="unknown scheme"):
             call("ftp://host/store")
+    with pytest.raises(StoreError, match=r"^s3:/?: is no URL that can be opened"):
+        BoldStore.open("s3://")
+    for path in ("datasets/../x/s", "a/b@../s", "a/b/../../c/s"):
+        with pytest.raises(StoreError, match=r"expected hf://datasets/owner/name"):
+            BoldStore.open(f"hf://{path}")
     with pytest.raises(StoreError, match=r"s3://runs/none/zarr.json: does not exist"):
         BoldStore.open("s3://runs/none")
     for call in (lambda: StoreWriter.create(url, networks=3), lambda: StoreWriter.append_to(url)):
