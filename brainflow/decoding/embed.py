@@ -35,7 +35,7 @@ from brainflow.prepare.run import Job, jobs_for
 from brainflow.prepare.settings import CleanSettings, Rules, Settings, Strategy
 from brainflow.prepare.single import ENDINGS, fetch_file, files_of, job_of, kind_of, split_url
 from brainflow.prepare.surfaces import read_parcels
-from brainflow.prepare.timing import repetition_time
+from brainflow.prepare.timing import TOLERANCE, repetition_time
 from brainflow.pretrained.compatibility import check_fits, differences, longest_window, signal_differences
 from brainflow.pretrained.format import load_pretrained, read_config
 from brainflow.pretrained.hub import fetch
@@ -360,11 +360,17 @@ def _of_table(text: str, model: _Model, t_r: float | None, notes: list[str]) -> 
         else:
             values = load_array(path)
         sidecar = path.with_name(f"{_stem(path.name)}.json")
-        if t_r is None:
-            try:
-                t_r = repetition_time([sidecar] if sidecar.is_file() else [], seconds).seconds
-            except Unusable as error:
+        try:
+            stated = repetition_time([sidecar] if sidecar.is_file() else [], seconds)
+        except Unusable as error:
+            if t_r is None:
                 raise ValueError(f"{error}; give it with t_r (--t-r) in seconds") from error
+        else:
+            if t_r is not None and not math.isclose(t_r, stated.seconds, rel_tol=TOLERANCE):
+                raise ValueError(
+                    f"t_r: got {t_r:g} s, but its {stated.source} says {stated.seconds:g} s; correct one"
+                )
+            t_r = stated.seconds
     if not 0 < t_r < math.inf:
         raise ValueError(f"t_r: got {t_r}, expected a positive number of seconds")
     if values.shape[1] != model.networks == values.shape[0]:
@@ -372,12 +378,16 @@ def _of_table(text: str, model: _Model, t_r: float | None, notes: list[str]) -> 
         notes.append(f"{text}: was turned, its rows are networks")
     if values.shape[1] != model.networks:
         raise ValueError(f"has {values.shape[1]} networks, the model was trained on {model.networks}")
+    bold = normalise(values, model.normalise)
+    flat = int((~bold.any(axis=0)).sum()) if model.normalise != "none" else 0
+    if flat:
+        notes.append(f"{text}: {flat} networks are constant")
     parsed = parse_name(Path(_stem(text) + ".x"))
     entities = parsed.entities if parsed else {}
     known = {"subject": "sub", "session": "ses", "task": "task", "run": "run"}
     facts = {name: entities.get(known.get(name, ""), "") for name in ENTITIES}
     return _Run(
-        bold=normalise(values, model.normalise),
+        bold=bold,
         t_r=t_r,
         facts={"path": text, "key": _stem(text), **facts, "confounds": ""},
         attributes={"network_names": names, "normalisation": APPLIED[model.normalise]},

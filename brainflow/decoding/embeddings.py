@@ -84,7 +84,7 @@ def check_output(path: Path) -> None:
     Raises
     ------
     ValueError
-        If it ends otherwise.
+        If it ends otherwise, or is a folder.
     ImportError
         If it takes a package that is not installed.
     """
@@ -92,5 +92,7 @@ def check_output(path: Path) -> None:
         raise ValueError(f"out: got {path}, expected a file that ends in {', '.join(OUTPUTS)}")
     if path.suffix == ".parquet":
         need("pyarrow", "writing Parquet", "arrays")
+    if path.is_dir():
+        raise ValueError(f"out: {path} is a folder, expected a file")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"out: {path.absolute().parent} is no folder; make it first")

@@ -72,8 +72,8 @@ def find_atlas(text: str, template: str = "", surfaces: Sequence[Path] = ()) -> 
     ------
     FileNotFoundError : if it is neither a file nor a name
     ConnectionError : if an atlas that is known by name cannot be downloaded
-    ValueError : if the file is not a parcellation, a named atlas does not exist in the template, or atlases
-        of volumes and of surfaces are joined
+    ValueError : if the file is not a parcellation, a named atlas does not exist in the template, atlases of
+        volumes and of surfaces are joined, or one with itself
     """
     before, equals, behind = text.partition("=")
     wanted, label = (behind, re.sub(r"[^A-Za-z0-9]", "", before)) if equals else (text, "")
@@ -199,6 +199,8 @@ def _join(text: str, label: str, parts: Sequence[AtlasSpec]) -> AtlasSpec:
     kinds = {"volume" if part.kind in ("labels", "maps") else part.kind for part in parts}
     if len(kinds) > 1:
         raise ValueError(f"atlas {text}: joins {' and '.join(sorted(kinds))}, expected one kind of image")
+    if len({part.digest for part in parts}) < len(parts):
+        raise ValueError(f"atlas {text}: joins an atlas with itself, which doubles its networks")
     spaces = {part.space for part in parts} - {""}
     return AtlasSpec(
         label=label or "".join(part.label for part in parts),

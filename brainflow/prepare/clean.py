@@ -52,7 +52,7 @@ def clean(series: np.ndarray, confounds: Confounds | None, settings: CleanSettin
                 sample_mask=None if len(kept) == len(series) else kept,
             )
     except ValueError as error:
-        raise Unusable(f"cleaning: {' '.join(str(error).split())}") from error
+        raise Unusable(f"cleaning: of {len(kept)} volumes: {' '.join(str(error).split())}") from error
     bad = np.flatnonzero(~np.isfinite(cleaned).all(axis=0))
     if len(bad):
         raise Unusable(f"cleaning: {len(bad)} networks are not finite afterwards (first: network {bad[0]})")

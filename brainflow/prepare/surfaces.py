@@ -18,6 +18,7 @@ from brainflow.optional import need
 from brainflow.prepare.atlas import BACKGROUND, AtlasSpec, network_names
 from brainflow.prepare.precheck import check_cifti, check_gifti
 from brainflow.prepare.records import Unusable
+from brainflow.prepare.volumes import refuse_lost
 from brainflow.storage.ingest.limits import budget, regular_size
 
 
@@ -95,7 +96,7 @@ def extract(run: Dense, atlases: Sequence[AtlasSpec], dropped: int) -> list[np.n
 
     Raises
     ------
-    Unusable : if a label of an atlas has no point in the run
+    Unusable : if a label of an atlas has no point in the run, or nothing was recorded at a volume
     """
     return [np.hstack([_means(run, part, dropped) for part in atlas.pieces]) for atlas in atlases]
 
@@ -115,7 +116,9 @@ def _means(run: Dense, atlas: AtlasSpec, dropped: int) -> np.ndarray:
     networks = np.searchsorted(wanted, labels[points])
     weights = 1.0 / np.bincount(networks, minlength=len(wanted))[networks]
     matrix = sparse.csr_array((weights, (networks, points)), shape=(len(wanted), len(labels)))
-    data = np.where(np.isfinite(run.data), run.data, 0)[dropped:]
+    finite = np.isfinite(run.data)
+    refuse_lost(finite.any(axis=1), dropped=dropped)
+    data = np.where(finite, run.data, 0)[dropped:]
     return (matrix @ data.T.astype(np.float64)).T
 
 

@@ -74,7 +74,7 @@ def extract(
 
     Raises
     ------
-    Unusable : if the voxels cannot be read, or a network lies outside the image
+    Unusable : if the voxels cannot be read, a network lies outside the image, or a volume holds nothing
     """
     smooth = need("nilearn.image", "smoothing", "bids").smooth_img
     nifti = need("nibabel", "reading NIfTI images", "bids").Nifti1Image
@@ -86,14 +86,29 @@ def extract(
         block = _read(image, start, min(start + step, volumes))
         if start + step <= dropped:
             continue
+        finite = np.isfinite(block)
+        if not finite.all():  # 0 outside of what was recorded; a volume of which nothing was is no volume
+            refuse_lost(finite.any(axis=(0, 1, 2)), start, dropped)
+            block = np.where(finite, block, 0)
         if smoothing_fwhm is not None:
             block = np.asarray(smooth(nifti(block, image.affine), smoothing_fwhm).dataobj)
         voxels = np.asfortranarray(block).reshape(-1, block.shape[3], order="F")  # a volume is contiguous
-        if not np.isfinite(voxels).all():
-            voxels = np.where(np.isfinite(voxels), voxels, 0)
         for atlas, parts in zip(fitted, series, strict=True):
             parts.append(atlas(voxels))
     return [np.concatenate(parts)[dropped % step :] for parts in series]
+
+
+def refuse_lost(found: np.ndarray, start: int = 0, dropped: int = 0) -> None:
+    """Refuse a run with volumes of which nothing was recorded; `found` [volumes] says of which something was.
+
+    The first is volume `start` of the run, of which `dropped` are left out anyhow.
+    """
+    lost = start + np.flatnonzero(~found)
+    lost = lost[lost >= dropped]
+    if len(lost):
+        raise Unusable(
+            f"{len(lost)} volumes hold no finite value (first: volume {lost[0]}); repair or drop the run"
+        )
 
 
 def _read(image: Any, start: int, stop: int) -> np.ndarray:

@@ -173,16 +173,22 @@ def _refuse(code: int, message: str) -> NoReturn:
 def _text(path: Path, name: str) -> np.ndarray:
     size = regular_size(path)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         first = file.readline(MAX_NETWORKS * _NUMBER_CHARACTERS).split(delimiter)
-    skipped = 0 if all(map(_is_number, first)) else 1
+    skipped = 0 if all(map(_is_number, first)) and not _counts(first) else 1
     with open(path, "rb") as file:
         lines = sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
     try:
         check_shape((max(lines - skipped, 1), len(first)), np.dtype("f8"), budget(size))
     except ValueError as error:
         raise ValueError(f"{error}; save such a table as .npy") from None
-    return np.loadtxt(path, delimiter=delimiter, skiprows=skipped, ndmin=2)
+    return np.loadtxt(path, delimiter=delimiter, skiprows=skipped, ndmin=2, encoding="utf-8-sig")
+
+
+def _counts(first: list[str]) -> bool:
+    """Whether a row is 0, 1, 2, … (or 1, 2, 3, …): the names that pandas gives to columns without any."""
+    cells = [cell.strip() for cell in first]
+    return len(cells) > 2 and any(cells == [str(i + begin) for i in range(len(cells))] for begin in (0, 1))
 
 
 def _is_number(text: str) -> bool:

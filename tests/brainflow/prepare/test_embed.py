@@ -155,6 +155,33 @@ def test_tables_and_stores_give_the_vectors_of_their_image(tree, image, atlas, m
         embed(tables[0], model)
 
 
+def test_what_tables_say_is_not_overruled(model, tmp_path):
+    bold = np.random.default_rng(0).normal(size=(40, 12))
+    bold[:, 3] = 7
+    np.save(tmp_path / "a.npy", bold)
+    assert embed(tmp_path / "a.npy", model, t_r=2.5).notes == [f"{tmp_path}/a.npy: 1 networks are constant"]
+    (tmp_path / "a.json").write_text('{"RepetitionTime": 2.5}')
+    assert len(embed(tmp_path / "a.npy", model, t_r=2.5).rows) == 2
+    with pytest.raises(ValueError, match=r"t_r: got 2 s, but its sidecar says 2\.5 s"):
+        embed(tmp_path / "a.npy", model, t_r=2.0)
+    pandas.DataFrame(bold).to_csv(tmp_path / "b.csv", index=False)  # the names are 0, 1, 2, …
+    found = embed([tmp_path / "a.npy", tmp_path / "b.csv"], model, t_r=2.5).vectors
+    np.testing.assert_allclose(found[:2], found[2:], atol=1e-6)
+    text = "\n".join(",".join(map(repr, row)) for row in bold.tolist())
+    (tmp_path / "b.csv").write_text(text, encoding="utf-8-sig")  # as Excel begins a file
+    np.testing.assert_array_equal(embed(tmp_path / "b.csv", model, t_r=2.5).vectors, found[2:])
+
+
+def test_volumes_of_which_nothing_was_recorded_are_refused(tree, atlas, model):
+    bold = tree.bold[..., :121].astype(np.float32)
+    bold[:3, ..., 4:] = np.nan  # outside of what was recorded
+    bold[..., 70] = np.nan
+    image = str(tree.run("04", "rest", data=bold))
+    with pytest.raises(ValueError, match=r"1 volumes hold no finite value \(first: volume 70\)"):
+        embed(image, model, atlas=atlas)
+    assert embed(str(tree.run("04", "rest", data=bold[..., :70])), model, atlas=atlas).failures == {}
+
+
 def test_what_does_not_fit_is_refused_by_file_and_can_be_allowed(tree, image, atlas, model, tmp_path):
     slow = str(tree.run("02", "rest", t_r=4.0))
     damaged = tree.root.parent / "sub-03_bold.nii.gz"
@@ -437,6 +464,9 @@ def test_what_is_written_is_read_back(tmp_path):
         assert found["onset"].tolist() == [0.0, 2.5, 5.0]
     with pytest.raises(ValueError, match=r"ends in .parquet, .csv, .tsv, .npz"):
         table.save(tmp_path / "a.pkl")
+    (tmp_path / "b.csv").mkdir()
+    with pytest.raises(ValueError, match=r"b\.csv is a folder, expected a file"):
+        table.save(tmp_path / "b.csv")
 
 
 def test_principal_components_are_those_of_the_covariance():

@@ -256,6 +256,8 @@ def test_joined_atlases_keep_names_and_coordinates(joined, tmp_path):
     save_dlabel(tmp_path / "x.dlabel.nii", ["a"])
     with pytest.raises(ValueError, match="joins dlabel and volume"):
         find_atlas(f"{first}+{tmp_path / 'x.dlabel.nii'}")
+    with pytest.raises(ValueError, match="joins an atlas with itself"):
+        find_atlas(f"{first}+{first}")
 
 
 def test_joined_atlases_of_a_surface(tmp_path):
