@@ -133,6 +133,8 @@ class _OnWindows(BaseEstimator):
             labels, self._owner = events, None
         if isinstance(X, (list, tuple)) and X and all(np.ndim(window) == 2 for window in X):
             windows = as_windows(X)
+            if not all(map(len, windows)):
+                raise ValueError("X: one window has no time point, expected at least one each")
             if any(window.shape[1] != windows[0].shape[1] for window in windows):
                 raise ValueError("X: windows have different numbers of networks, expected one number")
             if not all(np.isfinite(window).all() for window in windows):

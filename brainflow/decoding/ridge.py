@@ -33,6 +33,7 @@ PARTS, ENOUGH = 20, 2_000
 what is read of them."""
 NUMBER_PENALTIES = np.append(PENALTIES, np.inf)
 """Of numbers the last is their mean alone: where nothing is to be read, nothing is said."""
+LARGEST = 1e100
 NEVER = -1e4
 """Logit of a class that the training windows do not hold."""
 
@@ -142,7 +143,7 @@ def fit_numbers(
     Raises
     ------
     ValueError
-        If features or targets are not finite, lengths differ, or there are fewer than 3 people.
+        If features are not finite or targets NaN or huge, lengths differ, or there are fewer than 3 people.
     """
     x, y = np.asarray(features, dtype=np.float64), np.asarray(targets, dtype=np.float64)
     if x.ndim != 2 or x.shape[0] != len(y) or not x.size:
@@ -150,8 +151,10 @@ def fit_numbers(
     if len(y) < 3:
         some = "1 sample" if len(y) == 1 else f"{len(y)} samples"
         raise ValueError(f"targets: got {some}, expected at least 3 to choose a penalty")
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError("features, targets: got NaN or infinity, expected finite values")
+    if not np.isfinite(x).all():
+        raise ValueError("features: got NaN or infinity, expected finite values")
+    if not (np.abs(y) < LARGEST).all():  # of which squares are summed
+        raise ValueError(f"targets: got NaN or a number of {LARGEST:g} or more, expected smaller ones")
     ones = np.ones(len(y))
     mean, spread = _mean_and_spread(x, ones)
     parts = [np.flatnonzero(part) for part in _parts(groups, len(y))]

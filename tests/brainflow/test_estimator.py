@@ -207,6 +207,10 @@ def test_a_number_is_read_from_runs_of_any_length(checkpoint):
     assert cross_val_score(regressor, runs, permuted, cv=KFold(4)).mean() < 0.1
     with pytest.raises(ValueError, match="groups: got 3 for 40 runs"):
         regressor.fit(runs, age, groups=[1, 2, 3])
+    with pytest.raises(ValueError, match="one window has no time point"):
+        regressor.fit([*runs[:3], runs[3][:0]], age[:4])
+    with pytest.raises(ValueError, match=r"targets: got NaN or a number of 1e\+100 or more"):
+        regressor.fit(runs, age * 1e155)  # whose squared errors would all be infinite
 
 
 def test_runs_of_a_regressor_are_normalised_as_the_models_were(tmp_path):
