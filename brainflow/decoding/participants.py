@@ -99,7 +99,8 @@ def read_participants(path: Path, people: Sequence[str]) -> Participants:
             )
         row = dict(zip(header, (cell.strip() for cell in line), strict=True))
         dataset, _, subject = row[PERSON].rpartition("/")
-        dataset = dataset or row.get(DATASET, "")
+        named = row.get(DATASET, "")
+        dataset = dataset or ("" if named.lower() in MISSING else named)
         meant = known.get(f"{dataset}/{_label(subject)}" if dataset else _label(subject), [])
         if len(meant) > 1:
             raise ValueError(

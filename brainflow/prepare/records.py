@@ -48,11 +48,13 @@ def write_record(work: Path, record: dict[str, Any]) -> None:
 
 
 def read_record(work: Path, key: str) -> dict[str, Any] | None:
-    """The record of a run, or None if there is none."""
+    """The record of a run, or None if there is none, or a damaged one."""
     try:
-        return json.loads(record_path(work, key).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        record = json.loads(record_path(work, key).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    whole = isinstance(record, dict) and {"fingerprint", "status", "reason", "notes"} <= record.keys()
+    return record if whole else None
 
 
 def read_records(work: Path) -> list[dict[str, Any]]:

@@ -288,10 +288,10 @@ def test_long_numbers_are_different_classes(planted, tmp_path):
 
 def test_a_dataset_tells_two_people_of_one_label(tmp_path):
     path = tmp_path / "participants.tsv"
-    path.write_text('participant_id\tdataset\tname\nsub-03\tb\t"x\na/sub-03\tn/a\tN/A\n')
-    table = read_participants(path, ["a/03", "b/03", "b/04"])
-    assert table.people.tolist() == ["a/03", "b/03"]
-    assert table.column("name", "target") == [None, '"x']  # a quotation mark in a TSV is one
+    path.write_text('participant_id\tdataset\tname\nsub-03\tb\t"x\na/sub-03\tn/a\tN/A\n05\tn/a\ty\n')
+    table = read_participants(path, ["a/03", "b/03", "b/04", "b/05"])
+    assert table.people.tolist() == ["a/03", "b/03", "b/05"]
+    assert table.column("name", "target") == [None, '"x', "y"]  # a quotation mark in a TSV is one
     assert table.absent == ("b/04",)
 
 

@@ -382,6 +382,10 @@ def test_an_image_is_prepared_once_and_again_when_it_changes(image, atlas, model
     shutil.move(tmp_path / "copy.nii.gz", image)  # another time stamp
     assert np.array_equal(embed(image, model, **options).vectors, first.vectors)
     assert len(prepared) == 2
+    [record] = (tmp_path / "work" / "runs").iterdir()
+    record.write_text("{}")  # damaged
+    assert np.array_equal(embed(image, model, **options).vectors, first.vectors)
+    assert len(prepared) == 3
 
 
 def test_jobs_of_a_cluster_prepare_what_the_command_embeds(
