@@ -279,6 +279,11 @@ def test_surfaces(tmp_path, haxby):
     np.testing.assert_allclose(first.vectors, second.vectors, atol=1e-4)
     with pytest.raises(ValueError, match="labels, which does not fit --input cifti"):
         embed(cifti, model, atlas=str(write_volume_atlas(tmp_path)))
+    lost = series.astype(np.float32)
+    lost[7] = np.nan
+    nibabel.save(nibabel.Cifti2Image(lost, header=(SeriesAxis(0, 2.5, 121), cortex)), cifti)
+    with pytest.raises(ValueError, match=r"1 volumes hold no finite value \(first: volume 7\)"):
+        embed(cifti, model, atlas=str(dlabel))
 
 
 def write_volume_atlas(tmp_path):
