@@ -199,7 +199,7 @@ def _join(text: str, label: str, parts: Sequence[AtlasSpec]) -> AtlasSpec:
     kinds = {"volume" if part.kind in ("labels", "maps") else part.kind for part in parts}
     if len(kinds) > 1:
         raise ValueError(f"atlas {text}: joins {' and '.join(sorted(kinds))}, expected one kind of image")
-    if len({part.digest for part in parts}) < len(parts):
+    if len({part.paths for part in parts}) < len(parts):
         raise ValueError(f"atlas {text}: joins an atlas with itself, which doubles its networks")
     spaces = {part.space for part in parts} - {""}
     return AtlasSpec(
