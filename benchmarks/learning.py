@@ -26,6 +26,7 @@ from rich.table import Table
 from brainflow.storage.files import write_text
 
 from . import peers
+from .ablation import ablation_part
 from .coverage import coverage_part
 from .people import order_part, oscillator_part, steps_part, story_part, transfer_part
 from .plan import Plan, Row
@@ -53,6 +54,8 @@ def parts(plan: Plan) -> dict[str, Part]:
         found[kind] = partial(oscillator_part, kind=kind)
     if not plan.quick:
         found["transfer"] = transfer_part
+        for data in ("story", "order"):
+            found[f"ablation/{data}"] = partial(ablation_part, data=data)
     for name in peers.FAST if plan.quick else (*peers.SLOW, *peers.FAST):
         found[f"peers/{name}"] = partial(peers.peers_part, name=name)
     found["coverage"] = coverage_part

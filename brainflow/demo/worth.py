@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,7 @@ def pretrained_on(
     framework: str = "csm",
     seed: int = 0,
     steps: int | None = None,
+    model: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Pretrain as `brainflow pretrain` does on a part of a store's people, and return the run.
 
@@ -80,12 +82,15 @@ def pretrained_on(
         Folder of the run.
     framework, seed, steps
         As in :func:`default_run`.
+    model
+        Settings of the model that differ from those.
     """
     path = out.with_suffix(".split.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     split.save(path)
     config = default_run(store, out, framework=framework, seed=seed, steps=steps)
-    return pretrain(replace(config, data=replace(config.data, split=str(path))), resume="never", quiet=True)
+    config = replace(config, data=replace(config.data, split=str(path)), model=replace(config.model, **model))
+    return pretrain(config, resume="never", quiet=True)
 
 
 def default_run(
