@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from brainflow.benchmarks import command, coverage, forecast, learning, peers, people, plan
+from brainflow.benchmarks import ablation, command, coverage, forecast, learning, peers, people, plan
 from brainflow.config import ModelConfig
 from brainflow.decoding.curve import Point
 from brainflow.decoding.result import judge
@@ -383,4 +383,31 @@ def test_a_full_run_has_every_part():
     assert {f"story/{name}" for name in plan.FRAMEWORKS} < set(quick) < set(full)
     assert {f"order/{name}" for name in plan.FRAMEWORKS[1:]} | {"transfer", "peers/BolT"} < set(full)
     assert {f"order/people/{n}" for n in (10, 50, 300, 1_000)} < set(full)
+    assert {"ablation/story", "ablation/order"} < set(full)
     assert len([name for name in full if name.startswith("peers/")]) == 13
+
+
+def test_an_ablation_costs_what_the_defaults_have_above_it(tmp_path, monkeypatch):
+    """Adapting is a stand-in that is right but where the model or the adaptation was changed."""
+    pretrained = {}
+
+    def pretrained_on(store, split, out, *, steps, model):
+        pretrained[out.name] = model
+        return out
+
+    def adapted(task, checkpoints, config=None, *, scratch=False):
+        wrong = scratch or config is not None or checkpoints[0].name != "defaults"
+        said = (task.labels + wrong) % len(task.classes)
+        return judge(task, "fine-tuned", said)
+
+    monkeypatch.setattr(ablation.worth, "pretrained_on", pretrained_on)
+    monkeypatch.setattr(ablation.worth, "adapted", adapted)
+    monkeypatch.setattr(ablation, "saved_config", lambda run: {"model": {"layers": 3}})
+    rows = ablation.ablation_part(plan.make_plan(quick=False, draws=2, **DEVELOPMENT), tmp_path, "story")
+    assert {row.case for row in rows} == {"ablation/story"}
+    values = {row.metric: row.value for row in rows}
+    assert values["defaults_1"] == 1
+    assert {value for name, value in values.items() if name.endswith("_costs")} == {1}
+    assert values["random weights_1"] == values["dense, not next_1"] == values["last states alone_1"] == 0
+    assert pretrained["without linear path"] == {"linear": False}
+    assert pretrained["defaults"] == {}
