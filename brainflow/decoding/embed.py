@@ -65,14 +65,18 @@ class _Run:
 
 @dataclass(frozen=True, kw_only=True)
 class _Model:
-    """A model and what its data were like."""
+    """A model and its `config.json`."""
 
     folder: Path
     module: Any
-    data: dict[str, Any]
-    longest: int
+    saved: dict[str, Any]
     readout: Readout
     device: torch.device
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What its data were like."""
+        return self.saved.get("data") or {}
 
     @property
     def networks(self) -> int:
@@ -294,8 +298,7 @@ def _load(checkpoint: Any, layer: LayerName, pooling: Pooling, bins: int, device
     return _Model(
         folder=folder,
         module=module.to(where).eval(),
-        data=config.get("data") or {},
-        longest=longest_window(config),
+        saved=config,
         readout=readout,
         device=where,
     )
@@ -471,10 +474,8 @@ def _embedded(
     run: _Run, model: _Model, window: float | None, per: str
 ) -> tuple[list[dict[str, Any]], NDArray[np.float32]]:
     """Return rows and vectors of a run, one a window or one in all."""
-    longest = model.longest
     config = model.module.config
-    if config.time_encoding == "table":  # seconds that it has rows for
-        longest = min(longest, int(config.max_seconds / run.t_r) + 1)
+    longest = longest_window(model.saved, config, run.t_r)
     if window is not None:
         asked = round(window / run.t_r)
         limit = config.max_positions - framework_spec(config.framework).special_tokens

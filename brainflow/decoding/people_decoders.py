@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 
 from brainflow.batch import PackedBatch, Windows, offsets
-from brainflow.config import ModelConfig
 from brainflow.decoding.adapt import Device, load_module
 from brainflow.decoding.baselines import connectomes, covariances, log_variances, tangents
 from brainflow.decoding.finetune import EVALUATION_BATCH
@@ -32,8 +31,7 @@ from brainflow.decoding.result import write_csv
 from brainflow.decoding.ridge import Ridge, fit_numbers, fit_ridge
 from brainflow.decoding.splits import Fold
 from brainflow.devices import resolve_device
-from brainflow.frameworks.registry import framework_spec
-from brainflow.pretrained.compatibility import check_fits
+from brainflow.pretrained.compatibility import check_fits, longest_window
 from brainflow.pretrained.format import read_config
 from brainflow.storage.files import write_text
 
@@ -42,8 +40,6 @@ BASELINES = {
     "tangent": "tangent connectome + ridge, no model",
     "log-variance": "log-variance + ridge, no model",
 }
-LONGEST = 50
-"""Time points of windows where a model does not say what it was trained on."""
 SAME = "the same for everybody"
 """Of numbers what training people have on average (or confounds predict), of classes one of them."""
 
@@ -135,26 +131,6 @@ def cut_runs(lengths: NDArray[Any], longest: int) -> tuple[NDArray[np.int64], ND
     ]
     run = np.repeat(np.arange(len(lengths)), -(-np.asarray(lengths) // longest))
     return run, np.array(parts, dtype=np.int64)
-
-
-def longest_window(saved: dict[str, Any], model: ModelConfig, t_r: float) -> int:
-    """Return how many time points a window that a model reads may have: no more than in its pretraining.
-
-    Parameters
-    ----------
-    saved
-        The model's `config.json`.
-    model
-        Its configuration.
-    t_r
-        Longest TR of the runs in seconds.
-    """
-    drawn = ((saved.get("pretrain") or {}).get("data") or {}).get("seq_max")
-    longest = model.max_positions - framework_spec(model.framework).special_tokens
-    longest = min(longest, LONGEST if drawn is None else int(drawn) - 1)
-    if model.time_encoding == "table":  # seconds that it has rows for
-        longest = min(longest, int(model.max_seconds / t_r) + 1)
-    return max(longest, 1)
 
 
 def _batches(

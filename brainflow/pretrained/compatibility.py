@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from brainflow.config import ModelConfig
 from brainflow.frameworks.registry import framework_spec
 from brainflow.pretrained.format import read_config
 from brainflow.pretrained.privacy import without_paths
@@ -30,6 +31,8 @@ windows of one condition vary; a recording that was not z-scored is off by thous
 LEFT_TO_REMOVE = 0.075
 """Share of the mean square of windows that a normalisation over networks would still take away. Where it was
 done, z-scoring again leaves up to 0.066 (20 time points of simulated random walks), 0.005 of real runs."""
+LONGEST = 50
+"""Time points of windows where a model does not say what it was trained on."""
 STANDARD = ("standardize", "zscore", "scale")
 """Words of a preprocessing record that say how values were scaled."""
 
@@ -253,17 +256,24 @@ def _shown(value: Any, other: Any) -> str:
     return f"{list(value[first : first + 3])}… from place {first} of {len(value)}"
 
 
-def longest_window(config: dict[str, Any]) -> int:
-    """Return how many time points the longest window had that a model was trained on; at least 1.
+def longest_window(saved: dict[str, Any], model: ModelConfig, t_r: float | None = None) -> int:
+    """Return how many time points a window that a model reads may have: no more than in its pretraining.
 
     Parameters
     ----------
-    config
-        The model's `config.json`; one that does not say how its windows were drawn has room for so many.
+    saved
+        The model's `config.json`.
+    model
+        Its configuration.
+    t_r
+        Longest TR of the runs in seconds, for models that know seconds only so far; None: not looked at.
     """
-    model, drawn = config["model"], (config.get("pretrain") or {}).get("data") or {}
-    longest = model["max_positions"] - framework_spec(model["framework"]).special_tokens
-    return max(min(longest, int(drawn.get("seq_max", longest + 1)) - 1), 1)
+    drawn = ((saved.get("pretrain") or {}).get("data") or {}).get("seq_max")
+    longest = model.max_positions - framework_spec(model.framework).special_tokens
+    longest = min(longest, LONGEST if drawn is None else int(drawn) - 1)
+    if t_r is not None and model.time_encoding == "table":  # seconds that it has rows for
+        longest = min(longest, int(model.max_seconds / t_r) + 1)
+    return max(longest, 1)
 
 
 def fingerprint(store: BoldStore, runs: Any = None, *, sample: int = 8) -> dict[str, Any]:

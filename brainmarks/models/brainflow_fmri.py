@@ -88,7 +88,7 @@ class BrainflowWrapper(ModelWrapper):
         super().__init__()
         self.__space__ = space
         self.module = load_pretrained(folder).requires_grad_(False)
-        self.longest = longest_window(read_config(folder))
+        self.longest = longest_window(read_config(folder), self.module.config)
 
     def forward(self, batch: dict[str, Tensor]) -> Embeddings:
         """Embed `bold` [runs, time, networks] with `tr` [runs] in seconds, in windows as in training."""
