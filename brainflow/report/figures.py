@@ -162,7 +162,7 @@ def learning_curve(
     ----------
     curves
         Decoder → points (training groups, accuracy, low, high); NaN where there is no interval. The first is
-        drawn strong.
+        drawn strong and with its intervals, of the others those that are best over all points have colours.
     unit
         What is counted, in the plural.
     chance
@@ -170,12 +170,17 @@ def learning_curve(
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(7.2, 4.4)
-        muted = matplotlib.colormaps["tab10"]
-        for number, (name, points) in enumerate(curves.items()):
-            count, value, low, high = np.array(sorted(points), dtype=float).T
-            color = ACCENT if number == 0 else muted(number % 10)
-            axes.plot(count, value, "o-", color=color, linewidth=2.2 if number == 0 else 1.2, label=name)
-            axes.fill_between(count, low, high, color=color, alpha=0.18 if number == 0 else 0.06, linewidth=0)
+        first, *others = curves
+        others.sort(key=lambda name: -float(np.mean([point[1] for point in curves[name]])))
+        colors = dict(zip([first, *others], (ACCENT, SECOND, THIRD, "#8a4fbf", "#c0392b", INK), strict=False))
+        rest = [name for name in others if name not in colors]
+        for name in [*rest, *reversed(colors)]:
+            count, value, low, high = np.array(sorted(curves[name]), dtype=float).T
+            label = name if name in colors else f"{len(rest)} others" if name == rest[0] else None
+            color, width = colors.get(name, "#c3c9d3"), 2.2 if name == first else 1.2
+            axes.plot(count, value, "o-", color=color, linewidth=width, markersize=4, label=label)
+            if name == first:
+                axes.fill_between(count, low, high, color=color, alpha=0.18, linewidth=0)
         axes.axhline(chance, color=SECOND, linewidth=1.4, linestyle=DASHES, label=f"chance {chance:.3f}")
         if max(max(point[0] for point in points) for points in curves.values()) > 1:
             ticks = sorted({point[0] for points in curves.values() for point in points})
@@ -186,7 +191,8 @@ def learning_curve(
         axes.set_xlabel(f"training {unit}")
         axes.set_ylabel("accuracy, 95 % interval")
         axes.grid(axis="y", color=FAINT, linewidth=0.8)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9)
+        lines, labels = axes.get_legend_handles_labels()
+        figure.legend(lines[::-1], labels[::-1], loc="outside lower left", ncols=2, fontsize=8.5)
         return _png(figure)
 
 
@@ -292,7 +298,7 @@ def reliability(confidence: Sequence[float], accuracy: Sequence[float], windows:
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(4.4, 4.0)
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=DASHES)
-        axes.scatter(confidence, accuracy, s=sizes, color=ACCENT, alpha=0.8)
+        axes.scatter(confidence, accuracy, s=sizes, color=ACCENT, alpha=0.8, clip_on=False)
         axes.set_xlim(0, 1)
         axes.set_ylim(-0.02, 1.02)
         axes.set_xlabel("confidence")

@@ -272,13 +272,17 @@ def _atlas(done: Sequence[Mapping[str, Any]], store: BoldStore, atlas: AtlasSpec
         stages["after cleaning"] = store.run(i)
         known = (("FD (mm)", record["fd"], MOVED), ("DVARS", record.get("dvars"), UNLIKE))
         lines = [Line(label=name, values=values, limit=limit) for name, values, limit in known if values]
+        names_of = {
+            "FD (mm)": f"framewise displacement with fMRIPrep's limit ({MOVED} mm)",
+            "DVARS": f"standardised DVARS with fMRIPrep's limit ({UNLIKE})",
+        }
+        above = "".join(f"{names_of[line.label]}, " for line in lines)
         pictures.append(
             Picture(
                 name=f"carpet-{label}-{i}",
                 png=carpet(stages, lines, store.runs.censor(i), names, t_r=record["t_r"]),
-                alt=f"Carpet plot of {keys[i]}: motion and DVARS above, networks by time below",
-                caption=f"{keys[i]}: framewise displacement and standardised DVARS with the limits of "
-                f"fMRIPrep ({MOVED} mm, {UNLIKE}), and all networks over time, in standard deviations, "
+                alt=f"Carpet plot of {keys[i]}: {above}networks by time",
+                caption=f"{keys[i]}: {above}all networks over time, in standard deviations, "
                 f"{' and '.join(stages)}; {len(shown)} of {len(keys)} runs shown.",
             )
         )

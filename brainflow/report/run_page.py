@@ -293,13 +293,16 @@ def _learning_curve(curve: dict[str, Any], chance: float) -> Section:
         name="learning_curve",
         png=figures.learning_curve(lines, unit=f"{curve['unit']}s", chance=chance),
         alt="Accuracy over the number of training subjects or runs, a line a decoder",
-        caption=f"The same test windows at every point; 95 % intervals over {curve['interval_over']}.",
+        caption="The same test windows at every point. Intervals (all are in learning_curve.csv) hold "
+        f"95 % over {curve['interval_over']}.",
     )
+    counts = sorted({p["train"] for p in curve["points"]})
+    found = {(p["decoder"], p["train"]): number(p["value"]) for p in curve["points"]}
     rows = [
-        [DESCRIPTIONS.get(p["decoder"], p["decoder"]), str(p["train"]), number(p["value"]), ends(p)]
-        for p in curve["points"]
+        [DESCRIPTIONS.get(name, name), *(found.get((name, count), "") for count in counts)]
+        for name in dict.fromkeys(p["decoder"] for p in curve["points"])
     ]
-    header = ["decoder", f"training {curve['unit']}s", "accuracy", "95 % interval"]
+    header = [f"accuracy, by training {curve['unit']}s", *map(str, counts)]
     return Section(title="Learning curve", table=Table(header=header, rows=rows), pictures=[picture])
 
 

@@ -19,7 +19,7 @@ body { margin: 0; background: var(--ground); color: var(--ink);
 
     font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif;
   }
-main { max-width: 960px; margin: 0 auto; padding: 48px 20px 64px; }
+main { max-width: 1120px; margin: 0 auto; padding: 48px 20px 64px; }
 h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 12px; text-wrap: balance; }
 h2 { font-size: 1.25rem; line-height: 1.3; letter-spacing: -0.01em; margin: 0 0 8px; }
 p { margin: 0 0 12px; max-width: 68ch; }
@@ -36,7 +36,7 @@ section { background: var(--paper); border: 1px solid var(--line); border-radius
   margin: 0 0 20px; }
 .scroll { overflow-x: auto; margin: 12px 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 0.95rem; }
-th, td { text-align: right; padding: 7px 8px; border-bottom: 1px solid var(--line);
+th, td { text-align: right; padding: 7px 6px; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 thead th { color: var(--muted); font-weight: 500; font-size: 0.85rem; border-bottom: 1px solid #c9ced8; }
