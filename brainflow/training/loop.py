@@ -221,6 +221,8 @@ class _Run:
         """Run to the last step, then write the release form."""
         config = self.config.train
         readback = Readback()
+        if self.step and not quiet:
+            sys.stderr.write(f"continuing after step {self.step:,} of {config.steps:,}\n")
         if self.step < config.steps and not self._stale():
             self._rehearse()
         loader = make_loader(  # after the rehearsal: what is free on a GPU then is free

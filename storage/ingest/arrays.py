@@ -67,7 +67,9 @@ def _runs(file: Path, options: Mapping[str, Any], folder: Path) -> Iterator[dict
     bold = array.T if options.get("layout") == "network time" else array
     entities = _entities(file, options)
     names = {**entities, "stem": file.stem}
-    segments = _segments(folder / fill(options["segments"], names)) if options.get("segments") else []
+    segments = []
+    if options.get("segments"):
+        segments = _segments(folder / fill(options["segments"], names), entities)
     keywords: dict[str, Any] = {"bold": bold, "t_r": float(options["t_r"]), "segments": segments, **entities}
     if options.get("key"):
         keywords["key"] = fill(options["key"], names)
@@ -90,8 +92,11 @@ def _entities(file: Path, options: Mapping[str, Any]) -> dict[str, str]:
     return entities
 
 
-def _segments(path: Path) -> list[Segment]:
-    """Segments from a .csv or .tsv with the columns onset and length in time points; others are labels."""
+def _segments(path: Path, entities: Mapping[str, str]) -> list[Segment]:
+    """Segments from a .csv or .tsv with the columns onset and length in time points; others are labels.
+
+    A table may be of several runs: where a column is named after an entity, a run takes its own rows.
+    """
     regular_size(path, TEXT_BYTES)
     segments: list[Segment] = []
     try:
@@ -104,12 +109,16 @@ def _segments(path: Path) -> list[Segment]:
                     "once"
                 )
             if not {"onset", "length"} <= set(names):
-                raise ValueError("a column is missing")
+                advice = "; durations in seconds have to be divided by t_r" if "duration" in names else ""
+                raise ValueError(f"a column is missing{advice}")
+            table: list[dict[str, str]] = []
             for row in rows:
-                if len(segments) == MAX_SEGMENTS:
+                if len(table) == MAX_SEGMENTS:
                     raise StoreError(f"{path}: has more than {MAX_SEGMENTS} segments")
                 if None in row:
-                    raise ValueError(f"row {len(segments) + 1} has more cells than the header")
+                    raise ValueError(f"row {len(table) + 1} has more cells than the header")
+                table.append(row)
+            for row in _rows_of(table, entities, path):
                 onset, length = _whole(row.pop("onset")), _whole(row.pop("length"))
                 labels = {name: _parse(text) for name, text in row.items() if text not in (None, "", "n/a")}
                 segments.append(Segment(onset=onset, length=length, labels=labels))
@@ -119,6 +128,28 @@ def _segments(path: Path) -> list[Segment]:
         reason = shown(f"{type(error).__name__}: {error}")
         raise StoreError(f"{path}: expected whole numbers in columns onset and length ({reason})") from error
     return segments
+
+
+def _rows_of(table: list[dict[str, str]], entities: Mapping[str, str], path: Path) -> list[dict[str, str]]:
+    """Return the rows of one run: of its subject, session, task and run, where the table has such columns.
+
+    These columns are not among the rows' labels, but for the task, which may be what is decoded.
+    """
+    for short, name in _BIDS_NAMES.items():
+        if not (table and name in table[0] and entities[name]):
+            continue
+        values = [(row[name] or "").removeprefix(f"{short}-") for row in table]
+        if entities[name] in values:
+            mine = [row for row, value in zip(table, values, strict=True) if value == entities[name]]
+            kept = [column for column in table[0] if column != name or name == "task"]
+            table = [{column: row[column] for column in kept} for row in mine]
+        elif name == "subject":
+            held = ", ".join(sorted(set(values))[:5])
+            raise StoreError(
+                f"{path}: has no row of subject {entities[name]!r} (it has {shown(held)}); write it as in "
+                "the file's name, or leave `segments` out for runs without labels"
+            )
+    return table
 
 
 def _whole(text: str) -> int:

@@ -107,6 +107,28 @@ def test_a_wrong_toml_file_is_an_error(tmp_path, text, reason):
         ingest_arrays(tmp_path / "c.toml", tmp_path / "s")
 
 
+def test_one_table_of_segments_for_everybody_gives_each_run_its_own_rows(tmp_path):
+    for name in ("sub-01_run-1", "sub-01_run-2", "sub-02_run-1", "sub-03_run-1"):
+        np.save(tmp_path / f"{name}.npy", BOLD)
+    rows = ["sub-01,1,0,4,face", "sub-01,2,2,4,cat", "02,1,4,4,house"]
+    (tmp_path / "all.csv").write_text("subject,run,onset,length,state\n" + "\n".join(rows) + "\n")
+    (tmp_path / "seconds.csv").write_text("onset,duration\n0,4\n")
+    toml = '[defaults]\ndataset = "d"\nt_r = 2.0\nsegments = "{}"\n[[files]]\nglob = "*.npy"\n'
+    (tmp_path / "runs.toml").write_text(toml.format("all.csv"))
+    report = ingest_arrays(tmp_path / "runs.toml", tmp_path / "s")
+    (reason,) = report.failures.values()
+    assert "has no row of subject '03' (it has 01, 02)" in reason
+    store = BoldStore.open(tmp_path / "s")
+    runs = store.segments.run
+    of_runs = zip(
+        store.runs.subject[runs], store.runs.run[runs], store.segments.columns["state"], strict=True
+    )
+    assert set(of_runs) == {("01", "1", "face"), ("01", "2", "cat"), ("02", "1", "house")}
+    (tmp_path / "runs.toml").write_text(toml.format("seconds.csv"))
+    report = ingest_arrays(tmp_path / "runs.toml", tmp_path / "t")
+    assert all("divided by t_r" in reason for reason in report.failures.values())
+
+
 def test_hdf5_and_matlab_7_3(tmp_path):
     h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "one.h5", "w") as file:
