@@ -118,7 +118,7 @@ def attempt(name: str, function: Callable[[], list[Row]]) -> tuple[list[Row], st
         rows = finite(function())
     except WrongResultError as error:
         failure = f"{name}: wrong result, so no speed: {error}"
-    except Exception as error:
+    except Exception as error:  # whatever it was, it takes no other measurement with it
         traceback.print_exc()
         failure = f"{name}: failed, so no speed: {type(error).__name__}: {error}"
     gc.collect()  # a large model must be gone before the next one comes

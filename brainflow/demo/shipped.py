@@ -79,4 +79,4 @@ def measured(store: BoldStore, run: Path) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(make(Path(sys.argv[1]) if len(sys.argv) > 1 else SHIPPED / NAME))  # noqa: T201
+    print(make(Path(sys.argv[1]) if len(sys.argv) > 1 else SHIPPED / NAME))  # noqa: T201 - where it was written

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import ptx
-import ptx_matrix  # noqa: F401
+import ptx_matrix  # noqa: F401 - registers its instructions
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
