@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from brainflow.decoding.finetune import Decoder, History, frozen_features, probabilities
+from brainflow.decoding.finetune import Decoder, History, frozen_features, probabilities, state_covariance
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.leaks import check_unseen
 from brainflow.decoding.result import Result, judge
+from brainflow.decoding.splits import Fold
 from brainflow.decoding.task import DecodingTask
 from brainflow.devices import resolve_device
 from brainflow.frameworks import build
@@ -165,6 +166,7 @@ def _fold_chances(
             device=device,
             validation=fold.validation,
             features=features,
+            covariance=background_covariance(task, module, config, device, fold),
         )
         histories.append(history)
         if features is None or not config.by_features:
@@ -178,3 +180,11 @@ def _fold_chances(
             explain(decoder, fold.test)
         progress(number + 1)
     return chances, histories
+
+
+def background_covariance(
+    task: DecodingTask, module: Any, config: AdaptConfig, device: torch.device, fold: Fold | None = None
+) -> NDArray | None:
+    """Return that of the last states in runs which a fold does not test; None where it is not needed."""
+    background = task.background(fold) if config.whitens else None
+    return None if background is None else state_covariance(module, background, device=device)

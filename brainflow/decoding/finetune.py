@@ -20,6 +20,7 @@ from brainflow.decoding.readout import Readout, read
 from brainflow.decoding.windows import WindowSource
 
 EVALUATION_BATCH = 256
+POINTS = 4
 CHECKS = 10
 """How often a fit looks at its validation windows."""
 
@@ -209,3 +210,40 @@ def frozen_features(
     with source.loader(windows, batch=EVALUATION_BATCH, shuffle=False, seed=0, device=device) as loader:
         parts = [[x.float().cpu() for x in read(module, packed, readouts)] for packed in loader]
     return [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
+
+
+@torch.no_grad()
+def state_covariance(
+    module: Any, source: WindowSource, *, device: torch.device, windows: NDArray[np.int64] | None = None
+) -> NDArray[np.float64] | None:
+    """Return the covariance of a module's last states over the time points of some windows.
+
+    Parameters
+    ----------
+    module
+        Put into evaluation mode.
+    source, windows
+        Windows (all if None); their labels are not read.
+    device
+        Where the module lives.
+
+    Returns
+    -------
+    ndarray
+        float64 `[width, width]`; None of fewer than `POINTS` · width time points, whose quietest directions
+        are quiet by chance.
+    """
+    module.eval()
+    if windows is None:
+        windows = np.arange(len(source.labels))
+    total = np.zeros((module.config.width, module.config.width))
+    mean, count = np.zeros(len(total)), 0
+    with source.loader(windows, batch=EVALUATION_BATCH, shuffle=False, seed=0, device=device) as loader:
+        for packed in loader:
+            states = module.features(packed, "tokens").double().cpu().numpy()
+            total += states.T @ states
+            mean, count = mean + states.sum(axis=0), count + len(states)
+    if count < POINTS * len(total):
+        return None
+    mean /= count
+    return total / count - np.outer(mean, mean)

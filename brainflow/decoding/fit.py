@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from brainflow.decoding.finetune import Decoder, History, finetune, frozen_features
+from brainflow.decoding.finetune import Decoder, History, finetune, frozen_features, state_covariance
 from brainflow.decoding.heads import ProbeName, fit_probe, linear_head, make_head
 from brainflow.decoding.lora import add_lora, merge_lora
 from brainflow.decoding.readout import ALL, BINS, BOTH, Layer, Pooling, Readout, layers
@@ -143,6 +143,12 @@ class AdaptConfig:
         return self.pooling or ("cls" if self.published else "bins")
 
     @property
+    def whitens(self) -> bool:
+        """Whether the last states may be whitened before the ridge."""
+        ridge = self.mode in ("finetune", "lora", "linear") and not self.published
+        return ridge and self.pooled_by == "bins"
+
+    @property
     def name(self) -> str:
         """What tables call the decoder."""
         how = NAMES[self.mode] + (" as published" if self.published else "")
@@ -170,6 +176,7 @@ def fit_decoder(
     device: torch.device,
     validation: NDArray[np.int64] | None = None,
     features: Sequence[NDArray[np.float32]] | None = None,
+    covariance: NDArray | None = None,
 ) -> tuple[Decoder, History | None]:
     """Fit a decoder to some windows.
 
@@ -191,6 +198,9 @@ def fit_decoder(
     features
         Frozen features of all windows of the source, one array for each of `config.readouts(module)`, where
         they are known already.
+    covariance
+        Of the last states over windows without labels, see :func:`~brainflow.decoding.finetune.
+        state_covariance`; by default over the time points of the training windows.
 
     Returns
     -------
@@ -202,8 +212,11 @@ def fit_decoder(
     readouts = config.readouts(module)
     if features is None:
         features = frozen_features(module, source, readouts, device=device)
+    if covariance is None and config.whitens:
+        covariance = state_covariance(module, source, device=device, windows=windows)
+    known = [covariance if config.whitens and one.layer is None else None for one in readouts]
     place, ridge = choose(
-        features, source, windows, classes=classes, balance=config.balance, times=readouts[0].times
+        features, source, windows, known, classes=classes, balance=config.balance, times=readouts[0].times
     )
     readout, labels = readouts[place], source.labels[windows]
     if np.isnan(ridge.loss):
@@ -215,6 +228,11 @@ def fit_decoder(
             settings: Any = {"classes": classes, "balance": config.balance, "seed": config.seed}
             head = fit_probe(kind, features[place][windows], labels, **settings)
         return Decoder(module, head.to(device), readout).eval(), None
+    if ridge.whitened:
+        # It reads small differences of states, which a step of the body changes more than it helps: from such
+        # a head 60 steps cost four points where 4 or 8 people have labels (dev/log.md).
+        decoder = _trainable(module, linear_head(ridge), readout, config, device)
+        return decoder.eval(), History(losses=[], rates=[])
     stop: int | None = None
     checks: list[tuple[int, float, float]] = []
     if validation is None:
@@ -230,6 +248,7 @@ def choose(
     features: Sequence[NDArray],
     source: WindowSource,
     windows: NDArray[np.int64],
+    covariances: Sequence[NDArray | None],
     *,
     classes: int,
     balance: bool,
@@ -237,11 +256,14 @@ def choose(
 ) -> tuple[int, Ridge]:
     """Return which features read left-out people of the training windows best, and the ridge on them.
 
-    The last features are taken where nothing can be left out.
+    The last features are taken where nothing can be left out. `covariances` as :func:`fit_ridge` takes them.
     """
     groups = None if source.groups is None else source.groups[windows]
     settings: Any = {"classes": classes, "groups": groups, "balance": balance, "times": times}
-    fits = [fit_ridge(x[windows], source.labels[windows], **settings) for x in features]
+    fits = [
+        fit_ridge(x[windows], source.labels[windows], covariance=covariance, **settings)
+        for x, covariance in zip(features, covariances, strict=True)
+    ]
     losses = [fit.loss for fit in fits]
     place = len(fits) - 1 if np.isnan(losses).any() else int(np.argmin(losses))
     return place, fits[place]

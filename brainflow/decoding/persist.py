@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from brainflow.decoding.adapt import Device, load_module
+from brainflow.decoding.adapt import Device, background_covariance, load_module
 from brainflow.decoding.finetune import Decoder
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.heads import Neighbours, make_head
@@ -156,13 +156,15 @@ def save_for_task(
     """
     where = resolve_device(device)
     windows = task.folds[0].train if task.people else np.arange(len(task.labels))
+    module = load_module(checkpoint, config, where)
     decoder, _ = fit_decoder(
-        load_module(checkpoint, config, where),
+        module,
         task,
         windows,
         config,
         classes=len(task.classes),
         device=where,
+        covariance=background_covariance(task, module, config, where),
     )
     own_folder(folder)
     saved = read_config(checkpoint)

@@ -30,7 +30,9 @@ PENALTY, SCALE = 0.3, 6.0
 """Penalty and scale of the logits where too little can be left out, as of one window a class."""
 PARTS, ENOUGH = 20, 2_000
 """Most parts that groups are dealt into; as many windows are enough to choose by, and to need no choice of
-what is read of them."""
+whether means over time are read."""
+SMALLEST_VARIANCE = 1e-3
+"""Of whitened features, in units of the mean variance."""
 NUMBER_PENALTIES = np.append(PENALTIES, np.inf)
 """Of numbers the last is their mean alone: where nothing is to be read, nothing is said."""
 LARGEST = 1e100
@@ -52,12 +54,15 @@ class Ridge:
     loss
         Cross-entropy of the left-out windows, NaN where fewer than half of all could be left out; of numbers
         their mean squared error.
+    whitened
+        Whether the penalty was that of whitened features.
     """
 
     weight: NDArray[np.float64]
     bias: NDArray[np.float64]
     penalty: float
     loss: float
+    whitened: bool = False
 
     def logits(self, features: NDArray) -> NDArray[np.float64]:
         """Return logits `[windows, classes]` (or numbers, `[windows, 1]`) of `[windows, features]`."""
@@ -72,6 +77,7 @@ def fit_ridge(
     groups: NDArray | None = None,
     balance: bool = False,
     times: int = 1,
+    covariance: NDArray | None = None,
     confounds: NDArray | None = None,
 ) -> Ridge:
     """Fit a ridge classifier in float64.
@@ -94,6 +100,10 @@ def fit_ridge(
     times
         Time points (or bins) that features lie side by side of, in order. Persons and runs differ in a
         window's mean over them; where left-out windows are read better without it, it has no weight.
+    covariance
+        `[width, width]` of what stands at each of `times`, from windows without labels. A penalty shrinks
+        directions of little variance, which may be those that tell; where left-out windows are read better
+        by whitened features, the penalty was that of these.
     confounds
         `[windows, columns]`, regressed out of the features before (with the weights of `balance`). Features
         that sum to 0 within a site tell the one who is left out from the others, unless that is known here.
@@ -105,12 +115,21 @@ def fit_ridge(
     """
     settings: Any = {"classes": classes, "groups": groups, "balance": balance, "confounds": confounds}
     found = _fit(features, labels, **settings)
-    if times == 1 or np.isnan(found.loss) or len(labels) > ENOUGH:
+    if np.isnan(found.loss):
         return found
-    centred = _fit(_without_mean(np.asarray(features, dtype=np.float64), times), labels, **settings)
-    return (
-        found if found.loss <= centred.loss else replace(centred, weight=_without_mean(centred.weight, times))
-    )
+    x = np.asarray(features, dtype=np.float64)
+    # both maps are symmetric: what is done to weights is as good as done to features
+    if times > 1 and len(labels) <= ENOUGH:
+        centred = _fit(_without_mean(x, times), labels, **settings)
+        if centred.loss < found.loss:
+            found = replace(centred, weight=_without_mean(centred.weight, times))
+    if covariance is not None:
+        whitener = _whitener(covariance)
+        whitened = _fit(_at_each_time(x, whitener, times), labels, **settings)
+        if whitened.loss < found.loss:
+            weight = _at_each_time(whitened.weight, whitener, times)
+            found = replace(whitened, weight=weight, whitened=True)
+    return found
 
 
 def class_balance(labels: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -185,9 +204,23 @@ def _mean_and_spread(
 
 
 def _without_mean(x: NDArray[np.float64], times: int) -> NDArray[np.float64]:
-    """Return rows less their mean over time; what is done to weights is as good as done to features."""
+    """Return rows less their mean over time."""
     over = x.reshape(*x.shape[:-1], times, -1)
     return (over - over.mean(axis=-2, keepdims=True)).reshape(x.shape)
+
+
+def _at_each_time(x: NDArray[np.float64], matrix: NDArray[np.float64], times: int) -> NDArray[np.float64]:
+    """Return rows whose features at each time are multiplied by a matrix."""
+    return (x.reshape(*x.shape[:-1], times, -1) @ matrix).reshape(x.shape)
+
+
+def _whitener(covariance: NDArray) -> NDArray[np.float64]:
+    """Return a covariance to the power -1/2; variances below a thousandth of their mean count as that."""
+    with threadpool_limits(1, user_api="blas"):
+        value, vector = np.linalg.eigh(np.asarray(covariance, dtype=np.float64))
+        value = np.maximum(value, max(SMALLEST_VARIANCE * float(value.mean()), 1e-300))
+        whitener: NDArray[np.float64] = (vector * value**-0.5) @ vector.T
+    return whitener
 
 
 def _fit(

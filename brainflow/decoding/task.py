@@ -17,6 +17,7 @@ from brainflow.data import make_loader
 from brainflow.data.segments import SegmentSampler, stored_shift
 from brainflow.data.splits import Split, SplitWarning, listed
 from brainflow.decoding.splits import Fold, make_folds, people_fold, read_split
+from brainflow.decoding.windows import ArrayWindows
 from brainflow.storage import BoldStore
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from brainflow.batch import PackedBatch
 
 MISSING_INTEGER = np.iinfo(np.int64).min
+BACKGROUND = 10_000
+"""Time points without labels that are read at most."""
 ROWS = 4_096
 """Time points that are compared at once."""
 
@@ -180,6 +183,37 @@ class DecodingTask:
     def lengths(self) -> NDArray[np.int32]:
         """Time points of each window, `[windows]`."""
         return self._everything().lengths
+
+    def background(self, fold: Fold | None = None) -> ArrayWindows | None:
+        """Return windows without labels, as long as the labelled ones, of people whom a fold does not test.
+
+        None if there are none.
+
+        Parameters
+        ----------
+        fold
+            Left out are runs of which it tests a window, and all runs of people of whom it trains on none;
+            of a split file whoever tests, also where `fold` is None.
+        """
+        runs, length = self.store.runs, int(np.median(self.lengths))
+        names = np.array([f"{a}/{b}" for a, b in zip(runs.dataset, runs.subject, strict=True)])
+        kept = np.ones(len(runs), dtype=bool)
+        if self.people is not None:
+            kept &= ~np.isin(names, [name for name, part in self.people.people.items() if part == "test"])
+        if fold is not None:
+            unseen = np.setdiff1d(self.subjects[fold.test], self.subjects[fold.train])
+            kept &= ~(np.isin(runs.key, self.runs[fold.test]) | np.isin(names, unseen))
+        counts = np.where(kept, np.asarray(runs.length) // length, 0)
+        if not counts.any():
+            return None
+        owner = np.repeat(np.arange(len(runs)), counts)
+        onset = length * np.concatenate([np.arange(count) for count in counts])
+        few = min(len(owner), max(1, BACKGROUND // length))
+        pick = np.linspace(0, len(owner) - 1, few).astype(int)
+        owner, onset = owner[pick], onset[pick]
+        starts = np.asarray(runs.start, np.int64)[owner] + onset
+        rows = self.store.windows(starts, np.full(few, length, dtype=np.int32))
+        return ArrayWindows(list(rows.reshape(few, length, -1)), t_r=np.asarray(runs.t_r)[owner])
 
     def _everything(self) -> Windows:
         everything = np.arange(len(self.labels))

@@ -12,11 +12,13 @@ from brainflow.decoding.baselines import half_whitener, make_features, spatially
 from brainflow.decoding.curve import learning_curve
 from brainflow.decoding.finetune import frozen_features, probabilities
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
+from brainflow.decoding.readout import Readout
 from brainflow.decoding.result import baseline, gains, judge
 from brainflow.decoding.ridge import fit_ridge
 from brainflow.decoding.scores import paired_difference, score
 from brainflow.decoding.task import TaskConfig, load_task
 from brainflow.decoding.windows import ArrayWindows
+from brainflow.demo.worth import split_people
 from brainflow.frameworks import build
 from brainflow.storage import BoldStore, Segment, StoreWriter
 
@@ -122,9 +124,81 @@ def test_the_layer_that_reads_left_out_people_is_taken():
     telling = np.eye(3)[source.labels].astype(np.float32) + 0.1 * noise[:, :3]
     windows = np.arange(36)
     for features, place in (([telling, noise], 0), ([noise, telling], 1)):
-        assert fit.choose(features, source, windows, classes=3, balance=False)[0] == place
+        assert fit.choose(features, source, windows, [None, None], classes=3, balance=False)[0] == place
     one = np.flatnonzero(source.groups == 0)[:3]  # one window a class: nothing can be left out
-    assert fit.choose([telling, noise, noise], source, one, classes=3, balance=False)[0] == 2
+    assert fit.choose([telling, noise, noise], source, one, [None] * 3, classes=3, balance=False)[0] == 2
+
+
+def test_a_head_on_whitened_states_is_not_trained_on(monkeypatch):
+    """Its weights are those of the probe, and the body stays."""
+    real = fit.choose
+
+    def whitened(*args, **options):
+        place, ridge = real(*args, **options)
+        return place, replace(ridge, whitened=True)
+
+    monkeypatch.setattr(fit, "choose", whitened)
+    given, source, windows = module(), people(), np.arange(36)
+    tuned, history = fit_decoder(given, source, windows, AdaptConfig(lr=1e-1), classes=3, device=CPU)
+    probe, _ = fit_decoder(given, source, windows, AdaptConfig(mode="linear"), classes=3, device=CPU)
+    assert history.losses == []
+    torch.testing.assert_close(tuned.head.weight, probe.head.weight)
+    torch.testing.assert_close(tuned.module.state_dict(), given.state_dict())
+
+
+def test_the_last_states_alone_are_whitened_by_their_covariance_over_the_training_windows(monkeypatch):
+    asked, real = [], fit.fit_ridge
+    monkeypatch.setattr(fit, "fit_ridge", lambda *a, **o: asked.append(o.get("covariance")) or real(*a, **o))
+    given, source, windows = module(), people(), np.arange(30)
+    fit_decoder(given, source, windows, AdaptConfig(mode="linear"), classes=3, device=CPU)
+    (known,) = [one for one in asked if one is not None]
+    assert len(asked) == len(AdaptConfig().readouts(given))
+    states = Readout(pooling="bins", bins=6, layer=None)
+    (read,) = frozen_features(given, source, [states], device=CPU, windows=windows)
+    np.testing.assert_allclose(known, np.cov(read.reshape(-1, 8).T, bias=True), atol=1e-6)
+    for few, mode in ((windows, "mlp"), (windows[:5], "linear")):
+        asked.clear()
+        fit_decoder(given, source, few, AdaptConfig(mode=mode), classes=3, device=CPU)
+        assert not any(one is not None for one in asked)
+
+
+def test_the_background_holds_nobody_who_is_tested(task):
+    """Whole runs of everybody else are read, in windows as long as the labelled ones."""
+    runs = task.store.runs
+    for fold in task.folds:
+        tested = np.unique(task.subjects[fold.test])
+        background = task.background(fold)
+        rest = [i for i in range(len(runs)) if f"toy/{runs.subject[i]}" not in tested]
+        assert len(rest) == 5
+        expected = np.concatenate([task.store.run(i)[:72] for i in rest])
+        np.testing.assert_array_equal(background.bold, expected)
+        assert set(background.lengths) == {12}
+    everybody = task.background()
+    assert len(everybody.lengths) == 36
+    assert replace(task, folds=[]).background().bold.shape == everybody.bold.shape
+
+
+def test_a_run_that_is_tested_is_no_background_though_its_person_trains(store):
+    task = load_task(store, TaskConfig(target="state", split="leave-one-run-out"))
+    one = replace(task, subjects=np.full(len(task.labels), "toy/0"))
+    fold = one.folds[0]
+    tested = {str(key) for key in one.runs[fold.test]}
+    found = one.background(fold).bold
+    for i, key in enumerate(store.runs.key):
+        inside = (found == store.run(i)[:1]).all(axis=1).any()
+        assert inside == (str(key) not in tested)
+
+
+def test_a_split_file_keeps_its_test_people_out_of_the_background(store, tmp_path):
+    split = split_people(store, {"train": ["0", "1", "2"], "validation": ["3"], "test": ["4", "5"]})
+    split.save(tmp_path / "split.json")
+    task = load_task(store, TaskConfig(target="state", split=str(tmp_path / "split.json")))
+    assert len(task.background().lengths) == 6 * 4 == len(task.background(task.folds[0]).lengths)
+
+
+def test_windows_longer_than_every_run_have_no_background(store, task, monkeypatch):
+    monkeypatch.setattr(type(task), "lengths", property(lambda _: np.array([200])))
+    assert task.background() is None
 
 
 def test_one_window_a_class_is_read_at_neighbouring_onsets_of_both_ends(task, monkeypatch):

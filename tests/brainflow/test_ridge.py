@@ -139,6 +139,51 @@ def test_many_windows_need_no_such_choice(monkeypatch):
     np.testing.assert_array_equal(asked.weight, plain.weight)
 
 
+def quiet(people, seed=0):
+    """Windows of 3 time points × 40 networks: 30 loud directions mean nothing, a quiet one tells when."""
+    rng = np.random.default_rng(seed)
+    mixing = np.linalg.qr(np.random.default_rng(9).normal(size=(40, 40)))[0] * np.r_[[9.0] * 30, [1.0] * 10]
+    labels, groups = np.tile(np.arange(3), 2 * people), np.repeat(np.arange(people), 6)
+    sources = rng.normal(size=(len(labels), 3, 40))
+    sources[np.arange(len(labels)), labels, 39] += 4
+    return (sources @ mixing.T).reshape(len(labels), 120), labels, groups
+
+
+def covariance(x, times):
+    return np.cov(x.reshape(len(x) * times, -1).T, bias=True)
+
+
+def test_quiet_directions_that_tell_are_read_after_whitening():
+    x, labels, groups = quiet(6)
+    settings = {"classes": 3, "groups": groups, "times": 3}
+    known = covariance(quiet(200, seed=1)[0], 3)
+    plain, chosen = fit_ridge(x, labels, **settings), fit_ridge(x, labels, covariance=known, **settings)
+    assert chosen.whitened
+    assert not plain.whitened
+    assert chosen.loss < plain.loss - 0.1
+    new, named, _ = quiet(50, seed=2)
+    hits = [(one.logits(new).argmax(axis=1) == named).mean() for one in (plain, chosen)]
+    assert hits[1] > hits[0] + 0.1
+    value, vector = np.linalg.eigh(known)
+    at_once = np.kron(np.eye(3), (vector / np.sqrt(value)) @ vector.T)
+    other = fit_ridge(x @ at_once, labels, classes=3, groups=groups)
+    np.testing.assert_allclose(chosen.logits(new), other.logits(new @ at_once), atol=1e-6)
+
+
+def test_loud_directions_that_tell_are_read_as_they_are():
+    x, labels, groups = ordered(6, offset=5.0)
+    x = (x.reshape(-1, 4, 5) * [1, 1, 1, 1, 0.2]).reshape(-1, 20)
+    rng = np.random.default_rng(3)
+    x = np.concatenate([x.reshape(-1, 4, 5), 1e-2 * rng.normal(size=(len(x), 4, 20))], axis=2).reshape(
+        -1, 100
+    )
+    settings = {"classes": 4, "groups": groups, "times": 4}
+    plain, asked = fit_ridge(x, labels, **settings), fit_ridge(x, labels, covariance=np.eye(25), **settings)
+    np.testing.assert_allclose(asked.weight, plain.weight)
+    singular = fit_ridge(x, labels, covariance=np.zeros((25, 25)), **settings)
+    assert np.isfinite(singular.weight).all()
+
+
 def test_means_over_time_keep_their_weight_where_they_tell():
     x, labels, groups = planted(features=5)
     x = np.tile(x, 4) + np.random.default_rng(1).normal(size=(len(x), 20))
