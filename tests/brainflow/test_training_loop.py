@@ -1,6 +1,7 @@
 """The loop on a tiny store: what it writes, exact resume, refusals, steps that are not finite."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -332,15 +333,23 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(
     assert curve(pretrain(config, quiet=True)) == curve(undisturbed)
 
 
-@pytest.mark.parametrize("framework", ["csm", "seq-bert", "net-bert", "autoencoder"])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_trains_to_about_the_same_losses(store, tmp_path, framework, precision):
-    def losses(name, precision):
-        model = {"framework": framework, "dropout": 0.0}
-        config = tiny(store, tmp_path / name, model=model, steps=4, log_every=1, precision=precision)
+@pytest.fixture(scope="module")
+def losses(store, tmp_path_factory):
+    """Return the losses of four steps: trained once for both halves of a precision."""
+
+    @functools.cache
+    def trained(framework, precision):
+        model, out = {"framework": framework, "dropout": 0.0}, tmp_path_factory.mktemp("precision") / "run"
+        config = tiny(store, out, model=model, steps=4, log_every=1, precision=precision)
         return [line["loss"] for line in read_metrics(pretrain(config, quiet=True)) if "loss" in line]
 
-    half, single = losses("half", precision), losses("single", "fp32")
+    return trained
+
+
+@pytest.mark.parametrize("framework", ["csm", "seq-bert", "net-bert", "autoencoder"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_to_about_the_same_losses(losses, framework, precision):
+    half, single = losses(framework, precision), losses(framework, "fp32")
     assert half == pytest.approx(single, rel=0.03)
     assert half != single
 

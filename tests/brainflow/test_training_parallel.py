@@ -1,6 +1,7 @@
 """Several processes train as one does: losses, checkpoints that change hands, accumulation, layouts."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -64,6 +65,18 @@ def tiny(store, out, framework="csm", *, model=None, batch=8, **train):
     )
 
 
+@pytest.fixture(scope="module")
+def alone(store, tmp_path_factory):
+    """Return the metrics of a run in one process: trained once, however many tests compare with it."""
+
+    @functools.cache
+    def trained(framework, **settings):
+        config = tiny(store, tmp_path_factory.mktemp("alone") / "run", framework, **settings)
+        return curve(pretrain(config, quiet=True))
+
+    return trained
+
+
 def wait_for(path):
     for _ in range(3000):
         if path.exists():
@@ -74,11 +87,11 @@ def wait_for(path):
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_have_the_losses_of_one_process(store, tmp_path, framework, parallel):
-    one = pretrain(tiny(store, tmp_path / "one", framework, micro_batches=2), quiet=True)
+def test_two_ranks_have_the_losses_of_one_process(store, alone, tmp_path, framework, parallel):
+    one = alone(framework, micro_batches=2)
     two = tiny(store, tmp_path / "two", framework, parallel=parallel)
     on_ranks(2, lambda: pretrain(two, quiet=True), tmp_path)
-    assert_close(curve(tmp_path / "two"), curve(one))
+    assert_close(curve(tmp_path / "two"), one)
 
 
 def test_a_parameter_without_a_gradient_in_some_steps_does_not_stop_two_ranks(store, tmp_path):
@@ -215,8 +228,8 @@ def test_the_parts_of_a_batch_give_the_gradient_of_its_mean_over_all_predicted_v
         ((2, "fsdp"), (3, "fsdp")),
     ],
 )
-def test_a_checkpoint_changes_hands(store, tmp_path, first, then):
-    one = pretrain(tiny(store, tmp_path / "one", "net-bert", micro_batches=6, steps=6, batch=12), quiet=True)
+def test_a_checkpoint_changes_hands(store, alone, tmp_path, first, then):
+    one = alone("net-bert", micro_batches=6, steps=6, batch=12)
 
     def begin(world, parallel):
         config = tiny(
@@ -243,7 +256,7 @@ def test_a_checkpoint_changes_hands(store, tmp_path, first, then):
     assert len(sizes) == first[0]  # nobody gathered: each rank wrote its part
     assert max(sizes) < 2 * min(sizes)
     begin(*then)
-    assert_close(curve(tmp_path / "run"), curve(one))
+    assert_close(curve(tmp_path / "run"), one)
 
 
 def test_ranks_that_slurm_started_train(store, tmp_path):
