@@ -9,19 +9,21 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+import small_order
 from rich.console import Console
 
 from brainflow.cli import demo as command
 from brainflow.cli.demo_page import OPPONENTS, demo_page, print_tables, story_gains, summary, verdicts
 from brainflow.decoding.leaks import LeakWarning, check_unseen
+from brainflow.decoding.result import baseline
 from brainflow.decoding.scores import Interval
-from brainflow.demo import cohort, haxby, story, worth
+from brainflow.decoding.task import load_task
+from brainflow.demo import cohort, haxby, pipeline, story, worth
 from brainflow.demo.pipeline import (
     HRF_SHIFT,
     DemoConfig,
     DemoResult,
     run_demo,
-    run_order,
     run_story,
 )
 from brainflow.report.page import write_page
@@ -136,19 +138,29 @@ def test_who_is_labelled_does_not_pretrain(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def few_voxels():
-    """The slice with every fourth of its voxels: fitting the linear path takes their number cubed."""
+def small_data():
+    """The slice with every fourth of its voxels and every third of its folds, and few simulated people.
+
+    Fitting the linear path takes the number of voxels cubed, and each fold fits two decoders.
+    """
     whole = haxby.read()
     mask = np.zeros_like(whole.mask)
     mask.flat[np.flatnonzero(whole.mask)[::4]] = True
     few = replace(whole, mask=mask, runs=[np.ascontiguousarray(run[:, ::4]) for run in whole.runs])
+
+    def few_folds(store, config):
+        task = load_task(store, config)
+        return replace(task, folds=task.folds[::3])
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(haxby, "read", lambda: few)
+        patch.setattr(pipeline, "load_task", few_folds)
+        patch.setattr(pipeline, "run_order", small_order.run_order)
         yield few
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory, few_voxels):
+def result(tmp_path_factory, small_data):
     """The whole demo with a handful of steps."""
     config = DemoConfig(
         out=tmp_path_factory.mktemp("demo"),
@@ -167,7 +179,7 @@ def result(tmp_path_factory, few_voxels):
 
 
 @pytest.mark.slow
-def test_demo_end_to_end(result, few_voxels, capsys, tmp_path):
+def test_demo_end_to_end(result, small_data, capsys, tmp_path):
     assert [point.groups for point in result.story.points] == [1, 2]
     for point in result.story.points:
         assert [one.name for one in point.results] == [
@@ -178,9 +190,13 @@ def test_demo_end_to_end(result, few_voxels, capsys, tmp_path):
         ]
     assert list(result.order.pretrained) == [4, 6]
     reconstruction = result.slice.reconstruction
-    assert reconstruction.truth.shape == reconstruction.prediction.shape == (49, few_voxels.networks)
+    assert reconstruction.truth.shape == reconstruction.prediction.shape == (49, small_data.networks)
     assert len(result.slice.held_out) == 2
-    assert 0.55 < result.slice.decoders[0].scores.accuracy.value < 0.80  # ridge
+    all_folds = load_task(result.slice.task.store, result.slice.task.config)
+    assert len(all_folds.folds) == 12
+    assert 0.55 < baseline(all_folds, "ridge").scores.accuracy.value < 0.80
+    assert result.slice.decoders[0].name == "ridge"
+    assert result.slice.decoders[0].scores.accuracy.value > 0.3  # 32 of its blocks; chance is 1/8
     print_tables(result, Console(width=200))
     printed = capsys.readouterr().out
     for words in (
@@ -213,7 +229,7 @@ def test_figures_are_ready_for_json_and_the_same_again(result, tmp_path):
     again = DemoResult(
         config=config,
         story=run_story(config, **silent),
-        order=run_order(config),  # here, not in a process of its own
+        order=small_order.run_order(config),  # here, not in a process of its own
         slice=result.slice,  # half a minute, and all that it does is repeated in other tests
     )
     assert json.dumps(summary(result)) == json.dumps(summary(again))
