@@ -1,4 +1,4 @@
-"""masked_loss and linear_masked_loss as compiled: the PTX of every AOT configuration is executed."""
+"""masked_loss and linear_masked_loss as compiled: PTX is executed, of every configuration if --thorough."""
 
 from itertools import product
 
@@ -28,7 +28,8 @@ MASKS = {
 LOSSES = ["l1", "mse", "huber"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CALLS = list(product(MASKS, LOSSES, DTYPES))
-LINEAR_CALLS = list(product(["rows", "all", "columns"], LOSSES, DTYPES))
+LINEAR_MASKS = ["rows", "all", "columns"]
+LINEAR_CALLS = list(product(LINEAR_MASKS, LOSSES, DTYPES))
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +38,24 @@ def executing():
         yield launches
 
 
+def types_in_turn(mask, loss, thorough):
+    """Return both types with --thorough, else one: every two of mask, loss and type still come together."""
+    place = list(MASKS).index(mask) + LOSSES.index(loss)
+    return list(DTYPES) if thorough else [list(DTYPES)[place % 2]]
+
+
 def masked_loss_kernels(mask, loss, dtype):
     return {f"masked_loss.{kernel}.{mask}.{loss}.{dtype}" for kernel in ("sums", "gradient")}
 
 
-@pytest.mark.parametrize(("mask", "loss", "dtype"), CALLS)
-def test_masked_loss(mask, loss, dtype, executing):
+@pytest.mark.thorough
+@pytest.mark.parametrize(("mask", "loss"), list(product(MASKS, LOSSES)))
+def test_masked_loss(mask, loss, executing, thorough):
+    for dtype in types_in_turn(mask, loss, thorough):
+        check_masked_loss(mask, loss, dtype, executing)
+
+
+def check_masked_loss(mask, loss, dtype, executing):
     executing.clear()
     target, pred = torch.randn(2, ROWS, NETWORKS, generator=torch.Generator().manual_seed(1)).to(
         DTYPES[dtype]
@@ -79,8 +92,14 @@ def linear_kernels(mask, loss, dtype):
     return {f"linear_masked_loss.compare.{mask}.{loss}.{dtype}"}
 
 
-@pytest.mark.parametrize(("mask", "loss", "dtype"), LINEAR_CALLS)
-def test_linear_masked_loss(mask, loss, dtype, executing):
+@pytest.mark.thorough
+@pytest.mark.parametrize(("mask", "loss"), list(product(LINEAR_MASKS, LOSSES)))
+def test_linear_masked_loss(mask, loss, executing, thorough):
+    for dtype in types_in_turn(mask, loss, thorough):
+        check_linear_masked_loss(mask, loss, dtype, executing)
+
+
+def check_linear_masked_loss(mask, loss, dtype, executing):
     executing.clear()
     generator = torch.Generator().manual_seed(2)
     shapes = (ROWS, WIDTH), (NETWORKS, WIDTH), (NETWORKS,), (ROWS, NETWORKS)

@@ -1,4 +1,4 @@
-"""mask_tokens and gather_windows as compiled: the PTX of every AOT configuration is executed."""
+"""mask_tokens and gather_windows as compiled: PTX is executed, of every configuration if --thorough."""
 
 from itertools import product
 
@@ -26,7 +26,8 @@ MASKS = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int16": torch.int16,
           "int8": torch.int8}  # fmt: skip
 TOKEN_CALLS = list(product(["rows", "columns", "position"], ["fp32", "bf16"], ["x", "token"]))
-GATHER_CALLS = list(product(DTYPES, ["fp32", "bf16"], ["plain", "rows", "networks", "entries"]))
+OUT_TYPES, GATHER_MASKS = ["fp32", "bf16"], ["plain", "rows", "networks", "entries"]
+GATHER_CALLS = list(product(DTYPES, OUT_TYPES, GATHER_MASKS))
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,16 @@ def test_a_window_of_1200_beside_short_ones(executing):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("stored", "out", "mask"), GATHER_CALLS)
-def test_gather_windows(stored, out, mask, executing):
+@pytest.mark.thorough
+@pytest.mark.parametrize(("stored", "mask"), list(product(DTYPES, GATHER_MASKS)))
+def test_gather_windows(stored, mask, executing, thorough):
+    """Into both types with --thorough, else into one: every two of the three choices still come together."""
+    place = list(DTYPES).index(stored) + GATHER_MASKS.index(mask)
+    for out in OUT_TYPES if thorough else [OUT_TYPES[place % 2]]:
+        check_gather_windows(stored, out, mask, executing)
+
+
+def check_gather_windows(stored, out, mask, executing):
     executing.clear()
     generator = torch.Generator().manual_seed(4)
     store = (torch.randn(64, NETWORKS, generator=generator) * 30).to(DTYPES[stored])
