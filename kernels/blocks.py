@@ -12,11 +12,11 @@ from itertools import chain, pairwise
 
 import torch
 
+from .dispatch import check_values
 from .masks import (
     POSITION,
     ROWS,
     TAG_POSITION,
-    check_values,
     column_mask,
     locate,
     masked_rows,

@@ -3,6 +3,10 @@
 Every op has three faces with one signature: "naive" (the float64 specification), "cpu" (fast, pure
 PyTorch) and "triton" (GPU; on CPU tensors only under Triton's interpreter). The device of the tensors
 picks the face, `impl=` overrides it; nothing is decided at import time.
+
+Packed and padded batches are one thing to an op, rows of networks and the bounds of the windows among them
+(:class:`Layout`). Packed: x [tokens, N] with cu_seqlens [W + 1]; without cu_seqlens all tokens are one
+window. Padded: x [W, T, N] with lengths [W]; without lengths every window has T time points.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 
@@ -127,6 +132,112 @@ def once(value: torch.Tensor, *grads: torch.Tensor | None) -> tuple[torch.Tensor
     if not torch.is_grad_enabled():
         return grads
     return tuple(None if grad is None else _Once.apply(grad, value) for grad in grads)
+
+
+class Layout(NamedTuple):
+    """Where the windows lie in the rows of a batch."""
+
+    bounds: torch.Tensor
+    """int32: cu_seqlens [W + 1] if packed, lengths [W] if padded."""
+    period: int
+    """0 if packed, T if padded."""
+
+
+def layout_of(
+    name: str,
+    x: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+) -> Layout:
+    """Check a batch and its bounds and return the layout.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what came and what was expected.
+    """
+    check_tensor(name, x, ndim=(2, 3), dtypes=FLOATS)
+    integers = (torch.int32, torch.int64)
+    if x.shape[:-1].numel() >= 2**31:
+        raise ValueError(f"{name}: got shape {list(x.shape)}, expected less than 2**31 time points")
+    if x.ndim == 2:
+        if lengths is not None:
+            raise ValueError(
+                f"lengths: got a tensor with {name} of 2 dimensions (packed), expected cu_seqlens instead"
+            )
+        if cu_seqlens is None:
+            steps = x.shape[0]
+            return Layout(torch.arange(2, dtype=torch.int32, device=x.device) * steps, 0)
+        check_tensor("cu_seqlens", cu_seqlens, ndim=1, dtypes=integers, device=x.device)
+        if cu_seqlens.shape[0] < (2 if x.shape[0] else 1):
+            raise ValueError(f"cu_seqlens: got shape {list(cu_seqlens.shape)}, expected [windows + 1]")
+        return Layout(cu_seqlens.to(torch.int32), 0)
+    if cu_seqlens is not None:
+        raise ValueError(
+            f"cu_seqlens: got a tensor with {name} of 3 dimensions (padded), expected lengths instead"
+        )
+    batch, time, _ = x.shape
+    if lengths is None:
+        return Layout(torch.full((batch,), time, dtype=torch.int32, device=x.device), time)
+    check_tensor("lengths", lengths, shape=(batch,), dtypes=integers, device=x.device)
+    return Layout(lengths.to(torch.int32), time)
+
+
+def flat(x: torch.Tensor) -> torch.Tensor:
+    """View [W, T, N] or [tokens, N] as [rows, N]."""
+    return x if x.ndim == 2 else x.flatten(0, 1)
+
+
+def check_values(bounds: tuple[int, ...], rows: int | None, period: int) -> None:
+    """Check the values of cu_seqlens (period 0) or lengths (period T).
+
+    Raises
+    ------
+    ValueError
+        If they do not describe windows that cover `rows` rows (packed) or fit into T (padded).
+    """
+    if period:
+        if bounds and not 0 <= min(bounds) <= max(bounds) <= period:
+            raise ValueError(
+                f"lengths: got values in [{min(bounds)}, {max(bounds)}], expected values in [0, {period}]"
+            )
+        return
+    if not bounds or bounds[0] != 0 or any(a > b for a, b in pairwise(bounds)):
+        raise ValueError("cu_seqlens: got values that do not ascend from 0, expected 0 ≤ … ≤ tokens")
+    if rows is not None and bounds[-1] != rows:
+        raise ValueError(f"cu_seqlens: got {bounds[-1]} as last value, expected {rows} (tokens)")
+
+
+def host_lengths(cu_seqlens: torch.Tensor, tokens: int, max_seqlen: int) -> list[int]:
+    """Read the windows' lengths from a CPU tensor and check them.
+
+    Returns
+    -------
+    list of int
+        Length of each window in tokens.
+
+    Raises
+    ------
+    ValueError
+        If `cu_seqlens` does not rise from 0 to `tokens`, holds an empty window or one above `max_seqlen`.
+    """
+    edges = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(edges)]
+    if edges[0] != 0:
+        raise ValueError(f"cu_seqlens: got {edges[0]} as first entry, expected 0")
+    if edges[-1] != tokens:
+        raise ValueError(f"cu_seqlens: got {edges[-1]} as last entry, expected {tokens} (tokens)")
+    if min(lengths) < 1:
+        window = next(i for i, length in enumerate(lengths) if length < 1)
+        raise ValueError(
+            f"cu_seqlens: got a window of {lengths[window]} tokens (window {window}), expected rising "
+            "entries, at least 1 token a window"
+        )
+    if max(lengths) > max_seqlen:
+        raise ValueError(
+            f"max_seqlen: got {max_seqlen}, expected at least the longest window, {max(lengths)}"
+        )
+    return lengths
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,10 @@ The position of window w uses word w mod 4 of draw c2 = w // 4; all others use t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
-from .dispatch import check_tensor
+from .dispatch import check_tensor, check_values
 from .random import below, philox
 
 ALL, POSITION, ROWS, COLUMNS = range(4)
@@ -144,6 +143,17 @@ class MaskSpec:
         return column_mask(self.code(), window, position, networks)
 
 
+def check_mask(mask: MaskSpec) -> list[int]:
+    """Return the code of a mask, or raise TypeError."""
+    if not isinstance(mask, MaskSpec):
+        shape = f" of shape {list(mask.shape)}" if isinstance(mask, torch.Tensor) else ""
+        raise TypeError(
+            f"mask: got {type(mask).__name__}{shape}, expected a MaskSpec, for example "
+            "MaskSpec.time_points(0.2, seed=0)"
+        )
+    return mask.code()
+
+
 def windows(bounds: torch.Tensor, period: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the first row and the length of each window, int64 [W] each.
 
@@ -213,26 +223,6 @@ def block_of(code: list[int], window: torch.Tensor, position: torch.Tensor) -> t
         return position
     phase = below(philox(seed, TAG_PHASE, 0, window, offset)[0], span)
     return (position + phase) // span
-
-
-def check_values(bounds: tuple[int, ...], rows: int | None, period: int) -> None:
-    """Check the values of cu_seqlens (period 0) or lengths (period T).
-
-    Raises
-    ------
-    ValueError
-        If they do not describe windows that cover `rows` rows (packed) or fit into T (padded).
-    """
-    if period:
-        if bounds and not 0 <= min(bounds) <= max(bounds) <= period:
-            raise ValueError(
-                f"lengths: got values in [{min(bounds)}, {max(bounds)}], expected values in [0, {period}]"
-            )
-        return
-    if not bounds or bounds[0] != 0 or any(a > b for a, b in pairwise(bounds)):
-        raise ValueError("cu_seqlens: got values that do not ascend from 0, expected 0 ≤ … ≤ tokens")
-    if rows is not None and bounds[-1] != rows:
-        raise ValueError(f"cu_seqlens: got {bounds[-1]} as last value, expected {rows} (tokens)")
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from brainflow.batch import upload, window_of
 from brainflow.decoding.baselines import single_threaded
 from brainflow.decoding.ridge import NEVER, Ridge, fit_ridge
-from brainflow.models.heads import DecodingHead
+from brainflow.kernels.dropout import Dropout
 from brainflow.optional import requires
 
 with requires("decoding", "report"):
@@ -201,3 +201,34 @@ def _all_classes(weight: NDArray, bias: NDArray, seen: NDArray, classes: int) ->
     full, offset = np.zeros((classes, weight.shape[1])), np.full(classes, NEVER)
     full[seen], offset[seen] = weight, bias
     return full, offset
+
+
+class DecodingHead(nn.Module):
+    """The published decoding head: Linear + tanh + dropout, then Linear to the classes.
+
+    Parameters
+    ----------
+    width
+        Width of the features.
+    classes
+        Number of classes.
+    dropout
+        Dropout after the tanh.
+
+    Examples
+    --------
+    >>> DecodingHead(16, 3, 0.1)(torch.zeros(5, 16)).shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(self, width: int, classes: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        if classes < 2:
+            raise ValueError(f"classes: got {classes}, expected at least 2")
+        self.pooler = nn.Linear(width, width)
+        self.dropout = Dropout(dropout)
+        self.output = nn.Linear(width, classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits [windows, classes] of `features` [windows, width]."""
+        return self.output(self.dropout(torch.tanh(self.pooler(features))))

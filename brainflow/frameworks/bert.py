@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainflow.batch import Ints, PackedBatch, offsets, positions, upload, window_of
 from brainflow.config import ModelConfig
 from brainflow.frameworks.base import Framework, Pooling, StepOutput, places, pool
+from brainflow.kernels.dropout import Dropout
 from brainflow.models.embedding import BoldEmbedding
-from brainflow.models.heads import IsNextHead
 from brainflow.models.transformer import Layout, Transformer
 
 
@@ -200,3 +201,23 @@ class BertFramework(Framework):
         is_next, accuracy = self.is_next.loss(first, labels)
         metrics.update(is_next=is_next.detach(), is_next_accuracy=accuracy)
         return StepOutput(loss=reconstruction + is_next, metrics=metrics)
+
+
+class IsNextHead(nn.Module):
+    """BERT's pooler (Linear + tanh) and a Linear to one logit: does the second half follow the first?"""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.pooler = nn.Linear(width, width)
+        self.dropout = Dropout(dropout)
+        self.output = nn.Linear(width, 1)
+
+    def forward(self, first: Tensor) -> Tensor:
+        """Return logits [sequences] of the hidden states of the first tokens, [sequences, width]."""
+        return self.output(self.dropout(torch.tanh(self.pooler(first)))).squeeze(-1)
+
+    def loss(self, first: Tensor, is_next: Tensor) -> tuple[Tensor, Tensor]:
+        """Return binary cross-entropy and accuracy against `is_next` [sequences], 1 where it follows."""
+        logits = self(first).float()
+        accuracy = ((logits.detach() > 0) == is_next).mean(dtype=torch.float32)
+        return F.binary_cross_entropy_with_logits(logits, is_next), accuracy

@@ -16,9 +16,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from brainflow.batch import Ints, offsets, positions, window_of
 from brainflow.kernels import feedback
-from brainflow.models.dropout import Dropout
+from brainflow.kernels.dropout import Dropout
 from brainflow.models.recurrence import Gathered, Left, LSTMPass, LSTMStep
-from brainflow.models.weights import cast_all
+from brainflow.models.transformer import cast_all
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainflow.config import ModelConfig
-from brainflow.models.dropout import Dropout
+from brainflow.kernels.dropout import Dropout
 
 WAVES = 32
 PLACE_WAVES = 8

@@ -11,20 +11,22 @@ time points before i and itself, never a time point i or later and never another
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from brainflow.config import ModelConfig
 from brainflow.kernels import qkv_attention
+from brainflow.kernels.dropout import Dropout
 from brainflow.kernels.varlen_attention import settle
-from brainflow.models.dropout import Dropout
-from brainflow.models.rotary import rotate, rotation
-from brainflow.models.weights import Linear, cast_together
 
 Style = Literal["gpt", "bert"]
 Streams = Literal["one", "two", "second"]
@@ -262,3 +264,121 @@ class Transformer(nn.Module):
             )
         if two_streams and self.style != "gpt":
             raise ValueError(f"two_streams: got True with style={self.style!r}, expected style 'gpt'")
+
+
+class Linear(nn.Linear):
+    """As `torch.nn.Linear`, with the weight and bias that :func:`cast_together` has left in `low`, if any."""
+
+    low: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` [..., inputs] times the weight plus the bias, [..., outputs]."""
+        weight, bias = (self.weight, self.bias) if self.low is None else self.low
+        return F.linear(x, weight, bias)
+
+
+@contextmanager
+def cast_together(linears: Sequence[Linear], device: torch.device) -> Iterator[None]:
+    """Have the layers compute with weights in autocast's type, cast by one launch for all of them.
+
+    Autocast itself takes a launch for every weight and another one for every gradient, half as many as the
+    blocks' products; the numbers are the same.
+    """
+    kind = device.type
+    # what FSDP has cast already, and float64, stay
+    wide = [layer for layer in linears if layer.weight.dtype == torch.float32]
+    if wide and torch.is_autocast_enabled(kind):
+        weights = [weight for layer in wide for weight in (layer.weight, layer.bias)]
+        low = cast_all(weights, torch.get_autocast_dtype(kind))
+        for layer, weight, bias in zip(wide, low[::2], low[1::2], strict=True):
+            layer.low = weight, bias
+    try:
+        yield
+    finally:
+        for layer in wide:
+            layer.low = None
+
+
+def cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return the tensors in another element type, cast by one launch forward and one backward."""
+    return cast(tuple[Tensor, ...], _Cast.apply(dtype, *tensors))
+
+
+class _Cast(Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = weights[0].dtype
+        return tuple(_all_to(weights, dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        there = iter(_all_to([g for g in upstream if g is not None], ctx.dtype))
+        return None, *(None if g is None else next(there) for g in upstream)
+
+
+def _all_to(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    result = [torch.empty_like(x, dtype=dtype) for x in tensors]
+    if result:
+        torch._foreach_copy_(result, list(tensors))
+    return result
+
+
+ROTARY_BASE = 10_000.0
+
+
+# Rotary positions in few operators: value i of a head turns together with value i + D/2.
+def rotation(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Return what :func:`rotate` multiplies with, [T, 2, D]: cosines, and sines with their signs.
+
+    Parameters
+    ----------
+    positions
+        [T], of any real type.
+    width
+        D, even.
+    dtype
+        Element type of the result; angles are computed in float32 at least, because half precision cannot
+        tell late positions apart.
+    """
+    half, exact = width // 2, torch.promote_types(dtype, torch.float32)
+    speeds = torch.logspace(
+        0.0, (1 - half) / half, half, base=ROTARY_BASE, dtype=exact, device=positions.device
+    )
+    angle = positions[:, None] * speeds
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos, -sin, sin), 1).unflatten(1, (2, width)).to(dtype)
+
+
+def rotate(qkv: Tensor, turn: Tensor) -> Tensor:
+    """Return `qkv` [T, 3, H, D] with queries and keys turned by :func:`rotation`, in its own type."""
+    if not torch.compiler.is_compiling():
+        return _Rotated.apply(qkv, turn)
+    qk = qkv[:, :2]
+    cos, sin = turn[:, None, None].unbind(-2)
+    turned = qk * cos + qk.roll(qk.shape[-1] // 2, -1) * sin
+    return torch.cat((turned.to(qkv.dtype), qkv[:, 2:]), 1)
+
+
+class _Rotated(Function):
+    """Four operators either way, where autograd would take twelve."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, turn: Tensor) -> Tensor:
+        ctx.save_for_backward(turn)
+        return _turned(qkv, turn, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (turn,) = ctx.saved_tensors
+        return _turned(upstream, turn, -1), None
+
+
+def _turned(qkv: Tensor, turn: Tensor, sign: int) -> Tensor:
+    out, qk = torch.empty_like(qkv), qkv[:, :2]
+    cos, sin = turn[:, None, None].unbind(-2)
+    torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin, value=sign, out=out[:, :2])
+    out[:, 2].copy_(qkv[:, 2])
+    return out

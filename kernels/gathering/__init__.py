@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from ..dispatch import FLOATS, HAS_TRITON, check_tensor, pick
-from ..layout import check_mask
-from ..masks import MaskSpec
+from ..masks import MaskSpec, check_mask
 from . import cpu, naive
 
 if HAS_TRITON:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..dispatch import FLOATS, HAS_TRITON, check_tensor, pick
-from ..layout import check_mask, flat, layout_of
-from ..masks import MaskSpec
+from ..dispatch import FLOATS, HAS_TRITON, check_tensor, flat, layout_of, pick
+from ..masks import MaskSpec, check_mask
 from . import cpu, naive
 
 if HAS_TRITON:

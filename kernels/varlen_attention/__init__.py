@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import naive, ops, shifted, window
+from . import backends, naive, window
 from .backends import choose, settle
-from .checks import check_dropout, check_shapes
 
 __all__ = ["attention", "qkv_attention", "settle", "shifted_attention"]
 
@@ -69,19 +68,19 @@ def attention(
     torch.Size([5, 2, 8])
     """
     q, k, v = _autocast(q, k, v)
-    check_shapes(q, {"k": k, "v": v}, cu_seqlens, max_seqlen)
+    _check_shapes(q, {"k": k, "v": v}, cu_seqlens, max_seqlen)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if impl == "naive":
-        check_dropout(dropout_p)
+        _check_dropout(dropout_p)
         out, lse = naive.attention(q, k, v, cu_seqlens, causal=causal, softmax_scale=scale)
-        out, lse = out.to(q.dtype), lse.to(ops.lse_dtype(q))
+        out, lse = out.to(q.dtype), lse.to(backends.lse_dtype(q))
     else:
         impl = choose(q, cu_seqlens.shape[0] - 1, max_seqlen, dropout_p, impl)
         if impl == "window":
             rest = (cu_seqlens, max_seqlen, "one", causal, dropout_p, scale, return_lse)
             out, lse = window.attention(q, k, v, *rest)
             return (out, lse) if return_lse else out
-        out, lse, _ = ops.attention(q, k, v, cu_seqlens, max_seqlen, causal, dropout_p, scale, impl)
+        out, lse, _ = backends.attention(q, k, v, cu_seqlens, max_seqlen, causal, dropout_p, scale, impl)
     return (out, lse) if return_lse else out
 
 
@@ -131,10 +130,10 @@ def shifted_attention(
     True
     """
     q, k, v, k_self, v_self = _autocast(q, k, v, k_self, v_self)
-    check_shapes(q, {"k": k, "v": v, "k_self": k_self, "v_self": v_self}, cu_seqlens, max_seqlen)
+    _check_shapes(q, {"k": k, "v": v, "k_self": k_self, "v_self": v_self}, cu_seqlens, max_seqlen)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if impl == "naive":
-        check_dropout(dropout_p)
+        _check_dropout(dropout_p)
         out, _ = naive.shifted_attention(q, k, v, k_self, v_self, cu_seqlens, softmax_scale=scale)
         return out.to(q.dtype)
     impl = choose(q, cu_seqlens.shape[0] - 1, 2 * max_seqlen, dropout_p, impl)
@@ -142,9 +141,10 @@ def shifted_attention(
         both = torch.cat((torch.stack((q.detach(), k, v), 1), torch.stack((q, k_self, v_self), 1)))
         rest = (cu_seqlens, max_seqlen, "second", True, dropout_p, scale, False)
         return window.attention(both, None, None, *rest)[0]
-    return shifted.shifted_attention(q, k, v, k_self, v_self, cu_seqlens, max_seqlen, dropout_p, scale, impl)[
-        0
-    ]
+    out, *_ = backends.shifted_attention(
+        q, k, v, k_self, v_self, cu_seqlens, max_seqlen, dropout_p, scale, impl
+    )
+    return out
 
 
 def qkv_attention(
@@ -198,7 +198,7 @@ def qkv_attention(
     (qkv,) = _autocast(qkv)
     *first, last = qkv.unflatten(0, (count, -1)).unbind(0)
     q, k, v = (first[0] if first else last).unbind(1)
-    check_shapes(q, {}, cu_seqlens, max_seqlen)
+    _check_shapes(q, {}, cu_seqlens, max_seqlen)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if impl != "naive":
         impl = choose(q, cu_seqlens.shape[0] - 1, count * max_seqlen, dropout_p, impl)
@@ -225,3 +225,55 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _check_shapes(q: Tensor, named: dict[str, Tensor], cu_seqlens: Tensor, max_seqlen: int) -> None:
+    """Refuse tensors that do not describe one packed batch.
+
+    Parameters
+    ----------
+    q
+        [tokens, heads, head_dim].
+    named
+        The other tensors of q's shape, by the name of their argument.
+    cu_seqlens
+        int32 [windows + 1] on q's device.
+    max_seqlen
+        Length of the longest window in tokens.
+
+    Raises
+    ------
+    TypeError
+        If an element type is wrong.
+    ValueError
+        If a shape, device or length is wrong.
+    """
+    if q.dim() != 3:
+        raise ValueError(f"q: got shape {tuple(q.shape)}, expected [tokens, heads, head_dim]")
+    if not q.is_floating_point():
+        raise TypeError(f"q: got {q.dtype}, expected a floating-point type")
+    for name, tensor in named.items():
+        if tensor.shape != q.shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected q's, {tuple(q.shape)}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name}: got {tensor.dtype}, expected the type of q, {q.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: got a tensor on {tensor.device}, expected q's device, {q.device}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens: got {cu_seqlens.dtype}, expected torch.int32")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens: got shape {tuple(cu_seqlens.shape)}, expected [windows + 1], at least 2 entries"
+        )
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens: got a tensor on {cu_seqlens.device}, expected q's device, {q.device}")
+    if not isinstance(max_seqlen, int):
+        raise TypeError(f"max_seqlen: got {type(max_seqlen).__name__}, expected an int (tokens)")
+    if max_seqlen < 1:
+        raise ValueError(f"max_seqlen: got {max_seqlen}, expected at least 1 token")
+
+
+def _check_dropout(dropout_p: float) -> None:
+    """Refuse dropout: a specification draws nothing at random."""
+    if dropout_p != 0.0:
+        raise ValueError(f'dropout_p: got {dropout_p}, expected 0 for impl="naive"')

@@ -1,16 +1,34 @@
-"""Which backend computes: by device and by what is installed and can, or as `impl=` says."""
+"""Which backend computes attention, and the operators by which PyTorch sees it, whichever that is.
+
+The operators are opaque to torch.compile, so the windows' lengths may be read inside.
+
+The second stream attends to strictly earlier keys of the first stream, and to its own key and value. The
+earlier keys are a plain causal attention after moving the queries up by one: if row t holds query t + 1,
+"keys up to my row" means "keys before me". The queries keep their number, so cu_seqlens and max_seqlen stay
+as they are and no window gets empty. The last row of each window then holds the first query of the next
+window, a query without earlier keys; its result is dropped.
+
+Forward: the two parts are merged by their log-sum-exps. Backward: a flash backward pass computes
+P = exp(s − lse) and δ = Σ dout · out from what it is given, so with the MERGED lse and out it returns the
+exact gradients of its part (the identity behind ring attention, Liu et al. 2023, arXiv 2310.01889).
+
+Legend: T tokens, H heads, D head_dim.
+"""
 
 from __future__ import annotations
 
 import warnings
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from .. import dispatch
 from . import fa2, fa4, fallback, torch_varlen, window
-from .checks import Limits, refusal
+from .limits import Limits
 
 BACKENDS: dict[str, ModuleType] = {
     "window": window,
@@ -101,6 +119,41 @@ def why_not(name: str, q: Tensor, windows: int, max_seqlen: int, dropout_p: floa
     return None
 
 
+def refusal(limits: Limits, q: Tensor, windows: int, max_seqlen: int, dropout_p: float) -> Exception | None:
+    """Return the error to raise if a backend cannot compute this, or None if it can."""
+    tokens, heads, head_dim = q.shape
+    who = f'impl="{limits.name}"'
+    on_cpu = q.device.type == "cpu" and limits.interpreted and dispatch.interpreting()
+    if q.device.type not in limits.devices and not on_cpu:
+        expected = " or ".join(limits.devices)
+        return ValueError(f"q: got a tensor on {q.device}, expected one on {expected} for {who}")
+    if q.dtype not in limits.dtypes:
+        expected = ", ".join(map(str, limits.dtypes))
+        return TypeError(f"q: got {q.dtype}, expected one of {expected} for {who}")
+    if head_dim > limits.head_dim_max or head_dim % limits.head_dim_multiple:
+        return ValueError(
+            f"q: got head_dim {head_dim}, expected at most {limits.head_dim_max} and a multiple of "
+            f'{limits.head_dim_multiple} for {who}; impl="fallback" takes any'
+        )
+    if dropout_p > 0.0 and not limits.dropout:
+        return ValueError(
+            f"dropout_p: got {dropout_p}, expected 0 for {who}, which cannot drop attention weights; "
+            'impl="window", "fa2" and "fallback" can'
+        )
+    if limits.longest is not None and max_seqlen > limits.longest(q.dtype):
+        return ValueError(
+            f"max_seqlen: got {max_seqlen} (two streams count twice), expected at most "
+            f"{limits.longest(q.dtype)} tokens in {q.dtype} for {who}"
+        )
+    elements = (tokens + 128 * windows) * heads * head_dim
+    if limits.index_limit is not None and elements >= limits.index_limit:
+        return ValueError(
+            f"q: got (tokens + 128 · windows) · heads · head_dim = {elements}, expected less than "
+            f"{limits.index_limit} for {who}, which counts in int32: use smaller batches"
+        )
+    return None
+
+
 def no_kernel(q: Tensor, windows: int, max_seqlen: int, dropout_p: float) -> str | None:
     """Return why no kernel for GPUs can compute this, or None if one can."""
     reasons = {
@@ -134,3 +187,221 @@ def _installed(name: str) -> bool:
 @torch.compiler.assume_constant_result
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+LSE_PAD = 8
+
+
+@torch.library.custom_op("brainflow::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    dropout_p: float,
+    softmax_scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out [T, H, D], lse [T, H] and the backend's random state (empty without dropout)."""
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        return BACKENDS[impl].forward(q, k, v, cu_seqlens, max_seqlen, causal, dropout_p, softmax_scale)
+
+
+@torch.library.custom_op("brainflow::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    dropout_p: float,
+    softmax_scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v, each [T, H, D]."""
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        return BACKENDS[impl].backward(
+            dout, q, k, v, out, lse, state, cu_seqlens, max_seqlen, causal, dropout_p, softmax_scale
+        )
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """Return the element type of the log-sum-exp: float32, or float64 beside float64."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@attention.register_fake
+def _(q, k, v, cu_seqlens, max_seqlen, causal, dropout_p, softmax_scale, impl):
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype(q)).t()
+    state = q.new_empty(2 if dropout_p > 0.0 else 0, dtype=torch.int64)
+    return q.new_empty(q.shape), lse, state
+
+
+@attention_backward.register_fake
+def _(dout, q, k, v, out, lse, state, cu_seqlens, max_seqlen, causal, dropout_p, softmax_scale, impl):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, cu_seqlens, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _state: None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, state, cu_seqlens = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return (None,) * 9
+    if dout is None:
+        dout = torch.zeros_like(out)
+    head_dim = q.shape[-1]
+    if dlse is not None:
+        dout, q, k, v, out = _carry_lse_gradient(dout, dlse, q, k, v, out)
+        problem = refusal(BACKENDS[ctx.rest[-1]].LIMITS, q, cu_seqlens.shape[0] - 1, ctx.rest[0], 0.0)
+        if problem is not None:
+            raise problem
+    grads = torch.ops.brainflow.attention_backward(dout, q, k, v, out, lse, state, cu_seqlens, *ctx.rest)
+    if dlse is not None:
+        grads = tuple(g[..., :head_dim] for g in grads)
+    return (*grads, *(None,) * 6)
+
+
+def _carry_lse_gradient(
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+) -> tuple[Tensor, ...]:
+    """Add head columns so that a backward pass that knows nothing of dlse adds its share.
+
+    dS = P · (dout vᵀ − δ + dlse) with δ = Σ dout · out. One more column with v = 1, dout = dlse and out = 0
+    adds dlse to the first term and nothing to δ; q and k get zeros, so the scores stay what they are.
+    """
+    one = torch.zeros(LSE_PAD, dtype=v.dtype, device=v.device)
+    one[0] = 1
+    grown = pad(dlse.to(dout.dtype).unsqueeze(-1), (0, LSE_PAD - 1))
+    dout = torch.cat([dout, grown], -1)
+    v = torch.cat([v, one.expand(*v.shape[:2], LSE_PAD)], -1)
+    return dout, pad(q, (0, LSE_PAD)), pad(k, (0, LSE_PAD)), v, pad(out, (0, LSE_PAD))
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("brainflow::shifted_attention", mutates_args=())
+def shifted_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_self: Tensor,
+    v_self: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float,
+    softmax_scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return out [T, H, D] and what the backward pass needs.
+
+    That is the lse of the moved rows [T, H], the softmax weight of the self term [T, H], its dropout factor
+    [T, H] (empty without dropout) and the backend's random state.
+    """
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        first, last = cu_seqlens[:-1].long(), cu_seqlens[1:].long() - 1
+        before, row_lse, state = BACKENDS[impl].forward(
+            q.roll(-1, 0), k, v, cu_seqlens, max_seqlen, True, dropout_p, softmax_scale
+        )
+        row_lse = row_lse.contiguous()
+        lse_before = row_lse.roll(1, 0).index_fill_(0, first, -torch.inf)
+        lse_self = (q.to(row_lse.dtype) * k_self).sum(-1).mul_(softmax_scale)
+        lse = torch.logaddexp(lse_before, lse_self)
+        weight = (lse_self - lse).exp_()
+        keep = lse.new_empty(0)
+        if dropout_p > 0.0:
+            keep = torch.empty_like(lse).bernoulli_(1.0 - dropout_p).div_(1.0 - dropout_p)
+        share = weight * keep if dropout_p > 0.0 else weight
+        out = before.roll(1, 0).to(lse.dtype).mul_((lse_before - lse).exp_().unsqueeze(-1))
+        out.addcmul_(share.unsqueeze(-1), v_self.to(lse.dtype))
+        row_lse = lse.roll(-1, 0).index_copy_(0, last, row_lse.index_select(0, last))
+        return out.to(q.dtype), row_lse, weight, keep, state
+
+
+@torch.library.custom_op("brainflow::shifted_attention_backward", mutates_args=())
+def shifted_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_self: Tensor,
+    v_self: Tensor,
+    out: Tensor,
+    row_lse: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float,
+    softmax_scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v, k_self and v_self, each [T, H, D]."""
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        last = cu_seqlens[1:].long() - 1
+        row_dout = dout.roll(-1, 0).index_fill_(0, last, 0.0)
+        row_dq, dk, dv = BACKENDS[impl].backward(
+            row_dout,
+            q.roll(-1, 0),
+            k,
+            v,
+            out.roll(-1, 0),
+            row_lse,
+            state,
+            cu_seqlens,
+            max_seqlen,
+            True,
+            dropout_p,
+            softmax_scale,
+        )
+        dout_ = dout.to(weight.dtype)
+        delta = (dout_ * out).sum(-1)
+        d_weight = (dout_ * v_self).sum(-1)
+        share = weight
+        if dropout_p > 0.0:
+            d_weight, share = d_weight.mul_(keep), weight * keep
+        d_score = d_weight.sub_(delta).mul_(weight).mul_(softmax_scale).unsqueeze(-1)
+        dq = row_dq.roll(1, 0).to(weight.dtype).addcmul_(d_score, k_self.to(weight.dtype))
+        dk_self = d_score * q
+        dv_self = share.unsqueeze(-1) * dout_
+        return dq.to(q.dtype), dk, dv, dk_self.to(q.dtype), dv_self.to(q.dtype)
+
+
+@shifted_attention.register_fake
+def _(q, k, v, k_self, v_self, cu_seqlens, max_seqlen, dropout_p, softmax_scale, impl):
+    row_lse = q.new_empty(q.shape[:2], dtype=lse_dtype(q))
+    keep = torch.empty_like(row_lse) if dropout_p > 0.0 else row_lse.new_empty(0)
+    state = q.new_empty(2 if dropout_p > 0.0 else 0, dtype=torch.int64)
+    return q.new_empty(q.shape), row_lse, torch.empty_like(row_lse), keep, state
+
+
+@shifted_attention_backward.register_fake
+def _(dout, q, k, v, k_self, v_self, *rest):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, k_self, v_self))
+
+
+def _setup_shifted(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, cu_seqlens = inputs[:6]
+    ctx.rest = inputs[6:]
+    ctx.save_for_backward(*tensors, *output, cu_seqlens)
+
+
+def _shifted_backward(ctx: Any, dout: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.brainflow.shifted_attention_backward(dout, *ctx.saved_tensors, *ctx.rest)
+    return (*grads, *(None,) * 5)
+
+
+shifted_attention.register_autograd(_shifted_backward, setup_context=_setup_shifted)

@@ -1,28 +1,30 @@
 """Variable-length attention in plain PyTorch: a few products a window, or a group of small windows.
 
-Runs wherever PyTorch runs, in float32 and float64 (lower types are computed in float32), with dropout.
-On the CPU windows that are too large for a group and have no dropout go to PyTorch's own kernel
-(flash_cpu.py): 1.3 times as fast for 64 windows of 10 to 50, 1.6 to 1.9 for some of 300 to 1,200.
-Probabilities are not kept for the backward pass; they are computed again from the log-sum-exp. Scores are
-held in units of log 2: on the CPU exp takes a slow path at −inf (84 µs a window of 30, 12 heads), exp2 does
-not (11 µs).
+Runs wherever PyTorch runs, in float32 and float64 (lower types are computed in float32), with dropout. Small
+windows of about equal length are padded to the longest of their group, one matrix a window and head. On the
+CPU windows that are too large for a group and have no dropout go to PyTorch's own kernel: 1.3 times as fast
+for 64 windows of 10 to 50, 1.6 to 1.9 for some of 300 to 1,200. Probabilities are not kept for the backward
+pass; they are computed again from the log-sum-exp. Scores are held in units of log 2: on the CPU exp takes a
+slow path at −inf (84 µs a window of 30, 12 heads), exp2 does not (11 µs).
 
-Legend: T tokens, H heads, D head_dim, L length of a block's longest window, B its matrices [L, L].
+Legend: T tokens, H heads, D head_dim, n length of a window, L length of a group's longest window, B its
+matrices [L, L].
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ..keep import keep_mask, kept
-from . import flash_cpu
-from .checks import Limits, host_lengths
-from .groups import Groups, grouped
+from ..dispatch import host_lengths
+from ..dropout import keep_mask, kept
+from .limits import Limits
 
 LN2 = math.log(2.0)
 BLOCK_SCORES = 2**18
@@ -35,6 +37,116 @@ LIMITS = Limits(
     head_dim_max=2**31,
     dropout=True,
 )
+SMALL = 2**14
+"""Values (time points × heads × head_dim) of a mean window up to which windows are grouped: the products of
+larger ones take longer than calling them, and copying them costs more than it saves."""
+SCORES = 2**16
+"""Scores that the windows of a group may have together, so that they stay in the cache."""
+PADDING = 1.5
+"""Scores of a group over those of its windows alone, at most."""
+
+# PyTorch chooses this kernel inside `scaled_dot_product_attention`, which keeps the log-sum-exp to itself; it
+# is called here directly because attention of two streams is merged by log-sum-exps.
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows `begin` to `end` of the padded order: matrices of `length` rows.
+
+    `hidden` [B, 1, L], float32, is −inf at padding; None where there is none.
+    """
+
+    begin: int
+    end: int
+    length: int
+    hidden: Tensor | None
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The padded order: group by group, window by window, head by head, token by token.
+
+    Attributes
+    ----------
+    take
+        int64, row of [T · H, …] for each padded row; padding repeats a window's last token.
+    back
+        int64 [T · H], the padded row of each row.
+    padding
+        int64, padded rows that stand for no token.
+    groups
+        Its parts.
+    """
+
+    take: Tensor
+    back: Tensor
+    padding: Tensor
+    groups: tuple[Group, ...]
+
+    def place(self, x: Tensor) -> Tensor:
+        """Return x [T, H, …] in the padded order, [padded rows, …]."""
+        return x.reshape(-1, *x.shape[2:]).index_select(0, self.take)
+
+    def restore(self, x: Tensor, heads: int) -> Tensor:
+        """Return the opposite of :meth:`place`."""
+        return x.index_select(0, self.back).unflatten(0, (-1, heads))
+
+
+def grouped(lengths: list[int], q: Tensor) -> Groups | None:
+    """Return groups of these windows of q [T, H, D] where windows are small and several, else None."""
+    heads, width = q.shape[1], q.shape[1] * q.shape[2]
+    if len(lengths) < 2 or len(q) * width > SMALL * len(lengths) or max(lengths) ** 2 * heads > SCORES:
+        return None
+    return _groups(tuple(lengths), heads, q.device)
+
+
+@lru_cache(maxsize=8)
+def _groups(lengths: tuple[int, ...], heads: int, device: torch.device) -> Groups:
+    """Return the groups: they are the same in every layer of a step, forward and backward."""
+    size = torch.tensor(lengths, device="cpu")
+    starts = size.cumsum(0) - size
+    head = torch.arange(heads, device="cpu")[:, None]
+    take, padding, groups = [], [], []
+    back = torch.empty(sum(lengths) * heads, dtype=torch.int64, device="cpu")
+    done = 0
+    for windows in _alike(lengths, heads):
+        chosen = torch.tensor(windows, device="cpu")
+        own, length = size[chosen, None], lengths[windows[0]]
+        place = torch.arange(length, device="cpu")
+        real = place < own
+        token = starts[chosen, None] + torch.minimum(place, own - 1)
+        rows = (token[:, None] * heads + head).flatten()
+        mask = real[:, None].expand(-1, heads, -1).flatten()
+        padded = torch.arange(done, done + len(rows), device="cpu")
+        take.append(rows)
+        back[rows[mask]] = padded[mask]
+        padding.append(padded[~mask])
+        hidden = None
+        if not bool(real.all()):
+            outside = torch.zeros(real.shape, device="cpu").masked_fill_(~real, -torch.inf)
+            hidden = outside.repeat_interleave(heads, 0)[:, None].to(device)
+        groups.append(Group(done, done + len(rows), length, hidden))
+        done += len(rows)
+    return Groups(torch.cat(take).to(device), back.to(device), torch.cat(padding).to(device), tuple(groups))
+
+
+def _alike(lengths: tuple[int, ...], heads: int) -> list[list[int]]:
+    """Return groups of windows, the longest first: as many as SCORES and PADDING allow."""
+    groups: list[list[int]] = []
+    own = 0
+    for window in sorted(range(len(lengths)), key=lambda w: -lengths[w]):
+        scores = lengths[window] ** 2
+        if groups:
+            together = (len(groups[-1]) + 1) * lengths[groups[-1][0]] ** 2
+            if together * heads <= SCORES and together <= PADDING * (own + scores):
+                groups[-1].append(window)
+                own += scores
+                continue
+        groups.append([window])
+        own = scores
+    return groups
 
 
 def installed() -> bool:
@@ -58,7 +170,7 @@ def forward(
     groups = grouped(lengths, q)
     if _by_flash_cpu(q, groups, dropout_p):
         a, b, c = (x.to(compute) for x in (q, k, v))
-        out, lse = flash_cpu.forward(a, b, c, lengths, causal, softmax_scale)
+        out, lse = _flash_forward(a, b, c, lengths, causal, softmax_scale)
         return out.to(q.dtype), lse, _start_dropout(0.0, q.device)[0]
     packed = [_placed(x.to(compute), groups) for x in (q, k, v)]
     out = packed[0].new_empty(packed[0].shape)
@@ -105,7 +217,7 @@ def backward(
     groups = grouped(lengths, q)
     if _by_flash_cpu(q, groups, dropout_p):
         g, a, b, c, o = (x.to(compute) for x in (dout, q, k, v, out))
-        dq, dk, dv = flash_cpu.backward(g, a, b, c, o, lse, lengths, causal, softmax_scale)
+        dq, dk, dv = _flash_backward(g, a, b, c, o, lse, lengths, causal, softmax_scale)
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
     delta = (dout.to(compute) * out).sum(-1)
     packed = [_placed(x.to(compute), groups) for x in (dout, q, k, v, lse / LN2, delta)]
@@ -194,3 +306,51 @@ def _start_dropout(
     generator = torch.Generator(device)
     generator.manual_seed(int(state[0]))
     return state, generator
+
+
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return out [T, H, D] and lse [T, H] (in memory [H, T]) of q, k, v [T, H, D], float32 or float64."""
+    done = [
+        _FLASH(*window, 0.0, causal, scale=softmax_scale) for window in _windows(lengths, q, k, v)
+    ]  # each [1, H, n, D] and [1, H, n]
+    return torch.cat([_packed(out) for out, _ in done]), torch.cat([lse[0] for _, lse in done], 1).t()
+
+
+def _flash_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: list[int],
+    causal: bool,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v, each [T, H, D]; all inputs have one element type."""
+    parts = zip(_windows(lengths, dout, q, k, v, out), lse.t().unsqueeze(0).split(lengths, 2), strict=True)
+    done = [_FLASH_BACKWARD(*window, e, 0.0, causal, scale=softmax_scale) for window, e in parts]
+    dq, dk, dv = (torch.cat([_packed(x) for x in grads]) for grads in zip(*done, strict=True))
+    return dq, dk, dv
+
+
+def _windows(lengths: list[int], *tensors: Tensor) -> zip[tuple[Tensor, ...]]:
+    """Return window by window the views [1, H, n, D] of tensors [T, H, D]."""
+    heads = (_readable(x).transpose(0, 1).unsqueeze(0).split(lengths, 2) for x in tensors)
+    return zip(*heads, strict=True)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Return x [T, H, D] such that its rows can go into a matrix product.
+
+    The kernel takes for granted what its usual caller checks: values of a row next to each other. Rows that
+    overlap (a gradient that `expand` made of one number) are no matrix for it either.
+    """
+    return x if x.stride(2) == 1 and x.stride(0) >= x.shape[2] else x.contiguous()
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Return [n, H, D] of [1, H, n, D]; the kernel writes it in this order already."""
+    return x[0].transpose(0, 1)

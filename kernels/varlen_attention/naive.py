@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .. import keep
+from .. import dropout
 from ..random import philox
 
 
@@ -98,4 +98,4 @@ def kept(first: int, scores: Tensor, stream: int, dropout_p: float, seed: int) -
     words = philox(seed, (first + queries)[:, None], heads[:, None, None], groups, stream)
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     drawn = torch.stack(halves, -1).flatten(-2)[..., : len(keys)]
-    return (drawn >= keep.dropped(dropout_p)).to(scores.dtype) / keep.kept(dropout_p)
+    return (drawn >= dropout.dropped(dropout_p)).to(scores.dtype) / dropout.kept(dropout_p)

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .checks import LOW_PRECISION, Limits
+from .limits import LOW_PRECISION, Limits
 
 LIMITS = Limits(
     name="torch",

@@ -4,10 +4,10 @@ A program owns one head of one window and sees all its keys, so a row of scores 
 second pass, the backward pass neither the output nor the log-sum-exp (it computes the row again, and
 δ = Σ P · dP), and the gradients of keys and values are summed in one place, in one order, without atomics.
 
-Both streams (see shifted.py) are rows of one tile. Row i of the second stream sees the keys before i and its
+Both streams (see backends.py) are rows of one tile. Row i of the second stream sees the keys before i and its
 own: its scores are those of causal attention with another diagonal.
 
-Dropped weights are drawn again in the backward pass: 16 bits a weight (keep.py) of Philox, by counter
+Dropped weights are drawn again in the backward pass: 16 bits a weight (dropout.py) of Philox, by counter
 (token, head, key // 8, stream); naive.py draws the same ones.
 
 Tensor cores want tiles that are powers of two, so the longest window decides how many registers a program
@@ -27,9 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from .. import keep
-from ..dispatch import AotConfig
-from .checks import host_lengths
+from .. import dropout
+from ..dispatch import AotConfig, host_lengths
 
 SCALARS = ["tokens", "heads", "dropped", "seed"]
 
@@ -310,7 +309,7 @@ def laid_out(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Ten
 def random_arguments(dropout_p: float, state: Tensor) -> dict[str, Any]:
     """Return what the kernels draw dropped weights from."""
     seed = int(state[0]) if dropout_p > 0.0 else 0
-    return {"gain": 1.0 / keep.kept(dropout_p), "dropped": keep.dropped(dropout_p), "seed": seed}
+    return {"gain": 1.0 / dropout.kept(dropout_p), "dropped": dropout.dropped(dropout_p), "seed": seed}
 
 
 @custom_op("brainflow::window_attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
@@ -459,7 +458,7 @@ def config(
         name=f"window_attention.{way}.{streams}.{tile}.{short}",
         kernel=kernel,
         arguments={**given, "bounds": ((windows + 1,), torch.int32), "tokens": tokens, "heads": heads, **far,
-                   "scale": 0.125, "gain": 1.0, "dropped": keep.dropped(dropout_p), "seed": seed},
+                   "scale": 0.125, "gain": 1.0, "dropped": dropout.dropped(dropout_p), "seed": seed},
         constants={name: value for name, value in fixed.items() if name != "num_warps"},
         num_warps=fixed["num_warps"],
         wide=("q", "k", "v", *written, *(("dout",) if kernel is attend_backward else ())),

@@ -3,7 +3,7 @@
 That they come before flash-attn where they can compute something is an estimate from bytes, not a figure of
 a GPU: flash-attn 2's backward pass clears and walks (tokens + 128 · windows) · width float32 of its own,
 about as much as all that attention of windows of 30 tokens has to move, and the second stream costs it some
-60 launches and 20 passes over its tokens more (shifted.py). `bench gpu` races them.
+60 launches and 20 passes over its tokens more (backends.py). `bench gpu` races them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import HAS_TRITON
-from .checks import LOW_PRECISION, Limits
+from .limits import LOW_PRECISION, Limits
 
 if HAS_TRITON:
     from . import triton

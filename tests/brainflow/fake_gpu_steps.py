@@ -28,7 +28,7 @@ from brainflow.kernels.gathering import triton as gather
 from brainflow.kernels.linear_loss import triton as linear
 from brainflow.kernels.loss import triton as loss
 from brainflow.kernels.masking import triton as tokens
-from brainflow.kernels.varlen_attention import backends, ops, shifted
+from brainflow.kernels.varlen_attention import backends
 from brainflow.kernels.varlen_attention import triton as window
 from brainflow.models import autoencoder
 from brainflow.recipes import today
@@ -44,8 +44,8 @@ READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero
 FREE = ("detach", "alias", "_unsafe_view", "lift_fresh")
 OPS = (
     loss._forward, loss._backward, linear.linear_masked_loss, tokens.mask_tokens, tokens.mask_tokens_backward,
-    gather.gather_windows, ops.attention, ops.attention_backward, shifted.shifted_attention,
-    shifted.shifted_attention_backward, window.window_attention, window.window_attention_backward,
+    gather.gather_windows, backends.attention, backends.attention_backward, backends.shifted_attention,
+    backends.shifted_attention_backward, window.window_attention, window.window_attention_backward,
 )  # fmt: skip
 BODIES = {op._qualname: op._init_fn for op in OPS}
 

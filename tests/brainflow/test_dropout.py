@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from brainflow.kernels.keep import kept
-from brainflow.models.dropout import Dropout
+from brainflow.kernels.dropout import Dropout, kept
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (3, 5), (2, 7, 11), ()])

@@ -4,9 +4,9 @@ import torch
 
 from brainflow.batch import PackedBatch, Windows, upload
 from brainflow.config import ModelConfig
+from brainflow.decoding.heads import DecodingHead
 from brainflow.frameworks.net_bert import NetBERT
 from brainflow.models.embedding import BoldEmbedding
-from brainflow.models.heads import DecodingHead
 
 
 def make(**changes):

@@ -12,8 +12,7 @@ from brainflow.batch import PackedBatch, Windows
 from brainflow.config import ModelConfig
 from brainflow.frameworks import build
 from brainflow.models.embedding import BoldEmbedding
-from brainflow.models.rotary import rotate, rotation
-from brainflow.models.transformer import Layout, Transformer
+from brainflow.models.transformer import Layout, Transformer, rotate, rotation
 
 SIZE = {"networks": 5, "width": 16, "layers": 2, "heads": 2, "dropout": 0.0, "max_positions": 16}
 MODERN = {

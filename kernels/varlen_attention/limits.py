@@ -1,0 +1,30 @@
+"""What one attention backend can compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one backend can do; everything else is refused, see :func:`backends.refusal`."""
+
+    name: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    head_dim_max: int
+    head_dim_multiple: int = 1
+    capability: tuple[int, int] | None = None
+    """Least CUDA compute capability."""
+    dropout: bool = False
+    index_limit: int | None = None
+    """Bound of (tokens + 128 · windows) · heads · head_dim, where the backend counts in int32."""
+    interpreted: bool = False
+    """Whether it also takes CPU tensors under Triton's interpreter."""
+    longest: Callable[[torch.dtype], int] | None = None
+    """Tokens of the longest window that it takes, both streams counted where there are two."""
