@@ -40,9 +40,10 @@ from brainflow.kernels import conformance
 from brainflow.recipes import pretraining, today
 from brainflow.storage import BoldStore
 from brainflow.storage.files import write_text
-from brainflow.training.compute import allow_tf32, autocast, describe_compute, settle_precision
+from brainflow.training.compute import allow_tf32, describe_compute, settle_precision
 from brainflow.training.loop import pretrain
 from brainflow.training.metrics import read_metrics
+from brainflow.training.optimizer import autocast
 from brainflow.training.parallel import Ranks
 from brainflow.training.step import TrainingStep
 

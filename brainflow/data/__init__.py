@@ -60,7 +60,7 @@ def make_loader(
         If `kind` is "dali" and DALI is not installed.
     """
     # Imported here so that `import brainflow.data` costs nothing.
-    from brainflow.data.host import HostLoader
+    from brainflow.data.loader import HostLoader
     from brainflow.data.pipeline import DaliLoader
     from brainflow.data.resident import ResidentLoader
 

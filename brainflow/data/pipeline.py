@@ -23,8 +23,7 @@ import numpy as np
 import torch
 
 from brainflow.batch import PackedBatch, Windows
-from brainflow.data.host import Gatherer
-from brainflow.data.loader import Loader, WindowStore
+from brainflow.data.loader import Gatherer, Loader, WindowStore
 from brainflow.data.sampler import Sampler
 
 _BLOCK, _BLOCK_BYTES = 16, 2**27
@@ -48,10 +47,10 @@ class Prepared:
 class DaliLoader(Loader):
     """Batches by way of a DALI pipeline; `device="cpu"` needs neither GPU nor driver.
 
-    Batches are equal, bit for bit, to those of :class:`~brainflow.data.host.HostLoader`. They are read ahead,
-    so an error of the store (a corrupt chunk) surfaces up to 32 batches early. On the CPU a batch's `bold`
-    lies in a buffer of DALI's and stays valid until the next batch is taken: clone what must live longer. On
-    a GPU it stays valid for ever.
+    Batches are equal, bit for bit, to those of :class:`~brainflow.data.loader.HostLoader`. They are read
+    ahead, so an error of the store (a corrupt chunk) surfaces up to 32 batches early. On the CPU a batch's
+    `bold` lies in a buffer of DALI's and stays valid until the next batch is taken: clone what must live
+    longer. On a GPU it stays valid for ever.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ def resident_bytes(store: WindowStore, itemsize: int) -> int:
 class ResidentLoader(Loader):
     """Batches gathered on the device from a copy of the whole store.
 
-    Batches are equal, bit for bit, to those of :class:`~brainflow.data.host.HostLoader` and stay valid for
+    Batches are equal, bit for bit, to those of :class:`~brainflow.data.loader.HostLoader` and stay valid for
     ever. Stores of integers are kept as float32. Loading reads every run once.
 
     Parameters

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from brainflow.batch import Ints, PackedBatch, Windows, offsets, upload, window_of
+from brainflow.batch import PackedBatch, Windows, offsets, upload, window_of
 from brainflow.config import ModelConfig
 from brainflow.kernels import MaskSpec, linear_masked_loss
 from brainflow.models.linear_path import LinearPath
@@ -157,25 +157,6 @@ class Framework(nn.Module, ABC):
             return at_least_float(self.features(PackedBatch.pack(values.flatten(0, 1), windows), "mean"))
         finally:
             self.train(before)
-
-
-def places(config: ModelConfig, place: Ints, window: Ints, batch: PackedBatch) -> np.ndarray:
-    """Return positions for the transformer: int64 places, or float32 seconds if `model.positions` says so.
-
-    Parameters
-    ----------
-    config
-        Reads positions.
-    place
-        [n], place of each token in its sequence, special tokens included.
-    window
-        [n], window of the batch that gives a token's repetition time.
-    batch
-        The batch.
-    """
-    if config.positions != "seconds":
-        return place
-    return (place * batch.t_r[window]).astype(np.float32)
 
 
 def drawn_rows(mask: MaskSpec, lengths: np.ndarray) -> np.ndarray:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from brainflow.batch import Ints, PackedBatch, offsets, positions, upload, window_of
 from brainflow.config import ModelConfig
-from brainflow.frameworks.base import Framework, Pooling, StepOutput, places, pool
+from brainflow.frameworks.base import Framework, Pooling, StepOutput, pool
 from brainflow.kernels.dropout import Dropout
 from brainflow.models.embedding import BoldEmbedding
-from brainflow.models.transformer import Layout, Transformer
+from brainflow.models.transformer import Layout, Transformer, places
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,14 +28,13 @@ from brainflow.frameworks.base import (
     Pooling,
     StepOutput,
     drawn_rows,
-    places,
     pool,
     whole_loss,
 )
 from brainflow.kernels import MaskSpec, linear_masked_loss
 from brainflow.models.embedding import BoldEmbedding
 from brainflow.models.linear_path import LinearPath, NeighbourPath, Neighbours, before
-from brainflow.models.transformer import Layout, Transformer
+from brainflow.models.transformer import Layout, Transformer, places
 
 
 class CSM(Framework):

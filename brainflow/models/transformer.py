@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from brainflow.batch import Ints, PackedBatch
 from brainflow.config import ModelConfig
 from brainflow.kernels import qkv_attention
 from brainflow.kernels.dropout import Dropout
@@ -53,6 +55,25 @@ class Layout:
     max_seqlen: int
     positions: Tensor
     token_types: Tensor | None = None
+
+
+def places(config: ModelConfig, place: Ints, window: Ints, batch: PackedBatch) -> np.ndarray:
+    """Return positions for the transformer: int64 places, or float32 seconds if `model.positions` says so.
+
+    Parameters
+    ----------
+    config
+        Reads positions.
+    place
+        [n], place of each token in its sequence, special tokens included.
+    window
+        [n], window of the batch that gives a token's repetition time.
+    batch
+        The batch.
+    """
+    if config.positions != "seconds":
+        return place
+    return (place * batch.t_r[window]).astype(np.float32)
 
 
 class Attention(nn.Module):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -13,10 +12,9 @@ from brainflow.config import PretrainConfig
 from brainflow.frameworks import framework_spec
 from brainflow.kernels.varlen_attention import backends
 
+from .optimizer import HALF
 from .run_dir import Resume
 from .setup import as_begun
-
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def settle_precision(
@@ -85,14 +83,6 @@ def _longest(config: PretrainConfig) -> int:
     model = config.model
     tokens = config.data.seq_max - 1 + framework_spec(model.framework).special_tokens
     return 2 * tokens if (model.framework, model.masking) == ("csm", "dense") else tokens
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """Return a context in which a model runs in the element type of `train.precision`."""
-    half = HALF.get(precision)
-    return cast(
-        AbstractContextManager[None], torch.autocast(device.type, dtype=half, enabled=half is not None)
-    )
 
 
 def allow_tf32(allowed: bool) -> None:

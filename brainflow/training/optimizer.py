@@ -1,10 +1,14 @@
-"""AdamW, schedules, loss scale, moving average; a step that is not finite leaves all of them untouched."""
+"""AdamW, schedules, autocast and loss scale, moving average.
+
+A step that is not finite leaves all of them untouched.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from brainflow.config import TrainConfig
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -52,6 +58,14 @@ def guarded_step(optimizer: torch.optim.AdamW, lr: float, found_inf: Tensor) -> 
     optimizer.found_inf = found_inf  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """Return a context in which a model runs in the element type of `train.precision`."""
+    half = HALF.get(precision)
+    return cast(
+        AbstractContextManager[None], torch.autocast(device.type, dtype=half, enabled=half is not None)
+    )
 
 
 class LossScale:

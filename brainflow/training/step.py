@@ -1,17 +1,22 @@
 """One optimizer step: what is trained, how a batch becomes an update, and which tensors that leaves.
 
-The step asks nothing of the device. What it draws (masks, dropout) is a function of (seed, step, part), and
-the parts count by the values that they predict, so the update is the same whoever computes a part.
+The step asks nothing of the device. The batch of a step is cut into `train.micro_batches` contiguous
+microbatches, some for each rank. Masks and dropout of a microbatch are drawn from (seed, step, microbatch),
+whichever rank computes it: one process that accumulates four, two ranks with two and four ranks with one have
+the same loss, dropout included.
+
+A framework's loss is a mean over its targets, of which microbatches have different numbers. So the gradient
+of a microbatch counts by its targets; the is-next loss of the BERTs, a mean over pairs, by its windows.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +27,15 @@ from brainflow.frameworks import build
 from brainflow.frameworks.base import Framework
 from brainflow.models.transformer import Transformer
 from brainflow.pretrained.warm_start import freeze, load_initial
+from brainflow.training import checkpoint, parallel
 
-from . import checkpoint, parallel
-from .compute import allow_tf32, autocast, compiles
+from .compute import allow_tf32, compiles
 from .meters import Meters, matrix_weights
-from .microbatch import LossWeight, PairGradient, loss_weights
 from .optimizer import (
     LossScale,
     MovingAverage,
     allocate_state,
+    autocast,
     guarded_step,
     make_optimizer,
     optimizer_tensors,
@@ -299,3 +304,60 @@ def seed_dropout(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
+
+
+class LossWeight(NamedTuple):
+    """What share of a step a microbatch has; float32, 0-d, on the device."""
+
+    targets: Tensor
+    windows: Tensor
+
+    def weigh(self, loss: Tensor, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a microbatch adds to the step's loss (`loss`) and metrics."""
+        reconstruction = metrics.get("reconstruction", loss)
+        weighed = {
+            name: metric * (self.targets if name == "reconstruction" else self.windows)
+            for name, metric in metrics.items()
+        }
+        return weighed | {"loss": self.targets * reconstruction + self.windows * (loss - reconstruction)}
+
+
+def loss_weights(
+    module: Framework, batches: Sequence[PackedBatch], total: Callable[[Tensor], Tensor]
+) -> list[LossWeight]:
+    """Return the weights of this rank's microbatches.
+
+    Parameters
+    ----------
+    module
+        Counts the targets.
+    batches
+        The microbatches of this rank, with their masks.
+    total
+        Sums counts, float64 [2], over all ranks; the one collective.
+    """
+    counts = [(max(1, module.num_targets(batch)), batch.windows) for batch in batches]
+    summed = total(torch.tensor(counts, dtype=torch.float64).sum(dim=0))
+    return [
+        LossWeight((targets / summed[0]).float(), (windows / summed[1]).float())
+        for targets, windows in counts
+    ]
+
+
+class PairGradient:
+    """Scales the gradient of the is-next loss against that of the reconstruction.
+
+    A backward pass weighs the whole loss by targets; at the logits of the head `is_next` its gradient is put
+    right. (Two backward passes, or a second weighted sum, would round differently.) None leaves it as it is.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.scale: Tensor | None = None
+        head = getattr(module, "is_next", None)
+        if isinstance(head, nn.Module):
+            head.register_forward_hook(self._hook)
+
+    def _hook(self, head: nn.Module, given: Any, logits: Tensor) -> None:
+        scale = self.scale
+        if scale is not None and logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * scale.to(gradient.dtype))

@@ -43,7 +43,7 @@ from brainflow.models.linear_path import LinearPath
 from brainflow.storage import BoldStore
 from brainflow.storage.files import replacing
 
-from .compute import autocast
+from .optimizer import autocast
 from .parallel import Ranks
 
 # Masks of validation are drawn with a seed of their own, the same at every validation of every run.

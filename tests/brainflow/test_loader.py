@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from brainflow.data import make_loader
-from brainflow.data.host import HostLoader
+from brainflow.data.loader import HostLoader
 from brainflow.data.sampler import WindowSampler
 from brainflow.data.segments import SegmentSampler
 from brainflow.data.synthetic import write_sines

@@ -15,7 +15,7 @@ import torch
 from tiny_training import ENV, FLAGS, at_step, curve, tiny, write_store
 
 from brainflow.cli.main import main
-from brainflow.data.host import Gatherer
+from brainflow.data.loader import Gatherer
 from brainflow.training import checkpoint, parallel
 from brainflow.training.interrupt import Preempted
 from brainflow.training.loop import pretrain
