@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from brainflow.kernels.testing import error_ratio
+from brainflow.kernels.conformance import error_ratio
 
 MOST_ROUNDS = 500
 MOST_CALLS = 200

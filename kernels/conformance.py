@@ -20,7 +20,6 @@ from .linear_loss import linear_masked_loss
 from .loss import masked_loss
 from .masking import mask_tokens
 from .masks import MaskSpec
-from .testing import error_ratio
 from .varlen_attention import attention, qkv_attention, shifted_attention
 from .varlen_attention.backends import BACKENDS, why_not
 
@@ -266,3 +265,24 @@ def _attention(
     found = _gradients(partial(attend, impl=backend), *(x.to(device) for x in inputs), upstream=upstream)
     expected = _gradients(partial(attend, impl="naive"), *(x.double() for x in inputs), upstream=upstream)
     return _share(found, expected, ATTENTION_BOUNDS[dtype])
+
+
+def error_ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return ‖actual − expected‖ / ‖expected‖ in float64 (0 if both are zero, inf if only one is).
+
+    NaN anywhere in `actual` gives inf, so that a comparison with a bound cannot pass by accident.
+
+    Examples
+    --------
+    >>> error_ratio(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+    0.0
+    """
+    if actual.shape != expected.shape:
+        raise ValueError(f"actual: got shape {list(actual.shape)}, expected {list(expected.shape)}")
+    a, e = actual.detach().double(), expected.detach().double()
+    if not bool(torch.isfinite(a).all()):
+        return float("inf")
+    error, norm = float((a - e).norm()), float(e.norm())
+    if error == 0.0:
+        return 0.0
+    return error / norm if norm > 0 else float("inf")

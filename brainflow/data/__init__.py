@@ -60,9 +60,8 @@ def make_loader(
         If `kind` is "dali" and DALI is not installed.
     """
     # Imported here so that `import brainflow.data` costs nothing.
-    from brainflow.data.loader import HostLoader
+    from brainflow.data.loader import HostLoader, ResidentLoader
     from brainflow.data.pipeline import DaliLoader
-    from brainflow.data.resident import ResidentLoader
 
     if kind == "auto":
         kind = "resident" if _fits(store, device) else "dali" if dali_installed() else "host"
@@ -77,8 +76,7 @@ def make_loader(
 def _fits(store: WindowStore, device: str | torch.device) -> bool:
     import torch
 
-    from brainflow.data.loader import batch_dtype
-    from brainflow.data.resident import resident_bytes
+    from brainflow.data.loader import batch_dtype, resident_bytes
 
     device = torch.device(device)
     if device.type != "cuda":

@@ -1,6 +1,5 @@
 """The learning frameworks: how a batch is masked, which model reads it, which loss it gives."""
 
-from brainflow.frameworks import built_in  # registers the four
 from brainflow.frameworks.registry import (
     FrameworkSpec,
     build,
@@ -13,7 +12,6 @@ from brainflow.frameworks.registry import (
 __all__ = [
     "FrameworkSpec",
     "build",
-    "built_in",
     "check_framework",
     "framework_names",
     "framework_spec",

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sines import write_sines
 
 from brainflow.cli.main import main
-from brainflow.data.synthetic import write_sines
 from brainflow.decoding import cache
 from brainflow.decoding.curve import reduce_task
 from brainflow.decoding.result import baselines

@@ -1,11 +1,11 @@
 """Training over a damaged store: an error that names the run, or its windows left out and counted."""
 
 import pytest
+from sines import write_sines
 
 from brainflow.cli.main import main
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig
 from brainflow.data.splits import Split, split_runs
-from brainflow.data.synthetic import write_sines
 from brainflow.report.run_page import run_page
 from brainflow.storage import BoldStore
 from brainflow.training.checkpoint import facts

@@ -10,12 +10,12 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
+from sines import write_sines
 
 from brainflow.data import make_loader
 from brainflow.data.loader import HostLoader
 from brainflow.data.sampler import WindowSampler
 from brainflow.data.segments import SegmentSampler
-from brainflow.data.synthetic import write_sines
 from brainflow.storage import BoldStore, Segment, StoreError, StoreWriter
 
 KINDS = ("host", "dali", "resident")

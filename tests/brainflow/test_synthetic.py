@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
+from sines import CLASS_PERIODS, PERIODS, sines, write_sines
 
-from brainflow.data.synthetic import CLASS_PERIODS, PERIODS, sines, write_sines
 from brainflow.storage import BoldStore, verify
 
 

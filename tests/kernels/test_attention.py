@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from kernel_checks import guarded, nan_memory
 
-from brainflow.kernels.testing import error_ratio, guarded, nan_memory
+from brainflow.kernels.conformance import error_ratio
 from brainflow.kernels.varlen_attention import attention, fallback
 
 LENGTHS = {"mixed": [3, 1, 17, 9, 1], "single": [1], "one window": [33], "all of length 1": [1, 1, 1]}

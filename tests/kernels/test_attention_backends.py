@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from brainflow.kernels.testing import error_ratio
+from brainflow.kernels.conformance import error_ratio
 from brainflow.kernels.varlen_attention import (
     attention,
     backends,

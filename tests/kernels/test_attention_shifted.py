@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from kernel_checks import nan_memory
 
-from brainflow.kernels.testing import error_ratio, nan_memory
+from brainflow.kernels.conformance import error_ratio
 from brainflow.kernels.varlen_attention import attention, qkv_attention, shifted_attention
 
 LENGTHS = {"mixed": [3, 1, 17, 9, 1], "single": [1], "last of length 1": [5, 1], "all of length 1": [1, 1, 1]}

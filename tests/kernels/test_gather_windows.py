@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from kernel_checks import guarded, nan_memory, ulp_distance
 
 from brainflow.kernels.gathering import STORES, cpu, gather_windows
 from brainflow.kernels.masking import mask_tokens
 from brainflow.kernels.masks import MaskSpec
-from brainflow.kernels.testing import guarded, nan_memory, ulp_distance
 
 STARTS, LENGTHS = [7, 0, 19], [5, 1, 9]
 CU_SEQLENS = torch.tensor([0, 5, 6, 15], dtype=torch.int32)

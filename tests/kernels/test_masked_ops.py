@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from kernel_checks import guarded, nan_memory, ulp_distance
 
 from brainflow.kernels import MaskSpec, linear_masked_loss, mask_tokens, masked_loss
-from brainflow.kernels.testing import error_ratio, guarded, nan_memory, ulp_distance
+from brainflow.kernels.conformance import error_ratio
 
 SCHEMES = {
     "time_points": lambda seed: MaskSpec.time_points(0.3, seed=seed, offset=5),

@@ -4,9 +4,10 @@ import re
 
 import pytest
 import torch
+from kernel_checks import nan_memory
 
 from brainflow.kernels import MaskSpec, gather_windows, linear_masked_loss, mask_tokens, masked_loss
-from brainflow.kernels.testing import error_ratio, nan_memory
+from brainflow.kernels.conformance import error_ratio
 
 triton = pytest.importorskip("triton", reason="needs triton")
 import triton.language as tl  # noqa: E402

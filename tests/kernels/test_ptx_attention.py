@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from kernel_checks import guarded, nan_memory
 
 from brainflow.kernels import attention, dispatch, qkv_attention, shifted_attention
-from brainflow.kernels.testing import error_ratio, guarded, nan_memory
+from brainflow.kernels.conformance import error_ratio
 from brainflow.kernels.varlen_attention import naive, window
 
 aot = pytest.importorskip("brainflow.kernels.aot", reason="needs triton")

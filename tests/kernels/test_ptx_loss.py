@@ -4,9 +4,10 @@ from itertools import product
 
 import pytest
 import torch
+from kernel_checks import nan_memory, ulp_distance
 
 from brainflow.kernels import MaskSpec, linear_masked_loss, masked_loss
-from brainflow.kernels.testing import error_ratio, nan_memory, ulp_distance
+from brainflow.kernels.conformance import error_ratio
 
 aot = pytest.importorskip("brainflow.kernels.aot", reason="needs triton")
 from ptx_launch import executed, names_of  # noqa: E402

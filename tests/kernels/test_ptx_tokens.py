@@ -4,9 +4,10 @@ from itertools import product
 
 import pytest
 import torch
+from kernel_checks import nan_memory
 
 from brainflow.kernels import MaskSpec, gather_windows, mask_tokens
-from brainflow.kernels.testing import error_ratio, nan_memory
+from brainflow.kernels.conformance import error_ratio
 
 aot = pytest.importorskip("brainflow.kernels.aot", reason="needs triton")
 from ptx_launch import executed, names_of  # noqa: E402

@@ -631,7 +631,7 @@ import numpy as np
 from brainflow.storage import StoreError
 from brainflow.storage.ingest.loading import load_array
 from brainflow.prepare.records import Unusable
-from brainflow.prepare.precheck import check_gifti
+from brainflow.prepare.surfaces import check_gifti
 
 folder = Path(sys.argv[1])
 shape = (60_000, 4_000)

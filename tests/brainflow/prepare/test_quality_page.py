@@ -12,7 +12,7 @@ from brainflow.prepare import find_atlas
 from brainflow.prepare.records import read_before, read_record, write_before
 from brainflow.prepare.volumes import mean_and_labels
 from brainflow.report import quality
-from brainflow.report.methods import methods
+from brainflow.report.quality import methods
 from brainflow.report.quality_figures import _name
 from brainflow.storage import BoldStore, Segment, StoreWriter
 

@@ -1,6 +1,4 @@
-"""What the tests of every op share: error ratios, ulp distances, guard zones, fresh memory full of NaN."""
-
-from __future__ import annotations
+"""What the tests of every op share: ulp distances, guard zones, fresh memory full of NaN."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,27 +8,6 @@ import torch
 
 SENTINEL = 77
 """Value of the guard zones of integer tensors; those of float tensors hold NaN."""
-
-
-def error_ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return ‖actual − expected‖ / ‖expected‖ in float64 (0 if both are zero, inf if only one is).
-
-    NaN anywhere in `actual` gives inf, so that a comparison with a bound cannot pass by accident.
-
-    Examples
-    --------
-    >>> error_ratio(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
-    0.0
-    """
-    if actual.shape != expected.shape:
-        raise ValueError(f"actual: got shape {list(actual.shape)}, expected {list(expected.shape)}")
-    a, e = actual.detach().double(), expected.detach().double()
-    if not bool(torch.isfinite(a).all()):
-        return float("inf")
-    error, norm = float((a - e).norm()), float(e.norm())
-    if error == 0.0:
-        return 0.0
-    return error / norm if norm > 0 else float("inf")
 
 
 def ulp_distance(actual: torch.Tensor, expected: torch.Tensor) -> int:
