@@ -71,6 +71,7 @@ class Report:
     @property
     def resident_warps(self) -> int:
         """How many of a multiprocessor's 64 warps registers and shared memory leave room for."""
+        # A multiprocessor has 65,536 registers and gives them to warps in units of 256.
         of_warp = -(-self.registers * 32 // 256) * 256
         blocks = 65_536 // (of_warp * self.num_warps), SHARED[self.arch] * 1024 // (self.shared + 1024)
         return min(64, 32 * self.num_warps, self.num_warps * min(blocks))

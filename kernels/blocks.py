@@ -52,6 +52,7 @@ def lazy_zeros(like: torch.Tensor) -> torch.Tensor:
 
 def host_bounds(bounds: torch.Tensor, rows: int | None, period: int) -> tuple[int, ...]:
     """Return checked bounds as a tuple of ints."""
+    # Plain numbers, once an op: they are checked, and they are the keys under which masks are kept below.
     result = tuple(bounds.tolist())
     check_values(result, rows, period)
     return result
@@ -105,8 +106,13 @@ def _pieces(
     last = sum(ranges[-1]) if ranges else 0
     size = 0  # rows of each window of the last piece; 0: nothing can join it
     for w, (start, length) in enumerate(ranges):
+        # A block costs some 46 µs of calls whatever it holds, so windows of one length that follow each
+        # other share one. Windows of different lengths would need the weights spread over rows, which cost
+        # more than it saved.
         if size and size == length and pieces[-1][1] == start:
             first, _, before, count = pieces[-1]
+            # What borrows memory borrows it of gradient rows that come later: as many must follow as the
+            # block has.
             limit = max(2 * BLOCK, min(most, (last - first) * networks // 2))
             if (count + 1) * length * networks <= limit:
                 pieces[-1] = first, start + length, before, count + 1
@@ -161,6 +167,7 @@ def keep_bits(selected: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     `keep` clears what is not selected with them; unlike a product with 0 that removes NaN too.
     """
+    # −1 in two's complement has all bits set.
     return selected.to(torch.int64 if dtype == torch.float64 else torch.int32).neg_()
 
 

@@ -32,6 +32,7 @@ def locate(bounds, rows, windows, steps, period, PADDED: tl.constexpr):
         return window, rows % period, tl.load(bounds + window)
     low = rows * 0
     high = low + windows - 1
+    # The host gives the number of halvings, enough for all windows.
     for _ in range(steps):
         middle = (low + high + 1) // 2
         right = tl.load(bounds + middle) <= rows
@@ -44,6 +45,7 @@ def locate(bounds, rows, windows, steps, period, PADDED: tl.constexpr):
 @triton.jit
 def draw(seed, c0, c1, c2, offset):
     """Return the four words of counters (c0, c1, c2, offset), given as int32 tensors of one shape."""
+    # tl.philox wants four tensors of one shape; `* 0 +` gives a number that of its neighbour.
     c3 = (c2 * 0 + offset).to(tl.uint32)
     return tl.philox(seed, c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3)
 

@@ -17,6 +17,8 @@ import torch
 MASK = 0xFFFFFFFF
 ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
 KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
+# Seven rounds pass BigCrush and draw 30 % faster, but then some of the compiled kernels need up to 128
+# registers a thread; with ten all of them stay within their limit.
 ROUNDS = 10
 
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -266,3 +268,67 @@ def _read_column(read: Callable[[str], np.ndarray], digests: Digests, column: st
     if digests.get(chunk, [-1, 0])[0] != size:
         raise ValueError(f"shape says {size} bytes, the manifest lists {digests.get(chunk, ['none'])[0]}")
     return read(chunk).view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
+
+
+_MOST = 4  # generations that are tried: a writer leaves at most three
+
+
+class Files(Protocol):
+    """What is asked of the place where a store lies: a directory, or the objects under a URL."""
+
+    def read(self, relative: str, limit: int) -> np.ndarray: ...  # noqa: D102
+    def entries(self, relative: str) -> dict[str, str]: ...  # noqa: D102
+
+
+# Each index holds a copy of the root's `zarr.json` of its generation, and the index before the newest stays:
+# where the newest generation is damaged, one of the copies says how to read an older one.
+def older_manifests(files: Files, root: bytes) -> Iterator[bytes]:
+    """Copies of manifests to try, the likeliest first.
+
+    Parameters
+    ----------
+    root : the root's `zarr.json`, which is damaged or whose generation is
+    """
+    generation = _generation(root)
+    copies = []
+    for number in _on_disk(files) if generation is None else [generation - 1][:generation]:
+        try:
+            copies.append((number, files.read(manifest_copy(number), MANIFEST_LIMIT).tobytes()))
+        except StoreError:
+            continue
+    # What the damaged root still says of its generation goes before the number: the highest index may be of a
+    # commit that never was.
+    copies.sort(key=lambda copy: (_likeness(copy[0], copy[1], root), copy[0]), reverse=True)
+    yield from (copy for _, copy in copies)
+
+
+def remedy(read: Manifest, root: bytes, where: str) -> str:
+    """What is read instead and how the store is mended, for the warning."""
+    copy = shlex.join(["cp", f"{where}/{manifest_copy(read.generation)}", f"{where}/{MANIFEST}"])
+    if _generation(root) is None:
+        return f"Reading generation {read.generation} by the copy of its manifest; to mend the store: {copy}"
+    return (
+        f"Reading generation {read.generation} ({read.runs} runs) instead of the newest: restore the newest "
+        f"from a copy of the store, or give up the runs of its last commit: {copy}"
+    )
+
+
+def _generation(root: bytes) -> int | None:
+    """The generation of a manifest that is whole; None for another."""
+    try:
+        return parse_manifest(root, "")[0].generation
+    except StoreError:
+        return None
+
+
+def _on_disk(files: Files) -> list[int]:
+    """Generations that have an index, the newest few, where a place can be listed."""
+    names = files.entries("index")
+    return sorted((int(name[1:]) for name in names if re.fullmatch(r"g\d{8,10}", name)), reverse=True)[:_MOST]
+
+
+def _likeness(generation: int, copy: bytes, root: bytes) -> int:
+    """How much of what tells a generation from others is still in a damaged root."""
+    snapshot = re.search(rb'"snapshot": "[0-9a-f]{64}"', copy)
+    signs = [f'"{directory_of(generation)}/'.encode(), f'"generation": {generation},'.encode()]
+    return sum(sign in root for sign in [*signs, *([snapshot[0]] if snapshot else [])])

@@ -82,6 +82,7 @@ class MappedShards:
         """
         if self._flat is not None:
             flat = self._flat.rows
+            # Row r of the store is row r in memory: no shard has to be looked up.
             return [flat[a:b] for a, b in zip(starts.tolist(), (starts + lengths).tolist(), strict=True)]
         rows, shard_rows = self._rows, self.grid.shard_rows
         shards = starts // shard_rows

@@ -122,6 +122,10 @@ class RemoteFiles:
             raise
         return True
 
+    def entries(self, relative: str) -> dict[str, str]:
+        """Nothing: objects at a URL are not listed."""
+        return {}
+
     def version(self, relative: str) -> tuple[int, str]:
         """Bytes of an object, and what changes with its content: the ETag, or when it was changed."""
 

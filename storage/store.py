@@ -14,7 +14,6 @@ import zarr
 
 from .chunks import DecodedRows, chunks_of
 from .errors import DamagedChunk, StoreError, StoreUnavailable, StoreWarning
-from .fallback import older_manifests, remedy
 from .layout import Grid, crc32c
 from .local import LocalFiles
 from .manifest import (
@@ -23,8 +22,10 @@ from .manifest import (
     Manifest,
     directory_of,
     manifest_copy,
+    older_manifests,
     parse_manifest,
     read_columns,
+    remedy,
 )
 from .mapping import MappedShards, ReadHints, aligned_empty
 from .remote import RemoteChunks, RemoteFiles, is_remote

@@ -101,6 +101,11 @@ class Loader(ABC):
         self._settled_s = 0.0
         self._settle()
         self._left: float | None = None
+        self._open()
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Make what batches are read with; the last thing that the constructor does."""
 
     @abstractmethod
     def _take(self, step: int) -> PackedBatch:
@@ -239,16 +244,21 @@ class HostLoader(Loader):
         on_corrupt: Literal["error", "skip"] = "error",
         buffers: int = 3,
     ) -> None:
+        if buffers < 1:
+            raise ValueError(f"buffers: got {buffers}, expected at least 1")
+        self._buffers = buffers
         super().__init__(
             store, sampler, device=device, start_step=start_step, dtype=dtype, on_corrupt=on_corrupt
         )
-        if buffers < 1:
-            raise ValueError(f"buffers: got {buffers}, expected at least 1")
-        self._gatherer = Gatherer(store, self.sampler, buffers=buffers, pinned=self.device.type == "cuda")
+
+    def _open(self) -> None:
+        pinned = self.device.type == "cuda"
+        self._gatherer = Gatherer(self.store, self.sampler, buffers=self._buffers, pinned=pinned)
         # On a GPU a buffer may only be written again when the copy out of it is over.
-        self._copied: list[torch.cuda.Event | None] = [None] * buffers
+        self._copied: list[torch.cuda.Event | None] = [None] * self._buffers
 
     def _take(self, step: int) -> PackedBatch:
+        # A ring: batch n overwrites batch n - buffers, of which a copy to a GPU may still be under way.
         place = step % len(self._copied)
         if (event := self._copied[place]) is not None:
             event.synchronize()
@@ -325,6 +335,8 @@ class Gatherer:
             if self._advised < step:
                 self._advise(windows.starts, windows.lengths)
                 self._advised = step
+            # Announced a batch ahead, its pages are read from a cold disk while this batch is trained on;
+            # the sampler is asked once, for the answer is kept for the next call.
             ahead = step + 1
             if self._advised < ahead and (self.sampler.steps is None or ahead < self.sampler.steps):
                 self._next = ahead, self.sampler.batch(ahead)
@@ -336,6 +348,7 @@ class Gatherer:
 def _buffer(rows: int, columns: int, dtype: torch.dtype, pinned: bool) -> torch.Tensor:
     if pinned:
         return torch.empty(rows, columns, dtype=dtype, pin_memory=True)
+    # torch's own memory begins anywhere; `aligned_empty` says what a copy to there costs.
     return torch.from_numpy(aligned_empty(rows, columns, torch.empty(0, dtype=dtype).numpy().dtype))
 
 
@@ -363,19 +376,8 @@ class ResidentLoader(Loader):
 
     kind = "resident"
 
-    def __init__(
-        self,
-        store: WindowStore,
-        sampler: Sampler,
-        *,
-        device: str | torch.device = "cpu",
-        start_step: int = 0,
-        dtype: torch.dtype | None = None,
-        on_corrupt: Literal["error", "skip"] = "error",
-    ) -> None:
-        super().__init__(
-            store, sampler, device=device, start_step=start_step, dtype=dtype, on_corrupt=on_corrupt
-        )
+    def _open(self) -> None:
+        store = self.store
         row = store.networks * self.stored_dtype.itemsize
         rows = resident_bytes(store, self.stored_dtype.itemsize) // row
         self._bold = torch.zeros(rows, store.networks, dtype=self.stored_dtype, device=self.device)

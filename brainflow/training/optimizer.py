@@ -57,6 +57,7 @@ def guarded_step(optimizer: torch.optim.AdamW, lr: float, found_inf: Tensor) -> 
         group["lr"] = lr
     optimizer.found_inf = found_inf  # type: ignore[attr-defined]
     optimizer.step()
+    # None, not zeros: the next backward pass then writes gradients instead of adding to them.
     optimizer.zero_grad(set_to_none=True)
 
 

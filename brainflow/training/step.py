@@ -91,6 +91,7 @@ class TrainingStep:
         self.config, self.ranks, self.device = config, ranks, device
         train = config.train
         self.parts = rank_parts(train.micro_batches, ranks)
+        # The same weights on every rank, whatever was drawn before.
         torch.manual_seed(derive_seed(train.seed, "weights"))
         allow_tf32(train.precision == "tf32")
         self.module = build(config.model)
@@ -99,6 +100,7 @@ class TrainingStep:
                 f"model.framework: {config.model.framework} builds a {type(self.module).__name__}, expected "
                 "a subclass of brainflow.frameworks.base.Framework"
             )
+        # While the weights are whole: below they may become shards.
         if train.init and fresh:
             load_initial(self.module, train.init)
         freeze(self.module, train.freeze)
@@ -115,6 +117,7 @@ class TrainingStep:
         if compiles(train.compile, device):
             for part in self.module.modules():
                 if isinstance(part, Transformer):
+                    # Dynamic, since every batch has another number of tokens.
                     for block in part.blocks:
                         block.compile(dynamic=True)
         self.model = parallel.spread(self.module, ranks, train.parallel, device, train.precision)
@@ -134,6 +137,8 @@ class TrainingStep:
         sums: dict[str, Tensor] = {}
         losses = []
         for number, batch, weight in zip(self.parts, microbatches, weights, strict=True):
+            # torch has one generator a device: without a seed of its own, what a microbatch drops would
+            # depend on whatever else has drawn from it, and on which rank computes it.
             seed_dropout(self._part_seed("dropout", step, number), self.device)
             loss, metrics = self._backward(batch, number, weight)
             losses.append(loss)
@@ -145,6 +150,7 @@ class TrainingStep:
         if self.scale is not None:
             self.scale.unscale(self.module)
         norm = parallel.whole(nn.utils.clip_grad_norm_(self.module.parameters(), train.clip))
+        # Whether the step counts is decided on the device: to ask would stop it.
         bad = self.meters.update(total, norm, step)
         guarded_step(self.optimizer, lr, bad)
         if self.scale is not None:
@@ -245,6 +251,8 @@ class TrainingStep:
         with parallel.accumulating(self.model, last=number == self.parts[-1]):
             with autocast(self.device, train.precision):
                 out = self.model(batch, seed=self.mask_seed(number))
+            # Gradients of ranks are averaged, but weights are shares of the whole step: `world` undoes the
+            # mean.
             loss = out.loss if weight is None else out.loss * (weight.targets * self.ranks.world)
             (loss if self.scale is None else loss * self.scale.values[0]).backward()
         return out.loss.detach(), out.metrics
@@ -254,6 +262,8 @@ class TrainingStep:
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Sum a step's numbers over ranks in one collective, in which the wish to stop travels, too."""
         of_parts = torch.zeros(self.config.train.micro_batches, dtype=torch.float64, device=self.device)
+        # Each rank fills in its own places and leaves zeros, so the sum holds every microbatch's loss:
+        # their largest comes out of a collective that only adds.
         of_parts[self.parts[0] : self.parts[-1] + 1] = torch.stack(losses).double()
         asked = torch.full((1,), float(stop), dtype=torch.float64, device=self.device)
         sums = self.ranks.sum(torch.cat([torch.stack([total, *metrics.values()]).double(), asked, of_parts]))

@@ -150,6 +150,8 @@ gather_windows.register_autograd(cpu.backward, setup_context=cpu.setup)
 
 def _rows(dtype: torch.dtype, kind: int) -> int:
     """Return R: each of 128 threads loads 16 bytes of a subtile, unless draws would take the registers."""
+    # int8 under a mask of networks with 16 columns a thread took 128 registers; it reads 64 bits at a time
+    # instead.
     return 8 if dtype.itemsize == 1 and kind != COLUMNS else 4
 
 

@@ -143,6 +143,7 @@ def launch_arguments(bounds: torch.Tensor, period: int, mask: list[int]) -> tupl
     windows = bounds.shape[0] - (1 if period == 0 else 0)
     scalars = {
         "windows": windows,
+        # Halvings that find one of `windows` windows; a padded row's window is a division.
         "steps": 0 if period else max(1, int(windows).bit_length()),
         "period": period,
         "threshold": threshold,

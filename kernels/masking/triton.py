@@ -36,10 +36,13 @@ def tile_mask(
     KIND: tl.constexpr, SPAN: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Return (position [R], masked rows [R], masked entries [R, C]) of one tile."""
+    # Rows behind the last one are looked up as the last one, so that `bounds` is not read outside of
+    # itself.
     window, position, length = locate(bounds, tl.minimum(row, rows - 1), windows, steps, period, PADDED)
     taken = (row < rows) & row_mask(window, position, length, threshold, seed, offset, KIND, SPAN)
     hit = taken[:, None] & (tl.arange(0, SUBTILE) >= 0)[None, :]
     if KIND == COLUMNS:
+        # One draw gives the words of four subtiles; the same one is drawn in the programs of all four.
         a, b, c, d = column_words(block // 4, window, position, seed, offset, SPAN)
         part = block % 4
         hit = hit & event(
@@ -65,6 +68,8 @@ def replace(
     read = inside
     if KIND != COLUMNS:
         read = inside & (taken == 0)[:, None]
+    # One 64-bit base a program and 32-bit offsets inside the tile: 64-bit offsets take twice the registers,
+    # which spilled in masked_loss.
     start = tl.program_id(0).to(tl.int64) * R * networks
     at = tl.arange(0, R)[:, None] * networks + column[None, :]
     value = tl.load(x + start + at, mask=read, other=0)
@@ -100,6 +105,7 @@ def gradients(
         at = row[:, None].to(tl.int64) * networks + column[None, :]
         read = inside
         if not NEED_X:
+            # Only the token's gradient is wanted, to which rows that are not masked add nothing.
             read = inside & taken[:, None]
         g = tl.load(grad + at, mask=read, other=0)
         if NEED_X:
@@ -170,6 +176,8 @@ def backward_impl(
     if grad.numel() == 0:
         return grad_x, grad.new_zeros(shape if need_token else 0, dtype=acc)
     blocks, tiles = triton.cdiv(networks, SUBTILE.value), triton.cdiv(rows, tile_rows(mask[0], grad.dtype))
+    # Only sums over rows are shorter where a program adds up several tiles: a token per position keeps a
+    # sum a row.
     per_group = 1 if positions or not need_token else triton.cdiv(tiles, GROUPS)
     groups = triton.cdiv(tiles, per_group)
     partial = grad.new_empty((blocks, rows) if positions else (groups, networks), dtype=acc)

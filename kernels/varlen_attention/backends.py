@@ -316,6 +316,8 @@ def shifted_attention(
             q.roll(-1, 0), k, v, cu_seqlens, max_seqlen, True, dropout_p, softmax_scale
         )
         row_lse = row_lse.contiguous()
+        # The first query of a window has nothing before it: what came back for it belongs to another
+        # window.
         lse_before = row_lse.roll(1, 0).index_fill_(0, first, -torch.inf)
         lse_self = (q.to(row_lse.dtype) * k_self).sum(-1).mul_(softmax_scale)
         lse = torch.logaddexp(lse_before, lse_self)
@@ -326,6 +328,8 @@ def shifted_attention(
         share = weight * keep if dropout_p > 0.0 else weight
         out = before.roll(1, 0).to(lse.dtype).mul_((lse_before - lse).exp_().unsqueeze(-1))
         out.addcmul_(share.unsqueeze(-1), v_self.to(lse.dtype))
+        # The backward pass gets the merged log-sum-exp, but for rows whose result was dropped: theirs
+        # stays, so that their probabilities stay finite beside an upstream gradient of 0.
         row_lse = lse.roll(-1, 0).index_copy_(0, last, row_lse.index_select(0, last))
         return out.to(q.dtype), row_lse, weight, keep, state
 
@@ -352,6 +356,7 @@ def shifted_attention_backward(
     """Return the gradients of q, k, v, k_self and v_self, each [T, H, D]."""
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         last = cu_seqlens[1:].long() - 1
+        # The last row of a window held the next window's first query; its result was dropped.
         row_dout = dout.roll(-1, 0).index_fill_(0, last, 0.0)
         row_dq, dk, dv = BACKENDS[impl].backward(
             row_dout,

@@ -136,6 +136,7 @@ def _alike(lengths: tuple[int, ...], heads: int) -> list[list[int]]:
     """Return groups of windows, the longest first: as many as SCORES and PADDING allow."""
     groups: list[list[int]] = []
     own = 0
+    # The first window of a group says how far the others are padded, so it has to be the longest.
     for window in sorted(range(len(lengths)), key=lambda w: -lengths[w]):
         scores = lengths[window] ** 2
         if groups:
@@ -174,6 +175,7 @@ def forward(
         return out.to(q.dtype), lse, _start_dropout(0.0, q.device)[0]
     packed = [_placed(x.to(compute), groups) for x in (q, k, v)]
     out = packed[0].new_empty(packed[0].shape)
+    # [H, T] in memory: the strides that the operator's fake tells the compiler.
     lse = out.new_empty(out.shape[-2::-1]).t()
     later = _later(max(lengths), compute, q.device) if causal else None
     state, generator = _start_dropout(dropout_p, q.device)
@@ -184,6 +186,7 @@ def forward(
         torch.mul(top.add_(total.log2()).squeeze(-1), LN2, out=e)
         if generator is not None:
             p *= keep_mask(p, dropout_p, generator)
+            # In the divisor, a column, rather than in the probabilities, a matrix.
             total *= kept(dropout_p)
         torch.div(torch.bmm(p, c), total, out=o)
     if groups is not None:
@@ -211,6 +214,7 @@ def backward(
     With P = exp(s − lse) and δ = Σ_d dout · out: dV = Pᵀ dout, dS = P · (dout Vᵀ − δ), dQ = scale · dS K,
     dK = scale · dSᵀ Q (Dao 2023, arXiv 2307.08691, section 3.1.2).
     """
+    # They were checked going forward.
     edges = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(edges)]
     compute = lse.dtype
