@@ -58,71 +58,55 @@ def linear_masked_loss(
     gradient that scales the loss comes first then, so that nothing is lost below their range.
     """
     with torch.autocast("cpu", enabled=False):
-        return _run(hidden, weight, bias, target, rows, row_weights, bounds, period, mask, loss, gradients)
-
-
-def _run(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    rows: torch.Tensor | None,
-    row_weights: torch.Tensor | None,
-    bounds: torch.Tensor,
-    period: int,
-    mask: list[int],
-    loss: int,
-    gradients: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    acc, networks = accumulator(hidden.dtype), weight.shape[0]
-    host = host_bounds(bounds, hidden.shape[0], period)
-    columns = mask[0] == COLUMNS
-    window = position = torch.empty(0)
-    if columns:
-        starts, lengths = windows(bounds, period)
-        window, position = locate(lengths)
-        rows = starts[window] + position
-    elif rows is None:
-        rows = rows_of(tuple(mask), host, period)
-    elif rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < hidden.shape[0]:
-        raise ValueError(
-            f"rows: got values in [{int(rows.min())}, {int(rows.max())}], expected [0, {hidden.shape[0]})"
-        )
-    if columns:
-        amount = float(column_count(mask, host, period, networks))
-    else:
-        amount = rows.numel() if row_weights is None else float(row_weights.sum(dtype=torch.float64))
-        amount *= networks
-    inverse = 1.0 / amount if amount > 0 else 0.0
-    now, later = (inverse, 1.0) if hidden.dtype == acc else (1.0, inverse)
-    few = 16 * rows.numel() < hidden.shape[0]
-    zeros = lazy_zeros if few else torch.zeros_like
-    grad_hidden = zeros(hidden) if gradients else hidden.new_empty(0)
-    grad_weight, grad_bias = empty_gradients(weight, bias, acc, gradients)
-    wide_weight = weight.to(hidden.dtype).to(acc)  # under autocast it comes as it is
-    wide_bias = None if bias is None else bias.to(acc)
-    total = 0.0
-    for start in range(0, rows.numel(), ROWS):
-        block = slice(start, start + ROWS)
-        at = rows[block]
-        h = hidden.index_select(0, at).to(acc)
-        d = torch.nn.functional.linear(h, wide_weight, wide_bias).sub_(target.index_select(0, at))
-        weights = None if row_weights is None else row_weights[block].to(acc)[:, None]
+        acc, networks = accumulator(hidden.dtype), weight.shape[0]
+        host = host_bounds(bounds, hidden.shape[0], period)
+        columns = mask[0] == COLUMNS
+        window = position = torch.empty(0)
         if columns:
-            keep(d, keep_bits(_selected(mask, len(host), window[block], position[block], networks), acc))
-        elif weights is not None:
-            keep(d, keep_bits(weights > 0, acc))
-        slope = torch.empty_like(d)
-        total += float(sum_and_slope(d, slope, loss, weights))
-        if not gradients:
-            continue
-        slope.mul_(now)
-        if bias is not None:
-            grad_bias.add_(slope.sum(0))
-        grad_hidden.index_add_(0, at, (slope @ wide_weight).to(hidden.dtype))
-        grad_weight.addmm_(slope.t(), h, beta=1.0 if start else 0.0)
-    scalars = torch.tensor([total * inverse, later], dtype=acc)
-    return scalars[0].clone(), scalars[1].clone(), grad_hidden, grad_weight, grad_bias
+            starts, lengths = windows(bounds, period)
+            window, position = locate(lengths)
+            rows = starts[window] + position
+        elif rows is None:
+            rows = rows_of(tuple(mask), host, period)
+        elif rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < hidden.shape[0]:
+            raise ValueError(
+                f"rows: got values in [{int(rows.min())}, {int(rows.max())}], expected [0, {hidden.shape[0]})"
+            )
+        if columns:
+            amount = float(column_count(mask, host, period, networks))
+        else:
+            amount = rows.numel() if row_weights is None else float(row_weights.sum(dtype=torch.float64))
+            amount *= networks
+        inverse = 1.0 / amount if amount > 0 else 0.0
+        now, later = (inverse, 1.0) if hidden.dtype == acc else (1.0, inverse)
+        few = 16 * rows.numel() < hidden.shape[0]
+        zeros = lazy_zeros if few else torch.zeros_like
+        grad_hidden = zeros(hidden) if gradients else hidden.new_empty(0)
+        grad_weight, grad_bias = empty_gradients(weight, bias, acc, gradients)
+        wide_weight = weight.to(hidden.dtype).to(acc)  # under autocast it comes as it is
+        wide_bias = None if bias is None else bias.to(acc)
+        total = 0.0
+        for start in range(0, rows.numel(), ROWS):
+            block = slice(start, start + ROWS)
+            at = rows[block]
+            h = hidden.index_select(0, at).to(acc)
+            d = torch.nn.functional.linear(h, wide_weight, wide_bias).sub_(target.index_select(0, at))
+            weights = None if row_weights is None else row_weights[block].to(acc)[:, None]
+            if columns:
+                keep(d, keep_bits(_selected(mask, len(host), window[block], position[block], networks), acc))
+            elif weights is not None:
+                keep(d, keep_bits(weights > 0, acc))
+            slope = torch.empty_like(d)
+            total += float(sum_and_slope(d, slope, loss, weights))
+            if not gradients:
+                continue
+            slope.mul_(now)
+            if bias is not None:
+                grad_bias.add_(slope.sum(0))
+            grad_hidden.index_add_(0, at, (slope @ wide_weight).to(hidden.dtype))
+            grad_weight.addmm_(slope.t(), h, beta=1.0 if start else 0.0)
+        scalars = torch.tensor([total * inverse, later], dtype=acc)
+        return scalars[0].clone(), scalars[1].clone(), grad_hidden, grad_weight, grad_bias
 
 
 def _selected(

@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 
 from .. import dispatch
 from . import fa2, fa4, fallback, torch_varlen, window
-from .limits import Limits
+from .adapter import Call, Limits
 
 BACKENDS: dict[str, ModuleType] = {
     "window": window,
@@ -206,7 +206,8 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out [T, H, D], lse [T, H] and the backend's random state (empty without dropout)."""
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        return BACKENDS[impl].forward(q, k, v, cu_seqlens, max_seqlen, causal, dropout_p, softmax_scale)
+        call = Call(cu_seqlens, max_seqlen, causal, dropout_p, softmax_scale)
+        return BACKENDS[impl].forward(q, k, v, call)
 
 
 @torch.library.custom_op("brainflow::attention_backward", mutates_args=())
@@ -227,9 +228,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, each [T, H, D]."""
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        return BACKENDS[impl].backward(
-            dout, q, k, v, out, lse, state, cu_seqlens, max_seqlen, causal, dropout_p, softmax_scale
-        )
+        call = Call(cu_seqlens, max_seqlen, causal, dropout_p, softmax_scale)
+        return BACKENDS[impl].backward(dout, q, k, v, out, lse, state, call)
 
 
 def lse_dtype(q: Tensor) -> torch.dtype:
@@ -312,9 +312,8 @@ def shifted_attention(
     """
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         first, last = cu_seqlens[:-1].long(), cu_seqlens[1:].long() - 1
-        before, row_lse, state = BACKENDS[impl].forward(
-            q.roll(-1, 0), k, v, cu_seqlens, max_seqlen, True, dropout_p, softmax_scale
-        )
+        call = Call(cu_seqlens, max_seqlen, True, dropout_p, softmax_scale)
+        before, row_lse, state = BACKENDS[impl].forward(q.roll(-1, 0), k, v, call)
         row_lse = row_lse.contiguous()
         # The first query of a window has nothing before it: what came back for it belongs to another
         # window.
@@ -358,19 +357,9 @@ def shifted_attention_backward(
         last = cu_seqlens[1:].long() - 1
         # The last row of a window held the next window's first query; its result was dropped.
         row_dout = dout.roll(-1, 0).index_fill_(0, last, 0.0)
+        call = Call(cu_seqlens, max_seqlen, True, dropout_p, softmax_scale)
         row_dq, dk, dv = BACKENDS[impl].backward(
-            row_dout,
-            q.roll(-1, 0),
-            k,
-            v,
-            out.roll(-1, 0),
-            row_lse,
-            state,
-            cu_seqlens,
-            max_seqlen,
-            True,
-            dropout_p,
-            softmax_scale,
+            row_dout, q.roll(-1, 0), k, v, out.roll(-1, 0), row_lse, state, call
         )
         dout_ = dout.to(weight.dtype)
         delta = (dout_ * out).sum(-1)

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .limits import LOW_PRECISION, Limits
+from .adapter import LOW_PRECISION, Call, Limits
 
 LIMITS = Limits(
     name="fa2",
@@ -36,11 +36,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    dropout_p: float,
-    softmax_scale: float,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out [tokens, heads, head_dim], lse [tokens, heads] and the random state."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
@@ -49,15 +45,15 @@ def forward(
         q=q,
         k=k,
         v=v,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
+        cu_seqlens_q=call.cu_seqlens,
+        cu_seqlens_k=call.cu_seqlens,
+        max_seqlen_q=call.max_seqlen,
+        max_seqlen_k=call.max_seqlen,
+        dropout_p=call.dropout_p,
+        softmax_scale=call.softmax_scale,
+        causal=call.causal,
     )
-    state = rng_state.view(torch.int64) if dropout_p > 0.0 else q.new_empty(0, dtype=torch.int64)
+    state = rng_state.view(torch.int64) if call.dropout_p > 0.0 else q.new_empty(0, dtype=torch.int64)
     return out, lse.t(), state
 
 
@@ -69,11 +65,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     state: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    dropout_p: float,
-    softmax_scale: float,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, each [tokens, heads, head_dim]."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
@@ -89,18 +81,18 @@ def backward(
         dq=dq,
         dk=dk,
         dv=dv,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
+        cu_seqlens_q=call.cu_seqlens,
+        cu_seqlens_k=call.cu_seqlens,
+        max_seqlen_q=call.max_seqlen,
+        max_seqlen_k=call.max_seqlen,
+        dropout_p=call.dropout_p,
+        softmax_scale=call.softmax_scale,
+        causal=call.causal,
         window_size_left=-1,
         window_size_right=-1,
         softcap=0.0,
         alibi_slopes=None,
         deterministic=torch.are_deterministic_algorithms_enabled(),
-        rng_state=state if dropout_p > 0.0 else None,
+        rng_state=state if call.dropout_p > 0.0 else None,
     )
     return dq, dk, dv

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .limits import LOW_PRECISION, Limits
+from .adapter import LOW_PRECISION, Call, Limits
 
 LIMITS = Limits(
     name="fa4",
@@ -36,11 +36,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    dropout_p: float,
-    softmax_scale: float,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out [tokens, heads, head_dim], lse [tokens, heads] and an empty random state."""
     from flash_attn.cute.interface import flash_attn_varlen_func
@@ -49,12 +45,12 @@ def forward(
         q=q,
         k=k,
         v=v,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-        softmax_scale=softmax_scale,
-        causal=causal,
+        cu_seqlens_q=call.cu_seqlens,
+        cu_seqlens_k=call.cu_seqlens,
+        max_seqlen_q=call.max_seqlen,
+        max_seqlen_k=call.max_seqlen,
+        softmax_scale=call.softmax_scale,
+        causal=call.causal,
         return_lse=True,
     )
     return out, lse.t(), q.new_empty(0, dtype=torch.int64)
@@ -68,11 +64,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     state: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    dropout_p: float,
-    softmax_scale: float,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, each [tokens, heads, head_dim]."""
     from flash_attn.cute.interface import _flash_attn_bwd
@@ -84,12 +76,12 @@ def backward(
         out=out,
         dout=dout.contiguous(),
         lse=lse.t().contiguous(),
-        softmax_scale=softmax_scale,
-        causal=causal,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
+        softmax_scale=call.softmax_scale,
+        causal=call.causal,
+        cu_seqlens_q=call.cu_seqlens,
+        cu_seqlens_k=call.cu_seqlens,
+        max_seqlen_q=call.max_seqlen,
+        max_seqlen_k=call.max_seqlen,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return dq, dk, dv

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..dispatch import host_lengths
 from ..dropout import keep_mask, kept
-from .limits import Limits
+from .adapter import Call, Limits
 
 LN2 = math.log(2.0)
 BLOCK_SCORES = 2**18
@@ -159,35 +159,31 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    dropout_p: float,
-    softmax_scale: float,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out [T, H, D], lse [T, H] and the random state that the backward pass needs."""
-    lengths = host_lengths(cu_seqlens, q.shape[0], max_seqlen)
+    lengths = host_lengths(call.cu_seqlens, q.shape[0], call.max_seqlen)
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     groups = grouped(lengths, q)
-    if _by_flash_cpu(q, groups, dropout_p):
+    if _by_flash_cpu(q, groups, call.dropout_p):
         a, b, c = (x.to(compute) for x in (q, k, v))
-        out, lse = _flash_forward(a, b, c, lengths, causal, softmax_scale)
+        out, lse = _flash_forward(a, b, c, lengths, call.causal, call.softmax_scale)
         return out.to(q.dtype), lse, _start_dropout(0.0, q.device)[0]
     packed = [_placed(x.to(compute), groups) for x in (q, k, v)]
     out = packed[0].new_empty(packed[0].shape)
     # [H, T] in memory: the strides that the operator's fake tells the compiler.
     lse = out.new_empty(out.shape[-2::-1]).t()
-    later = _later(max(lengths), compute, q.device) if causal else None
-    state, generator = _start_dropout(dropout_p, q.device)
+    later = _later(max(lengths), compute, q.device) if call.causal else None
+    state, generator = _start_dropout(call.dropout_p, q.device)
     for hidden, (a, b, c, o, e) in _blocks(lengths, groups, *packed, out, lse):
-        p = _scores(a * (softmax_scale / LN2), b, later, hidden)
+        p = _scores(a * (call.softmax_scale / LN2), b, later, hidden)
         top = p.amax(-1, keepdim=True)
         total = p.sub_(top).exp2_().sum(-1, keepdim=True)
         torch.mul(top.add_(total.log2()).squeeze(-1), LN2, out=e)
         if generator is not None:
-            p *= keep_mask(p, dropout_p, generator)
+            p *= keep_mask(p, call.dropout_p, generator)
             # In the divisor, a column, rather than in the probabilities, a matrix.
-            total *= kept(dropout_p)
+            total *= kept(call.dropout_p)
         torch.div(torch.bmm(p, c), total, out=o)
     if groups is not None:
         out, lse = (groups.restore(x, q.shape[1]) for x in (out, lse))
@@ -203,11 +199,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     state: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    dropout_p: float,
-    softmax_scale: float,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, each [T, H, D].
 
@@ -215,13 +207,13 @@ def backward(
     dK = scale · dSᵀ Q (Dao 2023, arXiv 2307.08691, section 3.1.2).
     """
     # They were checked going forward.
-    edges = cu_seqlens.tolist()
+    edges = call.cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(edges)]
     compute = lse.dtype
     groups = grouped(lengths, q)
-    if _by_flash_cpu(q, groups, dropout_p):
+    if _by_flash_cpu(q, groups, call.dropout_p):
         g, a, b, c, o = (x.to(compute) for x in (dout, q, k, v, out))
-        dq, dk, dv = _flash_backward(g, a, b, c, o, lse, lengths, causal, softmax_scale)
+        dq, dk, dv = _flash_backward(g, a, b, c, o, lse, lengths, call.causal, call.softmax_scale)
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
     delta = (dout.to(compute) * out).sum(-1)
     packed = [_placed(x.to(compute), groups) for x in (dout, q, k, v, lse / LN2, delta)]
@@ -229,22 +221,22 @@ def backward(
         # A query that stands for no token has probabilities of 0: keys and values get nothing from it.
         packed[4].index_fill_(0, groups.padding, torch.inf)
     grads = [packed[0].new_empty(packed[0].shape) for _ in range(3)]
-    later = _later(max(lengths), compute, q.device) if causal else None
-    _, generator = _start_dropout(dropout_p, q.device, state)
+    later = _later(max(lengths), compute, q.device) if call.causal else None
+    _, generator = _start_dropout(call.dropout_p, q.device, state)
     if generator is not None:  # what is kept was scaled up
-        packed[0] = packed[0] / kept(dropout_p)
+        packed[0] = packed[0] / kept(call.dropout_p)
     for hidden, (g, a, b, c, e, d, dq, dk, dv) in _blocks(lengths, groups, *packed, *grads):
-        a = a * (softmax_scale / LN2)
+        a = a * (call.softmax_scale / LN2)
         p = _scores(a, b, later, hidden).sub_(e.unsqueeze(-1)).exp2_()
         ds = torch.bmm(g, c.transpose(1, 2))
         used = p
         if generator is not None:
-            keep = keep_mask(p, dropout_p, generator)
+            keep = keep_mask(p, call.dropout_p, generator)
             ds *= keep
             used = keep.mul_(p)
         dv.copy_(torch.bmm(used.transpose(1, 2), g))
         ds.sub_(d.unsqueeze(-1)).mul_(p)
-        torch.mul(torch.bmm(ds, b), softmax_scale, out=dq)
+        torch.mul(torch.bmm(ds, b), call.softmax_scale, out=dq)
         torch.mul(torch.bmm(ds.transpose(1, 2), a), LN2, out=dk)
     if groups is not None:
         grads = [groups.restore(x, q.shape[1]) for x in grads]

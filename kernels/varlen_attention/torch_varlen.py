@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .limits import LOW_PRECISION, Limits
+from .adapter import LOW_PRECISION, Call, Limits
 
 LIMITS = Limits(
     name="torch",
@@ -36,11 +36,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    dropout_p: float,
-    softmax_scale: float,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out [tokens, heads, head_dim], lse [tokens, heads] and an empty random state."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
@@ -49,13 +45,13 @@ def forward(
         query=q,
         key=k,
         value=v,
-        cu_seq_q=cu_seqlens,
-        cu_seq_k=cu_seqlens,
-        max_q=max_seqlen,
-        max_k=max_seqlen,
+        cu_seq_q=call.cu_seqlens,
+        cu_seq_k=call.cu_seqlens,
+        max_q=call.max_seqlen,
+        max_k=call.max_seqlen,
         return_aux=AuxRequest(lse=True),
-        scale=softmax_scale,
-        window_size=(-1, 0) if causal else (-1, -1),
+        scale=call.softmax_scale,
+        window_size=(-1, 0) if call.causal else (-1, -1),
     )
     if lse.shape != (q.shape[1], q.shape[0]):  # it is handed back in the backward pass
         raise ValueError(
@@ -74,11 +70,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     state: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    causal: bool,
-    dropout_p: float,
-    softmax_scale: float,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, each [tokens, heads, head_dim]."""
     import torch.nn.attention.varlen
@@ -90,13 +82,13 @@ def backward(
         value=v,
         out=out,
         lse=lse.t().contiguous(),
-        cu_seq_q=cu_seqlens,
-        cu_seq_k=cu_seqlens,
-        max_q=max_seqlen,
-        max_k=max_seqlen,
-        is_causal=causal,
+        cu_seq_q=call.cu_seqlens,
+        cu_seq_k=call.cu_seqlens,
+        max_q=call.max_seqlen,
+        max_k=call.max_seqlen,
+        is_causal=call.causal,
         rng_state=torch.zeros(2, dtype=torch.uint64, device=q.device),
-        scale=softmax_scale,
-        window_size=[-1, 0] if causal else [-1, -1],
+        scale=call.softmax_scale,
+        window_size=[-1, 0] if call.causal else [-1, -1],
     )
     return dq, dk, dv

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import HAS_TRITON
-from .limits import LOW_PRECISION, Limits
+from .adapter import LOW_PRECISION, Limits
 
 if HAS_TRITON:
     from . import triton

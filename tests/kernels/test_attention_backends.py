@@ -24,6 +24,7 @@ from brainflow.kernels.varlen_attention import (
     shifted_attention,
     torch_varlen,
 )
+from brainflow.kernels.varlen_attention.adapter import Call
 
 LENGTHS = [5, 1, 9, 3]
 FA2_FORWARD = (
@@ -287,7 +288,7 @@ def test_a_log_sum_exp_of_another_shape_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", other)
     q = torch.zeros(4, 2, 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"log-sum-exp of shape \(4, 2, 1\) from .*, expected .* \(2, 4\)"):
-        torch_varlen.forward(q, q, q, cumulative([4]), 4, True, 0.0, 1.0)
+        torch_varlen.forward(q, q, q, Call(cumulative([4]), 4, True, 0.0, 1.0))
 
 
 def test_compiles_without_graph_breaks(backend):

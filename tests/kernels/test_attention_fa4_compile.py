@@ -11,13 +11,14 @@ SCRIPT = """
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from brainflow.kernels.varlen_attention import fa4
+from brainflow.kernels.varlen_attention.adapter import Call
 
 with FakeTensorMode():
     q, k, v, dout = (torch.empty(1826, 12, 64, dtype=torch.bfloat16, device="cuda") for _ in range(4))
     windows = torch.empty(65, dtype=torch.int32, device="cuda")
-    arguments = (windows, 49, True, 0.0, 0.125)
-    out, lse, state = fa4.forward(q, k, v, *arguments)
-    grads = fa4.backward(dout, q, k, v, out, lse, state, *arguments)
+    call = Call(windows, 49, True, 0.0, 0.125)
+    out, lse, state = fa4.forward(q, k, v, call)
+    grads = fa4.backward(dout, q, k, v, out, lse, state, call)
 assert out.shape == q.shape and out.dtype == q.dtype
 assert lse.shape == q.shape[:2] and lse.dtype == torch.float32
 assert all(g.shape == q.shape and g.dtype == q.dtype for g in grads)

@@ -1,13 +1,26 @@
-"""What one attention backend can compute."""
+"""What an attention backend is asked for and what it can compute: adapters take a Call and have Limits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+class Call(NamedTuple):
+    """What attention forward and backward are given beside tensors of values."""
+
+    cu_seqlens: Tensor
+    """int32 [windows + 1], on the device of the values."""
+    max_seqlen: int
+    causal: bool
+    dropout_p: float
+    softmax_scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
