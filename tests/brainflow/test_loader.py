@@ -157,7 +157,7 @@ def test_auto_keeps_a_store_in_gpu_memory_if_there_is_room(store, monkeypatch):
     rows = int((store.runs.start + store.runs.length).max())
     needed = rows * 20 * (2 if store.dtype == np.float16 else 4)
     made = []
-    for module, name in (("resident", "ResidentLoader"), ("pipeline", "DaliLoader")):
+    for module, name in (("loader", "ResidentLoader"), ("pipeline", "DaliLoader")):
         monkeypatch.setattr(f"brainflow.data.{module}.{name}", lambda *_, name=name, **__: made.append(name))
     for free in (2 * needed, 2 * needed - 2):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * free))
