@@ -117,6 +117,8 @@ class FeedForward(nn.Module):
         self.approximate: Literal["tanh", "none"] = "tanh" if tanh else "none"
         hidden = c.feedforward * c.width
         if self.gated:
+            # SwiGLU has three matrices where the others have two: two thirds of the width are as many
+            # weights.
             hidden = -(-2 * hidden // 3 // 8) * 8
         self.up = Linear(c.width, 2 * hidden if self.gated else hidden)
         self.down = Linear(hidden, c.width)
@@ -267,6 +269,7 @@ class Transformer(nn.Module):
         if self.token_types is not None and layout.token_types is not None:
             x = x + F.embedding(layout.token_types, self.token_types.weight)
         elif self.token_types is not None:
+            # BERT where nothing says which sequence a token belongs to: all are of the first.
             x = x + self.token_types.weight[0]
         return x if norm_first(self.style, self.config) else self.norm(x)
 

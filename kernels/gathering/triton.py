@@ -76,6 +76,7 @@ def gather_kernel(
         if SCALE == 2:
             row_scale = scale + window.to(tl.int64) * networks
             value = value * tl.load(row_scale + column, mask=within, other=0).to(tl.float32)[None, :]
+        # A window that leaves the store cannot be refused without a sync: its rows come out as NaN.
         value = tl.where(inside[:, None], value, float("nan"))
         if KIND >= 0:
             if BY_POSITION:

@@ -31,6 +31,7 @@ def mask_tokens(
     host = host_bounds(bounds, x.shape[0], period)
     starts, lengths = windows(bounds, period)
     _check_positions(mask_token, lengths)
+    # The token is a parameter and may be wider than the batch; the output has the type of what it replaces.
     token, by_position = mask_token.to(x.dtype), mask_token.ndim == 2
     out = x.clone()
     if mask[0] == COLUMNS:
@@ -81,6 +82,8 @@ def mask_tokens_backward(
             if need_x:
                 as_windows(grad_x[first:end], bits).masked_fill_(bits.bool(), 0.0)
             if need_token:
+                # A copy, because what is not masked is cleared in place and the upstream gradient is not
+                # ours.
                 masked = grad[first:end].to(dtype, copy=True)
                 keep(as_windows(masked, bits), bits)
                 add(torch.arange(first, end), masked)
