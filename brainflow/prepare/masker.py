@@ -12,8 +12,7 @@ import numpy as np
 from brainflow.optional import need
 from brainflow.prepare import volumes
 from brainflow.prepare.atlas import AtlasSpec, check_space, find_atlas
-from brainflow.prepare.clean import clean
-from brainflow.prepare.confounds import Confounds
+from brainflow.prepare.confounds import Confounds, clean
 from brainflow.prepare.files import parse_name
 from brainflow.prepare.settings import CleanSettings
 from brainflow.prepare.timing import nifti_repetition_time

@@ -16,8 +16,7 @@ import numpy as np
 from brainflow.optional import need
 from brainflow.prepare import surfaces, volumes
 from brainflow.prepare.atlas import AtlasSpec
-from brainflow.prepare.clean import clean, temporal_snr
-from brainflow.prepare.confounds import Confounds
+from brainflow.prepare.confounds import Confounds, clean, temporal_snr
 from brainflow.prepare.confounds import load as load_confounds
 from brainflow.prepare.events import segments_of
 from brainflow.prepare.files import Kind, RunFiles
