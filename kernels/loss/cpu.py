@@ -102,6 +102,7 @@ def _rows(
     networks, acc = pred.shape[1], accumulator(pred.dtype)
     count = index.numel() * networks
     scale = factor / max(1, count)
+    # Predictions, targets and slopes of a block stay in cache until its gradient is written.
     step = max(1, 2 * BLOCK // networks)
     shape = (min(step, index.numel()), networks)
     taken, wanted = pred.new_empty(shape), target.new_empty(shape)
