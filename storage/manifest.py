@@ -270,7 +270,7 @@ def _read_column(read: Callable[[str], np.ndarray], digests: Digests, column: st
     return read(chunk).view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
 
-_MOST = 4  # generations that are tried: a writer leaves at most three
+_MOST_GENERATIONS = 4  # that are tried: a writer leaves at most three
 
 
 class Files(Protocol):
@@ -324,7 +324,8 @@ def _generation(root: bytes) -> int | None:
 def _on_disk(files: Files) -> list[int]:
     """Generations that have an index, the newest few, where a place can be listed."""
     names = files.entries("index")
-    return sorted((int(name[1:]) for name in names if re.fullmatch(r"g\d{8,10}", name)), reverse=True)[:_MOST]
+    numbers = (int(name[1:]) for name in names if re.fullmatch(r"g\d{8,10}", name))
+    return sorted(numbers, reverse=True)[:_MOST_GENERATIONS]
 
 
 def _likeness(generation: int, copy: bytes, root: bytes) -> int:

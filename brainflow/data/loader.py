@@ -23,6 +23,9 @@ from brainflow.kernels.gathering import gather_windows
 from brainflow.storage import StoreError
 from brainflow.storage.mapping import aligned_empty
 
+_SETTLE = 8  # batches: asking what was read costs 10 µs
+_LOAD_ROWS = 65_536
+
 
 class WindowStore(Protocol):
     """What a loader asks of a store (`BoldStore` has it)."""
@@ -34,9 +37,6 @@ class WindowStore(Protocol):
     @property
     def runs(self) -> RunColumns: ...  # noqa: D102
     def windows(self, starts: Any, lengths: Any, out: Any = None) -> NDArray[Any]: ...  # noqa: D102
-
-
-_SETTLE = 8  # batches: asking what was read costs 10 µs
 
 
 def batch_dtype(store: WindowStore) -> torch.dtype:
@@ -350,9 +350,6 @@ def _buffer(rows: int, columns: int, dtype: torch.dtype, pinned: bool) -> torch.
         return torch.empty(rows, columns, dtype=dtype, pin_memory=True)
     # torch's own memory begins anywhere; `aligned_empty` says what a copy to there costs.
     return torch.from_numpy(aligned_empty(rows, columns, torch.empty(0, dtype=dtype).numpy().dtype))
-
-
-_LOAD_ROWS = 65_536
 
 
 def resident_bytes(store: WindowStore, itemsize: int) -> int:

@@ -33,6 +33,7 @@ from brainflow.kernels.varlen_attention import settle
 Style = Literal["gpt", "bert"]
 Streams = Literal["one", "two", "second"]
 EPS = {"gpt": 1e-5, "bert": 1e-12}
+ROTARY_BASE = 10_000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,9 +348,6 @@ def _all_to(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     if result:
         torch._foreach_copy_(result, list(tensors))
     return result
-
-
-ROTARY_BASE = 10_000.0
 
 
 # Rotary positions in few operators: value i of a head turns together with value i + D/2.

@@ -1,7 +1,8 @@
 """Parcel time series of surfaces: CIFTI `.dtseries.nii` with a dlabel, pairs of GIFTI with label files.
 
 A network's time series is the mean over its vertices and voxels. Surfaces are not smoothed here: that needs
-the geodesic distances of a mesh (`wb_command -cifti-smoothing` does it beforehand).
+the geodesic distances of a mesh (`wb_command -cifti-smoothing` does it beforehand). Files are checked before
+nibabel reads them: it trusts what they name and declare.
 """
 
 from __future__ import annotations

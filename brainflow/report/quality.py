@@ -56,6 +56,16 @@ _NORMALISED = {
     "gsr": "Each parcel's time series was z-scored within the run, the mean over parcels was regressed out, "
     "and parcels were z-scored again.",
 }
+CARPETS = 6
+"""Runs of which a carpet plot is shown: those with the most motion, and the median one."""
+CORRELATION_RUNS = 100
+"""Runs, evenly spaced, that the correlation matrix is averaged over at most."""
+MOVED = 0.5
+"""Framewise displacement in mm above which a volume counts as moved, as in fMRIPrep."""
+UNLIKE = 1.5
+"""Standardised DVARS above which a volume counts as unlike the one before it, as in fMRIPrep."""
+CONDITIONS = 40
+"""Conditions of which mean responses are shown: the most frequent ones."""
 
 
 def methods(
@@ -141,18 +151,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "of unknown version"
-
-
-CARPETS = 6
-"""Runs of which a carpet plot is shown: those with the most motion, and the median one."""
-CORRELATION_RUNS = 100
-"""Runs, evenly spaced, that the correlation matrix is averaged over at most."""
-MOVED = 0.5
-"""Framewise displacement in mm above which a volume counts as moved, as in fMRIPrep."""
-UNLIKE = 1.5
-"""Standardised DVARS above which a volume counts as unlike the one before it, as in fMRIPrep."""
-CONDITIONS = 40
-"""Conditions of which mean responses are shown: the most frequent ones."""
 
 
 def write_quality_report(

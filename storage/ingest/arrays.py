@@ -1,4 +1,12 @@
-"""Reading runs from array files, with a small TOML file that says which file is which run."""
+"""Reading runs from array files, with a small TOML file that says which is which run; see `docs/format.md`.
+
+    [store]            # keyword arguments of StoreWriter.create, and `normalise`
+    [defaults]         # what all runs share: t_r, dataset, task, array, layout, …
+    [[files]]          # one or more: a glob relative to the TOML file, and what differs from the defaults
+
+What is wrong in it is an error of every run, so it is found before anything is written. The file is the
+user's own: its regular expressions and globs may still take as long as they like.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +47,9 @@ _STORE: dict[str, type] = {
     "compression": str,
 }
 _EXPECTED = {"str": "a text", "list": "a list", "dict": "a table"}
+MAX_SEGMENTS = 2**18
+_BIDS = re.compile(r"(?:^|[_/])(ds|sub|ses|task|run)-([A-Za-z0-9]+)")
+_BIDS_NAMES = dict(zip(("ds", "sub", "ses", "task", "run"), ENTITIES, strict=True))
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], list[tuple[Path, dict[str, Any]]]]:
@@ -166,11 +177,6 @@ def _refuse_unknown(where: str, table: Any, known: Iterable[str]) -> None:
             raise StoreError(
                 f"{where}: unknown key {shown(name)!r}, expected one of {', '.join(sorted(known))}"
             )
-
-
-MAX_SEGMENTS = 2**18
-_BIDS = re.compile(r"(?:^|[_/])(ds|sub|ses|task|run)-([A-Za-z0-9]+)")
-_BIDS_NAMES = dict(zip(("ds", "sub", "ses", "task", "run"), ENTITIES, strict=True))
 
 
 def ingest_arrays(

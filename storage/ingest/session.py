@@ -1,4 +1,7 @@
-"""One store being filled from many sources, of which a bad one must not harm the others."""
+"""One store being filled from many sources, of which a bad one must not harm the others.
+
+An ingestion also says how runs are scaled as they are given, whether it scales them or not.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ APART = 100.0
 """Largest over smallest standard deviation of the networks of a run that is worth a word."""
 SPIKE = 10.0
 """Standard deviations from the mean of its network that are worth a word."""
+_LONGEST_REASON = 500
 
 
 @dataclass(kw_only=True)
@@ -128,9 +132,6 @@ def _spike(bold: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> list[str]:
         f"network {network} is {furthest[network]:.3g} standard deviations from its mean at time point "
         f"{time}; nothing was clipped"
     ]
-
-
-_LONGEST_REASON = 500
 
 
 @dataclass(kw_only=True)
