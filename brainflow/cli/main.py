@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from brainflow.cli.usage import WrongUsage
+from brainflow.cli.usage import WrongUsage, check_words, refuse
 
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("brainflow.cli.demo", "see all of it work on real fMRI, in minutes, on two CPU cores"),
@@ -167,9 +167,16 @@ def _parse(module: Any, prog: str, rest: list[str]) -> Any:
     import tyro  # 0.2 s that `brainflow --help` need not pay
 
     try:
+        given = rest
+        check_words(prog, module.Args, given)
         if hasattr(module, "arguments"):  # a verb whose arguments come from a file, too
             rest = module.arguments(rest)
-        parsed = tyro.cli(module.Args, prog=prog, args=rest, description=module.__doc__)
+        parse = partial(tyro.cli, module.Args, prog=prog, args=rest, description=module.__doc__)
+        parsed, unknown = parse(return_unknown_args=True)
+        if unknown and not unknown[0].startswith("-"):
+            refuse(prog, module.Args, given, unknown[0])
+        if unknown:
+            parse()  # says which option may be meant, and exits
         return module.settled(parsed, rest) if hasattr(module, "settled") else parsed
     except BrokenPipeError:  # the reader of --help left
         raise

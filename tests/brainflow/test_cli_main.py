@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -119,6 +120,34 @@ def test_an_unknown_verb_names_the_nearest(capsys, typed, hint):
 def test_a_wrong_flag_is_a_usage_error(capsys):
     assert main(["pretrain", "store", "--out", "run", "--model.widht", "3"]) == 2
     assert "--model.width" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "word", "usage"),
+    [
+        ("split a b", "b", "brainflow split STORE --test SHARE|COUNT|sub-NAME …|FILE.json --out FILE"),
+        ("info a b", "b", "brainflow info STORE"),
+        ("demo here", "here", "brainflow demo"),
+        ("verify a --json b", "b", "brainflow verify STORE"),
+        ("pretrain a b --train.steps 10", "b", "brainflow pretrain [STORE] --out RUN"),
+        ("adapt a b", "b", "brainflow adapt STORE --from CKPT --target COLUMN --out DIR"),
+        ("ingest arrays runs.toml store", "store", "brainflow ingest arrays CONFIG.toml --store STORE"),
+        ("ingest store a b 'c d'", "'c d'", "brainflow ingest store SRC STORE"),
+        ("bench gpu all", "all", "brainflow bench [SUITE]"),
+    ],
+)
+def test_a_word_too_many_is_named_with_what_is_expected(capsys, typed, word, usage):
+    assert main(shlex.split(typed)) == 2
+    error = capsys.readouterr().err
+    assert f"unexpected {word}; expected `{usage}`" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_words_where_any_number_of_them_is_taken_are_none_too_many(capsys):
+    assert main(["plot", "a", "b", "c"]) == 1
+    assert "a holds no metrics.jsonl" in capsys.readouterr().err
+    assert main(["ingest", "a", "b"]) == 2
+    assert "tar, arrays" in capsys.readouterr().err
 
 
 def test_an_impossible_combination_is_a_usage_error(capsys):
