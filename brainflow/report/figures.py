@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,8 @@ BLUES = LinearSegmentedColormap.from_list("blues", ["#f6f8fb", "#9dbcf0", ACCENT
 DASHES = (0, (5, 3))
 MOST_NAMES = 40
 """Subjects or runs that a figure names."""
+LABEL_BESIDE, LONGEST_LABEL = 18, 80
+"""Characters of a label of a legend beside a figure, and of one beneath it."""
 DOTS_PER_INCH = 160
 
 
@@ -234,7 +236,7 @@ def confusion(matrix: NDArray, classes: Sequence[str]) -> bytes:
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = 2.2 + 0.44 * len(classes)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(side + 0.6, side)
+        figure, axes = _figure(side + 0.6, side, layout="compressed")  # a colour bar as tall as the square
         image = axes.imshow(shares, cmap=BLUES, vmin=0, vmax=1)
         if len(classes) <= 30:
             for (row, column), count in np.ndenumerate(matrix):
@@ -247,7 +249,7 @@ def confusion(matrix: NDArray, classes: Sequence[str]) -> bytes:
         axes.spines[:].set_visible(False)
         axes.set_xlabel("decoded")
         axes.set_ylabel("shown")
-        figure.colorbar(image, ax=axes, label="share of the row", shrink=0.8)
+        figure.colorbar(image, ax=axes, label="share of the row")
         return _png(figure)
 
 
@@ -376,23 +378,35 @@ def scatter(points: NDArray, groups: Sequence[str], names: tuple[str, str]) -> b
     """
     found, counts = np.unique(groups, return_counts=True)
     frequent = found[np.argsort(-counts, kind="stable")][:7]
+    labels = [_shortened(str(group), LONGEST_LABEL) or "–" for group in frequent]
+    beneath = max(map(len, labels)) > LABEL_BESIDE
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(6.4, 4.6)
+        figure, axes = _figure(6.4, 4.6 + 0.22 * len(labels) * beneath)
         rest = ~np.isin(groups, frequent)
         if rest.any():
             axes.scatter(*points[rest].T, s=12, color=FAINT, label=f"{len(found) - len(frequent)} others")
-        for i, group in enumerate(frequent):
+        for i, (group, label) in enumerate(zip(frequent, labels, strict=True)):
             chosen = np.asarray(groups) == group
-            axes.scatter(*points[chosen].T, s=16, color=f"C{i}", alpha=0.7, label=str(group)[:40] or "–")
+            axes.scatter(*points[chosen].T, s=16, color=f"C{i}", alpha=0.7, label=label)
         axes.set_xlabel(names[0])
         axes.set_ylabel(names[1])
         if len(found) > 1:
-            figure.legend(loc="outside right upper", markerscale=1.5)
+            place = "outside lower left" if beneath else "outside right upper"
+            figure.legend(loc=place, markerscale=1.5, fontsize=8.5 if beneath else None)
         return _png(figure)
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _shortened(text: str, most: int) -> str:
+    """Return a text of at most so many characters, without its middle: names of runs differ at their ends."""
+    if len(text) <= most:
+        return text
+    return f"{text[: (most - 1) // 2]}…{text[-(most // 2) :]}"
+
+
+def _figure(
+    width: float, height: float, *, layout: Literal["constrained", "compressed"] = "constrained"
+) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout=layout)
     return figure, figure.subplots()
 
 

@@ -143,7 +143,8 @@ def correlation(runs: Sequence[np.ndarray], names: Sequence[str]) -> bytes:
         total += np.arctanh(np.clip(matrix, -0.9999, 0.9999))
     mean = np.tanh(total / len(runs))
     np.fill_diagonal(mean, 1.0)
-    figure = Figure(figsize=(4.4, 3.8), layout="constrained")
+    # "constrained" would make the colour bar taller than the square matrix
+    figure = Figure(figsize=(4.4, 3.8), layout="compressed")
     axes = figure.subplots()
     image = axes.imshow(mean, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     for axis in (axes.xaxis, axes.yaxis):

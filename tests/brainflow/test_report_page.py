@@ -9,9 +9,10 @@ import nibabel
 import numpy as np
 import pytest
 from browser import answer, assert_pictures_fit, assert_shown
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from brainflow.report import figures
+from brainflow.report import figures, quality_figures
 from brainflow.report.brain import brain_section, glass_brain, make_masker, to_image
 from brainflow.report.page import Page, Picture, Section, Table, render, write_page
 from brainflow.report.run_page import run_page
@@ -55,6 +56,50 @@ def test_page_fetches_nothing_and_runs_nothing(page):
     for source in sources:
         assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
     assert "<script" not in html
+
+
+def _legend(monkeypatch, groups):
+    """Draw a scatter and return the figure, its legend's texts, and whether the legend lies within it."""
+    drawn = []
+    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or b"")
+    figures.scatter(np.random.default_rng(0).normal(size=(len(groups), 2)), groups, ("a", "b"))
+    [figure], [legend] = drawn, drawn[0].legends
+    FigureCanvasAgg(figure).draw()
+    box = legend.get_window_extent()
+    page = figure.bbox
+    inside = box.x0 >= page.x0 and box.x1 <= page.x1 and box.y0 >= page.y0 and box.y1 <= page.y1
+    return figure, [text.get_text() for text in legend.get_texts()], inside
+
+
+def test_long_names_in_a_legend_are_whole_and_leave_the_picture_its_width(monkeypatch):
+    groups = [f"sub-{i:02d}_ses-baseline_task-emotionregulation_acq-highres_run-{i}" for i in range(7)]
+    figure, texts, inside = _legend(monkeypatch, groups * 2)
+    assert texts == groups
+    assert inside
+    assert figure.axes[0].get_window_extent().width > 0.8 * figure.bbox.width
+    _, texts, inside = _legend(monkeypatch, [f"{'x' * 300}{i}" for i in range(3)])
+    assert inside
+    assert [text[-2:] for text in texts] == ["x0", "x1", "x2"]  # what tells them apart stands at the end
+    _, texts, _ = _legend(monkeypatch, ["rest", "task"])
+    assert texts == ["rest", "task"]
+
+
+@pytest.mark.parametrize("drawing", ["correlation", "confusion"])
+def test_a_colour_bar_is_as_tall_as_its_matrix(monkeypatch, drawing):
+    drawn = []
+    module = figures if drawing == "confusion" else quality_figures
+    monkeypatch.setattr(module, "_png", lambda figure: drawn.append(figure) or b"")
+    if drawing == "confusion":
+        figures.confusion(np.eye(5, dtype=int), [f"a long name of a condition {i}" for i in range(5)])
+    else:
+        bold = np.random.default_rng(0).normal(size=(50, 30))
+        quality_figures.correlation([bold], [f"7Networks_LH_SomMot_{i}" for i in range(30)])
+    [figure] = drawn
+    FigureCanvasAgg(figure).draw()
+    matrix, bar = figure.axes
+    assert bar.get_window_extent().height == pytest.approx(matrix.get_window_extent().height, rel=0.01)
+    assert matrix.get_window_extent().width == pytest.approx(matrix.get_window_extent().height, rel=0.01)
+    assert matrix.get_tightbbox().x0 >= 0  # names of networks are whole
 
 
 def test_names_are_escaped_and_not_rendered_as_templates(page):
