@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from brainflow.data.splits import Split, listed
 from brainflow.files import read_json
 from brainflow.pretrained.format import CONFIG, located, read_config
+from brainflow.pretrained.hub import fetch
 from brainflow.pretrained.privacy import seen
 
 TRAINED_BODY = ("finetune", "lora")
@@ -108,19 +110,19 @@ def people_seen(checkpoint: str | os.PathLike[str], people: set[str]) -> tuple[l
     -------
     read, fitted, unknown
         Those whose BOLD was read, those whose labels were fitted, and the first of the models, if any, that
-        does not say or is not to be had.
+        does not say or is to be had neither here nor from the hub.
     """
     read: set[str] = set()
     fitted: set[str] = set()
     unknown, name = "", os.fspath(checkpoint)
     for generation in range(GENERATIONS):
-        path = located(name) / CONFIG
-        if not path.is_file():
+        folder = _ancestor(name) if generation else located(name)
+        if not (folder / CONFIG).is_file():
             unknown = unknown or name
             break
-        if generation and not isinstance(read_json(path).get("model"), dict):
+        if generation and not isinstance(read_json(folder / CONFIG).get("model"), dict):
             break  # a language model, which saw nobody
-        saved = read_config(name)
+        saved = read_config(folder)
         data: dict[str, Any] = saved.get("data") or {}
         salt = {"subjects_salt": data.get("subjects_salt")}
         read.update(seen(data, people))
@@ -130,6 +132,16 @@ def people_seen(checkpoint: str | os.PathLike[str], people: set[str]) -> tuple[l
             named = (saved.get("decoding") or {}).get("subjects")
             fitted.update(seen({"training_subjects": named, **salt}, people))
         name = str(((saved.get("pretrain") or {}).get("train") or {}).get("init") or "")
+        if not name and not data.get("training_subjects"):  # a decoder has the people of its model beside it
+            name = str(saved.get("base_model") or "")
         if not name:
             break
     return sorted(read - fitted), sorted(fitted), unknown
+
+
+def _ancestor(name: str) -> Path:
+    """Return the folder of a model that another began from; of one on the hub `config.json` is fetched."""
+    try:
+        return fetch(name, files=[CONFIG], ownerless=True)
+    except (FileNotFoundError, ImportError):  # gone, without a network, or the hub's client is not installed
+        return located(name)

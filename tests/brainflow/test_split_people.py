@@ -1,6 +1,8 @@
 """People kept for the test: `brainflow split`, and that nobody else reads them, whatever came in between."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -266,6 +268,32 @@ def test_a_model_that_has_seen_a_test_person_is_refused_unless_allowed(place, tm
         assert f"warning: pretraining of {leaky} read the BOLD" in error
         assert f"{of} tested subjects" in error
         assert json.loads(out)["decoder"]["pretraining_saw"][-1] == "toy/05"
+
+
+def test_people_of_a_model_on_the_hub_that_another_began_from_are_found(place, tmp_path, monkeypatch):
+    task = task_of(place)
+    grandparent = seen_model(tmp_path / "g", ["toy/06"])
+    parent = seen_model(tmp_path / "p", ["toy/02"], pretrain={"train": {"init": "me/grandparent"}})
+    asked = []
+
+    def download(name, *, revision=None, allow_patterns=None):
+        asked.append((name, allow_patterns))
+        if name not in on_hub:
+            raise OSError("offline")
+        return str(on_hub[name])
+
+    on_hub = {"me/parent": parent, "me/grandparent": grandparent}
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=download))
+    child = seen_model(tmp_path / "c", ["toy/01"], pretrain={"train": {"init": "me/parent"}})
+    with pytest.raises(ValueError, match="of toy/06"):
+        check_unseen(child, task)
+    assert asked == [("me/parent", ["config.json"]), ("me/grandparent", ["config.json"])]  # no weights
+    silent = seen_model(tmp_path / "s", [], base_model="me/grandparent")
+    with pytest.raises(ValueError, match="of toy/06"):
+        check_unseen(silent, task)
+    on_hub.pop("me/grandparent")
+    with pytest.warns(LeakWarning, match="me/grandparent does not name the people"):
+        assert check_unseen(child, task) == []
 
 
 def test_every_way_to_have_seen_somebody_is_found(place, tmp_path):
