@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import re
+from collections.abc import Iterable, Sequence
 
 # C0, DEL, C1, line and paragraph separators, marks that turn the direction of writing, halves of surrogates
 # (which no terminal can encode)
@@ -19,6 +21,33 @@ def printable(text: str) -> str:
     'sub-\\x1b[2J01'
     """
     return _CONTROL.sub(_written_out, text)
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """How many there are of what, in words that fit one of them, too.
+
+    Examples
+    --------
+    >>> counted(1, "run"), counted(2, "run"), counted(1200, "person", "people")
+    ('1 run', '2 runs', '1,200 people')
+    """
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> str:
+    """Rows as an HTML table: what a notebook shows of an object.
+
+    Examples
+    --------
+    >>> html_table(["run"], [["<a>"]])
+    '<table><tr><th>run</th></tr><tr><td>&lt;a&gt;</td></tr></table>'
+    """
+    lines = [("th", header), *(("td", row) for row in rows)] if header else [("td", row) for row in rows]
+    cells = (
+        "".join(f"<{tag}>{html.escape(printable(str(cell)))}</{tag}>" for cell in line) for tag, line in lines
+    )
+    caption = f"<caption>{html.escape(printable(title))}</caption>" if title else ""
+    return f"<table>{caption}{''.join(f'<tr>{line}</tr>' for line in cells)}</table>"
 
 
 def csv_cell(text: str) -> str:

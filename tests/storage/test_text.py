@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainflow.storage.text import csv_cell, printable
+from brainflow.storage.text import counted, csv_cell, html_table, printable
 
 
 @given(st.text(alphabet=st.characters()))
@@ -36,3 +36,26 @@ def test_a_cell_that_begins_like_a_formula_is_a_number(text):
     if cell.startswith(("=", "+", "-", "@", "\t", "\r")):
         float(cell)
     assert cell.removeprefix("'") == text
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "said"),
+    [
+        (0, ("run",), "0 runs"),
+        (1, ("run",), "1 run"),
+        (1, ("person", "people"), "1 person"),
+        (1200, ("window is", "windows are"), "1,200 windows are"),
+    ],
+)
+def test_of_one_there_are_not_several(count, words, said):
+    assert counted(count, *words) == said
+
+
+def test_a_table_for_a_notebook_escapes_what_strangers_wrote():
+    table = html_table(["<b>"], [["<script>", 1], ["\x1b[2J", None]], title="a & b")
+    assert "<script" not in table
+    assert "\x1b" not in table
+    assert table.startswith(
+        "<table><caption>a &amp; b</caption><tr><th>&lt;b&gt;</th></tr><tr><td>&lt;script&gt;"
+    )
+    assert html_table([], [["a", "b"]]) == "<table><tr><td>a</td><td>b</td></tr></table>"
