@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.table import Table
 
+from brainflow.progress import Remaining
 from brainflow.storage.files import write_text
 
 from . import peers
@@ -82,8 +83,10 @@ def measure(
     rows: dict[str, list[Row]] = {}
     failures: list[str] = []
     facts = {**(env or {}), **plan.facts()}
+    left = Remaining(len(chosen), at_once=_workers(chosen))
     with tempfile.TemporaryDirectory(prefix="brainflow-learning-") as folder:
         for name, done in _finished(chosen, plan, Path(folder)):
+            left.advance(left.done + 1)
             try:
                 rows[name], seconds = done.result()
             except BrokenProcessPool:
@@ -93,11 +96,16 @@ def measure(
                 traceback.print_exception(error)
                 failures.append(f"{name}: failed, so no row: {type(error).__name__}: {error}")
                 continue
-            print(f"learning: {name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+            so_far = f"{left.done} of {len(chosen)} parts, {left} left"
+            print(f"learning: {name}: {seconds:.0f} s ({so_far})", file=sys.stderr, flush=True)
             if json_file is not None:
                 text = json.dumps([one.to_dict(facts) for one in _ordered(chosen, rows)], indent=1)
                 write_text(json_file, text + "\n")
     return _ordered(chosen, rows), failures
+
+
+def _workers(chosen: Mapping[str, Part]) -> int:
+    return min(len(chosen), len(os.sched_getaffinity(0)))
 
 
 def _ordered(chosen: Mapping[str, Part], rows: Mapping[str, list[Row]]) -> list[Row]:
@@ -109,7 +117,7 @@ def _finished(
     chosen: Mapping[str, Part], plan: Plan, folder: Path
 ) -> Iterator[tuple[str, Future[tuple[list[Row], float]]]]:
     """Yield each part's name and future as it is done."""
-    workers = min(len(chosen), len(os.sched_getaffinity(0)))
+    workers = _workers(chosen)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=begin_worker, initargs=(1,)) as pool:
         running: dict[Future[tuple[list[Row], float]], str] = {}

@@ -27,6 +27,7 @@ __all__ = [
     "embed",
     "from_pretrained",
     "load",
+    "progress_bar",
     "push_to_hub",
     "save_pretrained",
 ]
@@ -36,6 +37,7 @@ _PLACES = {
     "BoldEncoder": "brainflow.decoding.estimator",
     "BoldRegressor": "brainflow.decoding.estimator",
     "from_pretrained": "brainflow.pretrained.hub",
+    "progress_bar": "brainflow.progress",
     "push_to_hub": "brainflow.sharing",
 }
 

@@ -16,9 +16,8 @@ onsets of their own, drawn from (seed, person), so person 7 is the same in a coh
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,7 +141,7 @@ def write_cohort(
     overwrite
         Replace the store at `path`.
     progress
-        Called with (people done, people in all).
+        Called with (done, all) after those who are simulated at once: people, with labels counted twice.
 
     Raises
     ------
@@ -163,25 +162,23 @@ def write_cohort(
         provenance=provenance,
         overwrite=overwrite,
     ) as writer:
-        longer = replace(cohort, time_points=2 * cohort.time_points)
-        everybody = chain(_everybody(cohort, 0, people), _everybody(longer, people, people + labelled))
-        for person, (bold, segments) in enumerate(everybody):
-            with_labels = person >= people
-            writer.append(
-                bold,
-                t_r=cohort.t_r,
-                dataset=f"simulated-{cohort.kind}",
-                subject=f"{person:05d}",
-                task="states" if with_labels else "unlabelled",
-                segments=segments if with_labels else (),
-            )
-            if progress is not None:
-                progress(person + 1, people + labelled)
-
-
-def _everybody(cohort: Cohort, begin: int, end: int) -> Iterator[Person]:
-    for first in range(begin, end, _TOGETHER):
-        yield from cohort.people(first, min(_TOGETHER, end - first))
+        longer, done = replace(cohort, time_points=2 * cohort.time_points), 0
+        for part, begin, end in ((cohort, 0, people), (longer, people, people + labelled)):
+            with_labels = part is longer
+            for first in range(begin, end, _TOGETHER):
+                block = part.people(first, min(_TOGETHER, end - first))
+                for person, (bold, segments) in enumerate(block, first):
+                    writer.append(
+                        bold,
+                        t_r=cohort.t_r,
+                        dataset=f"simulated-{cohort.kind}",
+                        subject=f"{person:05d}",
+                        task="states" if with_labels else "unlabelled",
+                        segments=segments if with_labels else (),
+                    )
+                done += len(block) * (2 if with_labels else 1)
+                if progress is not None:
+                    progress(done, people + 2 * labelled)
 
 
 def _background(cohort: Cohort) -> NDArray[np.float64]:

@@ -21,7 +21,6 @@ Examples
 
 from __future__ import annotations
 
-import itertools
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,9 +30,9 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from brainflow.cli.progress import progress_bar
 from brainflow.cli.score_tables import curve_table, gain_line, narrow, scores_table, shift_line
 from brainflow.cli.usage import WrongUsage
+from brainflow.progress import progress_bar
 
 Modes = Literal["finetune", "lora", "attentive", "linear", "mlp", "knn", "all"]
 
@@ -217,15 +216,28 @@ def run(args: Args) -> int:
         "allow_seen": args.allow_seen,
     }
     pair = [configs[-1]] if args.scratch else [configs[-1], replace(configs[-1], scratch=True)]
-    judged = len(configs) - 1 + len(pair) * (1 + len(counts) * args.draws)
-    fits, total = itertools.count(1), judged * args.seeds * len(task.folds)
+    tasks, folds = 1 + len(counts) * args.draws, len(task.folds)
+    # of the decoders without a model all together count as one fit in each fold
+    total = folds * (args.seeds * (len(configs) - 1 + len(pair) * tasks) + tasks)
+    cache = cache_folder() if args.cache else None
     with progress_bar("fits", quiet=args.json) as progress:
-        settings["progress"] = lambda done, _: progress(next(fits), total)
+        done = 0
+
+        def step(fits: int) -> None:
+            nonlocal done
+            done += fits
+            progress(done, total)
+
+        def without_model(part: Any) -> list[Any]:
+            found = baselines(part, cache=cache)
+            step(folds)
+            return found
+
+        settings["progress"] = lambda *_: step(1)
         results = [adapt(task, checkpoint, config, **settings) for config in configs[:-1]]
         result = adapt(task, checkpoint, configs[-1], explain=explain, **settings)
         fresh = [adapt(task, checkpoint, config, **settings) for config in pair[1:]]
-        cache = cache_folder() if args.cache else None
-        without = baselines(task, cache=cache)
+        without = without_model(task)
         others = [*results, *fresh, *without]
         extra: dict[str, Any] = {"command": args.recorded, "doctor": doubts}
         if fresh:
@@ -236,7 +248,7 @@ def run(args: Args) -> int:
                 counts,
                 lambda part: [
                     *(adapt(part, checkpoint, one, **settings) for one in pair),
-                    *baselines(part, cache=cache),
+                    *without_model(part),
                 ],
                 draws=args.draws,
                 seed=args.split_seed,
@@ -286,7 +298,8 @@ def _open(args: Args, out: Path) -> Any:
     if not args.store.endswith(".toml"):
         return BoldStore.open(args.store)
     path = out / "store-from-arrays"
-    report = ingest_arrays(args.store, path, overwrite=True)
+    with progress_bar("files", quiet=args.json) as progress:
+        report = ingest_arrays(args.store, path, overwrite=True, progress=progress)
     if not report.ok:
         raise ValueError(f"store: {'; '.join(report.failures.values())}")
     return BoldStore.open(str(path))

@@ -10,7 +10,6 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from brainflow.cli.progress import progress_bar
 from brainflow.cli.score_tables import gain_line, narrow, people_table
 from brainflow.cli.usage import WrongUsage
 from brainflow.decoding.doctor import examine
@@ -22,8 +21,9 @@ from brainflow.decoding.people_decoders import (
     write_people,
 )
 from brainflow.pretrained.hub import fetch
+from brainflow.progress import progress_bar
 from brainflow.storage.files import output_folder
-from brainflow.storage.text import printable
+from brainflow.storage.text import counted, printable
 
 TOGETHER = {"store", "from_", "target", "level", "out", "mode", "split", "folds", "classes", "layer", "seed"}
 TOGETHER |= {"allow_seen", "allow_mismatch", "scratch", "device", "json", "report"}
@@ -107,7 +107,7 @@ def run_people(args: Any, store: Any, told: Any) -> int:
     units = len(set(task.units[task.tested]))
     print(f"intervals: 95 %, bootstrap over {units} {printable(task.unit)}s{narrow(units)}")
     for why, count in task.left_out.items():
-        print(printable(f"left out: {count} people, {why}"))
+        print(printable(f"left out: {counted(count, 'person', 'people')}, {why}"))
     if task.confound_kinds:
         kinds = ", ".join(f"{name} ({kind})" for name, kind in task.confound_kinds.items())
         print(printable(f"confounds regressed out within folds: {kinds}"))

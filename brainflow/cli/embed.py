@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from brainflow.cli.prepare_cluster import absolute
-from brainflow.cli.progress import progress_bar
 from brainflow.cli.usage import WrongUsage
+from brainflow.progress import progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -98,6 +98,7 @@ def run(args: Args) -> int:
     from brainflow.decoding.embed import embed, plan
     from brainflow.decoding.embeddings import check_output
     from brainflow.prepare.pool import prepare_runs
+    from brainflow.storage.text import counted
 
     check_output(args.out)
     work = (args.work_dir or args.out.with_suffix(".work")).absolute()
@@ -114,7 +115,9 @@ def run(args: Args) -> int:
         )
         records = prepare_runs([job for job in jobs.values() if not job.is_done()], args.nprocs)
         failures |= {one["key"]: one["reason"] for one in records if one["status"] != "done"}
-        print(f"{work}: {len(jobs)} images prepared" + (f", {len(failures)} not" if failures else ""))
+        print(
+            f"{work}: {counted(len(jobs), 'image')} prepared" + (f", {len(failures)} not" if failures else "")
+        )
         return _left_out(failures)
     if args.report:
         from brainflow.report.embedding_page import write_embedding_page  # before the work, what it lacks
@@ -147,7 +150,7 @@ def run(args: Args) -> int:
 
 def _say(args: Args, found: Any, page: Path | None) -> None:
     """Print what was done."""
-    from brainflow.storage.text import printable
+    from brainflow.storage.text import counted, printable
 
     width, files = found.vectors.shape[1], len({row["path"] for row in found.rows})
     if args.json:
@@ -158,7 +161,12 @@ def _say(args: Args, found: Any, page: Path | None) -> None:
         return
     for note in found.notes:
         print(printable(f"brainflow embed: note: {note}"), file=sys.stderr)
-    print(printable(f"{args.out}: {len(found.rows)} rows of {files} files, {width} numbers each"))
+    print(
+        printable(
+            f"{args.out}: {counted(len(found.rows), 'row')} of {counted(files, 'file')}, "
+            f"{counted(width, 'number')} each"
+        )
+    )
     if page:
         print(printable(f"page: {page}"))
 

@@ -26,16 +26,16 @@ from typing import Annotated, Literal
 
 import tyro
 
-from brainflow.cli.progress import progress_bar
 from brainflow.cli.usage import WrongUsage
 from brainflow.data.splits import split_runs
+from brainflow.progress import progress_bar
 from brainflow.storage import BoldStore
 from brainflow.storage.ingest.arrays import ingest_arrays
 from brainflow.storage.ingest.session import IngestReport
 from brainflow.storage.ingest.stores import ingest_store
 from brainflow.storage.ingest.webdataset import ingest_tar
 from brainflow.storage.normalise import Kind
-from brainflow.storage.text import printable
+from brainflow.storage.text import counted, printable
 
 _SHOWN = 10
 
@@ -161,7 +161,7 @@ Args = (
     | Annotated[Fbert, tyro.conf.subcommand("fbert", prefix_name=False)]
 )
 
-_SOURCES = {Store: "runs", Fbert: "recordings"}
+_SOURCES = {Store: "run", Fbert: "recording"}
 
 
 def run(args: Tar | Arrays | Store | Xcpd | Fbert) -> int:
@@ -201,7 +201,7 @@ def run(args: Tar | Arrays | Store | Xcpd | Fbert) -> int:
             split_runs(
                 opened.runs, sizes=sizes, by="subject", seed=args.split_seed, snapshot=opened.snapshot
             ).save(args.split)
-    _show(report, store, args.json, _SOURCES.get(type(args), "files"))
+    _show(report, store, args.json, _SOURCES.get(type(args), "file"))
     return 0 if report.ok else 1
 
 
@@ -272,15 +272,15 @@ def _show(report: IngestReport, store: str, as_json: bool, sources: str) -> None
     for key, what in list(report.notes.items())[:_SHOWN]:
         print(f"NOTE {printable(key)}: {printable(what)}")
     if len(report.notes) > _SHOWN:
-        print(f"… and so for {len(report.notes) - _SHOWN} runs more (--json names all)")
+        print(f"… and so for {counted(len(report.notes) - _SHOWN, 'run')} more (--json names all)")
     print_rounded(report)
     _print_scale(report, store)
     print(
-        f"{len(report.runs)} runs written to {store} from {report.sources} {sources}; "
+        f"{counted(len(report.runs), 'run')} written to {store} from {counted(report.sources, sources)}; "
         f"{len(report.failures)} bad"
     )
     if report.runs:
-        print(f"the store now holds {len(BoldStore.open(store).runs)} runs")
+        print(f"the store now holds {counted(len(BoldStore.open(store).runs), 'run')}")
 
 
 def _print_scale(report: IngestReport, store: str) -> None:
@@ -289,7 +289,7 @@ def _print_scale(report: IngestReport, store: str) -> None:
     for key, what in list(notes.items())[:_SHOWN]:
         print(f"SCALE {printable(key)}: {what}")
     if len(notes) > _SHOWN:
-        print(f"… and so for {len(notes) - _SHOWN} runs more (--json names all)")
+        print(f"… and so for {counted(len(notes) - _SHOWN, 'run')} more (--json names all)")
     if report.runs:
         print(printable(report.scale.said(BoldStore.open(store).attributes["normalisation"])))
 
@@ -300,6 +300,7 @@ def print_rounded(report: IngestReport) -> None:
         print(f"ROUNDED {printable(key)}: {what}")
     if report.rounded:
         print(
-            f"{len(report.rounded)} of {len(report.runs)} runs lost more than 0.1 % of a standard deviation "
+            f"{len(report.rounded)} of {counted(len(report.runs), 'run')} "
+            f"lost more than 0.1 % of a standard deviation "
             "to rounding; z-score the runs (--normalise), or choose dtype float32"
         )

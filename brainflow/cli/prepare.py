@@ -21,22 +21,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
 from brainflow.cli.ingest import print_rounded
 from brainflow.cli.prepare_args import Args, filters_of, labels, query_of, settings_of, template_of, work_of
 from brainflow.cli.prepare_cluster import submitted, write_slurm
-from brainflow.cli.progress import progress_bar
 from brainflow.cli.usage import WrongUsage
-from brainflow.storage.text import printable
+from brainflow.progress import ProgressLine, Remaining, progress_bar
+from brainflow.storage.text import counted, printable
 
 if TYPE_CHECKING:
     from brainflow.prepare import AtlasSpec
@@ -84,12 +78,12 @@ def _participant(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     for atlas in atlases:
         save_atlas(atlas, work_of(args))
     records = []
-    with _Progress(len(todo)) as progress:
+    with _Progress(len(todo), processes if args.submit == "no" else len(todo)) as progress:
         for record in prepare_runs(todo, processes) if args.submit == "no" else submitted(args, todo):
             records.append(record)
             progress.show(record)
     outcome = _counts(records) or "nothing was left to do"
-    print(f"{len(jobs)} runs: {len(jobs) - len(todo)} were ready, {outcome}")
+    print(f"{counted(len(jobs), 'run')}: {len(jobs) - len(todo)} were ready, {outcome}")
     return records
 
 
@@ -128,7 +122,7 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     )
     records = sorted([*records, *_unprepared(args, records)], key=lambda record: record["key"])
     if args.dry_run:
-        print(f"{len(records)} runs: {_counts(records)}; nothing was gathered")
+        print(f"{counted(len(records), 'run')}: {_counts(records)}; nothing was gathered")
         return records
     images = (Path(file) for record in records for file in record.get("inputs", []))
     write_description(args.output_dir, _roots(args), images)
@@ -149,7 +143,10 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
         failures |= {key: f"atlas {atlas.label}: {reason}" for key, reason in done.failures.items()}
         print_rounded(done)
         stores[atlas.label] = BoldStore.open(path)
-        print(f"{path}: {len(done.runs)} runs, {stores[atlas.label].networks} networks, atlas {atlas.label}")
+        print(
+            f"{path}: {counted(len(done.runs), 'run')}, {counted(stores[atlas.label].networks, 'network')}, "
+            f"atlas {atlas.label}"
+        )
         if stores[atlas.label].attributes["network_coordinates"] is None:
             print(f"atlas {atlas.label}: its mesh is not known, so no coordinates are stored; see --surfaces")
     if failures:
@@ -220,8 +217,9 @@ def _print_plan(jobs: Sequence[Job], todo: Sequence[Job], processes: int) -> Non
         note = f"  (no {', no '.join(lacks)})" if lacks else ""
         print(f"{state:8} {printable(files.key)}  {printable(files.images[0].name)}{note}")
     print(
-        f"{len(todo)} of {len(jobs)} runs to prepare, atlas {', '.join(jobs[0].atlas_labels)}; "
-        f"{processes} processes of at most {worker_bytes(jobs) / 1e9:.1f} GB each; nothing was done"
+        f"{len(todo)} of {counted(len(jobs), 'run')} to prepare, atlas {', '.join(jobs[0].atlas_labels)}; "
+        f"{counted(processes, 'process', 'processes')} of at most {worker_bytes(jobs) / 1e9:.1f} "
+        f"GB each; nothing was done"
     )
 
 
@@ -247,39 +245,24 @@ def _print_left_out(records: Sequence[dict[str, Any]]) -> bool:
 class _Progress:
     """A bar with the remaining time in a terminal, plain lines elsewhere; on stderr."""
 
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._began = total, 0, time.monotonic()
-        self._bar: Bar | None = None
-        if sys.stderr.isatty() and total:
-            self._bar = Bar(
-                TextColumn("prepare"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task("", total=total)
+    def __init__(self, total: int, processes: int) -> None:
+        self._left = Remaining(total, at_once=processes)
+        self._line = ProgressLine("prepare", self._left, quiet=not total, counts=True, keep=True)
 
     def __enter__(self) -> _Progress:
-        if self._bar:
-            self._bar.start()
+        self._line.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
+    def __exit__(self, *error: Any) -> None:
+        self._line.__exit__(*error)
 
     def show(self, record: dict[str, Any]) -> None:
         """Count a run."""
-        self._done += 1
-        if self._bar:
-            self._bar.update(self._task, completed=self._done, description=escape(printable(record["key"])))
+        done, total, key = self._left.done + 1, self._left.total, printable(record["key"])
+        self._left.advance(done)
+        self._line.update(key)
+        if self._line.live:
             return
         reason = f": {printable(record['reason'])}" if record["reason"] else ""
-        left = (time.monotonic() - self._began) / self._done * (self._total - self._done)
-        eta = f"{left / 60:.0f} min left" if left >= 60 else f"{left:.0f} s left"
-        sys.stderr.write(
-            f"{self._done}/{self._total} ({eta}) {record['status']} {printable(record['key'])}{reason}\n"
-        )
+        sys.stderr.write(f"{done}/{total} ({self._left} left) {record['status']} {key}{reason}\n")
         sys.stderr.flush()

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from brainflow.cli.progress import progress_bar
 from brainflow.cli.usage import WrongUsage
+from brainflow.progress import progress_bar
 
 if TYPE_CHECKING:
     from brainflow.sharing import Upload

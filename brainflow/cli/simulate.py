@@ -19,8 +19,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from brainflow.cli.progress import progress_bar
+from brainflow.progress import progress_bar
 from brainflow.simulate import Cohort, write_cohort
+from brainflow.storage.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ def run(args: Args) -> int:
     else:
         minutes = args.time_points * args.t_r * (args.people + 2 * args.labelled) / 60
         print(
-            f"{args.store}: {args.people} people without labels, {args.labelled} with; {minutes:,.0f} minutes"
+            f"{args.store}: {counted(args.people, 'person', 'people')} without labels, "
+            f"{args.labelled} with; {minutes:,.0f} minutes"
         )
     return 0

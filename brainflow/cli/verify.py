@@ -15,9 +15,9 @@ from typing import Annotated
 
 import tyro
 
-from brainflow.cli.progress import progress_bar
+from brainflow.progress import progress_bar
 from brainflow.storage import verify
-from brainflow.storage.text import printable
+from brainflow.storage.text import counted, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,12 @@ def run(args: Args) -> int:
             print(f"note: {printable(note)}")
         store = printable(args.store)
         if report.ok:
-            print(f"{store}: good, {report.chunks} chunks read")
+            print(f"{store}: good, {counted(report.chunks, 'chunk')} read")
         elif not report.chunks:
-            print(f"{store}: {len(report.errors)} errors; no chunk was read")
+            print(f"{store}: {counted(len(report.errors), 'error')}; no chunk was read")
         else:
-            print(f"{store}: {len(report.errors)} errors; {len(report.bad_runs)} runs are touched")
+            print(
+                f"{store}: {counted(len(report.errors), 'error')}; "
+                f"{counted(len(report.bad_runs), 'run is', 'runs are')} touched"
+            )
     return 0 if report.ok else 1

@@ -22,6 +22,7 @@ from brainflow.devices import resolve_device
 from brainflow.frameworks import build
 from brainflow.pretrained.compatibility import check_fits
 from brainflow.pretrained.format import load_pretrained
+from brainflow.progress import or_notebook
 
 Device = Literal["auto", "cpu", "cuda"]
 Known = dict[tuple[Any, ...], list[NDArray[np.float32]]]
@@ -63,7 +64,7 @@ def adapt(
     explain
         Called with each fitted decoder and the windows that its fold tests.
     progress
-        Called with (folds done, folds) after each fold.
+        Called with (folds done, folds) after each fold. A notebook shows a bar without it.
 
     Returns
     -------
@@ -86,14 +87,13 @@ def adapt(
         raise ValueError(f"seeds: got {seeds}, expected at least 1")
     check_fits(checkpoint, task.store, allow=allow_mismatch)
     saw = [] if config.scratch else check_unseen(checkpoint, task, allow=allow_seen)
-    where = resolve_device(device)
+    where, told = resolve_device(device), or_notebook(progress, "fits")
     parts, histories = [], []
     for number in range(seeds):
         seeded = replace(config, seed=config.seed + number)
 
         def show(done: int, number: int = number) -> None:
-            if progress is not None:
-                progress(number * len(task.folds) + done, seeds * len(task.folds))
+            told(number * len(task.folds) + done, seeds * len(task.folds))
 
         module = load_module(checkpoint, seeded, where)
         features = _features(checkpoint, task, module, seeded, where, {} if known is None else known)

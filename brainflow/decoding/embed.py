@@ -39,6 +39,7 @@ from brainflow.prepare.timing import TOLERANCE, repetition_time
 from brainflow.pretrained.compatibility import check_fits, differences, longest_window, signal_differences
 from brainflow.pretrained.format import load_pretrained, read_config
 from brainflow.pretrained.hub import fetch
+from brainflow.progress import or_notebook
 from brainflow.storage import BoldStore, StoreError
 from brainflow.storage.ingest.limits import regular_size
 from brainflow.storage.ingest.loading import load_array
@@ -46,9 +47,12 @@ from brainflow.storage.normalise import APPLIED, Kind, normalise
 from brainflow.storage.normalise import kind_of as normalisation_kind
 from brainflow.storage.parts import part_path, read_part
 from brainflow.storage.remote import RemoteFiles, is_remote
+from brainflow.storage.text import counted
 
 LayerName = int | Literal["input", "both", "all", "last"]
 Confounds = Literal["auto"] | Strategy
+FILE, PREPARING = 100, 2_000
+"""Units of work in progress: to embed a file; to prepare an image, which takes many times as long."""
 TABLES = (".npy", ".npz", ".mat", ".csv", ".tsv", ".h5", ".hdf5", ".parquet", ".ptseries.nii")
 
 
@@ -61,6 +65,7 @@ class _Run:
     facts: dict[str, str]
     begin: float = 0.0  # seconds of the recording that were left out before it
     attributes: dict[str, Any] | None = None  # None if it has been compared with the model already
+    share: float = 1.0  # of its file that is done with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +119,7 @@ def embed(
     allow_mismatch: bool = False,
     device: str = "auto",
     prepare: Callable[[Sequence[Job], int], Iterable[Any]] = prepare_runs,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Embeddings:
     """Embed runs: NIfTI, CIFTI, GIFTI, tables of time series, and stores, by path or URL.
 
@@ -151,7 +156,8 @@ def embed(
     prepare
         Prepares runs in so many processes; jobs of a cluster, for example.
     progress
-        Called with (steps done, steps in all): images prepared, files embedded.
+        Called with (work done, work in all): images prepared, files embedded. A notebook shows a bar without
+        it.
 
     Raises
     ------
@@ -167,6 +173,7 @@ def embed(
         raise ValueError(f"window: got {window}, expected a positive number of seconds")
     failures: dict[str, str] = {}
     notes: list[str] = []
+    told = or_notebook(progress, "embed")
     with tempfile.TemporaryDirectory(prefix="brainflow-") as temporary:
         folder = Path(temporary if work is None else work).absolute()
         jobs = plan(
@@ -174,14 +181,14 @@ def embed(
             failures=failures, model=model,
         )  # fmt: skip
         todo = [job for job in jobs.values() if not job.is_done()]
-        total = len(todo) + len(texts)
+        ready = PREPARING * len(todo)
+        total = ready + FILE * len(texts)
         for done, _ in enumerate(prepare(todo, processes) if todo else (), 1):
-            progress(done, total)
+            told(PREPARING * done, total)
         rows: list[dict[str, Any]] = []
         vectors: list[NDArray[np.float32]] = []
-        for done, text in enumerate(texts, 1 + len(todo)):
-            progress(done, total)
-            name = text
+        for number, text in enumerate(texts):
+            name, begun = text, ready + FILE * number
             try:
                 runs = _runs(text, jobs.get(text), model, t_r, allow_mismatch, failures, notes)
                 for run in runs if text not in failures else ():
@@ -190,8 +197,10 @@ def embed(
                     facts, values = _embedded(run, model, window, per)
                     rows += facts
                     vectors.append(values)
+                    told(begun + round(FILE * run.share), total)
             except (ValueError, OSError) as error:
                 failures[name] = " ".join(str(error).split()) or type(error).__name__
+            told(begun + FILE, total)
     if not rows:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(failures.items())[:5])
         raise ValueError(f"nothing could be embedded: {reasons or 'there are no runs'}")
@@ -338,7 +347,8 @@ def _prepared(text: str, job: Job, model: _Model, notes: list[str]) -> _Run:
         notes.append(f"{text}: is in {template}, the atlas in {spec.space}")
     flat = record["flat_networks"].get(spec.label, 0)
     if flat:
-        notes.append(f"{text}: {flat} networks are constant (outside the recorded field of view)")
+        are = counted(flat, "network is", "networks are")
+        notes.append(f"{text}: {are} constant (outside the recorded field of view)")
     entities = {name: str(part[name]) for name in ENTITIES}
     return _Run(
         bold=part["bold"],
@@ -384,7 +394,7 @@ def _of_table(text: str, model: _Model, t_r: float | None, notes: list[str]) -> 
     bold = normalise(values, model.normalise)
     flat = int((~bold.any(axis=0)).sum()) if model.normalise != "none" else 0
     if flat:
-        notes.append(f"{text}: {flat} networks are constant")
+        notes.append(f"{text}: {counted(flat, 'network is', 'networks are')} constant")
     parsed = parse_name(Path(_stem(text) + ".x"))
     entities = parsed.entities if parsed else {}
     known = {"subject": "sub", "session": "ses", "task": "task", "run": "run"}
@@ -431,6 +441,10 @@ def _of_store(text: str, model: _Model, allow: bool, failures: dict[str, str]) -
             f"is of no kind that is read: an image ({', '.join(ENDINGS)}), a table "
             f"({', '.join(TABLES)}) or a store"
         )
+    if not is_remote(text) and not any(Path(text).glob("**/zarr.json")):
+        raise ValueError(
+            f"is a folder, but no store; name the files in it, as in {text.rstrip('/')}/*_bold.nii.gz"
+        )
     store = BoldStore.open(text)
     check_fits(model.folder, store, allow=allow)
     columns = {name: getattr(store.runs, name).tolist() for name in (*ENTITIES, "key", "t_r")}
@@ -445,6 +459,7 @@ def _of_store(text: str, model: _Model, allow: bool, failures: dict[str, str]) -
             bold=bold,
             t_r=columns["t_r"][number],
             facts={"path": text, "key": key, **facts, "confounds": ""},
+            share=(number + 1) / len(columns["key"]),
         )
 
 

@@ -12,9 +12,11 @@ from torch import nn
 
 from brainflow.config import FREEZABLE, ModelConfig
 from brainflow.files import is_count, read_json
+from brainflow.pretrained.compatibility import check_fits
 from brainflow.pretrained.format import CONFIG, WEIGHTS, TensorFile, check_digest, read_config
 from brainflow.pretrained.hub import fetch
 from brainflow.pretrained.legacy_names import rules
+from brainflow.storage import BoldStore
 
 PARTS = {
     "embedder": ("embedding.", "mask_token", "cls_token", "sep_token"),
@@ -49,6 +51,30 @@ def freeze(module: nn.Module, parts: str) -> None:
         for name, parameter in module.named_parameters():
             if name.startswith(PARTS[part]):
                 parameter.requires_grad_(False)
+
+
+def check_initial(source: str, store: BoldStore) -> list[str]:
+    """Log how a store differs from the data that initial weights were trained on, and return it.
+
+    It is no error: the training that follows may be there to get used to other data.
+
+    Parameters
+    ----------
+    source
+        As for `load_initial`; a language model saw no data of ours.
+    store
+        What is trained on.
+
+    Raises
+    ------
+    ValueError
+        If it has another number of networks.
+    """
+    folder = fetch(source, files=[CONFIG, WEIGHTS], ownerless=True, argument="init")
+    path = folder / CONFIG
+    if not path.is_file() or not isinstance(read_json(path).get("model"), dict):
+        return []
+    return check_fits(folder, store, allow=True)
 
 
 def load_initial(module: Any, source: str) -> None:

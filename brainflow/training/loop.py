@@ -28,6 +28,7 @@ from brainflow.data.sampler import MicrobatchSampler, WindowSampler
 from brainflow.frameworks import build, check_framework, framework_spec
 from brainflow.models.linear_path import LinearPath
 from brainflow.pretrained.format import DIGESTS, WEIGHTS, load_pretrained, read_config, save_pretrained
+from brainflow.pretrained.warm_start import check_initial
 from brainflow.storage import BoldStore
 
 from . import checkpoint, parallel
@@ -36,7 +37,7 @@ from .interrupt import Preempted, StopRequest, mark
 from .meters import Clock, Meters, Readback, peak_flops
 from .metrics import RunLog
 from .optimizer import learning_rate
-from .progress import TrainingProgress, make_tracker
+from .progress import TrainingProgress, make_tracker, pauses
 from .run_dir import BEST, CHECKPOINTS, RECONSTRUCTIONS, SPLIT, Resume, exclusive, saved_config
 from .setup import (
     begin_together,
@@ -154,6 +155,8 @@ class _Run:
             self._sampler("train", train.seed, share=number, shares=train.micro_batches)
             for number in self.parts
         ]
+        if train.init and start_from is None and ranks.first:
+            check_initial(train.init, store)
         self.one_step = TrainingStep(config, ranks, device, fresh=start_from is None)
         if config.model.coordinates:
             give_coordinates(self.one_step.module, store)
@@ -234,7 +237,7 @@ class _Run:
             on_corrupt=self.config.data.on_corrupt,
         )
         _log.info("loader: %s", loader.describe())
-        progress = TrainingProgress(config.steps, done=self.step, quiet=quiet)
+        progress = TrainingProgress(config.steps, done=self.step, quiet=quiet, pauses=pauses(self.config))
         first = self.step
         with closing_loader(loader) as batches, progress, collecting_rarely():
             clock = Clock(loader)
@@ -243,6 +246,7 @@ class _Run:
                 numbers = self.one_step(batches, self.step, lr, stop=stop.number is not None)
                 self.step += 1
                 clock.steps += 1
+                progress.advance(self.step)
                 if self.step == first + 1:
                     parallel.shorten_timeout()
                 if self.step % COLLECT_EVERY == 0:
@@ -255,10 +259,12 @@ class _Run:
                 if validate or stopping or self.step % config.checkpoint_every == 0:
                     self._report_all(readback, progress, wait=True)
                     if validate:
-                        self._validated(progress)
+                        with progress.left.pause("validation"):
+                            self._validated(progress)
                         stopping = stopping or (self.ranks.world == 1 and stop.number is not None)
                     if stopping or end or self._stale() or self.step % config.checkpoint_every == 0:
-                        self._save()
+                        with progress.left.pause("checkpoint"):
+                            self._save()
                     clock.restart()
                     self.one_step.trs = self.one_step.tokens = 0
                 else:

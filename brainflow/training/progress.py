@@ -7,21 +7,20 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from brainflow.config import PretrainConfig, to_dict
 from brainflow.optional import requires
+from brainflow.progress import Pause, ProgressLine, Remaining
 
 from .metrics import explained
 from .run_dir import flatten
 
 PLAIN_EVERY = 5.0  # seconds between plain lines
+STEPS_A_BATCH = 0.5  # what a batch of the first validation is expected to take, in steps
 Tracker = Callable[[dict[str, Any]], None]
 
 
@@ -36,49 +35,66 @@ class TrainingProgress:
         Steps that a resumed run has behind it.
     quiet
         Show nothing.
+    pauses
+        What interrupts the steps, for the time that is left.
+    clock
+        Gives seconds.
     """
 
-    def __init__(self, steps: int, *, done: int = 0, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        steps: int,
+        *,
+        done: int = 0,
+        quiet: bool = False,
+        pauses: Mapping[str, Pause] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.steps = steps
         self.quiet = quiet
-        self._last = 0.0
-        self._bar: Progress | None = None
-        if not quiet and sys.stderr.isatty():
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[line]}"),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("pretrain", total=steps, completed=done, line="")
+        self.left = Remaining(steps, done=done, pauses=pauses, clock=clock)
+        self._last = -math.inf
+        self._text = ""
+        self._line = ProgressLine("pretrain", self.left, quiet=quiet, counts=True, keep=True)
 
     def __enter__(self) -> TrainingProgress:
-        if self._bar:
-            self._bar.start()
+        self._line.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar:
-            self._bar.stop()
+        self._line.__exit__(kind, error, trace)
+
+    def advance(self, step: int) -> None:
+        """Say that a step is done."""
+        self.left.advance(step)
+        self._line.update(self._text)
 
     def show(self, line: dict[str, Any]) -> None:
         """Show one line of `metrics.jsonl`."""
         validation = "val_loss" in line
         text = _validation(line) if validation else _training(line)
-        if self._bar:
+        if self._line.live:
             if validation:
-                self._bar.console.print(f"step {line['step']}  {text}", highlight=False)
+                self._line.print(f"step {line['step']}  {text}")
             else:
-                self._bar.update(self._task, completed=line["step"], line=text)
+                self._text = text
+                self._line.update(text)
         elif not self.quiet and (validation or time.monotonic() - self._last >= PLAIN_EVERY):
             self._last = time.monotonic()
-            eta = "" if validation else _eta(line, self.steps)
+            eta = "" if validation else f"  ETA {self.left}"
             sys.stderr.write(f"step {line['step']}/{self.steps}  {text}{eta}\n")
             sys.stderr.flush()
+
+
+def pauses(config: PretrainConfig) -> dict[str, Pause]:
+    """Return what interrupts the steps of a run."""
+    train = config.train
+    return {
+        "validation": Pause(train.validate_every, guess=STEPS_A_BATCH * config.data.validation_batches),
+        "checkpoint": Pause(train.checkpoint_every),
+    }
 
 
 def _training(line: dict[str, Any]) -> str:
@@ -90,11 +106,6 @@ def _training(line: dict[str, Any]) -> str:
     if "gpu_memory_gib" in line:
         text += f"  GPU {line['gpu_memory_gib']:.1f} GiB"
     return text + (f"  skipped {line['skipped']}" if line["skipped"] else "")
-
-
-def _eta(line: dict[str, Any], steps: int) -> str:
-    left = round((steps - line["step"]) / line["steps_per_s"])
-    return f"  ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
 
 
 def _validation(line: dict[str, Any]) -> str:

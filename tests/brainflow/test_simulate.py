@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import RidgeClassifier
 
+from brainflow import simulate
 from brainflow.simulate import Cohort, write_cohort
 from brainflow.storage import BoldStore
 
@@ -108,3 +109,14 @@ def test_the_command(tmp_path):
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1
     assert "already exists" in again.stderr
+
+
+def test_progress_counts_those_with_longer_runs_twice_and_comes_when_they_are_all_written(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(simulate, "_TOGETHER", 2)
+    told = []
+    cohort = Cohort(networks=12, time_points=120, states=2)
+    write_cohort(tmp_path / "store", cohort, people=3, labelled=2, progress=lambda *step: told.append(step))
+    assert told == [(2, 7), (3, 7), (7, 7)]
+    assert len(BoldStore.open(tmp_path / "store").runs) == 5

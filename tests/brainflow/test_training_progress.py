@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from brainflow.config import DataConfig, PretrainConfig, TrainConfig
 from brainflow.training import progress
 from brainflow.training.metrics import verdict
 from brainflow.training.progress import TrainingProgress
@@ -39,6 +40,13 @@ class Terminal(io.StringIO):
         return True
 
 
+class FakeClock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(progress, "PLAIN_EVERY", 0.0)
@@ -47,7 +55,11 @@ def quick(monkeypatch):
 def test_plain_lines_hold_everything_and_no_control_codes(monkeypatch, quick):
     out = io.StringIO()
     monkeypatch.setattr(sys, "stderr", out)
-    with TrainingProgress(100) as shown:
+    clock = FakeClock()
+    with TrainingProgress(100, clock=clock) as shown:
+        for step in range(1, 11):
+            clock.now += 2.0
+            shown.advance(step)
         shown.show(TRAINING)
         shown.show(VALIDATION)
     first, second = out.getvalue().splitlines()
@@ -73,6 +85,7 @@ def test_a_terminal_gets_a_bar_with_the_time_left(monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     monkeypatch.setenv("TERM", "xterm")
     with TrainingProgress(100, done=5) as shown:
+        shown.advance(10)
         shown.show(TRAINING)
         shown.show(VALIDATION)
     text = out.getvalue()
@@ -80,6 +93,27 @@ def test_a_terminal_gets_a_bar_with_the_time_left(monkeypatch):
     assert all(part in text for part in SHOWN)
     assert "10/100" in text
     assert "validation loss 0.8000" in text
+
+
+def test_a_run_says_what_interrupts_it(tmp_path):
+    """A validation of 4 batches is expected to take as long as 2 steps, until the first one is over."""
+    config = PretrainConfig(
+        store="store",
+        out=str(tmp_path),
+        data=DataConfig(validation_batches=4),
+        train=TrainConfig(steps=100, validate_every=50, checkpoint_every=25),
+    )
+    clock = FakeClock()
+    shown = TrainingProgress(100, quiet=True, pauses=progress.pauses(config), clock=clock)
+    for step in range(1, 51):
+        clock.now += 2.0
+        shown.advance(step)
+    assert shown.left.seconds() == pytest.approx(50 * 2.0 + 2 * (2 * 2.0))
+    with shown.left.pause("validation"):
+        clock.now += 10.0
+    with shown.left.pause("checkpoint"):
+        clock.now += 1.0
+    assert shown.left.seconds() == pytest.approx(50 * 2.0 + 1 * 10.0 + 2 * 1.0)
 
 
 def test_quiet_is_quiet(monkeypatch):

@@ -215,6 +215,32 @@ def test_training_begins_at_the_weights_and_leaves_frozen_parts_alone(store, tmp
         TrainConfig(freeze="head")
 
 
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        ("z-scored per run and network", ""),
+        ("", ""),
+        ("spatial", "normalisation: the model saw"),
+    ],
+)
+def test_initial_weights_of_data_that_were_normalised_otherwise_are_named(tmp_path, caplog, theirs, said):
+    path = str(tmp_path / "store")
+    with StoreWriter.create(
+        path, networks=4, dtype="float32", normalisation="z-scored per run and network"
+    ) as writer:
+        for run in range(4):
+            bold = np.random.default_rng(run).standard_normal((40, 4)).astype(np.float32)
+            writer.append(bold, t_r=2.0, dataset="noise", subject=str(run), task="rest", run="1")
+    save_pretrained(build(ModelConfig(**SIZE)), tmp_path / "first", {"data": {"normalisation": theirs}})
+    config = run_config(path, tmp_path / "run", {"init": str(tmp_path / "first")})
+    pretrain(config, quiet=True)
+    assert said in caplog.text
+    assert bool(said) == ("normalisation" in caplog.text)
+    caplog.clear()
+    pretrain(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3)), quiet=True)
+    assert "normalisation" not in caplog.text  # it continues: these weights are not read any more
+
+
 def test_coordinates_come_from_the_store_and_are_trained(store, tmp_path):
     folder = pretrain(run_config(store, tmp_path / "run", {"lr": 0.1}, coordinates=True), quiet=True)
     module = load_pretrained(folder)

@@ -9,6 +9,7 @@ import sys
 import threading
 from importlib.resources import as_file, files
 from itertools import pairwise
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -21,8 +22,9 @@ from nibabel.cifti2 import BrainModelAxis, LabelAxis, SeriesAxis
 import brainflow
 from brainflow.batch import PackedBatch, Windows
 from brainflow.cli import embed as verb
+from brainflow.cli.main import main
 from brainflow.config import ModelConfig
-from brainflow.decoding.embed import embed
+from brainflow.decoding.embed import FILE, PREPARING, embed
 from brainflow.decoding.embeddings import Embeddings
 from brainflow.frameworks import build, framework_names
 from brainflow.prepare import CleanSettings, extract
@@ -67,6 +69,42 @@ def series(image, confounds_of=None):
     motion = [f"{kind}_{axis}" for kind in ("trans", "rot") for axis in "xyz"]
     clean = CleanSettings(**{**CLEAN, "confounds": "none"})
     return image, None if table is None else table[motion], clean
+
+
+def test_a_folder_that_is_no_store_is_called_so(tree, image, model, capsys, tmp_path):
+    folder = str(Path(image).parent)
+    assert main(["embed", folder, "--from", str(model), "--out", str(tmp_path / "e.csv")]) == 1
+    error = capsys.readouterr().err
+    assert f"{folder}: is a folder, but no store; name the files in it, as in {folder}/*_bold.nii.gz" in error
+    assert "damaged" not in error
+
+
+def test_progress_counts_images_files_and_the_runs_of_a_store(tree, image, atlas, model, tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "a.npy", rng.standard_normal((30, 12)).astype(np.float32))
+    (tmp_path / "broken.npy").write_bytes(b"nothing")
+    with StoreWriter.create(
+        tmp_path / "store", networks=12, dtype="float32", parcellation="grid", network_names=NAMES,
+        normalisation=APPLIED["zscore"],
+    ) as writer:  # fmt: skip
+        for run in range(4):
+            bold = rng.standard_normal((30, 12))
+            bold = (bold - bold.mean(0)) / bold.std(0)
+            writer.append(bold.astype(np.float32), t_r=2.5, dataset="d", subject=str(run), task="rest")
+    told = []
+    files = [image, tmp_path / "store", tmp_path / "broken.npy", tmp_path / "a.npy"]
+    found = embed(files, model, atlas=atlas, t_r=2.5, progress=lambda *step: told.append(step))
+    assert set(found.failures) == {str(tmp_path / "broken.npy")}
+    [total] = {total for _, total in told}
+    assert total == PREPARING + 4 * FILE
+    done = [step for step, _ in told]
+    assert done == sorted(done)
+    quarters = [FILE * k // 4 for k in (1, 2, 3, 4)]
+    assert [one - PREPARING - FILE for one in done if PREPARING + FILE < one <= PREPARING + 2 * FILE][
+        :4
+    ] == quarters
+    assert done[0] == PREPARING  # the image is prepared, but nothing embedded
+    assert done[-1] == total
 
 
 def test_an_image_becomes_windows_that_the_model_reads(tree, image, atlas, model):
@@ -159,7 +197,7 @@ def test_what_tables_say_is_not_overruled(model, tmp_path):
     bold = np.random.default_rng(0).normal(size=(40, 12))
     bold[:, 3] = 7
     np.save(tmp_path / "a.npy", bold)
-    assert embed(tmp_path / "a.npy", model, t_r=2.5).notes == [f"{tmp_path}/a.npy: 1 networks are constant"]
+    assert embed(tmp_path / "a.npy", model, t_r=2.5).notes == [f"{tmp_path}/a.npy: 1 network is constant"]
     (tmp_path / "a.json").write_text('{"RepetitionTime": 2.5}')
     assert len(embed(tmp_path / "a.npy", model, t_r=2.5).rows) == 2
     with pytest.raises(ValueError, match=r"t_r: got 2 s, but its sidecar says 2\.5 s"):
@@ -177,7 +215,7 @@ def test_volumes_of_which_nothing_was_recorded_are_refused(tree, atlas, model):
     bold[:3, ..., 4:] = np.nan  # outside of what was recorded
     bold[..., 70] = np.nan
     image = str(tree.run("04", "rest", data=bold))
-    with pytest.raises(ValueError, match=r"1 volumes hold no finite value \(first: volume 70\)"):
+    with pytest.raises(ValueError, match=r"1 volume holds no finite value \(first: volume 70\)"):
         embed(image, model, atlas=atlas)
     assert embed(str(tree.run("04", "rest", data=bold[..., :70])), model, atlas=atlas).failures == {}
 
@@ -282,7 +320,7 @@ def test_surfaces(tmp_path, haxby):
     lost = series.astype(np.float32)
     lost[7] = np.nan
     nibabel.save(nibabel.Cifti2Image(lost, header=(SeriesAxis(0, 2.5, 121), cortex)), cifti)
-    with pytest.raises(ValueError, match=r"1 volumes hold no finite value \(first: volume 7\)"):
+    with pytest.raises(ValueError, match=r"1 volume holds no finite value \(first: volume 7\)"):
         embed(cifti, model, atlas=str(dlabel))
 
 

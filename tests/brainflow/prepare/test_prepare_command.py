@@ -93,7 +93,7 @@ def test_one_command(dataset, tmp_path):
     )
     assert done.returncode == 1
     assert "13 runs: 0 were ready, 6 prepared, 2 excluded, 5 failed" in done.stdout
-    assert "13/13 (0 s left)" in done.stderr
+    assert "13/13 (0:00:00 left)" in done.stderr
     table = done.stdout[done.stdout.index("status ") :]
     report = html.unescape((out / "report.html").read_text())
     rows = (out / "runs.tsv").read_text()
