@@ -35,7 +35,7 @@ import faulthandler
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -80,6 +80,11 @@ class Settings:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    stated: Annotated[tuple[str, ...] | None, tyro.conf.Suppress] = None
+    """Names of the settings that were given, by :func:`settled`; None where all of them were meant."""
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,8 +99,6 @@ class Args(Settings):
     submit: bool = False
     """Hand the run in as a job of the cluster that `slurm` describes (extra `slurm`), and return."""
     slurm: SlurmConfig = dataclasses.field(default_factory=SlurmConfig)
-    stated: Annotated[tuple[str, ...] | None, tyro.conf.Suppress] = None
-    """Names of the settings that were given, by :func:`settled`; None where all of them were meant."""
 
 
 def arguments(given: list[str]) -> list[str]:
@@ -128,7 +131,7 @@ def arguments(given: list[str]) -> list[str]:
     return [*options, *given]
 
 
-def settled(args: Args, words: list[str]) -> Args:
+def settled(args: AnySettings, words: list[str]) -> AnySettings:
     """Return parsed arguments that know which settings `words` gave: others may be chosen."""
     given = (word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--"))
     names = {name.replace(".no_", ".") for name in given}
@@ -177,7 +180,7 @@ def pretrain_config(args: Settings) -> PretrainConfig:
 def run(args: Args) -> int:
     """Train, print where the result is, and return the exit code."""
     config = pretrain_config(args)
-    if _chooses(args):
+    if args.stated is not None:
         config = _chosen(args, config)
     if args.submit:
         return _submit(args, config)
@@ -185,6 +188,7 @@ def run(args: Args) -> int:
         faulthandler.enable(sys.__stderr__)
 
     # torch costs seconds that --help and a wrong command line need not pay
+    from brainflow.storage.text import counted
     from brainflow.training.interrupt import Preempted
     from brainflow.training.loop import pretrain
     from brainflow.training.metrics import explained, read_metrics, verdict
@@ -213,7 +217,7 @@ def run(args: Args) -> int:
     else:
         found = ", ".join(f"{name} {value:.3f}" for name, value in explained(summary).items())
         print(
-            f"{folder}: {summary['step']} steps, validation loss {summary['val_loss']:.4f}; "
+            f"{folder}: {counted(summary['step'], 'step')}, validation loss {summary['val_loss']:.4f}; "
             f"explained variance of held-out runs: {found}, the mean 0"
         )
     if against := verdict(summary):
@@ -223,14 +227,14 @@ def run(args: Args) -> int:
 
 def _chooses(args: Settings) -> bool:
     """Whether size or steps were left to us."""
-    stated = getattr(args, "stated", None)
+    stated = args.stated
     if stated is None:
         return False
     return "train.steps" not in stated or not any(name in stated for name in SIZED_BY)
 
 
 def _chosen(args: Args, config: PretrainConfig) -> PretrainConfig:
-    """Choose a preset and steps where they were not stated, and say so on stderr."""
+    """Choose a preset, steps and checkpoints where they were not stated, and say so on stderr."""
     from brainflow.devices import resolve_device
     from brainflow.storage import BoldStore
     from brainflow.training import sizing
@@ -247,6 +251,7 @@ def _chosen(args: Args, config: PretrainConfig) -> PretrainConfig:
     if chosen and ranks.first:
         here = None if args.submit else resolve_device(config.device)
         print(sizing.explain(config, store, chosen, cuda=cuda), file=sys.stderr)
+    if not set(chosen) <= set(sizing.CADENCE) and ranks.first:
         print(sizing.published_cost(config, store, here, ranks.world), file=sys.stderr)
     return config
 

@@ -1,8 +1,9 @@
 """Search over settings: many pretraining runs, on any number of machines that share one study.
 
 The space is a TOML file of choices and ranges, or `published`: the layers × width grid of 2022. All settings
-of `brainflow pretrain` may be given; they hold for every run. The same command on other machines (a common
-file system, or --storage with a database) works on the same study; started again it takes up what was killed.
+of `brainflow pretrain` may be given; they hold for every run. What neither they nor the space say is chosen
+once, as `pretrain` chooses it. The same command on other machines (a common file system, or --storage with a
+database) works on the same study; started again it takes up what was killed.
 
 Examples
 --------
@@ -33,8 +34,11 @@ from typing import Annotated
 import tyro
 
 from brainflow.cli import pretrain
+from brainflow.cli.usage import WrongUsage
+from brainflow.frameworks import check_framework
 
 arguments = pretrain.arguments
+settled = pretrain.settled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,28 +61,43 @@ class Args(pretrain.Settings):
 
 def run(args: Args) -> int:
     """Run trials, print the best and return the exit code."""
-    from brainflow.storage.text import printable
+    from brainflow.devices import resolve_device
+    from brainflow.storage import BoldStore
+    from brainflow.storage.text import counted, printable
+    from brainflow.training import sizing
     from brainflow.training.interrupt import Preempted
     from brainflow.training.loop import pretrain as train
     from brainflow.training.parallel import from_environment
-    from brainflow.training.sweep import read_space, sweep
+    from brainflow.training.sweep import as_begun, read_space, sweep, varied
 
-    base = pretrain.pretrain_config(args)
+    base, space = pretrain.pretrain_config(args), read_space(args.space)
     if from_environment().world > 1:
         raise ValueError(
             "sweep: was started as several ranks of one job, expected a process of its own for each trial at "
             "a time; start it without torchrun, as often as you like"
         )
+    if args.stated is not None:
+        store, cuda = BoldStore.open(base.store), resolve_device(base.device).type == "cuda"
+        stated = {*args.stated, *varied(space)}
+        base, chosen = sizing.choose(base, store, stated, cuda=cuda, resume="never")
+        if before := as_begun(Path(args.out), chosen):  # the other machines of this sweep have chosen already
+            base = sizing.with_settings(base, before)
+        elif chosen:
+            print(sizing.explain(base, store, chosen, cuda=cuda), file=sys.stderr)
+        try:
+            check_framework(base)
+        except ValueError as error:
+            raise WrongUsage(str(error)) from error
     try:
         study = sweep(
             base,
-            read_space(args.space),
+            space,
             Path(args.out),
             trials=args.trials,
             metric=args.metric,
             storage=args.storage,
             train=train,
-            said=lambda text: print(printable(text), file=sys.stderr),
+            said=lambda text: print(printable(text), file=sys.stderr, flush=True),
         )
     except Preempted as stopped:
         print(f"brainflow sweep: {stopped}", file=sys.stderr)
@@ -93,5 +112,5 @@ def run(args: Args) -> int:
         best = {"trial": top.number, "value": top.value, "settings": top.params, "run": str(folder)}
         print(json.dumps({"metric": args.metric, "best": best, "trials": trials}))
     else:
-        print(f"{folder}: the best of {len(done)} runs, {args.metric} {top.value:.5f}")
+        print(f"{folder}: the best of {counted(len(done), 'run')}, {args.metric} {top.value:.5f}")
     return 0

@@ -30,7 +30,7 @@ from .run_dir import Resume, begun, flatten, saved_config
 SIZE = ("model.layers", "model.width", "model.heads")
 CADENCE = ("train.validate_every", "train.checkpoint_every")
 VALIDATIONS = 10
-"""Of a run whose steps are chosen."""
+"""And checkpoints, of a run whose steps are chosen or fewer than from one to the next."""
 REACHED = 0.5
 """Share of the speed of a device's matrix products that an estimate of time expects; on a CPU 0.24 to 0.75
 were measured (dev/benchmarks.md)."""
@@ -39,7 +39,8 @@ were measured (dev/benchmarks.md)."""
 def choose(
     config: PretrainConfig, store: BoldStore, stated: Collection[str], *, cuda: bool, resume: Resume
 ) -> tuple[PretrainConfig, list[str]]:
-    """Fill in a preset where no size is stated, and steps: the same for one store and kind of machine.
+    """Fill in a preset where no size is stated, steps, and how often is saved: the same for one store and
+    kind of machine.
 
     Parameters
     ----------
@@ -64,13 +65,17 @@ def choose(
         found = flatten(preset(fitting(store, cuda=cuda), config.model.framework))
         wanted |= {name: value for name, value in found.items() if name not in stated}
     if "train.steps" not in stated:
-        wanted["train.steps"] = steps = fitting_steps(config, store)
-        kept = {*stated, *(["train.checkpoint_every"] if "train.permanent_every" in stated else [])}
-        wanted |= {name: math.ceil(steps / VALIDATIONS) for name in CADENCE if name not in kept}
+        wanted["train.steps"] = fitting_steps(config, store)
+    steps = wanted.get("train.steps", config.train.steps)
+    kept = {*stated, *(["train.checkpoint_every"] if "train.permanent_every" in stated else [])}
+    given = flatten(dataclasses.asdict(config))
+    # of stated steps, too, all would be lost with a run that is killed before its first checkpoint
+    rare = [name for name in CADENCE if "train.steps" in wanted or given[name] > steps]
+    wanted |= {name: math.ceil(steps / VALIDATIONS) for name in rare if name not in kept}
     if resume == "auto" and begun(Path(config.out)):
         before = flatten(saved_config(Path(config.out)))
-        return _with(config, {name: before[name] for name in wanted if name in before}), []
-    return _with(config, wanted), list(wanted)
+        return with_settings(config, {name: before[name] for name in wanted if name in before}), []
+    return with_settings(config, wanted), list(wanted)
 
 
 def fitting(store: BoldStore, *, cuda: bool) -> str:
@@ -105,6 +110,9 @@ def explain(config: PretrainConfig, store: BoldStore, chosen: Collection[str], *
         parts.append(f"preset {fitting(store, cuda=cuda)} ({size})")
     if "train.steps" in chosen:
         parts.append(f"{train.steps:,} steps of {config.data.batch_size} windows")
+    if not parts:
+        every = ", ".join(f"{name} {getattr(train, name.removeprefix('train.'))}" for name in chosen)
+        return f"chose {every}, for a run of {train.steps:,} steps"
     return (
         f"chose {' and '.join(parts)}, for {int(store.runs.length.sum()):,} time points on a "
         f"{'GPU' if cuda else 'CPU'}; --preset, --model.layers, --model.width, --train.steps say otherwise"
@@ -131,7 +139,7 @@ def published_cost(
     if not framework_spec(framework).published:
         return f"there is no published run of {framework}"
     run = pretraining(config.store, config.out, framework=framework)
-    run = _with(run, {"model.networks": store.networks})
+    run = with_settings(run, {"model.networks": store.networks})
     count = operations(run)
     size = f"{run.model.layers} layers of width {run.model.width}"
     text = (
@@ -155,7 +163,7 @@ def _duration(seconds: float) -> str:
     return f"{max(seconds / 60, 0.1):.2g} minutes"
 
 
-def _with(config: PretrainConfig, settings: dict[str, Any]) -> PretrainConfig:
+def with_settings(config: PretrainConfig, settings: dict[str, Any]) -> PretrainConfig:
     """Return a configuration with other settings, named as "model.width"."""
     sections: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():

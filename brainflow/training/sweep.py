@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from brainflow.data.splits import Split
 from brainflow.files import is_number, read_json, read_toml
 from brainflow.frameworks import check_framework
 from brainflow.optional import need
+from brainflow.progress import Remaining
 from brainflow.storage.files import output_folder, write_text
 
 from .metrics import read_metrics
@@ -163,6 +164,7 @@ def sweep(
     _record(folder, base, space, metric)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = _study(storage, folder)
+    left = Remaining(trials, done=_ended(study))  # what other machines do counts, too
     for trial, params in _trials(study, space, trials):
         config = _configure(base, space, params, folder / f"trial-{trial.number:04d}")
         try:
@@ -174,11 +176,19 @@ def sweep(
             continue  # another machine took it up
         except ValueError as error:  # an impossible combination, or a loss that is not finite any more
             _tell(study, trial.number, state=optuna.trial.TrialState.FAIL)
-            said(f"trial {trial.number}: {_words(space, params)}: failed: {error}")
-            continue
-        _tell(study, trial.number, value)
-        said(f"trial {trial.number}: {_words(space, params)}: {metric} {value:.5f}")
+            outcome = f"failed: {error}"
+        else:
+            _tell(study, trial.number, value)
+            outcome = f"{metric} {value:.5f}"
+        left.advance(_ended(study))
+        said(
+            f"trial {trial.number}: {_words(space, params)}: {outcome} ({left.done} of {trials}, {left} left)"
+        )
     return study
+
+
+def _ended(study: Any) -> int:
+    return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
 
 
 def best(run: Path, metric: str) -> float:
@@ -318,6 +328,20 @@ def _study(storage: str, folder: Path) -> Any:
             f"out: {path} is damaged ({type(error).__name__}: {reason}); put a copy back, or choose another "
             "--out. The runs in its folders are whole"
         ) from error
+
+
+def varied(space: Space) -> set[str]:
+    """Return the names of the settings that a space varies, such as "model.width"."""
+    together = (flatten(settings) for settings in space.get(TOGETHER, []))
+    alone = {f"{section}.{name}" for section, some in _without(space).items() for name in some}
+    return alone.union(*together)
+
+
+def as_begun(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Return settings of the runs of a sweep that has begun in a folder; none if it has not."""
+    path = folder / RECORD
+    found = flatten(read_json(path).get("base", {})) if path.exists() else {}
+    return {name: found[name] for name in names if name in found}
 
 
 def _record(folder: Path, base: PretrainConfig, space: Space, metric: str) -> None:

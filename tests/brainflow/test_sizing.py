@@ -98,7 +98,24 @@ def test_what_is_stated_stays_also_where_it_is_the_default(tmp_path):
     assert published.train.steps == 300_000
     (tmp_path / "run.toml").write_text("[model]\nwidth = 768\n[train]\nsteps = 9\n")
     config, names = parse("--config", str(tmp_path / "run.toml"))
-    assert (config.model.width, config.train.steps, names) == (768, 9, [])
+    assert (config.model.width, config.train.steps, names) == (768, 9, list(sizing.CADENCE))
+
+
+def test_a_short_run_is_saved_before_its_end_though_its_steps_are_stated():
+    """A run of 200 steps that saves every 1,000 has nothing when it is killed."""
+    config, names = parse("--train.steps", "200")
+    assert (config.train.validate_every, config.train.checkpoint_every) == (20, 20)
+    assert set(sizing.CADENCE) <= set(names)
+    said = sizing.explain(config, Length(10), sizing.CADENCE, cuda=False)
+    assert said == "chose train.validate_every 20, train.checkpoint_every 20, for a run of 200 steps"
+    assert parse("--train.steps", "7")[0].train.checkpoint_every == 1
+    for often in ("50", "1000"):  # what is stated stays
+        config, names = parse("--train.steps", "200", "--train.checkpoint-every", often)
+        assert (config.train.validate_every, config.train.checkpoint_every) == (20, int(often))
+        assert "train.checkpoint_every" not in names
+    config, names = parse("--train.steps", "200", "--train.permanent-every", "1000")
+    assert config.train.checkpoint_every == 1_000  # its divisor
+    assert not set(sizing.CADENCE) & set(parse("--train.steps", "1000")[1])
 
 
 def test_arguments_that_never_saw_a_command_line_are_taken_as_they_are():
@@ -148,6 +165,7 @@ def test_the_command_says_what_it_chose_and_trains_it(tmp_path, capsys):
     words = [str(tmp_path / "store"), "--out", str(tmp_path / "run"), "--device", "cpu", "--train.steps", "2"]
     data = ["--data.batch-size", "4", "--data.validation-batches", "1", "--data.loader", "host"]
     assert main(["pretrain", *words, *data, "--json"]) == 0
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} >= {"step-00000001"}
     said = capsys.readouterr()
     json.loads(said.out)
     first, second = said.err.splitlines()[:2]

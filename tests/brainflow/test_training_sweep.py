@@ -10,11 +10,13 @@ import pytest
 
 from brainflow.cli.main import main
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
+from brainflow.recipes import FEWEST_STEPS
 from brainflow.storage import StoreWriter
+from brainflow.training import sizing
 from brainflow.training.loop import pretrain
 from brainflow.training.run_dir import exclusive
 from brainflow.training.step import TrainingStep
-from brainflow.training.sweep import PUBLISHED, best, grid, read_space, sweep
+from brainflow.training.sweep import PUBLISHED, best, grid, read_space, sweep, varied
 
 pytest.importorskip("optuna", reason="optuna is not installed")
 
@@ -162,6 +164,33 @@ def test_a_killed_trial_is_taken_up_and_continues_exactly(store, tmp_path, monke
     assert {t.params["model.layers"]: t.value for t in study.trials} == {
         t.params["model.layers"]: t.value for t in whole.trials
     }
+
+
+def test_what_nobody_states_is_chosen_once_for_all_runs_and_machines(store, tmp_path, capsys, monkeypatch):
+    found, out = [], str(tmp_path / "sweep")
+    monkeypatch.setattr("brainflow.training.loop.pretrain", recorder(found))
+    (tmp_path / "space.toml").write_text("[train]\nlr = [1e-3, 1e-2]\n")
+    command = ["sweep", store, "--out", out, "--space", str(tmp_path / "space.toml"), "--device", "cpu"]
+    assert main(command) == 0
+    assert (
+        f"chose preset tiny (3 layers of width 128, peak learning rate {1e-4:g})" in capsys.readouterr().err
+    )
+    assert [config.train.lr for config in found] == [1e-3, 1e-2]
+    assert {config.train.steps for config in found} == {FEWEST_STEPS}
+    assert {config.train.checkpoint_every for config in found} == {FEWEST_STEPS // 10}
+    monkeypatch.setattr(sizing, "fitting_steps", lambda *_: 999)  # as on another machine, later
+    assert main([*command, "--trials", "3"]) == 0
+    assert {config.train.steps for config in found} == {FEWEST_STEPS}
+    assert len(found) == 3
+    assert main([*command, "--out", str(tmp_path / "b"), "--train.steps", "40", "--model.layers", "2"]) == 0
+    assert {(c.train.steps, c.model.layers, c.model.width) for c in found[3:]} == {
+        (40, 2, ModelConfig().width)
+    }
+
+
+def test_what_a_space_varies_is_not_chosen():
+    assert varied(PUBLISHED) == {"model.layers", "model.width", "model.heads"}
+    assert varied({"train": {"lr": {"low": 1, "high": 2}}}) == {"train.lr"}
 
 
 def test_the_command_prints_the_best_as_json(store, tmp_path, capsys):
