@@ -30,6 +30,7 @@ from .manifest import (
 from .mapping import MappedShards, ReadHints, aligned_empty
 from .remote import RemoteChunks, RemoteFiles, is_remote
 from .tables import RunTable, SegmentTable
+from .text import counted, html_table
 from .validate import table_faults
 
 _ATTEMPTS = 5
@@ -194,6 +195,22 @@ class BoldStore:
             first = self.runs.start[runs] < (error.chunk + 1) * rows_of
             touched = runs[first & (self.runs.end[runs] > error.chunk * rows_of)]
             raise self._damage(int(touched[0]), error.chunk, error.reason) from error
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        runs, attributes = self.runs, self.attributes
+        people = len(set(zip(runs.dataset.tolist(), runs.subject.tolist(), strict=True)))
+        facts: dict[str, object] = {
+            "runs": f"{len(runs):,} of {counted(people, 'person', 'people')}",
+            "datasets": ", ".join(sorted(set(runs.dataset.tolist()))),
+            "time points": f"{int(runs.length.sum()):,}",
+            "networks": self.networks,
+            "TR (s)": ", ".join(f"{value:g}" for value in np.unique(runs.t_r)),
+            "segments": f"{len(self.segments):,}",
+            **{name: attributes[name] for name in ("parcellation", "normalisation")},
+            "damage": self.damage,
+        }
+        return html_table([], [one for one in facts.items() if one[1]], title=str(self.path))
 
     @property
     def rows(self) -> np.ndarray | None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from brainflow.decoding.result import FEW_GROUPS, Result, gains, judge, write_csv
+from brainflow.decoding.result import FEW_GROUPS, Result, gains, judge, results_html, write_csv
 from brainflow.decoding.splits import Fold
 from brainflow.decoding.task import DecodingTask
+from brainflow.storage.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,10 @@ class Point:
     groups: int
     task: DecodingTask
     results: list[Result]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return results_html(self.results, counted(self.groups, f"training {self.task.group_kind}"))
 
 
 def learning_curve(

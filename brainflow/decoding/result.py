@@ -20,7 +20,7 @@ from brainflow.decoding.finetune import History
 from brainflow.decoding.scores import Calibration, Interval, Scores, calibration, paired_difference, score
 from brainflow.decoding.task import DecodingTask
 from brainflow.storage.files import replacing, write_text
-from brainflow.storage.text import csv_cell
+from brainflow.storage.text import csv_cell, html_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,26 @@ class Result:
         calibrated = self.calibration.to_dict() if self.calibration else None
         extra = {"per_subject": self.per_subject, "calibration": calibrated}
         return {"name": self.name, **self.scores.to_dict(), **extra, **self.details}
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return results_html([self])
+
+
+def results_html(results: Sequence[Result], title: str = "") -> str:
+    """Return a table with one decoder a row, for notebooks."""
+    header = ["decoder", "accuracy [95 %]", "chance", "p", "balanced", "macro F1", "ECE"]
+    rows = [
+        [
+            one.name,
+            one.scores.accuracy,
+            *(f"{value:.3f}" for value in (one.scores.chance, one.scores.permutation_p)),
+            *(f"{value.value:.3f}" for value in (one.scores.balanced_accuracy, one.scores.macro_f1)),
+            f"{one.calibration.error:.3f}" if one.calibration else "",
+        ]
+        for one in results
+    ]
+    return html_table(header, rows, title)
 
 
 def judge(

@@ -128,6 +128,21 @@ def test_a_decoder_that_a_draw_does_not_allow_is_left_out_of_the_curve(store):
     assert [(result.name, result.draws) for result in point.results] == [("means", 3)]
 
 
+def test_a_notebook_shows_results_points_and_stores_as_tables(store):
+    task = load_task(store, TaskConfig(target="state", split="leave-one-subject-out"))
+    result = baseline(task, "means")
+    shown = result._repr_html_()
+    assert f"<td>means</td><td>{result.scores.accuracy.value:.3f} [" in shown
+    assert f"<td>{result.scores.permutation_p:.3f}</td>" in shown
+    (point,) = learning_curve(task, [1], lambda part: [baseline(part, "means"), baseline(part, "ridge")])
+    shown = point._repr_html_()
+    assert "<caption>1 training subject</caption>" in shown
+    assert shown.count("<tr>") == 3
+    shown = store._repr_html_()
+    assert f"<td>runs</td><td>{len(store.runs)} of 6 people</td>" in shown
+    assert f"<td>networks</td><td>{store.networks}</td>" in shown
+
+
 def test_command_writes_scores_curve_decoder_and_attributions(decoding):
     saved = json.loads((decoding / "scores.json").read_text())
     assert saved["tested"] == 24
@@ -254,7 +269,7 @@ def test_reconstruction_error_is_what_a_plain_loop_finds(store, framework):
     expected = np.nansum(gap, axis=0) / np.maximum(np.isfinite(gap).sum(axis=0), 1)
     never = ~np.isfinite(gap).any(axis=0)
     np.testing.assert_allclose(result.error, np.where(never, np.nan, expected), rtol=1e-4)
-    with pytest.raises(ValueError, match="holds none of the 1 runs"):
+    with pytest.raises(ValueError, match="holds none of the 1 run"):
         reconstruct(store, module, ("nowhere",), length=13)
 
 
