@@ -24,7 +24,7 @@ from brainflow.storage import BoldStore, StoreError, verify
 from brainflow.storage.files import write_text
 from brainflow.storage.manifest import MANIFEST, parse_manifest
 from brainflow.storage.publishing import contents
-from brainflow.storage.text import printable
+from brainflow.storage.text import counted, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +202,8 @@ def describe_store(path: str | os.PathLike[str], progress: Callable[[int, int], 
     paths = paths_in(store.attributes)
     return "\n".join(
         [
-            f"  {len(store.runs):,} runs, {report.chunks:,} chunks, each compared with its checksum",
+            f"  {counted(len(store.runs), 'run')}, {counted(report.chunks, 'chunk')}, "
+            f"each compared with its checksum",
             f"  people: {len(people)}, by the names that the store has",
             f"  paths in its attributes: {printable(', '.join(paths)) or 'none'}",
         ]

@@ -24,6 +24,7 @@ from .attributes import StoreAttributes, brief
 from .errors import StoreError, StoreUnavailable
 from .files import replace_durably, sync_directory, write_durably
 from .layout import FORMAT_VERSION, array_metadata, crc32c, group_metadata, to_compact_json
+from .text import counted
 
 MANIFEST = "zarr.json"
 MANIFEST_COPY = "manifest.json"  # in the index of each generation: the bytes of the root's file
@@ -308,7 +309,7 @@ def remedy(read: Manifest, root: bytes, where: str) -> str:
     if _generation(root) is None:
         return f"Reading generation {read.generation} by the copy of its manifest; to mend the store: {copy}"
     return (
-        f"Reading generation {read.generation} ({read.runs} runs) instead of the newest: restore the newest "
+        f"Reading generation {read.generation} ({counted(read.runs, 'run')}) instead of the newest: restore the newest "
         f"from a copy of the store, or give up the runs of its last commit: {copy}"
     )
 

@@ -41,7 +41,7 @@ def run(args: Args) -> int:
     from brainflow.prepare.description import write_description
     from brainflow.prepare.export import export
     from brainflow.storage import BoldStore
-    from brainflow.storage.text import printable
+    from brainflow.storage.text import counted, printable
 
     store = BoldStore.open(args.store)
     files = export(
@@ -55,5 +55,5 @@ def run(args: Args) -> int:
     )
     count = sum(1 for _ in files)
     write_description(args.output, [args.store.parent])
-    print(f"{printable(str(args.output))}: {count} runs as {args.format}")
+    print(f"{printable(str(args.output))}: {counted(count, 'run')} as {args.format}")
     return 0

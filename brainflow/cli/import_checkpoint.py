@@ -37,14 +37,17 @@ def run(args: Args) -> int:
     if not args.checkpoint.is_file():
         raise FileNotFoundError(f"{args.checkpoint}: no such file; expected a pytorch_model.bin")
     from brainflow.pretrained.legacy import import_checkpoint, report_json
-    from brainflow.storage.text import printable
+    from brainflow.storage.text import counted, printable
 
     report = import_checkpoint(args.checkpoint, args.out, heads=args.heads)
     if args.json:
         print(report_json(report))
         return 0
     c = report.config
-    print(f"{c.framework}: {c.layers} layers, width {c.width}, {c.heads} heads, {c.networks} networks")
+    print(
+        f"{c.framework}: {counted(c.layers, 'layer')}, width {c.width}, "
+        f"{counted(c.heads, 'head')}, {counted(c.networks, 'network')}"
+    )
     for title, names in (
         ("used", report.used),
         ("kept for export only", report.carried),

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from brainflow.storage.text import counted
+
 if TYPE_CHECKING:
     from brainflow.cli.prepare_args import Args
     from brainflow.prepare.run import Job
@@ -40,7 +42,7 @@ def write_slurm(args: Args, jobs: Sequence[Job]) -> int:
         gigabytes=_gigabytes(jobs),
     )
     write_script(args.slurm, text)
-    print(f"{args.slurm}: {len(participants)} participants; sbatch {args.slurm}")
+    print(f"{args.slurm}: {counted(len(participants), 'participant')}; sbatch {args.slurm}")
     return 0
 
 

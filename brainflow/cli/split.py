@@ -28,7 +28,7 @@ import tyro
 from brainflow.cli.usage import WrongUsage
 from brainflow.data.splits import Split, Who, listed, people_of, split_people
 from brainflow.storage import BoldStore
-from brainflow.storage.text import printable
+from brainflow.storage.text import counted, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,12 @@ def run(args: Args) -> int:
         told = {name: {"people": who, "runs": len(split.parts[name])} for name, who in parts.items()}
         print(json.dumps({"split": args.out, "seed": args.seed, "checksum": split.checksum, "parts": told}))
         return 0
-    print(printable(f"{args.out}: {len(everybody)} people, {len(labelled)} of them with labelled segments"))
+    print(
+        printable(
+            f"{args.out}: {counted(len(everybody), 'person', 'people')}, "
+            f"{len(labelled)} of them with labelled segments"
+        )
+    )
     for name, who in parts.items():
         print(f"  {name + ':':<12}{len(who):>5} people, {len(split.parts[name]):>5} runs: {listed(who)}")
     return 0

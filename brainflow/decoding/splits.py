@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from brainflow.data.splits import Split
 from brainflow.optional import requires
+from brainflow.storage.text import counted
 
 with requires("decoding", "report"):
     from sklearn.model_selection import GroupKFold, LeaveOneGroupOut
@@ -225,6 +226,7 @@ def check_folds(folds: Sequence[Fold], groups: NDArray, *, unit: str = "group", 
         np.add.at(tested, fold.test, 1)
     if once and (tested != 1).any():
         raise ValueError(
-            f"folds: {int((tested == 0).sum())} windows are never tested and {int((tested > 1).sum())} more "
+            f"folds: {counted(int((tested == 0).sum()), 'window is', 'windows are')} never tested and "
+            f"{int((tested > 1).sum())} more "
             "than once, expected each exactly once"
         )

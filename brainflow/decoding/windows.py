@@ -12,6 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from brainflow.batch import PackedBatch, Windows
+from brainflow.storage.text import counted
 
 
 class WindowSource(Protocol):
@@ -154,7 +155,9 @@ def cut_events(
         If tables and runs differ in number, a column is missing, or an event lies outside its run.
     """
     if len(runs) != len(events):
-        raise ValueError(f"events: got {len(events)} tables for {len(runs)} runs, expected one a run")
+        raise ValueError(
+            f"events: got {counted(len(events), 'table')} for {counted(len(runs), 'run')}, expected one a run"
+        )
     windows, labels, owner = [], [], []
     for number, (run, table) in enumerate(zip(runs, events, strict=True)):
         try:

@@ -17,7 +17,7 @@ from brainflow.storage.ingest.session import IngestReport
 from brainflow.storage.normalise import APPLIED
 from brainflow.storage.parts import part_path, read_part
 from brainflow.storage.quantise import rounding
-from brainflow.storage.text import csv_cell, printable
+from brainflow.storage.text import counted, csv_cell, printable
 from brainflow.storage.writer import StoreWriter
 
 
@@ -143,7 +143,8 @@ def gather(
         if not report.runs:
             reason = next(iter(report.failures.values()))
             raise ValueError(
-                f"atlas {atlas.label}: none of {len(done)} runs can be gathered; the first: {reason}"
+                f"atlas {atlas.label}: none of {counted(len(done), 'run')} can be gathered; "
+                f"the first: {reason}"
             )
     return report
 

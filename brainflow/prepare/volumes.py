@@ -25,6 +25,7 @@ from brainflow.prepare.atlas import BACKGROUND, AtlasSpec, network_names, read_l
 from brainflow.prepare.records import Unusable
 from brainflow.storage.ingest.foreign import MAX_TIME
 from brainflow.storage.ingest.limits import TEXT_BYTES, budget, regular_size
+from brainflow.storage.text import counted
 
 BLOCK_BYTES = 16 * 2**20
 """Bytes of float64 that are read, smoothed and averaged at once; 256 MB, which no cache holds, took 2.5 to
@@ -107,7 +108,8 @@ def refuse_lost(found: np.ndarray, start: int = 0, dropped: int = 0) -> None:
     lost = lost[lost >= dropped]
     if len(lost):
         raise Unusable(
-            f"{len(lost)} volumes hold no finite value (first: volume {lost[0]}); repair or drop the run"
+            f"{counted(len(lost), 'volume holds', 'volumes hold')} no finite value "
+            f"(first: volume {lost[0]}); repair or drop the run"
         )
 
 

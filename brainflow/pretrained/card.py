@@ -14,7 +14,7 @@ from brainflow.pretrained.format import CARD, CONFIG, read_config
 from brainflow.pretrained.privacy import HASHED, without_paths
 from brainflow.storage import BoldStore
 from brainflow.storage.files import write_text
-from brainflow.storage.text import printable
+from brainflow.storage.text import counted, printable
 
 METRICS = "metrics.jsonl"
 MARKER = "<!-- Made by brainflow, which writes it anew. Delete this line and the card is yours. -->"
@@ -119,7 +119,9 @@ def model_card(
         "",
     ]
     runs = data.get("datasets") or {}
-    lines += [f"- {_cell(name)}: {count} runs" for name, count in runs.items()] or ["- not recorded"]
+    lines += [f"- {_cell(name)}: {counted(count, 'run')}" for name, count in runs.items()] or [
+        "- not recorded"
+    ]
     lines += _people(data)
     if validation and "step" in validation:
         lines += ["", f"## Validation after {validation['step']} steps", ""]
@@ -173,7 +175,7 @@ def store_card(store: BoldStore, repository: str, *, license: str = "unknown") -
         "",
         "| | |",
         "|---|---|",
-        f"| runs | {len(runs)} of {len(people)} people |",
+        f"| runs | {len(runs)} of {counted(len(people), 'person', 'people')} |",
         f"| data sets | {', '.join(map(_cell, sorted(set(map(str, runs.dataset)))))} |",
         f"| time points | {int(runs.length.sum())} |",
         f"| repetition time | {_range(sorted(set(runs.t_r.tolist())))} |",

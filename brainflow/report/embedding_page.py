@@ -12,6 +12,7 @@ from brainflow.decoding.embeddings import Embeddings
 from brainflow.optional import need
 from brainflow.report.figures import scatter
 from brainflow.report.page import Page, Picture, Section, Table, write_page
+from brainflow.storage.text import counted
 
 MOST_ROWS = 500
 """Runs of the table on the page; the file has them all."""
@@ -57,7 +58,8 @@ def write_embedding_page(embeddings: Embeddings, folder: Path) -> Path:
     model = embeddings.model
     page = Page(
         title="brainflow embed",
-        lead=f"{len(rows)} vectors of {len(runs)} runs, by the model {model.get('model', '')}.",
+        lead=f"{counted(len(rows), 'vector')} of {counted(len(runs), 'run')}, by the model "
+        f"{model.get('model', '')}.",
         facts=[
             (str(len(runs)), "runs"),
             (str(len(subjects)) if subjects else "–", "people"),
@@ -76,7 +78,9 @@ def write_embedding_page(embeddings: Embeddings, folder: Path) -> Path:
 
 def _picture(embeddings: Embeddings) -> Section:
     if len(embeddings.rows) < FEWEST:
-        return Section(title="Picture", text=[f"{len(embeddings.rows)} rows are too few for one."])
+        return Section(
+            title="Picture", text=[f"{counted(len(embeddings.rows), 'row is', 'rows are')} too few for one."]
+        )
     points, how, names, told = in_plane(embeddings.vectors)
     column = next(
         (
@@ -90,7 +94,7 @@ def _picture(embeddings: Embeddings) -> Section:
         name="embeddings",
         png=scatter(points, [str(row[column]) for row in embeddings.rows], names),
         alt=f"Embeddings in two dimensions by {how}, coloured by {column}",
-        caption=f"{how} of {len(points)} rows, coloured by {column}. {told}",
+        caption=f"{how} of {counted(len(points), 'row')}, coloured by {column}. {told}",
     )
     return Section(title="Picture", pictures=[picture])
 

@@ -11,6 +11,7 @@ import numpy as np
 from brainflow.decoding.people_decoders import BASELINES
 from brainflow.report import figures
 from brainflow.report.page import Picture, Section, Table, ends, number, signed
+from brainflow.storage.text import counted
 
 NAMES = {"r2": "R²", "r": "r", "mae": "MAE", "auc": "AUC", "balanced_accuracy": "balanced accuracy"}
 
@@ -68,7 +69,10 @@ def people_section(folder: Path, summary: dict[str, Any]) -> Section:
             pictures.append(_predictions(folder / "predictions.csv", str(summary["target"])))
     if summary["confounds"]:
         notes.append(f"Regressed out within folds: {', '.join(summary['confounds'])}.")
-    notes += [f"Left out: {count} people, {why}." for why, count in summary["left_out"].items()]
+    notes += [
+        f"Left out: {counted(count, 'person', 'people')}, {why}."
+        for why, count in summary["left_out"].items()
+    ]
     saw = summary["decoder"].get("pretraining_saw") or []
     if saw:
         notes.append(f"The model has seen {len(saw)} of the {summary['tested']} tested people before.")

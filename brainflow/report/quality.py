@@ -27,6 +27,7 @@ from brainflow.report.quality_figures import (
     run_overview,
 )
 from brainflow.storage.files import write_text
+from brainflow.storage.text import counted
 
 if TYPE_CHECKING:
     from brainflow.prepare import AtlasSpec
@@ -114,9 +115,10 @@ def methods(
     if rules["max_mean_fd"] is not None:
         limits.append(f"a mean framewise displacement above {rules['max_mean_fd']:g} mm")
         works |= dict.fromkeys(["displacement"])
+    people = counted(len({record["entities"].get("sub") for record in done}), "participant")
     text.append(
-        f"Runs with {' or '.join(limits)} were left out; {len(done)} of {runs} runs of "
-        f"{len({record['entities'].get('sub') for record in done})} participants remained."
+        f"Runs with {' or '.join(limits)} were left out; {len(done)} of {counted(runs, 'run')} of {people} "
+        "remained."
     )
     return " ".join(text), [_WORKS[key] for key in works]
 
@@ -183,7 +185,7 @@ def write_quality_report(
     hours = sum(record["volumes"] * record["t_r"] for record in done) / 3600
     page = Page(
         title=f"{dataset}: quality of the prepared runs",
-        lead=f"{len(done)} of {len(records)} runs are in the store, {len(out)} left out.",
+        lead=f"{len(done)} of {counted(len(records), 'run')} are in the store, {len(out)} left out.",
         facts=[
             (str(len(done)), "runs"),
             (str(len({record["entities"].get("sub") for record in done})), "participants"),
@@ -302,7 +304,7 @@ def _conditions(store: BoldStore) -> Section:
                 png=responses(means, shown, names),
                 alt="Mean signal of each network under each condition",
                 caption="Mean signal of each network within the segments of each condition, over "
-                f"{read} runs with segments; {len(shown)} of {len(counts)} conditions.",
+                f"{counted(read, 'run')} with segments; {len(shown)} of {counted(len(counts), 'condition')}.",
             )
         ],
     )
@@ -360,7 +362,8 @@ def _atlas(done: Sequence[Mapping[str, Any]], store: BoldStore, atlas: AtlasSpec
     shown = dict.fromkeys([*ranked[: CARPETS - 1], ranked[len(ranked) // 2]])
     flat = Counter({key: record["flat_networks"].get(label, 0) for key, record in by_key.items()})
     notes = [
-        f"{key}: {count} networks are constant (outside the recorded field of view)."
+        f"{key}: {counted(count, 'network is', 'networks are')} constant (outside the recorded field of "
+        "view)."
         for key, count in (+flat).items()
     ]
     pictures, failures = _outline(by_key[keys[ranked[len(ranked) // 2]]], atlas)
@@ -370,7 +373,8 @@ def _atlas(done: Sequence[Mapping[str, Any]], store: BoldStore, atlas: AtlasSpec
             name=f"correlation-{label}",
             png=correlation([store.run(keys.index(key)) for key in averaged], names),
             alt=f"Matrix of correlations between the networks of {label}",
-            caption=f"Correlation of networks, averaged over {len(averaged)} of {len(keys)} runs (Fisher z).",
+            caption=f"Correlation of networks, averaged over {len(averaged)} of {counted(len(keys), 'run')} "
+            "(Fisher z).",
         )
     ]
     for i in shown:
@@ -391,10 +395,12 @@ def _atlas(done: Sequence[Mapping[str, Any]], store: BoldStore, atlas: AtlasSpec
                 png=carpet(stages, lines, store.runs.censor(i), names, t_r=record["t_r"]),
                 alt=f"Carpet plot of {keys[i]}: {above}networks by time",
                 caption=f"{keys[i]}: {above}all networks over time, in standard deviations, "
-                f"{' and '.join(stages)}; {len(shown)} of {len(keys)} runs shown.",
+                f"{' and '.join(stages)}; {len(shown)} of {counted(len(keys), 'run')} shown.",
             )
         )
-    return Section(title=f"Atlas {label}: {store.networks} networks", notes=notes, pictures=pictures)
+    return Section(
+        title=f"Atlas {label}: {counted(store.networks, 'network')}", notes=notes, pictures=pictures
+    )
 
 
 def _runs(done: Sequence[Mapping[str, Any]]) -> Section:

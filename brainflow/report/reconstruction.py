@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from brainflow.decoding.windows import ArrayWindows
 from brainflow.storage import BoldStore
+from brainflow.storage.text import counted
 
 MASK_SEED = 0
 BATCH, MOST = 32, 512
@@ -71,7 +72,9 @@ def reconstruct(store: BoldStore, module: Any, runs: tuple[str, ...], *, length:
     module.eval()
     ids = np.flatnonzero(np.isin(np.asarray(store.runs.key, dtype=np.str_), runs))
     if not len(ids):
-        raise ValueError(f"runs: the store {store.path} holds none of the {len(runs)} runs asked for")
+        raise ValueError(
+            f"runs: the store {store.path} holds none of the {counted(len(runs), 'run')} asked for"
+        )
     windows = []
     for run in ids:
         total = int(store.runs.length[run])

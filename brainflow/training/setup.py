@@ -19,6 +19,7 @@ from brainflow.data.sampler import WindowSampler
 from brainflow.data.splits import Split, SplitWarning, listed, split_runs
 from brainflow.devices import resolve_device
 from brainflow.storage import BoldStore
+from brainflow.storage.text import counted
 
 from .parallel import Ranks
 from .run_dir import CHECKPOINTS, Resume, begin, begun, saved_config
@@ -75,7 +76,7 @@ def cut_into_parts(config: PretrainConfig, folder: Path, world: int, *, resume: 
     parts = config.train.micro_batches or as_begun(folder, "micro_batches", resume) or world
     if parts % world or config.data.batch_size % parts:
         raise ValueError(
-            f"train.micro_batches: got {parts} parts for {world} ranks and data.batch_size="
+            f"train.micro_batches: got {counted(parts, 'part')} for {world} ranks and data.batch_size="
             f"{config.data.batch_size}, expected a multiple of the ranks that divides the batch; choose "
             "another number of ranks or of parts"
         )

@@ -18,7 +18,7 @@ from ..columns import LabelKinds
 from ..errors import StoreError
 from ..normalise import APPLIED, KINDS, Kind, kind_of, normalise
 from ..quantise import rounding
-from ..text import printable
+from ..text import counted, printable
 from ..writer import PreparedRun, StoreWriter
 from .foreign import MAX_NETWORKS
 
@@ -93,8 +93,10 @@ class Scale:
             return f"scale: {self.normalised} ({APPLIED[self.normalised]}); as given, {given}"
         if self.zscored == self.runs:
             hint = "" if stated else f'; to record that, state normalisation "{APPLIED["zscore"]}"'
-            return f"scale: left as given; all {self.runs} runs are z-scored by network already{hint}"
-        line = f"scale: left as given; {given}, {self.zscored} of {self.runs} runs are z-scored by network"
+            all_are = counted(self.runs, "run is", "runs are")
+            return f"scale: left as given; all {all_are} z-scored by network already{hint}"
+        of_all = f"{self.zscored} of {counted(self.runs, 'run')} are z-scored by network"
+        line = f"scale: left as given; {given}, {of_all}"
         if kind_of(stated):
             return f"{line}, though the store says {stated!r}: check the files"
         return line + ("" if stated else "; normalise = zscore, spatial or gsr scales them")

@@ -52,7 +52,7 @@ def test_a_planted_subject_leak_is_caught():
 
 def test_a_window_that_is_never_tested_is_caught():
     fold = Fold(name="a", train=np.array([1]), test=np.array([0]))
-    with pytest.raises(ValueError, match="1 windows are never tested"):
+    with pytest.raises(ValueError, match="1 window is never tested"):
         check_folds([fold], np.array(["x", "y"]))
 
 

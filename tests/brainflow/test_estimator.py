@@ -105,7 +105,7 @@ def test_runs_with_events_and_images_give_what_windows_give(checkpoint):
     [
         ([{"onset": [0.0], "duration": [4.0]}], "no column 'trial_type'"),
         ([{"onset": [99.0], "duration": [4.0], "trial_type": ["a"]}], "lies outside its 10 time points"),
-        ([], "got 0 tables for 1 runs"),
+        ([], "got 0 tables for 1 run"),
     ],
 )
 def test_bad_events_are_refused(events, says):

@@ -314,7 +314,7 @@ def test_nan_on_one_rank_skips_the_step_on_all(store, tmp_path):
 
 
 def test_ranks_that_cannot_share_are_refused(store, tmp_path):
-    with pytest.raises(ValueError, match=r"micro_batches: got 1 parts for 3 ranks and data\.batch_size=8"):
+    with pytest.raises(ValueError, match=r"micro_batches: got 1 part for 3 ranks and data\.batch_size=8"):
         cut_into_parts(tiny(store, tmp_path / "run", micro_batches=1), tmp_path, 3, resume="auto")
 
 

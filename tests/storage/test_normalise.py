@@ -281,7 +281,7 @@ def test_what_was_and_was_not_scaled_is_said(tmp_path):
     again = ingest_store(tmp_path / "z", tmp_path / "copy").scale
     assert again.zscored == 2
     good = ingest_arrays(write_arrays(tmp_path / "good", runs[:1]), tmp_path / "g").scale
-    assert "all 1 runs are z-scored by network already; to record that" in good.said("")
+    assert "all 1 run is z-scored by network already; to record that" in good.said("")
     assert good.said(APPLIED["zscore"]).endswith("already")
 
 

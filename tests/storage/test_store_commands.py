@@ -90,7 +90,7 @@ def test_arrays(tmp_path, capsys):
     np.save(tmp_path / "sub-1.npy", np.zeros((4, 2)))
     (tmp_path / "c.toml").write_text("[[files]]\nglob = '*.npy'\ndataset = 'd'\nt_r = 1.0\n")
     assert main(["ingest", "arrays", str(tmp_path / "c.toml"), "--store", str(tmp_path / "s")]) == 0
-    assert "1 runs written" in capsys.readouterr().out
+    assert "1 run written" in capsys.readouterr().out
     assert main(["ingest", "tar", str(tmp_path / "s")]) == 2
     assert "SRC" in capsys.readouterr().err
 

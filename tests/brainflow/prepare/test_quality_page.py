@@ -119,7 +119,7 @@ def test_the_paragraph_for_a_paper():
         "Butterworth); 2 confounds were regressed out (trans_x, csf).",
         "z-scored within the run",
         "fewer than 50 volumes",
-        "1 of 3 runs of 1 participants remained",
+        "1 of 3 runs of 1 participant remained",
     ):
         assert part in text
     assert [work.split(" ")[0] for work in works] == [
