@@ -172,7 +172,7 @@ class ProgressLine:
     def __init__(
         self, what: str, left: Remaining, *, quiet: bool = False, counts: bool = False, keep: bool = False
     ) -> None:
-        self.what, self.left = what, left
+        self.what, self.left, self._counts = what, left, counts
         self._bar: Progress | None = None
         self._notebook: Any = None
         self._began = self._drawn = time.monotonic()
@@ -235,10 +235,9 @@ class ProgressLine:
     def _html(self, text: str) -> str:
         done, total = self.left.done, self.left.total
         value = f' value="{done}" max="{total}"' if total else ""
-        return (
-            f"<div>{html.escape(self.what)} <progress{value}></progress> {done:,} of {total:,} "
-            f"{html.escape(text)}</div>"
-        )
+        share = f"{done:,} of {total:,}" if self._counts else f"{100 * done // max(1, total)} %"
+        bar = f"{html.escape(self.what)} <progress{value}></progress> {share}"
+        return f"<div>{bar} {html.escape(text)}</div>"
 
 
 class _EtaColumn(ProgressColumn):

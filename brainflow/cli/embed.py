@@ -121,7 +121,7 @@ def run(args: Args) -> int:
         return _left_out(failures)
     if args.report:
         from brainflow.report.embedding_page import write_embedding_page  # before the work, what it lacks
-    with progress_bar("embed", quiet=args.json) as progress:
+    with progress_bar("embed", quiet=args.json, at_once=args.nprocs) as progress:
         found = embed(
             args.images,
             args.from_,
