@@ -39,8 +39,7 @@ were measured (dev/benchmarks.md)."""
 def choose(
     config: PretrainConfig, store: BoldStore, stated: Collection[str], *, cuda: bool, resume: Resume
 ) -> tuple[PretrainConfig, list[str]]:
-    """Fill in a preset where no size is stated, steps, and how often is saved: the same for one store and
-    kind of machine.
+    """Fill in size, steps and checkpoints where they are not stated: the same for one store and machine.
 
     Parameters
     ----------

@@ -62,7 +62,10 @@ def test_json_is_all_that_stdout_holds(folder, capsys):
     arguments = ["--config", str(folder / "run.toml"), "--out", str(folder / "json"), "--json"]
     assert main(["pretrain", *arguments, "--framework", "csm"]) == 0
     printed = capsys.readouterr()
-    assert printed.err.startswith("computing on CPU, precision fp32, attention in plain PyTorch\n")
+    assert printed.err.startswith(
+        "chose train.checkpoint_every 1, for a run of 4 steps\n"
+        "computing on CPU, precision fp32, attention in plain PyTorch\n"
+    )
     summary = json.loads(printed.out)
     assert summary["run"] == str(folder / "json")
     assert summary["step"] == 4
