@@ -309,8 +309,8 @@ def remedy(read: Manifest, root: bytes, where: str) -> str:
     if _generation(root) is None:
         return f"Reading generation {read.generation} by the copy of its manifest; to mend the store: {copy}"
     return (
-        f"Reading generation {read.generation} ({counted(read.runs, 'run')}) instead of the newest: restore the newest "
-        f"from a copy of the store, or give up the runs of its last commit: {copy}"
+        f"Reading generation {read.generation} ({counted(read.runs, 'run')}) instead of the newest: "
+        f"restore the newest from a copy of the store, or give up the runs of its last commit: {copy}"
     )
 
 
