@@ -38,8 +38,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from .worker import begin_worker
-
 if TYPE_CHECKING:
     from .timing import Row
 
@@ -271,6 +269,8 @@ def load(suite: str, quick: bool, device: str) -> Mapping[str, Callable[[], list
 def _in_a_process(suite: str, device: str, only: str | None, failures: list[str]) -> dict[str, list[Row]]:
     """Measure a suite in a new process, in which no other suite has computed or allocated before."""
     import torch
+
+    from brainflow.devices import begin_worker
 
     context = multiprocessing.get_context("spawn")
     threads = torch.get_num_threads()

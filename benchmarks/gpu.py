@@ -35,6 +35,7 @@ from torch.autograd import DeviceType
 from brainflow.config import ModelConfig, PretrainConfig, TrainConfig
 from brainflow.data import dali_installed, make_loader
 from brainflow.data.sampler import WindowSampler
+from brainflow.devices import begin_worker
 from brainflow.frameworks import build, framework_names, framework_spec
 from brainflow.kernels import conformance
 from brainflow.recipes import pretraining, today
@@ -50,7 +51,6 @@ from brainflow.training.step import TrainingStep
 from . import attention, kernels, roofline, show, timing
 from .timing import Row, Timing, WrongResultError, attempt
 from .training import PUBLISHED_SEQUENCES, count_work, loss_of, noise_store, random_batch, work_rows
-from .worker import begin_worker
 
 Cases = dict[str, Callable[[], list[Row]]]
 Section = Callable[[bool, str], Cases]

@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.table import Table
 
+from brainflow.devices import begin_worker
 from brainflow.progress import Remaining
 from brainflow.storage.files import write_text
 
@@ -32,7 +33,6 @@ from .coverage import coverage_part
 from .people import order_part, oscillator_part, steps_part, story_part, transfer_part
 from .plan import Plan, Row
 from .show import console
-from .worker import begin_worker
 
 Part = Callable[[Plan, Path], list[Row]]
 

@@ -27,6 +27,7 @@ from brainflow.decoding.result import Result, baseline, difference, write_result
 from brainflow.decoding.scores import Interval
 from brainflow.decoding.task import DecodingTask, TaskConfig, load_task
 from brainflow.demo import cohort, haxby, story, worth
+from brainflow.devices import begin_worker
 from brainflow.pretrained.format import load_pretrained
 from brainflow.report.reconstruction import Reconstruction, reconstruct
 from brainflow.simulate import Cohort
@@ -174,7 +175,7 @@ def run_demo(config: DemoConfig, *, say: Say) -> DemoResult:
     config.out.mkdir(parents=True, exist_ok=True)
     # spawned: what runs here has threads, which a fork would leave behind in the middle of their work
     context, threads = multiprocessing.get_context("spawn"), (config.threads,)
-    with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=threads) as beside:
+    with ProcessPoolExecutor(1, context, initializer=begin_worker, initargs=threads) as beside:
         shown = ", ".join(map(str, config.order_people))
         say(f"simulated people, {shown} of whom pretrain, and 40 others: in a process beside this one")
         order = beside.submit(run_order, config)

@@ -156,7 +156,7 @@ def test_a_process_that_dies_takes_no_figure_of_the_others_with_it(monkeypatch, 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_a_killed_run_leaves_nothing_that_computes_on():
     code = (
-        "import ctypes; from brainflow.benchmarks import command; command.begin_worker(1); "
+        "import ctypes; from brainflow.devices import begin_worker; begin_worker(1); "
         "number = ctypes.c_int(); ctypes.CDLL(None).prctl(2, ctypes.byref(number)); print(number.value)"
     )
     assert subprocess.check_output([sys.executable, "-c", code]).split() == [b"9"]
