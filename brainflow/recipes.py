@@ -93,7 +93,7 @@ def preset(name: str, framework: str = "csm") -> Settings:
         layers = 2
     settings = today(framework)
     settings["model"] |= {"layers": layers, "width": width, "heads": heads}
-    # measured for CSM alone: orders of events are decoded better, and the story is forecast as well (dev/log.md)
+    # measured for CSM alone: orders of events are decoded better, the story is forecast as well (dev/log.md)
     settings["train"]["lr"] = 2 * lr if (name, framework) == ("tiny", "csm") else lr
     if name == "1b":
         settings["model"]["recompute"] = True
