@@ -1,7 +1,8 @@
 """What pretraining is worth, measured: decoding and forecast on the story and on simulated people.
 
 Every part pretrains and adapts by the package's defaults in a process of its own with one thread, as many
-parts at once as there are cores; the rows are written after each of them. Nothing here is timed.
+parts at once as there are cores; the rows are written after each of them. Nothing here is timed but
+`quality`, by CPU seconds.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .ablation import ablation_part
 from .coverage import coverage_part
 from .people import order_part, oscillator_part, steps_part, story_part, transfer_part
 from .plan import Plan, Row
+from .quality import quality_part
 from .show import console
 
 Part = Callable[[Plan, Path], list[Row]]
@@ -57,6 +59,8 @@ def parts(plan: Plan) -> dict[str, Part]:
         found["transfer"] = transfer_part
         for data in ("story", "order"):
             found[f"ablation/{data}"] = partial(ablation_part, data=data)
+        for framework in plan.frameworks:
+            found[f"quality/{framework}"] = partial(quality_part, framework=framework)
     for name in peers.FAST if plan.quick else (*peers.SLOW, *peers.FAST):
         found[f"peers/{name}"] = partial(peers.peers_part, name=name)
     found["coverage"] = coverage_part

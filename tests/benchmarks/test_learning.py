@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from brainflow.benchmarks import ablation, command, coverage, forecast, learning, peers, people, plan
+from brainflow.benchmarks import ablation, command, coverage, forecast, learning, peers, people, plan, quality
 from brainflow.config import ModelConfig
 from brainflow.decoding.curve import Point
 from brainflow.decoding.result import judge
@@ -414,3 +414,55 @@ def test_an_ablation_costs_what_the_defaults_have_above_it(tmp_path, monkeypatch
     assert values["random weights_1"] == values["dense, not next_1"] == values["last states alone_1"] == 0
     assert pretrained["without linear path"] == {"linear": False}
     assert pretrained["defaults"] == {}
+
+
+def lines_of(network, model):
+    """Validation lines of a run, one a step, in which the mean's error is 1."""
+    return [
+        {
+            "step": step,
+            "val_mean_mse": 1.0,
+            "val_mse": 1 - whole,
+            "val_network_mse": 1 - alone,
+            "val_explained_variance": whole,
+            "val_linear_explained_variance": 0.5,
+        }
+        for step, (alone, whole) in enumerate(zip(network, model, strict=True), start=1)
+    ]
+
+
+def test_quality_is_what_ours_costs_until_the_recipe_is_reached(tmp_path, monkeypatch):
+    """Four steps of ours take 20 s, all of the recipe 40 s."""
+    trained = []
+
+    def fake(config):
+        trained.append(config)
+        recipe = config.out.endswith("then")
+        return (
+            (lines_of([0.1, 0.2], [0.1, 0.2]), 40.0)
+            if recipe
+            else (lines_of([0.0, 0.1, 0.3, 0.4], [0.1, 0.6, 0.6, 0.6]), 20.0)
+        )
+
+    monkeypatch.setattr(quality, "_trained", fake)
+    small = plan.make_plan(quick=True, story_steps=4, **DEVELOPMENT)
+    rows = {one.metric: one.value for one in quality.quality_part(small, tmp_path, "csm")}
+    assert rows["recipe_share"] == pytest.approx(20 * 2 / 4 / 40)
+    assert rows["recipe_network_share"] == pytest.approx(20 * 3 / 4 / 40)
+    assert rows["linear_network_not_reached"] == 0.4
+    then, now = trained
+    assert (then.model.masking, then.model.linear, then.model.loss) == ("single", False, "l1")
+    assert (then.model.width, then.model.layers) == (now.model.width, now.model.layers)
+    assert then.data == now.data
+    assert then.train.steps == now.train.steps == 4
+    assert now.model.linear
+
+
+def test_quality_is_measured_on_two_people_of_those_who_train(tmp_path):
+    small = plan.make_plan(quick=True, story_steps=2, **DEVELOPMENT)
+    rows = {one.metric: one for one in quality.quality_part(small, tmp_path, "csm")}
+    assert all(one.case == "quality/csm" for one in rows.values())
+    assert rows["recipe_ev"].value < rows["ev"].value
+    assert rows["recipe_cpu_seconds"].value > 0
+    kept = json.loads((tmp_path / "split.json").read_text())["parts"]
+    assert {name: len(keys) for name, keys in kept.items()} == {"train": 2, "validation": 2, "test": 2}
