@@ -43,9 +43,10 @@ def test_more_data_never_choose_a_smaller_model_or_fewer_steps(kind):
         config = chosen(points, cuda=kind == "cuda")
         sizes.append(config.model.layers * config.model.width)
         steps.append(config.train.steps)
-        layers, width, heads, lr = SIZES[sizing.fitting(Length(points), cuda=kind == "cuda")]
+        name = sizing.fitting(Length(points), cuda=kind == "cuda")
+        layers, width, heads, _ = SIZES[name]
         assert (config.model.layers, config.model.width, config.model.heads) == (layers, width, heads)
-        assert config.train.lr == lr
+        assert config.train.lr == preset(name)["train"]["lr"]
         assert 0 <= config.train.validate_every * sizing.VALIDATIONS - config.train.steps < sizing.VALIDATIONS
         assert config == chosen(points, cuda=kind == "cuda")  # and the same again
     assert sizes == sorted(sizes)
@@ -169,7 +170,7 @@ def test_the_command_says_what_it_chose_and_trains_it(tmp_path, capsys):
     said = capsys.readouterr()
     json.loads(said.out)
     first, second = said.err.splitlines()[:2]
-    layers, width, _, lr = SIZES["tiny"]
+    (layers, width, *_), lr = SIZES["tiny"], preset("tiny")["train"]["lr"]
     assert first.startswith(
         f"chose preset tiny ({layers} layers of width {width}, peak learning rate {lr:g}), for"
     )
