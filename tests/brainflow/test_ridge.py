@@ -170,6 +170,16 @@ def test_quiet_directions_that_tell_are_read_after_whitening():
     np.testing.assert_allclose(chosen.logits(new), other.logits(new @ at_once), atol=1e-6)
 
 
+def test_whitened_features_have_to_be_read_clearly_better(monkeypatch):
+    x, labels, groups = quiet(6)
+    settings = {"classes": 3, "groups": groups, "times": 3}
+    known = covariance(quiet(200, seed=1)[0], 3)
+    share = fit_ridge(x, labels, covariance=known, **settings).loss / fit_ridge(x, labels, **settings).loss
+    for clearly, whitened in ((share + 0.01, True), (share - 0.01, False)):
+        monkeypatch.setattr(module, "CLEARLY", clearly)
+        assert fit_ridge(x, labels, covariance=known, **settings).whitened == whitened
+
+
 def test_loud_directions_that_tell_are_read_as_they_are():
     x, labels, groups = ordered(6, offset=5.0)
     x = (x.reshape(-1, 4, 5) * [1, 1, 1, 1, 0.2]).reshape(-1, 20)
