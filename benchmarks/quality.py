@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from brainflow.config import ModelConfig, PretrainConfig, TrainConfig
 from brainflow.demo import story, worth
 from brainflow.recipes import preset
 from brainflow.training.loop import pretrain
+from brainflow.training.metrics import read_metrics
 
 from .plan import Plan, Row
 
@@ -65,7 +65,7 @@ def _of_2022(ours: PretrainConfig, out: Path) -> PretrainConfig:
         name: getattr(ours.model, name) for name in ("layers", "width", "heads", "networks")
     }
     model = {**published["model"], **size}
-    train = {name: getattr(ours.train, name) for name in ("steps", "validate_every", "checkpoint_every")}
+    train = {name: getattr(ours.train, name) for name in ("steps", "checkpoint_every")}
     return replace(
         ours,
         out=str(out),
@@ -80,8 +80,8 @@ def _trained(config: PretrainConfig) -> tuple[list[dict[str, Any]], float]:
     config = replace(config, train=replace(config.train, validate_every=every))
     began = time.process_time()
     run = pretrain(config, resume="never", quiet=True)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "val_mse" in line], time.process_time() - began
+    seconds = time.process_time() - began
+    return [line for line in read_metrics(run) if "val_mse" in line], seconds
 
 
 def _explained(line: dict[str, Any], who: str) -> float:

@@ -268,8 +268,8 @@ class HostLoader(Loader):
         self._skipped += windows.skipped
         batch = PackedBatch.pack(bold, windows, device=self.device)  # on a GPU from pinned memory
         if self.device.type == "cuda":
-            self._copied[place] = torch.cuda.Event()
-            self._copied[place].record()  # type: ignore[union-attr]
+            self._copied[place] = copied = torch.cuda.Event()
+            copied.record()
         if batch.bold.dtype != self.dtype:
             batch = batch.cast(self.dtype)
         self._gather_s += gathered - began

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from brainflow.decoding.readout import time_bins
-from brainflow.decoding.ridge import RidgeDecoder
+from brainflow.decoding.ridge import RidgeDecoder, power_of
 from brainflow.decoding.splits import Fold
 from brainflow.optional import requires
 from brainflow.storage.normalise import spatially_normalised
@@ -110,9 +110,7 @@ def half_whitener(store: Any, *, spatial: bool) -> NDArray[np.float32]:
         bold = spatially_normalised(bold).astype(np.float64) if spatial else bold
         bold = bold - bold.mean(axis=0)
         total, count = total + bold.T @ bold, count + len(bold)
-    value, vector = np.linalg.eigh(total / count)
-    value = np.maximum(value, max(1e-3 * value.mean(), 1e-12))
-    return np.asarray((vector * value**-0.25) @ vector.T, dtype=np.float32)
+    return power_of(total / count, -0.25).astype(np.float32)
 
 
 def log_variances(bold: NDArray, lengths: NDArray) -> NDArray[np.float32]:

@@ -21,6 +21,7 @@ from brainflow.decoding.windows import WindowSource
 
 EVALUATION_BATCH = 256
 POINTS = 4
+"""Time points, in widths of the states, that a covariance needs."""
 CHECKS = 10
 """How often a fit looks at its validation windows."""
 

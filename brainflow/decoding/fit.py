@@ -214,9 +214,15 @@ def fit_decoder(
         features = frozen_features(module, source, readouts, device=device)
     if covariance is None and config.whitens:
         covariance = state_covariance(module, source, device=device, windows=windows)
-    known = [covariance if config.whitens and one.layer is None else None for one in readouts]
+    covariances = [covariance if one.layer is None else None for one in readouts]
     place, ridge = choose(
-        features, source, windows, known, classes=classes, balance=config.balance, times=readouts[0].times
+        features,
+        source,
+        windows,
+        covariances,
+        classes=classes,
+        balance=config.balance,
+        times=readouts[0].times,
     )
     readout, labels = readouts[place], source.labels[windows]
     if np.isnan(ridge.loss):
@@ -231,8 +237,7 @@ def fit_decoder(
     if ridge.whitened:
         # It reads small differences of states, which a step of the body changes more than it helps: from such
         # a head 60 steps cost four points where 4 or 8 people have labels (dev/log.md).
-        decoder = _trainable(module, linear_head(ridge), readout, config, device)
-        return decoder.eval(), History(losses=[], rates=[])
+        return Decoder(module, linear_head(ridge).to(device), readout).eval(), History(losses=[], rates=[])
     stop: int | None = None
     checks: list[tuple[int, float, float]] = []
     if validation is None:

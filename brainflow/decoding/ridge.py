@@ -127,7 +127,7 @@ def fit_ridge(
         if centred.loss < found.loss:
             found = replace(centred, weight=_without_mean(centred.weight, times))
     if covariance is not None:
-        whitener = _whitener(covariance)
+        whitener = power_of(covariance, -0.5)
         whitened = _fit(_at_each_time(x, whitener, times), labels, **settings)
         if whitened.loss < CLEARLY * found.loss:
             weight = _at_each_time(whitened.weight, whitener, times)
@@ -217,13 +217,13 @@ def _at_each_time(x: NDArray[np.float64], matrix: NDArray[np.float64], times: in
     return (x.reshape(*x.shape[:-1], times, -1) @ matrix).reshape(x.shape)
 
 
-def _whitener(covariance: NDArray) -> NDArray[np.float64]:
-    """Return a covariance to the power -1/2; variances below a thousandth of their mean count as that."""
+def power_of(covariance: NDArray, power: float) -> NDArray[np.float64]:
+    """Return a covariance to a negative power; variances below a thousandth of their mean count as that."""
     with threadpool_limits(1, user_api="blas"):
         value, vector = np.linalg.eigh(np.asarray(covariance, dtype=np.float64))
-        value = np.maximum(value, max(SMALLEST_VARIANCE * float(value.mean()), 1e-300))
-        whitener: NDArray[np.float64] = (vector * value**-0.5) @ vector.T
-    return whitener
+        value = np.maximum(value, max(SMALLEST_VARIANCE * float(value.mean()), 1e-12))
+        result: NDArray[np.float64] = (vector * value**power) @ vector.T
+    return result
 
 
 def _fit(
