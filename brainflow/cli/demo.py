@@ -23,6 +23,9 @@ from typing import Annotated
 
 import tyro
 
+SAID_EVERY = 20.0
+"""Seconds after which a line comes in any case where no bar can be drawn."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
@@ -59,22 +62,38 @@ def _run(args: Args, began: float) -> int:
     from rich.console import Console
 
     from brainflow.cli.demo_page import demo_page, print_tables, summary
-    from brainflow.demo.pipeline import DemoConfig, run_demo
+    from brainflow.demo.pipeline import DemoConfig, Stages, run_demo
+    from brainflow.progress import ProgressLine, Remaining
     from brainflow.report.page import write_page
     from brainflow.training.interrupt import Preempted
 
-    def say(line: str) -> None:
-        if not args.json:
-            seconds = time.perf_counter() - began
-            print(f"[{seconds:5.1f} s] {line}", file=sys.stderr, flush=True)
-
     config = DemoConfig(out=Path(args.out), seed=args.seed, threads=args.threads)
-    try:
-        result = run_demo(config, say=say)
-    except Preempted as stopped:
-        raise KeyboardInterrupt from stopped
-    say("drawing")
-    page = write_page(demo_page(result), config.out / "report")
+    left, said = Remaining(), began
+    with ProgressLine("demo", left, quiet=args.json) as bar:
+
+        def say(line: str) -> None:
+            nonlocal said
+            said = time.perf_counter()
+            text = f"[{said - began:5.1f} s] {line}"
+            if bar.live:
+                bar.print(text)
+            elif not args.json:
+                eta = f"  ETA {left}" if left.done else ""
+                print(text + eta, file=sys.stderr, flush=True)
+
+        def progress(done: int, total: int) -> None:
+            left.advance(done, total)
+            bar.update()
+            if not bar.live and time.perf_counter() - said > SAID_EVERY:
+                say(f"{100 * done // total} %")
+
+        stages = Stages(say, progress)
+        try:
+            result = run_demo(config, stages)
+        except Preempted as stopped:
+            raise KeyboardInterrupt from stopped
+        stages.begin("drawing", "")
+        page = write_page(demo_page(result), config.out / "report")
     figures = {**summary(result), "page": str(page), "seconds": round(time.perf_counter() - began, 1)}
     (config.out / "demo.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if args.json:

@@ -42,7 +42,51 @@ WITHOUT: tuple[BaselineName, ...] = ("ridge", "ridge-spatial")
 """Decoders without a model that are shown."""
 PICTURE_WINDOW = 49
 """Time points of the windows whose reconstruction is measured: the longest that pretraining draws."""
+SECONDS = {
+    "story": 1,
+    "story: pretraining": 57,
+    "story: decoding": 84,
+    "slice": 1,
+    "slice: pretraining": 29,
+    "slice: decoding": 95,
+    "simulated people": 1,
+    "drawing": 2,
+}
+"""What each stage takes on two cores; only their ratios are used, to tell how far the demo is."""
 Say = Callable[[str], None]
+Report = Callable[[int, int], None]
+
+
+class Stages:
+    """Where the demo is: it says a line before each stage and reports how far the whole is.
+
+    Parameters
+    ----------
+    say
+        Called with a line before each stage.
+    progress
+        Called with (units done, units of the whole).
+    """
+
+    def __init__(self, say: Say, progress: Report) -> None:
+        self._say, self._progress = say, progress
+        self._ahead, self._behind, self._units = list(SECONDS), 0, 0
+
+    def begin(self, stage: str, line: str) -> None:
+        """Say that a stage begins; all before it are done."""
+        while self._ahead and self._ahead[0] != stage:
+            self._behind += SECONDS[self._ahead.pop(0)]
+        self._units = SECONDS[stage]
+        self._tell(0.0)
+        self._say(f"{stage}: {line}" if line else stage)
+
+    def within(self, done: int, total: int) -> None:
+        """Say that so much of the stage is done."""
+        self._tell(done / total)
+
+    def _tell(self, share: float) -> None:
+        thousandths = round(1000 * (self._behind + share * self._units))
+        self._progress(thousandths, 1000 * sum(SECONDS.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,15 +200,15 @@ class DemoResult:
     slice: SliceResult
 
 
-def run_demo(config: DemoConfig, *, say: Say) -> DemoResult:
-    """Run the whole demo; everything it writes is under `config.out`.
+def run_demo(config: DemoConfig, stages: Stages) -> DemoResult:
+    """Run the whole demo but for its pictures; everything it writes is under `config.out`.
 
     Parameters
     ----------
     config
         What to do.
-    say
-        Called with a line before each stage.
+    stages
+        Hears how far it is.
 
     Raises
     ------
@@ -176,26 +220,39 @@ def run_demo(config: DemoConfig, *, say: Say) -> DemoResult:
     # spawned: what runs here has threads, which a fork would leave behind in the middle of their work
     context, threads = multiprocessing.get_context("spawn"), (config.threads,)
     with ProcessPoolExecutor(1, context, initializer=begin_worker, initargs=threads) as beside:
-        shown = ", ".join(map(str, config.order_people))
-        say(f"simulated people, {shown} of whom pretrain, and 40 others: in a process beside this one")
         order = beside.submit(run_order, config)
-        heard, seen = run_story(config, say), run_slice(config, say)
-        say("waiting for the simulated people")
+        heard, seen = run_story(config, stages), run_slice(config, stages)
+        shown = ", ".join(map(str, config.order_people))
+        stages.begin(
+            "simulated people", f"{shown} of whom pretrain, and 40 others, in the process beside this one"
+        )
         return DemoResult(config=config, story=heard, order=order.result(), slice=seen)
 
 
-def run_story(config: DemoConfig, say: Say) -> StoryResult:
+def run_story(config: DemoConfig, stages: Stages) -> StoryResult:
     """Pretrain on people who listen to a story, and decode where in it others are."""
     folder = config.out / "story"
+    shown = f"{len(config.people)} people, real fMRI; {len(config.test_people)} of them only test"
+    stages.begin("story", shown)
     store = story.write_store(story.read(), config.people, folder / "store")
     _check(store)
-    say(f"story: {len(store.runs)} people, real fMRI; {len(config.test_people)} of them only test")
-    say("story: pretraining, labels not used")
+    stages.begin("story: pretraining", "labels not used")
     split = story.split(store, config.test_people)
-    run = worth.pretrained_on(store, split, folder / "run", seed=config.seed, steps=config.story_steps)
-    say(f"story: decoding by {', '.join(map(str, config.counts))} labelled people, {config.draws} draws")
+    run = worth.pretrained_on(
+        store, split, folder / "run", seed=config.seed, steps=config.story_steps, progress=stages.within
+    )
+    counts = ", ".join(map(str, config.counts))
+    stages.begin("story: decoding", f"by {counts} labelled people, {config.draws} draws")
     task = story.task(store, config.test_people)
-    points = worth.curve(task, [run], config.counts, draws=config.draws, without=WITHOUT, config=config.adapt)
+    points = worth.curve(
+        task,
+        [run],
+        config.counts,
+        draws=config.draws,
+        without=WITHOUT,
+        config=config.adapt,
+        progress=stages.within,
+    )
     return StoryResult(points=points, validation=last_validation(read_metrics(run)))
 
 
@@ -234,25 +291,38 @@ def run_order(config: DemoConfig) -> OrderResult:
     )
 
 
-def run_slice(config: DemoConfig, say: Say) -> SliceResult:
+def run_slice(config: DemoConfig, stages: Stages) -> SliceResult:
     """Pretrain on one slice of one person, map what it predicts, and decode the pictures that were seen."""
     folder = config.out / "slice"
-    say("slice: real fMRI, Haxby et al. 2001, one participant, 12 runs")
+    stages.begin("slice", "real fMRI, Haxby et al. 2001, one participant, 12 runs")
     data = haxby.read()
     haxby.write_store(data, str(folder / "store"))
     store = BoldStore.open(str(folder / "store"))
     _check(store)
-    say(f"slice: pretraining, {config.slice_steps} steps, labels not used")
-    run = pretrain(_slice_config(config, store), resume="never", quiet=True)
+    stages.begin("slice: pretraining", f"{config.slice_steps} steps, labels not used")
+    chosen = _slice_config(config, store)
+    run = pretrain(chosen, resume="never", quiet=True, progress=stages.within)
     held_out = Split.load(run / SPLIT).parts["validation"]
     reconstruction = reconstruct(store, load_pretrained(run), held_out, length=PICTURE_WINDOW)
     task = load_task(store, TaskConfig(target=haxby.TARGET, split="leave-one-run-out", hrf_shift=HRF_SHIFT))
-    say(f"slice: decoding {len(task.classes)} kinds of pictures, each run left out once")
+    stages.begin("slice: decoding", f"{len(task.classes)} kinds of pictures, each run left out once")
     with warnings.catch_warnings():
         # all runs are of one person, and the notes say which of them pretraining read
         warnings.simplefilter("ignore", LeakWarning)
-        fresh = adapt(task, run, replace(config.adapt, scratch=True), device="cpu")
-        ours = adapt(task, run, config.adapt, device="cpu")
+        fresh = adapt(
+            task,
+            run,
+            replace(config.adapt, scratch=True),
+            device="cpu",
+            progress=lambda done, total: stages.within(done, 2 * total),
+        )
+        ours = adapt(
+            task,
+            run,
+            config.adapt,
+            device="cpu",
+            progress=lambda done, total: stages.within(total + done, 2 * total),
+        )
     decoders = [*(baseline(task, name) for name in WITHOUT), fresh, ours]
     write_results(task, ours, decoders[:-1], folder / "decoding")
     return SliceResult(

@@ -5,7 +5,7 @@ Everything here goes by the package's defaults: how a model is pretrained and ad
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -71,6 +71,7 @@ def pretrained_on(
     seed: int = 0,
     steps: int | None = None,
     model: Mapping[str, Any] = MappingProxyType({}),
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Pretrain as `brainflow pretrain` does on a part of a store's people, and return the run.
 
@@ -84,13 +85,15 @@ def pretrained_on(
         As in :func:`default_run`.
     model
         Settings of the model that differ from those.
+    progress
+        Called with (steps done, steps).
     """
     path = out.with_suffix(".split.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     split.save(path)
     config = default_run(store, out, framework=framework, seed=seed, steps=steps)
     config = replace(config, data=replace(config.data, split=str(path)), model=replace(config.model, **model))
-    return pretrain(config, resume="never", quiet=True)
+    return pretrain(config, resume="never", quiet=True, progress=progress)
 
 
 def default_run(
@@ -130,6 +133,7 @@ def curve(
     draws: int,
     without: Sequence[BaselineName] | None,
     config: AdaptConfig | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Point]:
     """Return the learning curve of a pretrained model, of random weights, and of decoders without a model.
 
@@ -147,14 +151,20 @@ def curve(
         Decoders without a model; None: all that the windows allow.
     config
         How to adapt; by default as `adapt` does.
+    progress
+        Called with (draws done, draws) of all counts together.
     """
+    numbers, drawn = sorted(set(counts)), 0
 
     def decoders(part: DecodingTask) -> list[Result]:
+        nonlocal drawn
         ours = [adapted(part, checkpoints, config, scratch=scratch) for scratch in (False, True)]
         others = baselines(part) if without is None else [baseline(part, name) for name in without]
+        drawn += 1
+        progress(drawn, draws * len(numbers))
         return [*ours, *others]
 
-    return learning_curve(task, list(counts), decoders, draws=draws)
+    return learning_curve(task, numbers, decoders, draws=draws)
 
 
 def adapted(

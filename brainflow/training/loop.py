@@ -12,6 +12,7 @@ import math
 import secrets
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,13 @@ class NotFinite(ValueError):
     """The loss or gradient was NaN or infinite too many times in a row."""
 
 
-def pretrain(config: PretrainConfig, *, resume: Resume = "auto", quiet: bool = False) -> Path:
+def pretrain(
+    config: PretrainConfig,
+    *,
+    resume: Resume = "auto",
+    quiet: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
     """Train a framework on a store.
 
     Parameters
@@ -72,6 +79,8 @@ def pretrain(config: PretrainConfig, *, resume: Resume = "auto", quiet: bool = F
         "auto" continues from the newest complete checkpoint in `config.out`; "never" deletes what is there.
     quiet
         Show no progress.
+    progress
+        Called with (steps done, steps) after each step, on the first rank.
 
     Returns
     -------
@@ -113,7 +122,7 @@ def pretrain(config: PretrainConfig, *, resume: Resume = "auto", quiet: bool = F
             with StopRequest() as stop, closing(writer):
                 # Not bound to a name: its tensors must be freed before the process group is destroyed.
                 _Run(config, store, folder, start_from, ranks, device, writer).train(
-                    stop, quiet=quiet or not ranks.first
+                    stop, quiet=quiet or not ranks.first, told=progress if ranks.first else None
                 )
     except RuntimeError as error:
         if not parallel.lost_rank(error):
@@ -220,7 +229,7 @@ class _Run:
             weights=data.dataset_weights() if part == "train" else None,
         )
 
-    def train(self, stop: StopRequest, *, quiet: bool) -> None:
+    def train(self, stop: StopRequest, *, quiet: bool, told: Callable[[int, int], None] | None) -> None:
         """Run to the last step, then write the release form."""
         config = self.config.train
         readback = Readback()
@@ -247,6 +256,8 @@ class _Run:
                 self.step += 1
                 clock.steps += 1
                 progress.advance(self.step)
+                if told is not None:
+                    told(self.step, config.steps)
                 if self.step == first + 1:
                     parallel.shorten_timeout()
                 if self.step % COLLECT_EVERY == 0:

@@ -21,8 +21,10 @@ from brainflow.decoding.task import load_task
 from brainflow.demo import cohort, haxby, pipeline, story, worth
 from brainflow.demo.pipeline import (
     HRF_SHIFT,
+    SECONDS,
     DemoConfig,
     DemoResult,
+    Stages,
     run_demo,
     run_story,
 )
@@ -175,7 +177,14 @@ def result(tmp_path_factory, small_data):
         slice_steps=2,
         adapt_steps=2,
     )
-    return run_demo(config, say=lambda line: None)
+    lines, reports = [], []
+    found = run_demo(config, Stages(lines.append, lambda *report: reports.append(report)))
+    assert [line.partition(" ")[0] for line in lines] == ["story:"] * 3 + ["slice:"] * 3 + ["simulated"]
+    assert reports == sorted(reports), "it goes on"
+    assert len(set(reports)) > len(SECONDS) + 8, f"draws and folds are heard of: {len(set(reports))}"
+    done, total = reports[-1]
+    assert done / total == 1 - (SECONDS["simulated people"] + SECONDS["drawing"]) / sum(SECONDS.values())
+    return found
 
 
 @pytest.mark.slow
@@ -225,10 +234,10 @@ def test_demo_end_to_end(result, small_data, capsys, tmp_path):
 @pytest.mark.slow
 def test_figures_are_ready_for_json_and_the_same_again(result, tmp_path):
     config = replace(result.config, out=tmp_path)
-    silent = {"say": lambda line: None}
+    silent = Stages(lambda line: None, lambda done, total: None)
     again = DemoResult(
         config=config,
-        story=run_story(config, **silent),
+        story=run_story(config, silent),
         order=small_order.run_order(config),  # here, not in a process of its own
         slice=result.slice,  # half a minute, and all that it does is repeated in other tests
     )

@@ -229,7 +229,9 @@ def test_another_configuration_is_refused_by_the_names_of_its_fields(store, undi
 def test_a_run_that_never_began_may_be_put_right(store, tmp_path):
     with pytest.raises(ValueError, match="sizes"):
         pretrain(tiny(store, tmp_path / "run", data={"validation_fraction": 0.99}), quiet=True)
-    pretrain(tiny(store, tmp_path / "run", steps=2), quiet=True)
+    told = []
+    pretrain(tiny(store, tmp_path / "run", steps=2), quiet=True, progress=lambda *steps: told.append(steps))
+    assert told == [(1, 2), (2, 2)]
 
 
 def test_another_store_is_refused_but_a_moved_one_is_not(store, tmp_path):
