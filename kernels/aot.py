@@ -31,8 +31,9 @@ from triton.runtime.jit import create_function_from_signature
 
 from .dispatch import AotConfig, interpreting
 
-ARCHS = (80, 90, 100)
+ARCHS = (80, 90, 100)  # A100, H100, B200
 OPS = ("masking", "loss", "linear_loss", "gathering", "varlen_attention")
+# Six blocks of four warps are then resident on a multiprocessor.
 MAX_REGISTERS = 80
 SHARED = {80: 164, 90: 228, 100: 228}
 """KiB of shared memory of a multiprocessor; each block takes 1 KiB beside its own."""
@@ -74,6 +75,7 @@ class Report:
         # A multiprocessor has 65,536 registers and gives them to warps in units of 256.
         of_warp = -(-self.registers * 32 // 256) * 256
         blocks = 65_536 // (of_warp * self.num_warps), SHARED[self.arch] * 1024 // (self.shared + 1024)
+        # No more than 64 warps and 32 blocks are resident.
         return min(64, 32 * self.num_warps, self.num_warps * min(blocks))
 
     def to_dict(self) -> dict[str, Any]:
@@ -228,6 +230,7 @@ def _follow(line: str, origin: dict[str, frozenset[str]], parameters: Sequence[s
     if operation.startswith("ld.param"):
         index = re.search(r"_param_(\d+)", rest)
         names = {parameters[int(index[1])]} - {""} if index and int(index[1]) < len(parameters) else set()
+    # A loaded value is data: it does not carry on the address it was loaded from.
     elif operation.startswith(("ld.", "atom.")):
         return
     else:
@@ -251,7 +254,7 @@ def _sample(value: tuple[tuple[int, ...], torch.dtype] | int | float) -> Any:
 
 def _tool(name: str, arch: int | None = None) -> str:
     if name == "ptxas" and arch is not None and arch >= 100:
-        name = "ptxas_blackwell"
+        name = "ptxas_blackwell"  # Triton ships one for Blackwell beside the other
     return str(getattr(knobs.nvidia, name).path)
 
 
@@ -305,6 +308,7 @@ def compile_all(archs: Iterable[int], only: str = "") -> list[tuple[AotConfig, R
     chosen = [config for config in configs() if only in config.name]
     jobs = [(index, arch) for arch in archs for index in range(len(chosen))]
     _CHOSEN[:] = chosen
+    # Cores that this process may use, in a container fewer than the machine has.
     with ProcessPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
         reports = list(pool.map(_compile_job, jobs))
     return [(chosen[index], report) for (index, _), report in zip(jobs, reports, strict=True)]

@@ -44,9 +44,10 @@ def lazy_zeros(like: torch.Tensor) -> torch.Tensor:
     all of it (one position in each of 64 windows of 50, 1,024 networks: 0.2 against 1.3 ms). With many
     rows the page faults cost more than they save.
     """
-    if like.nbytes < LAZY_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
+    if like.nbytes < LAZY_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows has none
         return torch.zeros_like(like)
     memory = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # The tensor keeps the map alive, which goes when the last view of it does.
     return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
 
 
@@ -76,6 +77,7 @@ def rows_of(code: tuple[int, ...], bounds: tuple[int, ...], period: int) -> torc
     ranges = host_windows(bounds, period)
     draws = philox_ints(code[3], [(TAG_POSITION, 0, draw, code[4]) for draw in range(-(-len(ranges) // 4))])
     words = chain.from_iterable(draws)
+    # Not strict: the last draw may have words to spare.
     pairs = zip(ranges, words, strict=False)
     drawn = [start + 1 + (word * (n - 1) >> 32) for (start, n), word in pairs if n > 1]
     return torch.tensor(drawn, dtype=torch.int64)
@@ -103,7 +105,7 @@ def _pieces(
     """Return (first row, end, first window, windows) of each block of :func:`column_blocks`."""
     pieces: list[tuple[int, int, int, int]] = []
     ranges = host_windows(bounds, period)
-    last = sum(ranges[-1]) if ranges else 0
+    last = sum(ranges[-1]) if ranges else 0  # its start + length: where the batch ends
     size = 0  # rows of each window of the last piece; 0: nothing can join it
     for w, (start, length) in enumerate(ranges):
         # A block costs some 46 µs of calls whatever it holds, so windows of one length that follow each
@@ -140,6 +142,7 @@ def column_blocks(
     """
     ranges = host_windows(bounds, period)
     whole = code[2] == 0
+    # Converted once for all windows, not once a block.
     masks = convert(window_masks(tuple(code), len(ranges), networks))[:, None] if whole else torch.empty(0)
     for first, end, w, count in _pieces(bounds, period, networks, whole, most):
         if whole:

@@ -23,9 +23,12 @@ from .masks import MaskSpec
 from .varlen_attention import attention, qkv_attention, shifted_attention
 from .varlen_attention.backends import BACKENDS, why_not
 
+# A window without a second time point, and one longer than a tile of 16 rows.
 LENGTHS = (7, 1, 30, 12)
+# 333: rows that are not aligned, more than one subtile of 256, and the last one partly filled.
 NETWORKS, WIDTH, HEADS, HEAD_DIM = 333, 24, 2, 64
 MASKS = {
+    # Beyond int64 and int32: signs must not matter.
     "time_points": MaskSpec.time_points(0.3, seed=2**63 + 5, offset=2**31 + 1),
     "spans": MaskSpec.spans(0.3, 3, seed=1),
     "position": MaskSpec.position(seed=2),

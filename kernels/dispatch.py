@@ -129,6 +129,7 @@ def once(value: torch.Tensor, *grads: torch.Tensor | None) -> tuple[torch.Tensor
     They would count as constants under `create_graph=True`, which is silently wrong. `value` ties them to
     the inputs, so that the engine comes by here.
     """
+    # Gradient mode is off in an ordinary backward pass, and on under `create_graph=True`.
     if not torch.is_grad_enabled():
         return grads
     return tuple(None if grad is None else _Once.apply(grad, value) for grad in grads)
@@ -158,7 +159,7 @@ def layout_of(
     """
     check_tensor(name, x, ndim=(2, 3), dtypes=FLOATS)
     integers = (torch.int32, torch.int64)
-    if x.shape[:-1].numel() >= 2**31:
+    if x.shape[:-1].numel() >= 2**31:  # rows are int32 in the kernels
         raise ValueError(f"{name}: got shape {list(x.shape)}, expected less than 2**31 time points")
     if x.ndim == 2:
         if lengths is not None:
@@ -167,6 +168,7 @@ def layout_of(
             )
         if cu_seqlens is None:
             steps = x.shape[0]
+            # Made on the device: a tensor from a list would be copied there, which waits for the stream.
             return Layout(torch.arange(2, dtype=torch.int32, device=x.device) * steps, 0)
         check_tensor("cu_seqlens", cu_seqlens, ndim=1, dtypes=integers, device=x.device)
         if cu_seqlens.shape[0] < (2 if x.shape[0] else 1):
@@ -202,6 +204,7 @@ def check_values(bounds: tuple[int, ...], rows: int | None, period: int) -> None
                 f"lengths: got values in [{min(bounds)}, {max(bounds)}], expected values in [0, {period}]"
             )
         return
+    # Empty windows pass here: a loss has nothing in them. Attention refuses them.
     if not bounds or bounds[0] != 0 or any(a > b for a, b in pairwise(bounds)):
         raise ValueError("cu_seqlens: got values that do not ascend from 0, expected 0 ≤ … ≤ tokens")
     if rows is not None and bounds[-1] != rows:

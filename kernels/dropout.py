@@ -22,6 +22,7 @@ _LEVELS = 1 << 16
 
 def dropped(p: float) -> int:
     """Return how many of the 65,536 numbers drop a value."""
+    # A p just below 1 may be rounded to 1: nothing would be kept, and 1 / kept be infinite.
     return min(_LEVELS - 1, round(p * _LEVELS))
 
 
@@ -33,12 +34,15 @@ def kept(p: float) -> float:
 def random_words(count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """Return `count` uniform int16, from the default generator if none is given."""
     words = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
+    # No upper bound (None): all 64 bits are random, so each 16 of them are uniform.
     return words.random_(-(2**63), None, generator=generator).view(torch.int16)[:count]
 
 
 def keep_words(words: Tensor, p: float, like: Tensor) -> Tensor:
     """Return 1 where a value of `like`'s shape is kept and 0 where it is dropped, in its dtype."""
+    # Compared straight into the dtype of what it is multiplied with: no bool tensor in between.
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    # Words are signed, so the drop threshold counts from -32,768.
     return torch.ge(words.view(like.shape), dropped(p) - _LEVELS // 2, out=out)
 
 
@@ -47,6 +51,7 @@ def keep_mask(like: Tensor, p: float, generator: torch.Generator) -> Tensor:
     return keep_words(random_words(like.numel(), like.device, generator), p, like)
 
 
+# A fragment: the other operators of this package share the namespace.
 _LIBRARY = torch.library.Library("brainflow", "FRAGMENT")
 _LIBRARY.define("dropout_cpu(Tensor x, float p) -> (Tensor, Tensor)")
 _LIBRARY.define("dropout_cpu_backward(Tensor upstream, Tensor words, float p) -> Tensor")

@@ -23,7 +23,9 @@ from .random import below, philox
 
 ALL, POSITION, ROWS, COLUMNS = range(4)
 KINDS = ("all", "position", "rows", "columns")
+# In the upper byte of c0: draws for different purposes never share a counter.
 TAG_POSITION, TAG_ROWS, TAG_COLUMNS, TAG_PHASE = (1 << 24, 2 << 24, 3 << 24, 4 << 24)
+# A draw has four words: with a tile of four subtiles none of them is thrown away.
 SUBTILE, TILE = 256, 1024
 
 
@@ -110,7 +112,10 @@ class MaskSpec:
 
     def code(self) -> list[int]:
         """Return the mask as the five integers that the registered ops take."""
+        # Operators take int64: seeds from 2⁶³ on go as their two's complement, which philox reads as the same
+        # bits.
         seed = self.seed - 2**64 if self.seed >= 2**63 else self.seed
+        # 24 bits and not 32: the threshold of p = 1 is 2²⁴, above every word and still an int32.
         return [KINDS.index(self.kind), round(self.p * 2**24), self.span, seed, self.offset]
 
     def rows(self, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -182,6 +187,7 @@ def masked_rows(code: list[int], starts: torch.Tensor, lengths: torch.Tensor) ->
     kind, *_, seed, offset = code
     if kind == POSITION:
         word = position_words(seed, offset, lengths)
+        # From 1 on: the first time point has no past to be predicted from.
         return (starts + 1 + below(word, lengths - 1))[lengths > 1]
     window, position = locate(lengths)
     rows = starts[window] + position
@@ -192,6 +198,7 @@ def row_events(code: list[int], window: torch.Tensor, position: torch.Tensor) ->
     """Return whether time points are masked, bool, for a mask of rows drawn with probability p."""
     _, threshold, _, seed, offset = code
     word = philox(seed, TAG_ROWS, block_of(code, window, position), window, offset)[0]
+    # The same as comparing the upper 24 bits, without shifting every word.
     return word < threshold << 8
 
 
@@ -208,6 +215,7 @@ def column_mask(code: list[int], window: torch.Tensor, position: torch.Tensor, n
     tiles = -(-networks // TILE)
     draw = torch.arange(tiles * SUBTILE, device=window.device) + TAG_COLUMNS
     words = philox(seed, draw, block[:, None], window[:, None], offset)
+    # The comparisons write where their columns lie: stacking four masks would copy them.
     hit = torch.empty(window.numel(), tiles, len(words), SUBTILE, dtype=torch.bool, device=window.device)
     for one, word in zip(hit.unbind(2), words, strict=True):
         torch.lt(word.view(-1, tiles, SUBTILE), threshold << 8, out=one)
@@ -221,6 +229,8 @@ def block_of(code: list[int], window: torch.Tensor, position: torch.Tensor) -> t
         return torch.zeros_like(position)
     if span == 1:
         return position
+    # Without a phase all windows would be cut at the same positions, and neighbours across a cut never masked
+    # together.
     phase = below(philox(seed, TAG_PHASE, 0, window, offset)[0], span)
     return (position + phase) // span
 
@@ -228,5 +238,6 @@ def block_of(code: list[int], window: torch.Tensor, position: torch.Tensor) -> t
 def check_cu_seqlens(cu_seqlens: torch.Tensor) -> None:
     """Check cu_seqlens; their values only where they lie on the host."""
     check_tensor("cu_seqlens", cu_seqlens, ndim=1, dtypes=(torch.int32, torch.int64))
+    # On CUDA reading them would wait for the stream.
     if cu_seqlens.device.type == "cpu":
         check_values(tuple(cu_seqlens.tolist()), None, 0)

@@ -20,6 +20,7 @@ TAG_PHASE = tl.constexpr(masks.TAG_PHASE)
 SUBTILE = tl.constexpr(masks.SUBTILE)
 TILE = tl.constexpr(masks.TILE)
 
+# `networks` is not among them: that it is a multiple of 16 must be seen, or loads are not 128 bits wide.
 SCALARS = ["windows", "steps", "period", "threshold", "seed", "offset"]
 """Runtime integers that must not be specialised on: a new value must not compile a new kernel."""
 
@@ -34,7 +35,9 @@ def locate(bounds, rows, windows, steps, period, PADDED: tl.constexpr):
     high = low + windows - 1
     # The host gives the number of halvings, enough for all windows.
     for _ in range(steps):
+        # Rounded up, or `low` would not move where two windows are left.
         middle = (low + high + 1) // 2
+        # The last window that begins here or before: empty ones in front of it are passed over.
         right = tl.load(bounds + middle) <= rows
         low = tl.where(right, middle, low)
         high = tl.where(right, high, middle - 1)
@@ -76,8 +79,10 @@ def row_mask(window, position, length, threshold, seed, offset, KIND: tl.constex
         return valid
     if KIND == POSITION:
         a, b, c, d = draw(seed, window * 0 + TAG_POSITION, window * 0, window // 4, offset)
+        # A tensor cannot index a tuple, so one of the four words is selected.
         which = window % 4
         word = tl.where(which == 0, a, tl.where(which == 1, b, tl.where(which == 2, c, d)))
+        # In a window of one time point position 1 is not valid, so nothing is masked.
         return valid & (position == 1 + tl.umulhi(word, (length - 1).to(tl.uint32)).to(tl.int32))
     block = block_of(window, position, seed, offset, SPAN)
     word, _, _, _ = draw(seed, window * 0 + TAG_ROWS, block, window, offset)
@@ -111,6 +116,7 @@ def loss_slope(d, LOSS: tl.constexpr):
         return 2.0 * d
     one = tl.minimum(tl.abs(d), 1.0)
     if LOSS == 0:
+        # 0 as `torch.sign` has it on the CPU: where prediction and target agree there is no direction.
         one = tl.where(d == 0, 0.0, 1.0)
     return tl.where(d < 0, -one, one)
 
@@ -119,14 +125,17 @@ def loss_slope(d, LOSS: tl.constexpr):
 def finish(sums, weights, loss, inverse, programs, LANES: tl.constexpr):
     """Add up partial sums in a fixed order; write the mean and 1 / Σ weights (both 0 if that is 0)."""
     lane = tl.arange(0, LANES)
+    # float64 costs nothing here: one program adds a few thousand numbers.
     total = tl.zeros([LANES], tl.float64)
     weight = tl.zeros([LANES], tl.float64)
+    # Not by atomics, whose order changes from run to run.
     for first in range(0, programs, LANES):
         inside = first + lane < programs
         total += tl.load(sums + first + lane, mask=inside, other=0).to(tl.float64)
         weight += tl.load(weights + first + lane, mask=inside, other=0).to(tl.float64)
     all_weight = tl.sum(weight, 0)
     some = all_weight > 0
+    # `where` computes both sides: the inner one keeps 1 / 0 away.
     one_over = tl.where(some, 1.0 / tl.where(some, all_weight, 1.0), 0.0)
     tl.store(loss, tl.where(some, tl.sum(total, 0) * one_over, 0.0).to(loss.dtype.element_ty))
     tl.store(inverse, one_over.to(inverse.dtype.element_ty))

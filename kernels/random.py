@@ -15,6 +15,7 @@ from itertools import chain
 import torch
 
 MASK = 0xFFFFFFFF
+# Multipliers and key increments of Philox4x32 as published, and as in `tl.philox`.
 ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
 KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
 # Seven rounds pass BigCrush and draw 30 % faster, but then some of the compiled kernels need up to 128
@@ -64,6 +65,8 @@ def philox(
         b = c2 * (factor_b if isinstance(c2, torch.Tensor) else ROUND_B)
         c0 = _mix(b, c1, k0, t0, half, mask)
         c2 = _mix(a, c3, k1, t1, half, mask)
+        # A tensor's low half keeps what lies above bit 31: `_mix` cuts it when it is next used, the last line
+        # at the end.
         c1, c3 = (word if isinstance(word, torch.Tensor) else word & MASK for word in (b, a))
     w0, w1, w2, w3 = torch.broadcast_tensors(c0, c1 & mask, c2, c3 & mask)
     return w0, w1, w2, w3
@@ -112,6 +115,7 @@ def philox_ints(seed: int, counters: Iterable[tuple[int, int, int, int]]) -> lis
 
 def below(word: torch.Tensor, bound: torch.Tensor | int) -> torch.Tensor:
     """Map 32-bit words to integers in [0, bound): the upper half of word · bound."""
+    # As `tl.umulhi` on the GPU. A word below 2³² times a length below 2³¹ fits int64.
     return (word * bound) >> 32
 
 

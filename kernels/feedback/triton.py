@@ -36,6 +36,7 @@ def moments(pre, row, inside, width, eps, K: tl.constexpr):
         mask = inside[:, None] & (k < width)[None, :]
         total += tl.sum(tl.load(pre + row[:, None] * width + k[None, :], mask=mask, other=0.0), 1)
     mean = total / width
+    # A second pass: the mean of squares minus the square of the mean would cancel.
     for first in range(0, width, K):
         k = first + tl.arange(0, K)
         mask = inside[:, None] & (k < width)[None, :]
@@ -79,6 +80,7 @@ def step(
     inside = row < count
     there = column < width
     square = width * width
+    # Each program of a row computes them again: a kernel for them alone would be one more launch a step.
     if not LOWEST:
         mean, scale = moments(below, row, inside, width, eps, K)
     i = tl.zeros([R, C], tl.float32)
@@ -204,10 +206,12 @@ def step_backward(
     f = tl.load(a + width, mask=mask, other=0.0)
     g = tl.load(a + 2 * width, mask=mask, other=0.0)
     o = tl.load(a + 3 * width, mask=mask, other=0.0)
+    # Computed again, not kept from the forward pass.
     bent = tanh(tl.load(cells + at, mask=mask, other=0.0))
     dc = dh * o * (1.0 - bent * bent)
     if not END:
         dc += tl.load(d_cells + at, mask=mask & running[:, None], other=0.0)
+    # In place: the step before finds here what came to its cells from later ones.
     tl.store(d_cells + at, dc * f, mask=mask)
     out = d_gates + row[:, None] * (4 * width) + column[None, :]
     kind = d_gates.dtype.element_ty
@@ -252,6 +256,7 @@ class _Decoded(Function):
     ) -> Tensor:
         count, tokens, width = keep.shape
         layers, norms = _unflat(flat, count)
+        # float32 also beside 16-bit states: rounding would add up from step to step.
         wide: dict[str, Any] = {"dtype": torch.float32, "device": start.device}
         gates = torch.empty(count, tokens, 4 * width, **wide)
         cells, pre = torch.empty(2, count, tokens, width, **wide).unbind(0)
@@ -323,6 +328,7 @@ def _gradients(ctx: Any, d_gates: Tensor, d_pre: Tensor, read: Tensor) -> list[T
         before = torch.cat((hidden[i], start)).index_select(0, previous)
         if i > 0:
             d_start.addmm_(d[:first], recurrent)
+        # The lowest layer's first step has a bias of its own, so its rows are left out.
         of_layers += [d.t() @ x, d.t() @ before, d[first if i == 0 else 0 :].sum(0)]
         if i < len(norms):
             shape, (gamma, beta) = [pre.shape[2]], norms[i]

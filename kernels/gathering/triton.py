@@ -50,6 +50,7 @@ def gather_kernel(
     first = tl.load(bounds + window)
     length = tl.load(bounds + window + 1) - first
     position = tl.program_id(1) * R + tl.arange(0, R)
+    # The grid is as high as the longest window; shorter ones have programs with nothing to do.
     if tl.program_id(1) * R >= length:
         return
     row = tl.load(starts + window) + position
@@ -105,6 +106,7 @@ def gather_windows(
     mask_token: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the windows end to end, [tokens, networks] in `out_dtype`; an empty `mask` masks nothing."""
+    # The kernel's values pass through float32.
     if out_dtype == torch.float64:
         raise TypeError(
             "out_dtype: got torch.float64, expected torch.float32, float16 or bfloat16 on the GPU"

@@ -57,6 +57,7 @@ def linear_masked_loss(
     rows None: found from the mask. The factor 1 / Σ weights waits where gradients have 16 bits: an upstream
     gradient that scales the loss comes first then, so that nothing is lost below their range.
     """
+    # The products below are float32 by choice: autocast would round them again.
     with torch.autocast("cpu", enabled=False):
         acc, networks = accumulator(hidden.dtype), weight.shape[0]
         host = host_bounds(bounds, hidden.shape[0], period)
@@ -97,6 +98,7 @@ def linear_masked_loss(
             if columns:
                 keep(d, keep_bits(_selected(mask, len(host), window[block], position[block], networks), acc))
             elif weights is not None:
+                # A row of weight 0 may hold NaN, which a product with 0 would keep.
                 keep(d, keep_bits(weights > 0, acc))
             slope = torch.empty_like(d)
             total += float(sum_and_slope(d, slope, loss, weights))
@@ -108,6 +110,7 @@ def linear_masked_loss(
             grad_hidden.index_add_(0, at, (slope @ wide_weight).to(hidden.dtype))
             grad_weight.addmm_(slope.t(), h, beta=1.0 if start else 0.0)
         scalars = torch.tensor([total * inverse, later], dtype=acc)
+        # Clones: outputs of an operator may not share memory.
         return scalars[0].clone(), scalars[1].clone(), grad_hidden, grad_weight, grad_bias
 
 
@@ -148,6 +151,7 @@ def backward(ctx, upstream, *_):
         raise RuntimeError("linear_masked_loss: gradients asked for, but it ran where no input required them")
     value, factor, *saved = ctx.saved_tensors
     factor = factor * upstream
+    # A subclass, as under torch.compile, may have no value to look at.
     done = type(factor) is torch.Tensor and factor.device.type == "cpu" and factor.item() == 1.0
     grads = [
         (grad if done else _scaled(grad, factor, dtype)).to(dtype) if needed else None
@@ -159,6 +163,7 @@ def backward(ctx, upstream, *_):
 @torch.no_grad()
 def _scaled(grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return grad · factor in `dtype`; a factor without dimension would be rounded to 16 bits before."""
+    # Autograd does not record `out=`; second derivatives are refused by `once` anyway.
     return torch.mul(grad, factor.view(1), out=torch.empty_like(grad, dtype=dtype))
 
 

@@ -109,6 +109,7 @@ def forward_impl(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Project, compare and go back."""
     acc, networks = accumulator(hidden.dtype), weight.shape[0]
+    # All rows go through, or all that count are known: padded, the lengths would have to be read.
     every = mask[0] == masks.COLUMNS or (mask[0] == masks.ALL and period == 0)
     if rows is None and not every:  # their number is read back from the device
         rows = masks.masked_rows(mask, *masks.windows(bounds, period))
@@ -128,6 +129,7 @@ def forward_impl(
     scalars, constants = launch_arguments(bounds, period, [kind, *mask[1:]])
     if kind == masks.ALL:
         constants |= {"SPAN": 1, "PADDED": False}  # the mask's own values would only compile it again
+    # Tensors that a constexpr switches off are never read: any tensor stands in for them.
     compare[grid](
         pred, pred if bias is None else bias, target, slope, bounds if rows is None else rows,
         sums if row_weights is None else row_weights, bounds, sums, weights, count, networks,
@@ -140,6 +142,7 @@ def forward_impl(
         return value, inverse, *_no_gradients(hidden, weight, bias, acc, gradients)
     grad_hidden = torch.mm(slope, weight)
     if rows is not None:
+        # Each row is listed once, so copying is enough: adding would be atomic.
         grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_hidden)
     grad_weight = _wide_product(slope.t(), h, acc)
     grad_bias = hidden.new_empty(0, dtype=acc) if bias is None else slope.sum(0, dtype=acc)
@@ -159,7 +162,7 @@ def _wide_product(a: torch.Tensor, b: torch.Tensor, acc: torch.dtype) -> torch.T
     if a.dtype == acc:
         return a @ b
     if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=acc)
+        return torch.mm(a, b, out_dtype=acc)  # CUDA alone has out_dtype
     return a.to(acc) @ b.to(acc)
 
 

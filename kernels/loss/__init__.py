@@ -71,5 +71,6 @@ def masked_loss(
         dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
         return naive.masked_loss(pred, target, mask, loss, bounds, period).to(dtype)
     op = cpu.masked_loss if face == "cpu" else triton.masked_loss
+    # For the CPU face, which computes it in the same pass.
     gradient = pred.requires_grad and torch.is_grad_enabled()
     return op(flat(pred), flat(target), bounds, period, code, check_loss(loss), gradient)[0]

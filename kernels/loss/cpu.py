@@ -106,6 +106,7 @@ def _rows(
     step = max(1, 2 * BLOCK // networks)
     shape = (min(step, index.numel()), networks)
     taken, wanted = pred.new_empty(shape), target.new_empty(shape)
+    # The target's rows are spent once d is taken, so the slopes take their memory.
     slope = wanted if wanted.dtype == acc else torch.empty(shape, dtype=acc)
     total, done = 0.0, 0
     for rows in index.split(step) if count else ():
@@ -114,6 +115,7 @@ def _rows(
         torch.index_select(pred, 0, rows, out=taken)
         torch.index_select(target, 0, rows, out=wanted)
         d = taken.to(acc).sub_(wanted)
+        # Blocks are added as Python floats, in double precision.
         total += float(sum_and_slope(d, slope, loss))
         if not grad.numel():
             continue
@@ -142,6 +144,7 @@ def _columns(
 ) -> float:
     """Loss and gradient of masked columns: whole windows' differences, weighted by the scale or by 0."""
     acc, networks = accumulator(pred.dtype), pred.shape[1]
+    # direct: slopes are computed where the gradient will stand.
     direct = grad.numel() > 0 and grad.dtype == acc
     # Counted beforehand where that is cheap, so that the scale is applied in cache, and where the gradient
     # has a short mantissa, which should be rounded once.
@@ -217,6 +220,7 @@ def backward(ctx, upstream, _):
     if upstream is None:
         return (None,) * 7
     value, grad, *again = ctx.saved_tensors
+    # A subclass, as under torch.compile, may have no value to look at.
     if type(upstream) is torch.Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0:
         return (*once(value, grad), *(None,) * 6)
     scaled = masked_loss_backward(upstream, *again, *ctx.rest) if again else grad * upstream

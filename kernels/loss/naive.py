@@ -39,5 +39,6 @@ def masked_loss(
     """Return the mean over masked values as a float64 scalar; 0 if nothing is masked."""
     selected = dense_mask(pred, mask, bounds, period)
     if not bool(selected.any()):
+        # A sum over nothing: 0, but with a gradient.
         return pred.double()[selected].sum()
     return values(pred[selected].double() - target[selected].double(), loss).mean()

@@ -68,12 +68,15 @@ def partial_sums(
     row = tl.program_id(0) * R + tl.arange(0, R)
     tile = tl.program_id(1)
     inside = row < rows
+    # Rows behind the last one are looked up as the last one: `bounds` is not read outside of itself.
     window, position, length = locate(bounds, tl.minimum(row, rows - 1), windows, steps, period, PADDED)
     taken = inside & row_mask(window, position, length, threshold, seed, offset, KIND, SPAN)
     if KIND == COLUMNS:
+        # Drawn once, before the loop: the four words are for its four subtiles.
         words = column_words(tile, window, position, seed, offset, SPAN)
     total = tl.zeros([R], ACC)
     count = tl.zeros([R], tl.int32)
+    # One 64-bit base a program, 32-bit offsets inside the tile: 64-bit offsets for both spilled registers.
     start = tl.program_id(0).to(tl.int64) * R * networks
     for part in tl.static_range(4):
         column = tile * TILE + part * SUBTILE + tl.arange(0, SUBTILE)
@@ -121,6 +124,7 @@ def gradient(
     inside = row < rows
     window, position, length = locate(bounds, tl.minimum(row, rows - 1), windows, steps, period, PADDED)
     taken = inside & row_mask(window, position, length, threshold, seed, offset, KIND, SPAN)
+    # Multiplied on the device: the host knows neither the upstream gradient nor the count.
     scale = tl.load(upstream).to(ACC) * tl.load(inverse).to(ACC)
     if KIND == COLUMNS:
         words = column_words(tile, window, position, seed, offset, SPAN)
@@ -134,6 +138,7 @@ def gradient(
         if KIND == COLUMNS:
             keep = keep & event(words[part], threshold)
         slope = tl.where(keep, loss_slope(p - t, LOSS) * scale, 0.0)
+        # `grad` is not cleared beforehand: the zeros are written here, too.
         tl.store(grad + at, slope.to(grad.dtype.element_ty), mask=inside[:, None] & bound)
 
 

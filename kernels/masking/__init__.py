@@ -64,6 +64,7 @@ def mask_tokens(
             f"mask_token: got shape {list(mask_token.shape)}, expected [{x.shape[-1]}] (a value a network) "
             "or [positions, 1] (a value a position)"
         )
+    # Packed, the longest window may be known to the device alone: the faces look for themselves.
     if mask_token.ndim == 2 and mask_token.shape[0] < period:
         raise ValueError(f"mask_token: got {mask_token.shape[0]} positions, expected at least {period}")
     face = pick(impl, x.device)

@@ -12,6 +12,7 @@ from ..masks import COLUMNS, windows
 
 def _positions(rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     """Return the position in its window of each row."""
+    # `right`: among windows that begin at one row, all but the last are empty.
     return rows - starts[torch.searchsorted(starts, rows, right=True) - 1]
 
 
@@ -67,6 +68,7 @@ def mask_tokens_backward(
     host, networks, dtype = host_bounds(bounds, None, period), grad.shape[1], accumulator(grad.dtype)
     grad_x = grad.clone() if need_x else grad.new_empty(0)
     shape = (positions, 1) if positions else (networks,)
+    # A sum over the whole batch: wide also where the gradients have 16 bits.
     grad_token = torch.zeros(shape if need_token else 0, dtype=dtype)
 
     def add(rows: torch.Tensor, masked: torch.Tensor) -> None:
@@ -113,11 +115,13 @@ def register(forward: CustomOpDef, backward: CustomOpDef) -> None:
         _, mask_token, bounds, ctx.period, ctx.mask = inputs
         ctx.positions = mask_token.shape[0] if mask_token.ndim == 2 else 0
         ctx.token_dtype = mask_token.dtype
+        # Neither x nor the token is kept: gradients need the mask alone, which is drawn again.
         ctx.save_for_backward(bounds)
 
     def differentiate(ctx, grad):
         (bounds,) = ctx.saved_tensors
         need_x, need_token = ctx.needs_input_grad[:2]
+        # The gradient of a sum comes expanded, with strides of 0.
         grad_x, grad_token = backward(
             grad.contiguous(), bounds, ctx.period, ctx.mask, ctx.positions, need_x, need_token
         )

@@ -40,6 +40,7 @@ def tile_mask(
     # itself.
     window, position, length = locate(bounds, tl.minimum(row, rows - 1), windows, steps, period, PADDED)
     taken = (row < rows) & row_mask(window, position, length, threshold, seed, offset, KIND, SPAN)
+    # `>= 0` is always true: it only gives the rows' mask the tile's shape.
     hit = taken[:, None] & (tl.arange(0, SUBTILE) >= 0)[None, :]
     if KIND == COLUMNS:
         # One draw gives the words of four subtiles; the same one is drawn in the programs of all four.
@@ -66,6 +67,7 @@ def replace(
     )
     inside = (row < rows)[:, None] & (column < networks)[None, :]
     read = inside
+    # A mask of columns is no load predicate: loads of single columns would be scalar.
     if KIND != COLUMNS:
         read = inside & (taken == 0)[:, None]
     # One 64-bit base a program and 32-bit offsets inside the tile: 64-bit offsets take twice the registers,
@@ -147,6 +149,7 @@ def forward_impl(
     """Launch the forward kernel."""
     out = torch.empty_like(x)
     rows, networks = x.shape
+    # CUDA refuses a grid without programs.
     if out.numel() == 0:
         return out
     scalars, constants = launch_arguments(bounds, period, mask)
@@ -227,7 +230,9 @@ register(mask_tokens, mask_tokens_backward)
 
 
 def _aot_configs() -> list[AotConfig]:
+    # 64 windows of 50 time points, DiFuMo's 1,024 networks.
     rows, networks, windows, positions = 3200, 1024, 64, 512
+    # The threshold of p = 0.2; a seed of more than 32 bits, because its width decides its type.
     scalars = {"windows": windows, "steps": 7, "period": 0, "threshold": 3355443, "seed": 2**40 + 1,
                "offset": 12345}  # fmt: skip
     bounds = ((windows + 1,), torch.int32)

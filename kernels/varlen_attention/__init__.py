@@ -138,6 +138,7 @@ def shifted_attention(
         return out.to(q.dtype)
     impl = choose(q, cu_seqlens.shape[0] - 1, 2 * max_seqlen, dropout_p, impl)
     if impl == "window":
+        # For "second" the first stream's queries are not read: `q` stands in for them, without a gradient.
         both = torch.cat((torch.stack((q.detach(), k, v), 1), torch.stack((q, k_self, v_self), 1)))
         rest = (cu_seqlens, max_seqlen, "second", True, dropout_p, scale, False)
         return window.attention(both, None, None, *rest)[0]

@@ -56,6 +56,7 @@ def choose(q: Tensor, windows: int, max_seqlen: int, dropout_p: float, impl: str
         if q.device.type != "cuda":
             impl = "fallback"
         else:
+            # The fallback takes everything, so there is always one.
             impl = next(name for name in BACKENDS if why_not(name, q, windows, max_seqlen, dropout_p) is None)
             if impl == "fallback":
                 _warn(no_kernel(q, windows, max_seqlen, dropout_p))
@@ -96,6 +97,7 @@ def settle(q: Tensor, windows: int, max_seqlen: int, dropout_p: float, impl: str
     if impl is not None:
         p = dropout_p if impl not in BACKENDS or _limits(impl).dropout else 0.0
         return choose(q, windows, max_seqlen, p, impl), p
+    # A kernel that can drop weights is best, but any kernel is better than the fallback.
     for p in (dropout_p, 0.0):
         for name in BACKENDS:
             if name != "fallback" and why_not(name, q, windows, max_seqlen, p) is None:
@@ -145,6 +147,7 @@ def refusal(limits: Limits, q: Tensor, windows: int, max_seqlen: int, dropout_p:
             f"max_seqlen: got {max_seqlen} (two streams count twice), expected at most "
             f"{limits.longest(q.dtype)} tokens in {q.dtype} for {who}"
         )
+    # The size of flash-attn 2's buffer for dq, in which every window has 128 rows to spare.
     elements = (tokens + 128 * windows) * heads * head_dim
     if limits.index_limit is not None and elements >= limits.index_limit:
         return ValueError(
@@ -164,6 +167,7 @@ def no_kernel(q: Tensor, windows: int, max_seqlen: int, dropout_p: float) -> str
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
+# Not traced by torch.compile; the cache makes it one warning for each reason.
 @torch.compiler.assume_constant_result
 @cache
 def _warn(reasons: str | None) -> None:
@@ -179,6 +183,7 @@ def _limits(name: str) -> Limits:
     return limits
 
 
+# torch.compile cannot trace a search for modules, and what is installed does not change.
 @torch.compiler.assume_constant_result
 def _installed(name: str) -> bool:
     return bool(BACKENDS[name].installed())
@@ -189,6 +194,7 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+# Head columns that carry the gradient of lse; backends want a multiple of 8.
 LSE_PAD = 8
 
 
@@ -205,6 +211,7 @@ def attention(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out [T, H, D], lse [T, H] and the backend's random state (empty without dropout)."""
+    # Inputs have their type: inside, autocast would cast the fallback's products once more.
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         call = Call(cu_seqlens, max_seqlen, causal, dropout_p, softmax_scale)
         return BACKENDS[impl].forward(q, k, v, call)
@@ -239,6 +246,7 @@ def lse_dtype(q: Tensor) -> torch.dtype:
 
 @attention.register_fake
 def _(q, k, v, cu_seqlens, max_seqlen, causal, dropout_p, softmax_scale, impl):
+    # Transposed as the backends give it, or compiled code would expect other strides.
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype(q)).t()
     state = q.new_empty(2 if dropout_p > 0.0 else 0, dtype=torch.int64)
     return q.new_empty(q.shape), lse, state
@@ -264,6 +272,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _state: None) 
     head_dim = q.shape[-1]
     if dlse is not None:
         dout, q, k, v, out = _carry_lse_gradient(dout, dlse, q, k, v, out)
+        # The head has grown by LSE_PAD, perhaps beyond what the backend takes.
         problem = refusal(BACKENDS[ctx.rest[-1]].LIMITS, q, cu_seqlens.shape[0] - 1, ctx.rest[0], 0.0)
         if problem is not None:
             raise problem
@@ -323,6 +332,7 @@ def shifted_attention(
         weight = (lse_self - lse).exp_()
         keep = lse.new_empty(0)
         if dropout_p > 0.0:
+            # The backend drops among the earlier keys only; the self term is dropped here.
             keep = torch.empty_like(lse).bernoulli_(1.0 - dropout_p).div_(1.0 - dropout_p)
         share = weight * keep if dropout_p > 0.0 else weight
         out = before.roll(1, 0).to(lse.dtype).mul_((lse_before - lse).exp_().unsqueeze(-1))

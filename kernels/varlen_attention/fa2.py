@@ -39,6 +39,7 @@ def forward(
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out [tokens, heads, head_dim], lse [tokens, heads] and the random state."""
+    # Here, not above: optional, and importing it loads CUDA.
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
     out, lse, _, rng_state = _flash_attn_varlen_forward(
@@ -70,6 +71,7 @@ def backward(
     """Return the gradients of q, k and v, each [tokens, heads, head_dim]."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
+    # Contiguous, whatever the strides of q, k and v: they may be views of one projection.
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     _flash_attn_varlen_backward(
         dout=dout,
@@ -92,6 +94,7 @@ def backward(
         window_size_right=-1,
         softcap=0.0,
         alibi_slopes=None,
+        # Otherwise dq is added up by atomics, and its last bits change from run to run.
         deterministic=torch.are_deterministic_algorithms_enabled(),
         rng_state=state if call.dropout_p > 0.0 else None,
     )

@@ -27,6 +27,7 @@ LIMITS = Limits(
 @cache
 def installed() -> bool:
     """Whether flash-attn 4 can be found."""
+    # Looking for a submodule imports its parents, so these are looked for first.
     if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("cutlass") is None:
         return False
     return importlib.util.find_spec("flash_attn.cute") is not None

@@ -105,6 +105,7 @@ def grouped(lengths: list[int], q: Tensor) -> Groups | None:
 @lru_cache(maxsize=8)
 def _groups(lengths: tuple[int, ...], heads: int, device: torch.device) -> Groups:
     """Return the groups: they are the same in every layer of a step, forward and backward."""
+    # On the host whatever the default device is: the lengths are there already.
     size = torch.tensor(lengths, device="cpu")
     starts = size.cumsum(0) - size
     head = torch.arange(heads, device="cpu")[:, None]
@@ -116,6 +117,8 @@ def _groups(lengths: tuple[int, ...], heads: int, device: torch.device) -> Group
         own, length = size[chosen, None], lengths[windows[0]]
         place = torch.arange(length, device="cpu")
         real = place < own
+        # Padding repeats the last token, whose scores are finite: what lies in unused memory plus −inf might
+        # be NaN.
         token = starts[chosen, None] + torch.minimum(place, own - 1)
         rows = (token[:, None] * heads + head).flatten()
         mask = real[:, None].expand(-1, heads, -1).flatten()
@@ -176,17 +179,20 @@ def forward(
     later = _later(max(lengths), compute, q.device) if call.causal else None
     state, generator = _start_dropout(call.dropout_p, q.device)
     for hidden, (a, b, c, o, e) in _blocks(lengths, groups, *packed, out, lse):
+        # The scale goes into the queries, [L, D], rather than into the scores, [L, L].
         p = _scores(a * (call.softmax_scale / LN2), b, later, hidden)
         top = p.amax(-1, keepdim=True)
         total = p.sub_(top).exp2_().sum(-1, keepdim=True)
         torch.mul(top.add_(total.log2()).squeeze(-1), LN2, out=e)
         if generator is not None:
+            # After the sum was taken: dropout comes behind the softmax.
             p *= keep_mask(p, call.dropout_p, generator)
             # In the divisor, a column, rather than in the probabilities, a matrix.
             total *= kept(call.dropout_p)
         torch.div(torch.bmm(p, c), total, out=o)
     if groups is not None:
         out, lse = (groups.restore(x, q.shape[1]) for x in (out, lse))
+        # Back to [H, T] in memory, as the fake promises.
         lse = lse.t().contiguous().t()
     return out.to(q.dtype), lse, state
 
@@ -237,6 +243,7 @@ def backward(
         dv.copy_(torch.bmm(used.transpose(1, 2), g))
         ds.sub_(d.unsqueeze(-1)).mul_(p)
         torch.mul(torch.bmm(ds, b), call.softmax_scale, out=dq)
+        # `a` carries scale / ln 2 already.
         torch.mul(torch.bmm(ds.transpose(1, 2), a), LN2, out=dk)
     if groups is not None:
         grads = [groups.restore(x, q.shape[1]) for x in grads]
@@ -298,7 +305,9 @@ def _start_dropout(
     if dropout_p == 0.0:
         return torch.empty(0, dtype=torch.int64, device=device), None
     if state is None:
+        # Two numbers, as flash-attn 2's state has, because the operator's fake promises them; one is used.
         state = torch.randint(2**62, (2,), dtype=torch.int64, device=device)
+    # One of its own, so that the backward pass draws the same again and leaves the default one alone.
     generator = torch.Generator(device)
     generator.manual_seed(int(state[0]))
     return state, generator

@@ -87,6 +87,7 @@ def backward(
         max_q=call.max_seqlen,
         max_k=call.max_seqlen,
         is_causal=call.causal,
+        # The operator insists on one; there is no dropout to draw.
         rng_state=torch.zeros(2, dtype=torch.uint64, device=q.device),
         scale=call.softmax_scale,
         window_size=[-1, 0] if call.causal else [-1, -1],

@@ -30,6 +30,7 @@ from torch.library import custom_op
 from .. import dropout
 from ..dispatch import AotConfig, host_lengths
 
+# `stride` is not among them: that it is a multiple of 16 must be seen, or loads are not 128 bits wide.
 SCALARS = ["tokens", "heads", "dropped", "seed"]
 
 
@@ -73,6 +74,7 @@ def softmax(scores, row, length, CAUSAL: tl.constexpr):
     if CAUSAL:
         seen = seen & (key <= row[:, None])
     scores = tl.where(seen, scores, float("-inf"))
+    # Finite in every row: each sees at least the first key, rows that stand for no query, too.
     top = tl.max(scores, 1)
     p = tl.exp2(scores - top[:, None])
     total = tl.sum(p, 1)
@@ -87,6 +89,8 @@ def kept(token, head, stream, seed, dropped, BT: tl.constexpr):
     four = tl.arange(0, 4)[None, :]
     zero = token[:, None] * 0 + four * 0
     keep = (token[:, None] * 0 + key * 0).to(tl.uint32)
+    # A counter serves 8 keys, four of them 32: with one for each key most of what Philox draws would be
+    # wasted.
     for part in tl.static_range((BT + 31) // 32):
         words = tl.philox(
             seed,
@@ -159,6 +163,7 @@ def attend(
     if DROPOUT:
         p = tl.where(kept(first + row, head, stream, seed, dropped, BT), p * gain, 0.0)
     if SECOND:
+        # The own weight belongs to the second stream's value, which is not in the tile of values.
         share = tl.sum(tl.where(itself, p, 0.0), 1)
         p = tl.where(itself, 0.0, p)
     values = read(v + into, key * stride, key < length, D, BD)
@@ -242,6 +247,7 @@ def attend_backward(
         used = tl.where(keep, p * gain, 0.0)
     delta = tl.sum(p * dp, 1)
     if LSE:
+        # lse's own gradient: dS = P · (dP − δ + dlse).
         delta -= tl.load(dlse + head.to(tl.int64) * tokens + first + row, mask=inside, other=0.0)
     ds = p * (dp - delta[:, None])
     to = row * dstride
@@ -278,6 +284,7 @@ def constants(q: Tensor, max_seqlen: int, streams: str, causal: bool, dropout_p:
 
     The second stream alone has twice as many as that, as beside the first: it needs the registers.
     """
+    # Three TF32 products are about as exact as one in float32, and still run on the tensor cores.
     exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     asking = 2 if streams == "two" else 1
     queries = asking * padded(max_seqlen)
@@ -313,6 +320,7 @@ def random_arguments(dropout_p: float, state: Tensor) -> dict[str, Any]:
     return {"gain": 1.0 / dropout.kept(dropout_p), "dropped": dropout.dropped(dropout_p), "seed": seed}
 
 
+# The tag tells torch.compile that two equal calls differ and that one must not be repeated.
 @custom_op("brainflow::window_attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def window_attention(
     q: Tensor,
@@ -337,6 +345,7 @@ def window_attention(
         host_lengths(cu_seqlens, tokens, max_seqlen)
     out = a.new_empty(len(a) if streams == "two" else tokens, heads, head_dim)
     lse = a.new_empty((heads, tokens) if with_lse else (0, 0), dtype=torch.float32)
+    # From 2³² on: a smaller seed would be an int32, for which both kernels would be compiled once more.
     state = torch.randint(2**32, 2**62, (1 if dropout_p > 0.0 else 0,))
     with torch.cuda.device_of(a):
         attend[((len(cu_seqlens) - 1) * heads,)](
