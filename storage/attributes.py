@@ -237,4 +237,5 @@ def _is_list_of(value: Any, length: int, kind: type) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
+    # Magnitude first: `isfinite` of a huge whole number raises.
     return type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)

@@ -65,6 +65,7 @@ class ChunkCache:
         path = self._path(array, chunk, checksum)
         try:
             data = _read_regular(path, self._limit)
+            # For `_trim`: many file systems do not note when a file was read.
             os.utime(path)
         except OSError:
             return None
@@ -81,6 +82,7 @@ class ChunkCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "xb") as file:
                 data.tofile(file)
+            # Not flushed before: what a crash leaves of it has a wrong checksum.
             os.replace(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):

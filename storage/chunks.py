@@ -18,6 +18,7 @@ from numcodecs import Zstd
 from .errors import DamagedChunk
 from .layout import Grid
 
+# Rows of `statistics`, the scales of integer stores, are asked for window by window.
 _KEPT_ROWS = 4096
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
@@ -53,6 +54,7 @@ class DecodedRows:
         np.concatenate(list(self.windows(starts, lengths)), out=out)
 
     def _row(self, row: int) -> np.ndarray:
+        # A copy: a view would keep its whole chunk in the cache.
         return next(self.windows(np.array([row]), np.array([1])))[0].copy()
 
     def _decoded(self, stored: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
@@ -73,6 +75,7 @@ class DecodedRows:
         grid = self._grid
         data: Any = stored
         if grid.compression is not None:
+            # A frame's header has at most 18 bytes.
             # Before anything is allocated: a frame of some bytes may declare terabytes.
             if zstd_content_bytes(stored[:18].tobytes()) != grid.chunk_bytes:
                 raise DamagedChunk(chunk, f"not one zstd frame of {grid.chunk_bytes} bytes")
@@ -94,6 +97,7 @@ def zstd_content_bytes(frame: bytes) -> int | None:
     begin = 5 + (1 - single_segment) + (0, 1, 2, 4)[frame[4] & 3]
     field = frame[begin : begin + size]
     if size == 0 or len(field) < size:
+        # A field of two bytes begins to count at 256.
         return None
     return int.from_bytes(field, "little") + (256 if size == 2 else 0)
 

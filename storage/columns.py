@@ -16,7 +16,7 @@ MAX_TEXT_BYTES = 255
 MAX_NAME_BYTES = 255  # a label's column is a directory
 MAX_LABEL_BYTES = 1024
 MAX_LABEL_COLUMNS = 1000  # each is a few files of every index
-EXACT = 2**53
+EXACT = 2**53  # whole numbers up to here are exact in float64
 _SHOWN = 80
 RUN_NUMBERS = {"start": "<i8", "length": "<i4", "t_r": "<f8", "slot": "<i8", "censor": "<i8"}
 SEGMENT_NUMBERS = {"run": "<i4", "onset": "<i4", "length": "<i4"}
@@ -73,12 +73,14 @@ def _check_name(name: object, where: str) -> None:
 def _check_value(value: object, where: str) -> None:
     if not isinstance(value, str | int | float | np.integer | np.floating):
         raise TypeError(f"{where} is a {type(value).__name__}, expected str, int or float")
+    # The smallest int64 stands for an absent value.
     if isinstance(value, int | np.integer) and not MISSING_INTEGER < int(value) <= np.iinfo(np.int64).max:
         raise ValueError(f"{where} = {shown(value)} does not fit 64 bits")
     if not isinstance(value, str):
         return
     if "\0" in value or not is_utf8(value):
         raise ValueError(f"{where} holds a zero byte, or is not Unicode text")
+    # Characters first: encoding a text of gigabytes would take as many again.
     if len(value) > MAX_LABEL_BYTES or len(value.encode()) > MAX_LABEL_BYTES:
         raise ValueError(
             f"{where} is a text of {len(value)} characters, expected at most {MAX_LABEL_BYTES} bytes: a "
@@ -158,6 +160,7 @@ def _column_kinds(column: np.ndarray) -> set[str]:
     """Kinds of the labels of a committed column."""
     if column.dtype.kind != "i":
         return {"text" if column.dtype == np.uint8 else "float"}
+    # Only these can be long; they are few enough to be looked at one by one.
     present = column[column != MISSING_INTEGER]
     far = present[(present > EXACT) | (present < -EXACT)].tolist()
     return {"whole", *map(_kind, far)}
@@ -186,6 +189,7 @@ class PendingRuns:
 
     def _clear(self) -> None:
         self._new_runs: dict[str, list[Any]] = {name: [] for name in (*RUN_NUMBERS, *RUN_STRINGS)}
+        # Something to join where no run has censor bits.
         self._new_censor: list[np.ndarray] = [np.zeros(0, np.uint8)]
         self._new_segments: dict[str, list[int]] = {name: [] for name in SEGMENT_NUMBERS}
         self._new_labels: list[Mapping[str, Label]] = []

@@ -62,10 +62,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Its name cannot be guessed and nothing that exists is opened, so no link is ever followed. Errors of it
     name `path`.
     """
+    # Cut: file names have at most 255 bytes.
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
     try:
         with naming(path), open(temporary, "xb") as file:
             yield file
+            # Before the rename: after a crash the name must not lead to bytes that were never written.
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -75,6 +77,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename == os.fspath(temporary):
             error.filename, error.filename2 = os.fspath(path), None
         raise
+    # Until then a crash may bring the old file back.
     sync_directory(path.parent)
 
 
@@ -146,6 +149,8 @@ class Lock:
     def _take(self, path: Path) -> None:
         assert self._descriptor is not None
         try:
+            # flock, not a POSIX lock: it also holds against this process, and stays when another descriptor
+            # is closed.
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
@@ -184,6 +189,7 @@ def move_into_place(staged: Path, path: Path, *, overwrite: bool) -> None:
     FileExistsError : if something is at `path` and `overwrite` is false
     """
     if not overwrite:
+        # In one call: between a look and a rename another writer could come.
         _rename(staged, path, _RENAME_NOREPLACE)
     elif not _rename(staged, path, _RENAME_EXCHANGE):
         # A file system without exchange: two renames, between which no store stands at `path`.
@@ -192,6 +198,7 @@ def move_into_place(staged: Path, path: Path, *, overwrite: bool) -> None:
             os.rename(path, old)
             os.rename(staged, path)
         except BaseException:
+            # Put back unless somebody has taken the place meanwhile.
             if not os.path.lexists(path):
                 os.rename(old, path)
             raise
@@ -208,6 +215,7 @@ def restore_interrupted_move(path: Path) -> None:
     """
     old = path.with_name(f".{path.name}.old")
     if not os.path.lexists(path) and old.is_dir() and not old.is_symlink():
+        # Held as long as the writer that moved it lives.
         lock = Lock(old)
         try:
             os.rename(old, path)

@@ -139,6 +139,7 @@ class Grid:
             raise ValueError("the shard's index is damaged (wrong checksum)")
         index = np.frombuffer(tail, "<u8", count=2 * self.chunks_per_shard).reshape(-1, 2)
         sizes = index[:chunks, 1]
+        # What zstd may make of bytes that it cannot compress: 1/256 more, and up to 64 bytes for small ones.
         most = self.chunk_bytes + (0 if self.compression is None else self.chunk_bytes // 256 + 64)
         fewest = self.chunk_bytes if self.compression is None else 1
         good = bool((sizes >= fewest).all() and (sizes <= most).all())  # so that no sum below wraps
@@ -157,6 +158,7 @@ class Grid:
         bytes_codec = {"name": "bytes", "configuration": {"endian": "little"}}
         codecs: list[dict[str, Any]] = [bytes_codec]
         if self.compression == "zstd":
+            # Without zstd's own checksum: the index of the store has a CRC-32C of every chunk.
             codecs.append({"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}})
         sharding = {
             "name": "sharding_indexed",
@@ -195,6 +197,7 @@ def array_metadata(
             "data_type": dtype.name,
             "chunk_grid": {
                 "name": "regular",
+                # Zarr refuses chunks of 0.
                 "configuration": {"chunk_shape": [max(1, n) for n in chunk_shape]},
             },
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},

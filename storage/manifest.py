@@ -95,6 +95,7 @@ class Manifest:
         """What is wrong with one entry of `files`, or nothing."""
         inside = path.startswith(directory_of(self.generation) + "/") or path == INDEX_GROUP
         names = path.split("/")
+        # The deepest is index/g…/labels/NAME/c/0/0.
         if not inside or "\0" in path or any(name in ("", ".", "..") for name in names) or len(names) > 7:
             return f"files: {brief(path)} does not lie in the index of generation {self.generation}"
         if not (
@@ -135,6 +136,7 @@ def parse_manifest(data: bytes, where: str) -> tuple[Manifest, StoreAttributes, 
         try:
             attributes = StoreAttributes.from_dict(body, file)
         except StoreError as error:
+            # Not damaged, only newer: to read an older generation would be no remedy.
             if whole and body.get("format_version") != FORMAT_VERSION:
                 raise StoreUnavailable(str(error)) from error
             raise
@@ -187,8 +189,10 @@ def write_index(root: Path, generation: int, groups: Mapping[str, Mapping[str, n
         digests[relative] = [len(data), crc32c(data)]
 
     base = directory_of(generation)
+    # Fails if it is there: no index is ever written twice.
     (root / base).mkdir(parents=True)
     bare = group_metadata({})
+    # All generations share this file, and their manifests list its checksum.
     if not (root / "index/zarr.json").is_file() or (root / "index/zarr.json").read_bytes() != bare:
         replace_durably(root / "index/zarr.json", bare)
     digests["index/zarr.json"] = [len(bare), crc32c(bare)]
@@ -210,6 +214,7 @@ def write_index(root: Path, generation: int, groups: Mapping[str, Mapping[str, n
                 chunk = root / column / "c" / "/".join("0" * values.ndim)
                 chunk.parent.mkdir(parents=True)
                 put(chunk.relative_to(root).as_posix(), np.ascontiguousarray(values).tobytes())
+                # From the file outwards: each folder is flushed once its entries are there.
                 for directory in list(chunk.parents)[: values.ndim]:
                     sync_directory(directory)
             sync_directory(root / column)
@@ -292,6 +297,7 @@ def older_manifests(files: Files, root: bytes) -> Iterator[bytes]:
     """
     generation = _generation(root)
     copies = []
+    # Before generation 0 there is none: the slice is empty then.
     for number in _on_disk(files) if generation is None else [generation - 1][:generation]:
         try:
             copies.append((number, files.read(manifest_copy(number), MANIFEST_LIMIT).tobytes()))

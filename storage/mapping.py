@@ -65,6 +65,7 @@ class MappedShards:
 
         The shards that the windows lie in must have been asked for with `rows` before.
         """
+        # Window by window: by row numbers (`take`) the same copy takes 1.3 times as long.
         np.concatenate(self.windows(starts, lengths), out=out)
 
     @property
@@ -227,6 +228,7 @@ class FlatRows:
     def __init__(self, grid: Grid, shards: int) -> None:
         self._shard_bytes = grid.shard_rows * grid.row_bytes
         size = shards * self._shard_bytes
+        # Addresses alone: they take no memory, and count as none.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         begin = _map(None, size + _HUGE_PAGE, _PROT_NONE, flags, -1)
         self._address = -(-begin // _HUGE_PAGE) * _HUGE_PAGE
@@ -244,6 +246,7 @@ class FlatRows:
 
     def add(self, shard: int, descriptor: int, size: int) -> None:
         """Map the first `size` bytes of a shard's file in its place."""
+        # MAP_FIXED takes the place of what is mapped there, which is our own reservation.
         flags = mmap.MAP_SHARED | _MAP_FIXED
         _map(self._address + shard * self._shard_bytes, size, mmap.PROT_READ, flags, descriptor)
 
@@ -299,6 +302,7 @@ class ReadHints:
         grid = self._shards.grid
         shards = starts // grid.shard_rows
         first = (starts - shards * grid.shard_rows) * grid.row_bytes
+        # The kernel takes advice for whole pages.
         begin = first - first % mmap.PAGESIZE
         size = first + lengths * grid.row_bytes - begin
         windows = list(zip(shards.tolist(), begin.tolist(), size.tolist(), strict=True))

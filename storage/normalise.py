@@ -128,6 +128,7 @@ def _zscore(bold: np.ndarray, used: np.ndarray, floor: float = 0.0) -> tuple[np.
     Values are first divided by the largest of their network, so that no finite ones overflow.
     """
     values = np.empty(bold.shape, np.float32)
+    # As a logarithm: spread times peak may be beyond float64.
     level = np.empty(bold.shape[1])  # log of the standard deviation; minus infinity for a constant
     precision = np.finfo(bold.dtype).eps if bold.dtype.kind == "f" else np.finfo(np.float64).eps
     for start in range(0, bold.shape[1], _NETWORKS):
@@ -138,6 +139,7 @@ def _zscore(bold: np.ndarray, used: np.ndarray, floor: float = 0.0) -> tuple[np.
         mean = block[used].mean(axis=0)
         block -= mean
         spread = block[used].std(axis=0, ddof=1)
+        # Equal numbers have a spread, too: some rounding errors of their mean.
         constant = spread <= 4 * precision * np.abs(mean)
         values[:, part] = block / np.where(constant, np.inf, spread)
         with np.errstate(divide="ignore"):

@@ -27,9 +27,11 @@ from .tables import Segment
 from .writer import StoreWriter
 
 SUFFIX = ".part.npz"
-_LONGEST_NAME = 180
+_LONGEST_NAME = 180  # with the suffix and what a temporary name adds, below the 255 bytes of a file name
+# The first day that ZIP knows, instead of a time stamp: equal runs give equal bytes.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _TEXTS = ("key", "dataset", "subject", "session", "task", "run")
+# The header that NumPy writes; any other Python literal is refused.
 _HEADER = re.compile(
     rb"\{'descr': '([<>|][fiub][1248])', 'fortran_order': (True|False), "
     rb"'shape': \(((?:\d{1,18},? ?){0,2})\), \} *\n"
@@ -90,7 +92,9 @@ def part_path(directory: str | os.PathLike[str], key: str) -> Path:
     """File of the part of a run, by its key."""
     name = quote(key, safe="")
     if len(name) > _LONGEST_NAME:
+        # A name that was cut holds a digest of the key: two long keys must not share a file.
         name = f"{name[: _LONGEST_NAME - 17]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    # What begins with a point is passed over when parts are gathered.
     return Path(directory) / (re.sub(r"^\.", "%2E", name) + SUFFIX)
 
 
@@ -120,6 +124,7 @@ def gather(
     ------
     StoreError : if there are no parts, one is damaged, or one differs from the run of its key in the store
     """
+    # Names with a point in front are temporaries of processes that still write.
     files = sorted(
         (read_part(path)["key"], path) for path in Path(parts).glob(f"*{SUFFIX}") if path.name[0] != "."
     )
@@ -135,6 +140,7 @@ def gather(
     added = 0
     with writer:
         if appending:
+            # Opened under the writer's lock: nobody adds a run between this look and the commit.
             opened = BoldStore.open(store, fallback=False)
             committed = {key: i for i, key in enumerate(opened.runs.key.tolist())}
         for done, (key, path) in enumerate(files):
@@ -151,6 +157,7 @@ def gather(
 
 def _compare(store: BoldStore, run: int, part: dict[str, Any], path: Path) -> None:
     """Refuse a part that is not the run of its key."""
+    # By statistics, because the values in the store are rounded.
     mean, std = run_statistics(part["bold"])
     held = store.statistics(run)
     same = len(part["bold"]) == store.runs.length[run] and part["t_r"] == store.runs.t_r[run]
@@ -168,6 +175,8 @@ def _write_npz(file: Any, arrays: dict[str, np.ndarray]) -> None:
     """An uncompressed .npz without time stamps."""
     with zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
+            # How long a member becomes is not known when it is begun; beyond 2 GiB it would fail without
+            # zip64.
             with archive.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
 
@@ -214,6 +223,7 @@ def _members(file: BinaryIO) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
+        # Entries that overlap would let a small file become a large one.
         if len(entries) > len(_MEMBERS) or sum(entry.file_size for entry in entries) > size:
             raise ValueError("it lists more than it holds")
         for entry in entries:

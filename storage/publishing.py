@@ -46,6 +46,8 @@ def publish(
             return 0
         for name in published:
             old, new = there.checksums[name], store.checksums[name]
+            # A commit never changes chunks that are committed, so what is there has to be a beginning of
+            # ours.
             if there.generation >= store.generation or not np.array_equal(old, new[: len(old)]):
                 raise StoreError(
                     f"{url}: holds another store or a newer generation; publish to another URL, or remove "
@@ -67,6 +69,7 @@ def publish(
                 progress(done, total)
     finally:
         files.pool.shutdown(cancel_futures=True)
+    # In order: shapes, then the manifest.
     for name, value in last.items():
         files.write(name, value)
     if progress is not None:
@@ -96,6 +99,7 @@ def contents(
     )
     for grid, starts, lengths, _ in arrays:
         for shard in grid.chunks_in_shards(starts, lengths)[0].tolist():
+            # Every commit begins a new shard: one is there as a whole or not at all.
             if shard * grid.chunks_per_shard >= published.get(grid.name, 0):
                 data[grid.shard_path(shard)] = Path(store.path) / grid.shard_path(shard)
     for relative in manifest.files:

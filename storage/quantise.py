@@ -13,6 +13,7 @@ _ROWS = 256
 
 def run_statistics(bold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation over time of each network: two float32 [networks] from [time, networks]."""
+    # In float64: over thousands of volumes with a mean of 10,000 float32 would lose what varies.
     mean = bold.mean(axis=0, dtype=np.float64)
     std = bold.std(axis=0, dtype=np.float64)
     return mean.astype(np.float32), std.astype(np.float32)
@@ -50,11 +51,13 @@ def encode(bold: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray | 
     peak = np.abs(bold).max(axis=0).astype(np.float64)
     with np.errstate(over="ignore", under="ignore"):
         scale = (peak / largest).astype(np.float32)
+    # A subnormal scale has few digits: values divided by it would not come back.
     if not np.isfinite(scale).all() or (scale[peak > 0] < np.finfo(np.float32).tiny).any():
         bad = np.broadcast_to(
             ~np.isfinite(scale) | ((scale < np.finfo(np.float32).tiny) & (peak > 0)), bold.shape
         )
         raise Overflow(bold, ~bad, "is out of the range of a float32 scale")
+    # The scale as it is stored, in float32: what rounding did to it is no second error then.
     divisor = np.where(scale > 0, scale, np.float32(1)).astype(np.float64)
     values = np.clip(np.rint(bold / divisor), -largest, largest).astype(dtype)
     return values, scale

@@ -8,7 +8,9 @@ import stat
 
 from .errors import StoreError, StoreUnavailable
 
+# O_NONBLOCK: to open a FIFO would wait for somebody who writes it.
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+# What these say is no fault of the store.
 _OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 _REMEDY = "restore it from a copy"
 
@@ -36,6 +38,7 @@ def open_regular(relative: str, directory: int, where: str) -> int:
     except OSError as error:
         raise unusable(f"{where}/{relative}", error) from error
     try:
+        # Asked of what is open: between a look and an opening another file could take the place.
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return descriptor
     except OSError as error:

@@ -107,6 +107,7 @@ class RemoteFiles:
         def read() -> np.ndarray:
             data = _body(_obstore().get(self.store, relative, options={"range": part}), size)
             if len(data) != size:
+                # An OSError, so that it is tried again.
                 raise ConnectionError(f"got {len(data)} of {size} bytes")
             return data
 
@@ -215,6 +216,7 @@ class RemoteFiles:
                         f"{name}: gave up after {ATTEMPTS} attempts ({_brief(error)}); check network and "
                         "server"
                     ) from error
+                # Random, so that processes that failed together do not come back together.
                 time.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0))
         raise AssertionError("not reached")
 
@@ -239,6 +241,7 @@ def _connect(url: str) -> Any:
         "allow_http": parts.scheme == "http" or endpoint.startswith("http://"),
     }
     try:
+        # No retries of obstore's own: they would multiply with those of `_retry`.
         return stores.from_url(url, client_options=options, retry_config={"max_retries": 0})
     except (_obstore().exceptions.BaseError, ValueError) as error:
         raise StoreError(f"{url}: is no URL that can be opened ({_brief(error)}); correct it") from error
@@ -275,6 +278,7 @@ def _fatal_errors() -> tuple[type[Exception], ...]:
 def _body(answer: Any, limit: int) -> np.ndarray:
     """The bytes of an answer, a little more than `limit` at most: a server may send without end."""
     pieces, size = [], 0
+    # In one piece where a server keeps to the size, so that nothing has to be joined.
     for piece in answer.stream(min_chunk_size=limit + 1):
         pieces.append(np.frombuffer(piece, np.uint8))
         size += len(pieces[-1])
@@ -414,6 +418,7 @@ class RemoteChunks:
         begin = places[0][0]
         size = places[-1][0] + places[-1][1] - begin
         bad: list[int] = []
+        # A transfer may fail on its way; what is wrong each time is wrong on the server.
         for _ in range(_CHECKED_READS):
             data = self._files.read_range(self.grid.shard_path(shard), begin, size)
             pieces = {
@@ -428,6 +433,7 @@ class RemoteChunks:
     def _place(self, chunk: int) -> tuple[int, int]:
         """Offset and bytes of a chunk in its shard."""
         shard, position = divmod(chunk, self.grid.chunks_per_shard)
+        # Where raw chunks lie is known without asking for the index.
         if self.grid.compression is None:
             return position * self.grid.chunk_bytes, self.grid.chunk_bytes
         if shard not in self._indexes:

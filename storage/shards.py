@@ -60,6 +60,7 @@ class ShardWriter:
         if self._file is None:
             path = self.root / grid.shard_path(self.row // grid.shard_rows)
             path.parent.mkdir(parents=True, exist_ok=True)
+            # x: what exists may be committed, and is never opened for writing.
             self._file = open(path, "xb", buffering=_BUFFER)  # noqa: SIM115  closed by close_shard or abort
         start = self.row
         self.row += len(block)
@@ -96,6 +97,7 @@ class ShardWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
+        # Flushed bytes are lost all the same if a crash forgets the name of their file, or of its folder.
         for directory in list(shard.parents)[: len(grid.row_shape) + 1]:  # up to and with `c`
             sync_directory(directory)
         self._file = None

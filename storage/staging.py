@@ -41,7 +41,10 @@ def stage(target: Path) -> tuple[Path, Lock]:
         except FileNotFoundError:  # another writer has just put it into its place
             continue
         try:
+            # Marked before anything else is in it: whenever its writer is killed, the next one knows it for
+            # ours.
             (root / OURS).touch()
+            # What was left over may have another mode.
             root.chmod(0o700)
             for left_over in root.iterdir():
                 if left_over.name != OURS:
@@ -50,6 +53,7 @@ def stage(target: Path) -> tuple[Path, Lock]:
             lock.release()
             raise
         old = target.with_name(f".{target.name}.old")  # see `move_into_place`
+        # Its writer was killed behind the second rename: the new store stands, the old one was still to go.
         if os.path.lexists(target) and _is_store(old) and not old.is_symlink():
             discard(old)
         return root, lock
@@ -110,6 +114,7 @@ def _is_store(path: Path) -> bool:
         if not stat.S_ISREG(os.lstat(manifest).st_mode):
             return False
         with open(manifest, "rb") as file:
+            # Not parsed: a damaged store of ours may be overwritten, too.
             return f'"format": "{FORMAT_NAME}"'.encode() in file.read(2**16)
     except OSError:
         return False

@@ -126,6 +126,7 @@ class BoldStore:
                 root = files.read(MANIFEST, MANIFEST_LIMIT).tobytes()
                 return cls(files, root, check=check)
             except StoreUnavailable:
+                # No damage: an older generation is not more available.
                 raise
             except StoreError as error:
                 # A writer may have committed twice while we read the index of an older generation.
@@ -337,6 +338,7 @@ class BoldStore:
                 data == self.layout.array_metadata(grid, rows) for rows in self._other_rows(grid, root, data)
             ):
                 return
+            # Nobody has committed while we looked, so it is damage.
             if _root_bytes(self.files) == root:
                 break
         raise StoreError(f"{self.path}/{file}: damaged; restore this file from a copy of the store")

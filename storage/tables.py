@@ -243,6 +243,7 @@ def decode_strings(encoded: np.ndarray) -> np.ndarray:
     """
     texts = np.ascontiguousarray(encoded).view(f"S{encoded.shape[1]}")[:, 0]
     try:
+        # NumPy decodes ASCII only, but all texts at once; `np.char.decode` goes text by text.
         return texts.astype(f"U{encoded.shape[1]}") if len(texts) else np.zeros(0, "U1")
     except UnicodeDecodeError:
         pass
@@ -283,8 +284,10 @@ class Intervals:
             return starts.searchsorted(numbers, "right")
         stretch = ((numbers - self._first) >> self._shift).clip(0, len(table) - 2)
         low, high = table[stretch].astype(np.int64), table[stretch + 1].astype(np.int64)
+        # As many rounds for all as the fullest stretch needs, so that no number has to be told from another.
         for _ in range(self._rounds):
             middle = (low + high) >> 1
+            # clip: where the search is over, `middle` may lie behind the last start.
             begun = (starts.take(middle, mode="clip") <= numbers) & (middle < high)
             low, high = np.where(begun, middle + 1, low), np.where(begun, high, np.maximum(middle, low))
         return low

@@ -91,12 +91,14 @@ def _run_faults(layout: StoreAttributes, manifest: Manifest, runs: Columns) -> I
         yield "runs/length: a run straddles two shards"
     if slot[0] < 0 or slot[-1] >= manifest.slots or (slot[1:] <= slot[:-1]).any():
         yield f"runs/slot: is not ascending within the {manifest.slots} rows of statistics"
+    # Not `<= 0`: NaN has to fail, too.
     if not (runs["t_r"] > 0).all() or np.isinf(runs["t_r"].max()):
         yield "runs/t_r: is not a positive number of seconds everywhere"
     censor, bits = runs["censor"], len(runs["censor_bits"])
     recorded = censor >= 0
     if (
         censor.min() < NO_CENSOR
+        # Bounded before it is added to: no sum wraps.
         or censor.max() > bits
         or ((censor + (end - start + 7) // 8 > bits) & recorded).any()
     ):
@@ -110,6 +112,7 @@ def _segment_faults(runs: Columns, segments: Columns) -> Iterator[str]:
         return
     if run.min() < 0 or run.max() >= len(runs["length"]):
         yield f"segments/run: names a run that is not among the {len(runs['length'])}"
+    # In int64: sums of a stranger's int32 could wrap.
     elif onset.min() < 0 or length.min() < 1 or (onset.astype(np.int64) + length > runs["length"][run]).any():
         yield "segments/onset: a segment does not lie inside its run"
 

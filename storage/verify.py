@@ -70,6 +70,7 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | 
     """
     report = VerifyReport()
     try:
+        # Unchecked: all is looked at below, where a fault does not end the search for others.
         store = BoldStore.open(path, check=False, fallback=False)
     except StoreError as error:
         report.errors.append(str(error))

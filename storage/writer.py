@@ -80,6 +80,7 @@ class StoreWriter:
         self._locks = locks  # of `root`, and of the store that a new one replaces; none once closed
         self._content = b""  # of the manifest of the last commit that was begun
         if target is None:
+            # No fallback: runs appended to an older generation would be the end of the newest.
             committed = BoldStore.open(root, check=False, fallback=False)
             self._manifest = committed.manifest
             self._runs = PendingRuns(
@@ -148,6 +149,7 @@ class StoreWriter:
             shard_rows=shard_rows,
         )
         _refuse_url(path)
+        # Links are resolved once: lock, staging directory and rename have to mean the same place.
         target = Path(os.path.realpath(path))
         check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -184,6 +186,7 @@ class StoreWriter:
                 f"{root}: no store here ({error.strerror}); write one with `brainflow ingest` or StoreWriter"
             ) from error
         try:
+            # Under the lock, so that no commit can come between this look and ours.
             attributes = BoldStore.open(root, check=False, fallback=False).layout
             return cls(root, target=None, attributes=attributes, locks=[lock])
         except BaseException:
@@ -320,6 +323,8 @@ class StoreWriter:
             self._commit()
 
     def _commit(self) -> None:
+        # Data, then the index, then the manifest that names both: killed before the last, nobody sees any of
+        # them.
         for shards in (self._bold, self._statistics):
             shards.close_shard()
         generation = self._manifest.generation + 1
@@ -350,6 +355,8 @@ class StoreWriter:
         sync_directory(index)
         for shards in (self._bold, self._statistics):
             (self._root / shards.grid.name).mkdir(exist_ok=True)
+        # Before the manifest: for an instant Zarr shows rows that are not committed; the other way round it
+        # would miss some that are.
         self._write_shapes(manifest)
         replace_durably(self._root / MANIFEST, content)  # the commit
         if self._target is not None:
@@ -367,6 +374,7 @@ class StoreWriter:
         sync_directory(staging)
         move_into_place(staging, target, overwrite=len(self._locks) > 1)
         self._root, self._target = target, None
+        # The exchange has put the replaced store here.
         for replaced in self._locks[1:]:
             discard(staging)
             replaced.release()
@@ -431,6 +439,7 @@ class StoreWriter:
         """Remove what neither `manifest`, which is the one on disk, nor the one before it names."""
         for grid, rows in self._rows(manifest):
             for shard in _numbered(self._root / grid.name / "c", r"\d+"):
+                # Every commit begins new shards, so these are of no committed run.
                 if int(shard.name) >= rows // grid.shard_rows:
                     remove(shard)
         for folder in ("", "bold", "statistics", "index"):
@@ -438,6 +447,7 @@ class StoreWriter:
                 remove(temporary)
         # The index of a commit that did not happen goes last: until then it explains the arrays' new shapes.
         self._write_shapes(manifest)
+        # The index before stays: readers may be opening it, and damage falls back to it.
         kept = (manifest.generation - 1, manifest.generation)
         for index in _numbered(self._root / "index", r"g\d{8,}"):
             if int(index.name[1:]) not in kept:

@@ -256,6 +256,7 @@ def _segments(path: Path, entities: Mapping[str, str]) -> list[Segment]:
     regular_size(path, TEXT_BYTES)
     segments: list[Segment] = []
     try:
+        # -sig: spreadsheets put a byte order mark in front.
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
             names = rows.fieldnames or []

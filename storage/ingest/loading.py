@@ -90,6 +90,7 @@ def _read_npy(file: Any, size: int) -> np.ndarray:
     values = np.empty(shape[::-1] if fortran else shape, dtype)
     view = values.reshape(-1).view(np.uint8)
     done = 0
+    # In pieces: a compressed member gives what it has decoded so far, not what was asked for.
     while done < expected and (count := file.readinto(view[done : done + 2**20].data)):
         done += count
     if done != expected:
@@ -153,6 +154,7 @@ def _in_a_child(kind: str, path: Path, name: str) -> np.ndarray:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                # By the wall clock, beside the limit of CPU time: a reader may also wait for ever.
                 timeout=2 * seconds,
                 check=False,
             )
@@ -176,6 +178,7 @@ def _text(path: Path, name: str) -> np.ndarray:
     with open(path, encoding="utf-8-sig") as file:
         first = file.readline(MAX_NETWORKS * _NUMBER_CHARACTERS).split(delimiter)
     skipped = 0 if all(map(_is_number, first)) and not _counts(first) else 1
+    # `loadtxt` takes memory for whatever comes, so lines are counted first.
     with open(path, "rb") as file:
         lines = sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
     try:

@@ -241,6 +241,7 @@ class IngestSession:
         StoreError, OSError : if the store itself cannot be made or written
         """
         try:
+            # All of them before anything is written: a file that fails at its last run leaves nothing.
             collected = list(runs)
             networks = _networks(collected)
         except Exception as error:  # a damaged file fails in any way
@@ -279,6 +280,7 @@ class IngestSession:
     def _prepare(self, writer: StoreWriter, runs: Iterable[Mapping[str, Any]]) -> list[PreparedRun]:
         """Normalise, check and round the runs of a source, each alone and all together."""
         prepared: list[PreparedRun] = []
+        # Beside the writer's, which knows the runs that are written, not those of this source.
         labels, rounded = LabelKinds(), {}
         for run in runs:
             bold = normalise(run["bold"], self._normalise, censor=run.get("censor"))

@@ -80,6 +80,7 @@ _OPCODES = frozenset(
     ]
 )
 _PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
+# Python's unpickler takes memory up to the highest memo slot that is named.
 _MEMO_SLACK = 4096
 _MOST_OPCODES = 1000  # an array takes some 50; each empty list takes one byte and becomes 64
 _BUILT = 2  # bytes built a byte of the pickle: latin-1 text, the bytes that it stands for, the array
@@ -174,6 +175,7 @@ def _build(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     if declared != len(data):
         raise _Refused(f"a numpy array declares {float(declared):.4g} bytes and has {len(data)}")
     _account.get().take(len(data))
+    # A copy may be written to, and does not keep the pickle in memory.
     return np.frombuffer(data, dtype.value).reshape(shape, order="F" if order == "F" else "C").copy()
 
 

@@ -112,6 +112,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of each member of a tar that is complete to its end."""
     size = regular_size(path)
     try:
+        # "r:" opens uncompressed tars only: a compressed one could become any size.
         with tarfile.open(path, "r:") as tar:
             end = 0
             for member in tar:
@@ -129,6 +130,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
         raise
     except Exception as error:  # a damaged header fails in any way
         raise StoreError(f"{path}: not a readable tar ({type(error).__name__}: {error})") from None
+    # `tarfile` takes a tar that was cut between two members for a whole one.
     if not tarfile.BLOCKSIZE <= size - end <= _LONGEST_PADDING or any(_read_from(path, end)):
         raise StoreError(f"{path}: the tar is truncated or damaged behind byte {end}; download it again")
 
