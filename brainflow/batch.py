@@ -57,6 +57,7 @@ def upload(device: torch.device, **arrays: NDArray[Any]) -> dict[str, Tensor]:
     offset, places = 0, {}
     for name, array in arrays.items():
         places[name] = offset
+        # Each array begins at a multiple of 16 bytes, so that its view in another element type is aligned.
         offset += -(-array.nbytes // 16) * 16
     # A copy from pageable memory would stop the GPU's queue, and one copy costs less than one an array.
     buffer = torch.empty(offset, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -74,6 +75,7 @@ def upload(device: torch.device, **arrays: NDArray[Any]) -> dict[str, Tensor]:
     }
 
 
+# eq=False: arrays that are compared give arrays, not a truth value.
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Windows:
     """The windows of one batch, as a sampler draws them; host arrays.
@@ -162,6 +164,7 @@ class Windows:
         return found
 
 
+# eq=False: as above.
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedBatch:
     """Windows of BOLD laid end to end; made by :meth:`pack`.

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 U64 = NDArray[np.uint64]
 
+# 2⁶⁴ over the golden ratio, the increment of SplitMix64.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1
 _ROUNDS = 4
@@ -34,6 +35,7 @@ def key(seed: int, *parts: ArrayLike) -> U64:
     """Fold a seed and integers (or integer arrays that broadcast) into one or more 64-bit keys."""
     folded = mix64(np.array([seed & _MASK], dtype=np.uint64) + _GOLDEN)
     for part in parts:
+        # + 1: a part of 0 has to change the key, too.
         folded = mix64(folded ^ (np.atleast_1d(part).astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     return folded
 
@@ -41,6 +43,7 @@ def key(seed: int, *parts: ArrayLike) -> U64:
 def uniform(keys: U64, counter: ArrayLike) -> NDArray[np.float64]:
     """Return numbers in [0, 1), a pure function of (key, counter)."""
     bits = mix64(keys + (np.atleast_1d(counter).astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    # 53 bits are all that a float64 holds: none is rounded up to 1.
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -80,6 +83,7 @@ def _feistel(value: U64, rows: U64, columns: U64, keys: U64) -> U64:
     round_key = keys
     for _ in range(_ROUNDS):
         round_key = round_key + _GOLDEN
+        # Halved, so that the sum with `left`, far below 2⁶³, does not wrap.
         left = (left + (mix64(right + round_key) >> np.uint64(1))) % rows
         round_key = round_key + _GOLDEN
         right = (right + (mix64(left + round_key) >> np.uint64(1))) % columns

@@ -387,6 +387,7 @@ class ResidentLoader(Loader):
             except StoreError:
                 if not isinstance(self.sampler, SkipCorruptSampler):
                     raise
+                # Its rows stay zero: no window of it is drawn.
                 self.sampler.damaged_runs.add(run)
         self.load_s = time.perf_counter() - began
 
@@ -420,4 +421,5 @@ class ResidentLoader(Loader):
 
     def close(self) -> None:
         """Free the device memory."""
+        # A clone: a view of no rows would keep them all.
         self._bold = self._bold[:0].clone()

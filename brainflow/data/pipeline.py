@@ -83,6 +83,7 @@ class DaliLoader(Loader):
         self._first = self.step
         self._pipeline: Any = None
         # Which small arrays the sampler gives does not change from batch to batch.
+        # The first of a sampler that has an end: `self.step` may lie behind that.
         first = self.sampler.batch(self.step if self.sampler.steps is None else 0)
         self._columns = list(first.columns())
 
@@ -106,6 +107,7 @@ class DaliLoader(Loader):
                 large.append(windows.rows())
             prepared.append(Prepared(windows, windows.columns()))
         inputs: list[Any] = [large] if self._rows is None else [self._rows[len(prepared)], large]
+        # On the CPU the small arrays need not go through DALI.
         if self._gpu:
             inputs += [[one.columns[name] for one in prepared] for name in self._columns]
         self._scheduled.append((prepared, inputs))
@@ -218,6 +220,7 @@ def _split(output: Any, prepared: list[Prepared], name: str) -> tuple[torch.Tens
 def _mapped(store: Any) -> Any:
     """The rows of a store that DALI can gather from where they lie; None if there are none."""
     rows = getattr(store, "rows", None)
+    # `sequence_rearrange` takes row numbers of 32 bits.
     return rows if rows is not None and len(rows) <= np.iinfo(np.int32).max else None
 
 

@@ -28,7 +28,7 @@ from brainflow.storage.tables import Intervals
 # Streams of random numbers: what is drawn for a window, one counter space each.
 _ORDER, _INNER, _LENGTH, _ONSET, _GAP, _NEXT, _OTHER, _OTHER_ONSET = range(8)
 _BLOCK = 1024
-_GAP_MIN, _GAP_MAX = 1, 4
+_GAP_MIN, _GAP_MAX = 1, 4  # TRs, as published
 
 
 class RunColumns(Protocol):
@@ -268,6 +268,7 @@ class WindowSampler:
         group = np.searchsorted(self._group_draws, place, side="right") - 1
         draws = self._group_draws[group + 1] - self._group_draws[group]
         size = self._group_slot[group + 1] - self._group_slot[group]
+        # Counted over all epochs: one of them need not draw every slot of a dataset.
         inner_epoch, inner = np.divmod(epoch * draws + place - self._group_draws[group], size)
         return self._group_slot[group] + permute(inner, size, key(self.seed, _INNER, group, inner_epoch))
 
@@ -281,6 +282,7 @@ class WindowSampler:
         share = (slot - run["first_slot"] + drawn) / self._columns.slots(run["length"])
         if self.onset == "any":
             choices = run["length"] - length + 1
+            # `share * choices` may be rounded up to `choices`.
             return np.minimum((share * choices).astype(np.int64), choices - 1)
         choices = np.maximum((run["length"] - 1) // length, 1)
         return np.minimum((share * choices).astype(np.int64), choices - 1) * length
@@ -416,6 +418,7 @@ def _select(
                 f"weights: got {dict(weights)}, expected numbers of at least 0, one of them above 0"
             )
         keep = factors[group] > 0
+        # The runs of a dataset side by side, so that its slots are one stretch.
         order = np.argsort(group[keep], kind="stable")
         ids, group = ids[keep][order], group[keep][order]
         factors = factors[factors > 0]

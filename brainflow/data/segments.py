@@ -133,6 +133,7 @@ class SegmentSampler:
         self._share = rank_share(batch, rank, world)
         self.steps: int | None = None if shuffle else -(-ids.size // batch)
         """Batches until the end; None: endless."""
+        # A rank without a segment would have no batch to give.
         if self.steps is not None and 0 < ids.size % batch < world:
             raise ValueError(
                 f"batch: got {batch}, which leaves {ids.size % batch} segments for {world} ranks in the last "

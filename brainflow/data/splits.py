@@ -329,6 +329,7 @@ def split_runs(
         members.setdefault(dataset, {}).setdefault(run if by == "run" else subject, []).append(run)
     parts: dict[str, list[str]] = {"train": [], **{name: [] for name in sizes}}
     for dataset, units in sorted(members.items()):
+        # By name: who is drawn must not depend on the order in which runs were ingested.
         names = sorted(units)
         order = _order(seed, dataset, len(names))
         taken = 0
@@ -461,11 +462,13 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _order(seed: int, dataset: str, units: int) -> NDArray[np.int64]:
+    # For each dataset by itself: one more dataset leaves the draws of the others as they were.
     digest = hashlib.sha256(dataset.encode()).digest()
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "little")]).permutation(units)
 
 
 def _count(size: float | int, units: int, minimum: int) -> int:
+    # Half up; Python's `round` would go to the even number.
     return size if isinstance(size, int) else max(minimum, math.floor(size * units + 0.5))
 
 

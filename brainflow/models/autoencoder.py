@@ -62,6 +62,7 @@ def time_major(lengths: np.ndarray) -> TimeMajor:
     """
     lengths = lengths.astype(np.int64)
     tokens = int(lengths.sum())
+    # Stable, so that the order of equally long windows is not NumPy's to choose.
     windows = np.argsort(-lengths, kind="stable")
     ranks = np.empty_like(windows)
     ranks[windows] = np.arange(len(windows))
@@ -71,6 +72,7 @@ def time_major(lengths: np.ndarray) -> TimeMajor:
     order = np.empty(tokens, np.int64)
     order[back] = np.arange(tokens)
     final = place == np.repeat(lengths, lengths) - 1
+    # `roll` crosses the borders of windows, just where the other side is taken.
     before = np.where(place > 0, np.roll(back, 1), tokens + rank)
     after = np.where(final, tokens + rank, np.roll(back, -1))
     return TimeMajor(
@@ -130,6 +132,7 @@ def run_lstm(lstm: nn.LSTM, x: Tensor, steps: Steps, start: Tensor | None = None
         bias = getattr(lstm, f"bias_ih_l0{name}") + getattr(lstm, f"bias_hh_l0{name}")
         hidden = LSTMPass.apply(x, *weights, bias, first, previous, sizes, end is None)
         runs.append(hidden)
+        # Read from its end a window ends at its first time point: these are the first rows, by rank.
         finals.append(hidden[: len(first)] if end is None else hidden.index_select(0, end))
     return torch.stack(runs, 1), torch.stack(finals, 1)
 
@@ -179,6 +182,7 @@ class Encoder(nn.Module):
         """
         state = (x.new_zeros(2, len(steps.last), x.shape[1]),) * 2
         for layer, lstm in enumerate(self.lstms):
+            # Only PyTorch's own starts from cells, too; those of `LSTMPass` start at 0.
             if self.chained:
                 out, state = run_packed(cast(nn.LSTM, lstm), x, steps, state)
                 final = state[0].transpose(0, 1)
@@ -270,6 +274,7 @@ class Decoder(nn.Module):
         kind = pooled.device.type
         half = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if half else pooled.dtype
+        # All of dropout's factors at once, from the module's own generator: what it makes of ones.
         keep = self.dropout(pooled.new_ones(len(self.lstms), len(steps.before), pooled.shape[1], dtype=dtype))
         norms = [cast(nn.LayerNorm, norm) for norm in self.norms]
         layers: list[Tensor] = []
@@ -277,6 +282,7 @@ class Decoder(nn.Module):
             for lstm in self.lstms:
                 inputs, recurrent, bias_ih, bias_hh = cast(nn.LSTM, lstm).all_weights[0]
                 layers += inputs, recurrent, bias_ih + bias_hh
+            # The projection becomes part of the lowest layer's weights, so that no step waits for it.
             first_bias = layers[2]
             layers[2] = torch.addmv(first_bias, layers[0], self.output.bias)
             layers[0] = layers[0] @ self.output.weight

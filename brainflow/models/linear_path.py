@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from brainflow.batch import Ints, PackedBatch, offsets, positions, upload, window_of
 
+# With decades, and two halves of the runs, the paths of CSM and Net-BERT explained .469 and .491 of four
+# people, with these and four parts .487 and .507.
 PENALTIES = tuple(float(p) for p in 10.0 ** np.arange(-4.0, 0.6, 0.5))
 """Penalties that are tried, in units of the mean variance of an input."""
 PARTS = 4
@@ -131,6 +133,7 @@ class NeighbourPath(LinearPath):
 
     def _inputs(self, batch: PackedBatch, found: Neighbours) -> tuple[Tensor, Tensor, list[tuple[int, Ints]]]:
         """Return the neighbours' values [targets, k · networks], the targets' rows, and who is of a kind."""
+        # Row -1 would be read as the last one: row 0 is read instead, and cleared by `has`.
         sent = upload(batch.bold.device, read=np.maximum(found.read, 0), rows=found.rows, has=found.read >= 0)
         values = batch.bold.to(self.bias.dtype)[sent["read"]] * sent["has"][:, :, None]
         kinds = [(kind, np.flatnonzero(found.kind == kind)) for kind in range(len(self.weight))]
@@ -210,6 +213,7 @@ class _Sums:
 
     def error(self, weight: Tensor, bias: Tensor) -> float:
         """Return the summed squared error of a predictor on what the sums are of."""
+        # From the sums: another penalty reads no data again.
         said = (weight * (self.xx @ weight)).sum() + 2 * bias @ (self.x @ weight) + self.count * bias @ bias
         return float(self.yy.sum() - 2 * ((weight * self.xy).sum() + bias @ self.y) + said)
 
@@ -269,6 +273,7 @@ class NetworkPath(LinearPath):
         part = (batch.runs % PARTS)[window_of(batch.lengths)]
         for one in np.unique(part):
             values = batch.bold[upload(batch.bold.device, who=np.flatnonzero(part == one))["who"]]
+            # Without targets: the inputs' covariance is all that is asked for.
             self._sums[one].add(values, values[:, :0])
 
     def solve(self) -> None:
@@ -372,6 +377,7 @@ class PrincipalPath(LinearPath):
 
     def collect(self, batch: PackedBatch) -> None:
         """Keep a batch: variances over time can be summed when the patterns are known."""
+        # A copy: the loader uses its buffers again.
         self._batches.append(replace(batch, bold=batch.bold.clone()))
 
     def solve(self) -> None:
@@ -382,6 +388,7 @@ class PrincipalPath(LinearPath):
             sums.add(batch.bold, batch.bold[:, :0])
         mean = sums.x / sums.count
         self.mean.copy_(mean)
+        # `eigh` gives the pattern of least variance first.
         self.patterns.copy_(torch.linalg.eigh(sums.xx / sums.count - torch.outer(mean, mean))[1].flip(1))
         power = torch.zeros(FREQUENCIES, networks, dtype=torch.float64, device=self.mean.device)
         count = power.new_zeros(FREQUENCIES)
@@ -458,6 +465,7 @@ class PrincipalPath(LinearPath):
             begin=(2 * lengths * (lengths - 1))[:, None, None].astype(np.int32),
             seats=longest * window_of(batch.lengths) + positions(batch.lengths),
         )
+        # A power of two, so that few tables are made for batches of any length.
         size = 1 << (longest - 1).bit_length()
         cosines = self._once(("cosines", size), lambda: torch.from_numpy(_cosines(size)).to(self.mean))
         entry = sent["multiples"] % sent["turns"] + sent["begin"]
@@ -478,6 +486,7 @@ class PrincipalPath(LinearPath):
         variance = self.spectrum[torch.from_numpy(_frequency(length)).to(self.mean.device)].flatten()
         top, place = variance.topk(min(self.numbers, len(variance)))
         missing = (0, self.numbers - len(top))
+        # A pattern that does not vary must not make 1 / scale infinite.
         scale = top.sqrt().clamp_min(1e-6)
         return tuple(nn.functional.pad(x, missing) for x in (place, scale, 1.0 / scale))
 
@@ -516,6 +525,7 @@ def around(lengths: np.ndarray, rows: Ints) -> Neighbours:
     seen = np.ones(tokens, bool)
     seen[rows] = False
     number = np.arange(tokens)
+    # These run on over the borders of windows; the next lines cut them there.
     past = np.maximum.accumulate(np.where(seen, number, -FAR))[rows]
     future = np.minimum.accumulate(np.where(seen, number, FAR)[::-1])[::-1][rows]
     bounds, window = offsets(lengths), window_of(lengths)[rows]

@@ -60,6 +60,7 @@ class LSTMPass(Function):
             Whether windows are read from their ends.
         """
         width = weight_hh.shape[1]
+        # One product for all steps: only the recurrent part has to wait for the step before.
         gates = torch.addmm(bias, x, weight_ih.t())
         hidden, cells = gates.new_empty(len(gates), width), gates.new_empty(len(gates), width)
         h, c = start.clone(), torch.zeros_like(start)

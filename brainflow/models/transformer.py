@@ -32,7 +32,7 @@ from brainflow.kernels.varlen_attention import settle
 
 Style = Literal["gpt", "bert"]
 Streams = Literal["one", "two", "second"]
-EPS = {"gpt": 1e-5, "bert": 1e-12}
+EPS = {"gpt": 1e-5, "bert": 1e-12}  # as GPT-2 and BERT were published
 ROTARY_BASE = 10_000.0
 
 
@@ -101,6 +101,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         if turn is not None:
             qkv = rotate(qkv, turn)
+        # The kernels for short windows hold the queries of both streams at once.
         asking = longest if streams == "one" else 2 * longest
         impl, p = settle(qkv[:, 0], cu.shape[0] - 1, asking, p, self.backend)
         mixed = qkv_attention(qkv, cu, longest, self.causal, p, streams=streams, impl=impl)
@@ -187,6 +188,7 @@ class Block(nn.Module):
     ) -> Tensor:
         if self.pre:
             mixed = self.attention(self.norm1(x), layout, streams, turn, rows)
+            # The queries stand below the time points.
             x = x[-layout.positions.shape[0] :] if streams == "second" else x
             x = (x if rows is None else x.index_select(0, rows)) + self.dropout(mixed)
             return x + self.dropout(self.feedforward(self.norm2(x)))
@@ -375,6 +377,7 @@ def rotation(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 def rotate(qkv: Tensor, turn: Tensor) -> Tensor:
     """Return `qkv` [T, 3, H, D] with queries and keys turned by :func:`rotation`, in its own type."""
+    # Compiled, the plain form is fused into one kernel.
     if not torch.compiler.is_compiling():
         return _Rotated.apply(qkv, turn)
     qk = qkv[:, :2]

@@ -83,6 +83,7 @@ def owned(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
         Name → tensor: the same names on all ranks. A sharded one is a DTensor; a plain one is equal on all
         ranks, and one of them writes it.
     """
+    # By size, in turn, so that every rank writes about as much.
     by_size = sorted(tensors, key=lambda name: (-tensors[name].numel(), name))
     mine = {}
     for place, name in enumerate(by_size):
@@ -90,6 +91,7 @@ def owned(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
         if not isinstance(value, DTensor):
             keep = place % ranks.world == ranks.rank
         else:
+            # Of a shard that several ranks hold one writes it, for each tensor another one.
             coordinate: Any = value.device_mesh.get_coordinate()
             keep = value.to_local().numel() > 0 and all(
                 at == place % value.device_mesh.size(dim)
@@ -97,6 +99,7 @@ def owned(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
                 if how.is_replicate()
             )
         if keep:
+            # A copy on the CPU, too: the next step changes the tensor while a thread writes it.
             mine[name] = value.to("cpu", copy=True)
     return mine
 
@@ -154,6 +157,7 @@ def save(
         sizes = _gather_sizes(partial, ranks.world, patience)
         _write_json(partial / _STATE, {"step": step, "world": ranks.world, **state})
         sizes[_STATE] = _measure(partial / _STATE)
+        # Last, with the sizes of all: without it, or with other sizes, a directory is no checkpoint.
         _write_json(partial / COMPLETE, sizes)
         _fsync(partial)
         _remove(target)  # left half-deleted by a process that was killed
@@ -174,6 +178,7 @@ def save(
         raise OSError(
             f"checkpoint {target} could not be written: {reason}; {kept}. Free space, then resume"
         ) from reason
+    # Only now that the new one is there for good.
     for old in complete(root)[:-keep]:
         if not (permanent_every and int(old.name.removeprefix("step-")) % permanent_every == 0):
             _remove(old)
@@ -258,6 +263,7 @@ def load(path: Path) -> dict[str, Tensor]:
     found = _metadata(path)
     said = sum(m.size.numel() * m.properties.dtype.itemsize for m in found.values())
     there = sum(size for size, _ in _files(path).values())
+    # Compared before memory is taken for what the headers claim.
     if said > there:
         raise ValueError(
             f"checkpoint: {path} has {there} bytes, but its headers name tensors of {said}; delete it, and "
@@ -297,6 +303,7 @@ def _write_shard(partial: Path, tensors: Mapping[str, Tensor], rank: int) -> Non
         dcp.save(dict(tensors), storage_writer=_ShardWriter(partial, rank), planner=planner, no_dist=True)
     written = {path.name: _measure(path) for path in partial.glob(f"shard-{rank + 1:05d}-*")}
     note = partial / f"rank-{rank:05d}.json"
+    # Renamed when it is whole: rank 0 reads it as soon as it has its name.
     _write_json(note.with_suffix(".partial"), written)
     note.with_suffix(".partial").rename(note)
 
@@ -409,6 +416,7 @@ class Writer:
         """Do :func:`checkpoint.save` in the background; nobody may change the tensors until it is done."""
         self.wait()
         self._until = time.monotonic() + PATIENCE
+        # No daemon: Python would end in the middle of a file.
         self._thread = threading.Thread(target=self._run, args=(args, options), name="checkpoint")
         self._thread.start()
 

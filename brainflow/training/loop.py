@@ -155,8 +155,10 @@ class _Run:
         train = config.train
         if ranks.first:
             self.split = split_of(config, store, folder / SPLIT)
+        # A barrier: the others read the file that rank 0 has written.
         ranks.agree(0, device)
         self.split = split_of(config, store, folder / SPLIT)
+        # Names the folders of checkpoints under way: what a killed process left there is never mixed in.
         self.attempt = ranks.agree(secrets.randbits(62), device)
         self.sampler = self._sampler("train", train.seed)
         self.parts = rank_parts(train.micro_batches, ranks)
@@ -190,6 +192,7 @@ class _Run:
             runs=self.split.part("validation", store.runs),
         )
         carried = self.one_step.module.linear_path
+        # Otherwise the checkpoint has brought the path along.
         if start_from is None or carried is None:
             fitted = self._fitted_linear("train")
             if carried is not None and fitted is not None:
@@ -268,10 +271,13 @@ class _Run:
                     self._push(readback, numbers, lr, clock)
                 validate = self.step % config.validate_every == 0 or end
                 if validate or stopping or self.step % config.checkpoint_every == 0:
+                    # No checkpoint is newer than the log: who resumes from it writes only the lines behind
+                    # it.
                     self._report_all(readback, progress, wait=True)
                     if validate:
                         with progress.left.pause("validation"):
                             self._validated(progress)
+                        # A signal may have come meanwhile; several ranks would have to agree on it first.
                         stopping = stopping or (self.ranks.world == 1 and stop.number is not None)
                     if stopping or end or self._stale() or self.step % config.checkpoint_every == 0:
                         with progress.left.pause("checkpoint"):
@@ -349,6 +355,7 @@ class _Run:
         line |= {**read, **tag, "skipped": int(read["skipped"])}
         self._write(line, progress)
         if worst >= BAD_STEPS_IN_A_ROW:
+            # A batch follows from its step, so none had to be kept for this message.
             runs = sorted({str(self.store.runs.key[i]) for i in self.sampler.batch(int(bad_step)).runs})
             raise NotFinite(
                 f"the loss or its gradient was NaN or infinite in {int(worst)} steps in a row, last in step "
@@ -400,6 +407,7 @@ class _Run:
         """
         model: Any = load_pretrained(origin)
         if model.linear_path is not None and (fitted := self._fitted_linear("train", "validation")):
+            # Fitted where the network had not learnt, so it is not fitted to these runs again.
             fitted.gain.copy_(model.linear_path.gain)
             model.linear_path.load_state_dict(fitted.state_dict())
         known = read_config(origin)
@@ -410,6 +418,7 @@ class _Run:
         """Write the weights, averaged if they are, as `brainflow.load` reads them."""
         whole = self.one_step.whole_weights()
         if self.ranks.first:
+            # A module of its own: the one that is trained may be sharded.
             module = build(self.config.model)
             module.load_state_dict(whole)
             save_pretrained(module, folder, checkpoint.facts(self.config, self.store, self.split, self.step))

@@ -47,6 +47,7 @@ class Meters:
         row = (row + bad) * bad
         self.values = torch.stack(
             [
+                # `where`, because NaN · 0 would be NaN.
                 total + torch.where(bad > 0, 0.0, loss.double()),
                 good + 1 - bad,
                 skipped + bad,

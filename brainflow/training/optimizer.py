@@ -172,6 +172,7 @@ def allocate_state(module: nn.Module, optimizer: torch.optim.AdamW, names: Itera
         if name not in parameters:
             raise ValueError(f"checkpoint: optimizer state for {name!r}, which is no parameter of this model")
         parameter = parameters[name]
+        # Fused AdamW counts its steps in float32, on the parameter's device.
         optimizer.state[parameter][key] = (
             torch.zeros((), dtype=torch.float32, device=parameter.device)
             if key == "step"

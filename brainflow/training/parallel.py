@@ -98,6 +98,7 @@ def from_environment(environ: Any = os.environ) -> Ranks:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
     else:
         return Ranks()
+    # Without the variables: rank 0 of 1, on the first GPU.
     rank, world, local = (
         int(environ.get(name, default)) for name, default in zip(names, "010", strict=False)
     )
@@ -185,6 +186,7 @@ def spread(module: Framework, ranks: Ranks, how: str, device: torch.device, prec
             for block in part.blocks:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh)
+    # Validation calls `score`, and FSDP gathers parameters only where it knows of the call.
     register_fsdp_forward_method(module, "score")
     return module
 

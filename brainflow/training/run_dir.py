@@ -136,6 +136,7 @@ def begin(folder: Path, config: PretrainConfig, *, snapshot: str, resume: Resume
                 "choose another --out, or --no-resume to delete that run and start over"
             )
         return latest(folder / CHECKPOINTS)
+    # Of a run that never began, perhaps with other settings.
     (folder / SPLIT).unlink(missing_ok=True)
     write_text(path, json.dumps({**to_dict(config), "store_snapshot": snapshot}, indent=1) + "\n")
     return None

@@ -33,6 +33,7 @@ def fit_to_store(config: PretrainConfig, store: BoldStore) -> PretrainConfig:
     ValueError
         If another number was asked for, or a window may last longer than the TR embedding covers.
     """
+    # From the first to the last of seq_max − 1 time points.
     longest = (config.data.seq_max - 2) * float(np.max(store.runs.t_r))
     if config.model.time_encoding == "table" and longest > config.model.max_seconds:
         raise ValueError(
@@ -99,6 +100,7 @@ def begin_together(
         try:
             found = begin(folder, config, **options)
             step = int(found.name.removeprefix("step-")) if found else 0
+        # Kept for later: rank 0 has to take part in the agreement, or the others wait for it.
         except (ValueError, OSError) as reason:
             step, error = -1, reason
     step = ranks.agree(step, device)
@@ -114,6 +116,7 @@ def collecting_rarely() -> Iterator[None]:
     """Keep Python's garbage collector from stopping single ranks at random moments."""
     enabled = gc.isenabled()
     gc.collect()
+    # What is here already stays to the end and need not be looked at again.
     gc.freeze()
     gc.disable()
     try:
@@ -158,6 +161,7 @@ def split_of(config: PretrainConfig, store: BoldStore, path: Path) -> Split:
     ValueError
         If the file is damaged, or a part that training needs holds no run of this store.
     """
+    # A run that goes on keeps the split that it began with.
     if path.exists():
         return Split.load(path, snapshot=store.snapshot)
     if config.data.split:

@@ -66,6 +66,7 @@ def choose(
     if "train.steps" not in stated:
         wanted["train.steps"] = fitting_steps(config, store)
     steps = wanted.get("train.steps", config.train.steps)
+    # A permanent checkpoint is one at a multiple: with another cadence none might fall on it.
     kept = {*stated, *(["train.checkpoint_every"] if "train.permanent_every" in stated else [])}
     given = flatten(dataclasses.asdict(config))
     # of stated steps, too, all would be lost with a run that is killed before its first checkpoint
@@ -92,6 +93,7 @@ def fitting_steps(config: PretrainConfig, store: BoldStore) -> int:
 
 def operations(config: PretrainConfig) -> float:
     """Return the floating-point operations of a whole run: an estimate by its weights, without attention."""
+    # Counted only, so no memory is taken for the weights.
     with torch.device("meta"):
         weights = matrix_weights(build(config.model))
     data = config.data

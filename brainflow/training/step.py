@@ -104,10 +104,12 @@ class TrainingStep:
         if train.init and fresh:
             load_initial(self.module, train.init)
         freeze(self.module, train.freeze)
+        # A parameter without any gradient would make DDP look for such ones, which stops the GPU once a step.
         for parameter in self.module.untrained:
             parameter.requires_grad_(False)
         if not any(p.requires_grad for p in self.module.parameters()):
             raise ValueError(f"train.freeze: got {train.freeze}, which leaves nothing to train")
+        # Only now: drawn on the CPU, the weights are the same whatever the device.
         self.module.to(device)
         self.weights = matrix_weights(self.module)
         self.trs = self.tokens = 0
@@ -121,6 +123,7 @@ class TrainingStep:
                     for block in part.blocks:
                         block.compile(dynamic=True)
         self.model = parallel.spread(self.module, ranks, train.parallel, device, train.precision)
+        # Behind `spread`, because FSDP replaces the parameters by their shards.
         self.optimizer = make_optimizer(self.module, train)
         self.scale = LossScale(device) if train.precision == "fp16" else None
         self.ema = MovingAverage(self.module, train.ema) if train.ema else None
@@ -147,6 +150,7 @@ class TrainingStep:
         total, metrics, asked = sums.pop("loss"), sums, None
         if several:
             total, metrics, asked = self._over_ranks(total, metrics, losses, stop)
+        # Before clipping: the limit is meant for the gradients as they are.
         if self.scale is not None:
             self.scale.unscale(self.module)
         norm = parallel.whole(nn.utils.clip_grad_norm_(self.module.parameters(), train.clip))
@@ -207,6 +211,7 @@ class TrainingStep:
             If the checkpoint is damaged or belongs to another model.
         """
         damaged = checkpoint.damaged(path, self.ranks)
+        # Every rank raises, not only the one that found it: the others would wait in the next collective.
         count = torch.tensor([float(len(damaged))], device=self.device)
         if self.ranks.sum(count) > 0:
             raise ValueError(
@@ -214,6 +219,7 @@ class TrainingStep:
                 "delete it to continue from the one before"
             )
         names = [name for name in checkpoint.names(path) if name.startswith("optimizer.")]
+        # AdamW has no state before its first step, and what is read needs a place to go.
         allocate_state(self.module, self.optimizer, [name.removeprefix("optimizer.") for name in names])
         checkpoint.read_into(path, self.tensors())
 
@@ -229,6 +235,7 @@ class TrainingStep:
 
     def mask_seed(self, part: int) -> int:
         """Return the seed of a microbatch's masks."""
+        # The first one's is the seed itself, as in a step that is not cut.
         if part == 0 or self.module.one_draw:
             return self._mask_seed
         return derive_seed(self._mask_seed, "part", part)
@@ -273,6 +280,7 @@ class TrainingStep:
         return sums[0], metrics, sums[count]
 
     def _total(self, counts: Tensor) -> Tensor:
+        # By `upload`: a plain copy from pageable memory would wait for the stream.
         return self.ranks.sum(upload(self.device, counts=counts.numpy())["counts"])
 
     def _part_seed(self, purpose: str, step: int, part: int) -> int:
@@ -298,6 +306,7 @@ class TrainingStep:
 
 def derive_seed(seed: int, *parts: int | str) -> int:
     """Return a 63-bit seed for one purpose, such as the dropout of one step."""
+    # Hashed: seed + step would give two purposes, or two seeds, the same numbers.
     text = ":".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
@@ -346,6 +355,7 @@ def loss_weights(
     total
         Sums counts, float64 [2], over all ranks; the one collective.
     """
+    # At least 1: a step in which nothing is masked must not divide by 0.
     counts = [(max(1, module.num_targets(batch)), batch.windows) for batch in batches]
     summed = total(torch.tensor(counts, dtype=torch.float64).sum(dim=0))
     return [

@@ -222,6 +222,7 @@ def _trials(study: Any, space: Space, count: int) -> Iterator[tuple[Any, dict[st
         if trial.number >= count:  # another machine was faster
             study.tell(trial, state=TrialState.FAIL)
             return
+        # Not Optuna's grid sampler: it raises with ask and tell, and two machines may draw the same point.
         if ways:  # the study gives each number once, so each combination comes once
             with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
                 study.sampler = PartialFixedSampler(ways[trial.number % len(ways)], sampler)
@@ -347,10 +348,12 @@ def as_begun(folder: Path, names: Iterable[str]) -> dict[str, Any]:
 def _record(folder: Path, base: PretrainConfig, space: Space, metric: str) -> None:
     """Write down what the sweep is, or compare with what is there."""
     output_folder(folder, "sweep")
+    # Without the store's path, which may be another one on another machine.
     mine = {"base": asdict(replace(base, out="", store="")), "space": space, "metric": metric}
     path = folder / RECORD
     if not path.exists():
         write_text(path, json.dumps(mine, indent=1) + "\n")
+    # Read back in any case: another machine may have come first.
     theirs = read_json(path)
     ours, found = flatten(json.loads(json.dumps(mine))), flatten(theirs)
     changed = sorted(k for k in ours.keys() | found.keys() if ours.get(k) != found.get(k))

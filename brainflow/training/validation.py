@@ -144,6 +144,7 @@ class Validator:
         for batch, counts in self._draw(_RankSlice(training, batches, self.ranks)):
             if counts:
                 bold = batch.bold.double()
+                # Time points that have one before them in their window.
                 later = upload(device, rows=np.flatnonzero(positions(batch.lengths)))["rows"]
                 now, before = bold[later], bold[later - 1]
                 parts = (bold, now * before, before * before, now, before)
@@ -175,7 +176,7 @@ class Validator:
         linear.to(self.device)
         most = min(LINEAR_TOKENS, LINEAR_PASSES * int(np.sum(self.store.runs.length)))
         tokens = 0
-        alone = _RankSlice(sampler, int(1e9), Ranks())
+        alone = _RankSlice(sampler, int(1e9), Ranks())  # without an end: the loop below stops
         with closing_loader(self._loader(alone)) as batches:
             while tokens < most:
                 batch = next(batches)
@@ -218,6 +219,7 @@ class Validator:
             of_tokens = np.repeat(self._subject[batch.runs], batch.lengths)
             subject = upload(self.device, of_tokens=of_tokens)["of_tokens"][rows]
             last = self._last(bold, rows, batch.cu_seqlens)
+            # Where there is none, the mean stands in, and `_has` leaves its figures out.
             linear = self.mean if self.linear is None else self.linear(batch)
             blend = prediction if carried is None else torch.lerp(linear, prediction, share)
             guessed = (blend, self.mean, last, self.mean + self.ar1 * (last - self.mean), linear, prediction)
@@ -230,6 +232,7 @@ class Validator:
         module.train(was_training)
         if carried is not None:
             carried.gain.copy_(share)
+        # One collective for all of it.
         sums = [errors, values, moments, torch.stack([windows, *reported.values()])]
         total = self.ranks.sum(torch.cat([part.flatten() for part in sums]))
         parts = total.split([part.numel() for part in sums])
@@ -278,9 +281,11 @@ class Validator:
             batch, _, network, rows = self._score(module, batch)
             if counts and self.linear is not None:
                 linear = self.linear(batch)
+                # What was not masked is NaN in the predictions, and adds nothing.
                 step = (network - linear).nan_to_num().double()
                 left = (batch.bold.float()[rows] - linear).nan_to_num()
                 sums += torch.stack([(step * left).sum(), step.square().sum()])
+        # Least squares: Σ (network − linear) · (target − linear) / Σ (network − linear)².
         along, square = self.ranks.sum(sums)
         share = (along / square.clamp_min(1e-12)).clamp(0.0, 1.0).float()
         return share if module.linear_path.divisible else share.round()
@@ -316,6 +321,7 @@ def _subjects(store: BoldStore, runs: np.ndarray | None) -> tuple[np.ndarray, np
     runs = np.arange(len(names)) if runs is None else np.asarray(runs)
     datasets, dataset = np.unique(names[runs], return_inverse=True)
     people = np.unique(np.asarray(store.runs.subject)[runs], return_inverse=True)[1]
+    # A person is one of a dataset: labels of subjects come again in others.
     both, subject = np.unique(np.stack((dataset, people)), axis=1, return_inverse=True)
     of_run = np.full(len(names), -1, np.int64)
     of_run[runs] = subject.ravel()
@@ -350,6 +356,7 @@ def _gain(errors: Tensor, values: Tensor) -> dict[str, float]:
         return {}
     found = {"val_gain": float((linear.sum() - model.sum()) / mean.sum())}
     if len(square) > 1:
+        # The same draws at every validation, so that intervals differ by what was learnt.
         draws = np.random.default_rng(0).integers(0, len(square), (RESAMPLED, len(square)))
         gains = (linear - model)[draws].sum(1) / np.maximum(mean[draws].sum(1), 1e-300)
         found["val_gain_low"], found["val_gain_high"] = map(float, np.quantile(gains, (0.025, 0.975)))
