@@ -172,6 +172,7 @@ def _fold_chances(
         if features is None or not config.by_features:
             chances[fold.test] = probabilities(decoder, task, fold.test, device=device)
         else:
+            # All features are known, so only the head has to run.
             known = features[config.readouts(module).index(decoder.readout)]
             with torch.no_grad():
                 logits = decoder.head(torch.from_numpy(known[fold.test]).to(device))

@@ -167,6 +167,7 @@ def connectomes(bold: NDArray, lengths: NDArray) -> NDArray[np.float32]:
     for window in np.split(np.asarray(bold, dtype=np.float32), np.cumsum(lengths)[:-1]):
         z = window - window.mean(axis=0)
         z /= np.maximum(np.linalg.norm(z, axis=0), 1e-6)
+        # Clipped, since z of a correlation of 1 is infinite.
         rows.append(np.arctanh(np.clip((z.T @ z)[above, below], -0.999, 0.999)))
     return np.stack(rows)
 

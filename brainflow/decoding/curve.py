@@ -105,6 +105,7 @@ def reduce_task(task: DecodingTask, count: int, *, seed: int = 0, draw: int = 0)
                 f"learning_curve: got {count} training {task.group_kind}s, expected 1 to {len(names)}, the "
                 f"training {task.group_kind}s of the fold of {fold.name}"
             )
+        # The count is no part of the seed: whom a smaller one takes, a larger one takes, too.
         order = np.random.default_rng([seed, draw, number]).permutation(names)
         train = fold.train[np.isin(groups, order[:count])]
         if len(np.unique(task.labels[train])) < 2:

@@ -247,6 +247,7 @@ def plan(
                 )
             files = files_of(image)
             template = {"volume": files.space, "cifti": "fsLR", "gifti": ""}[kind]
+            # Asked for once, also where it cannot be had, not for every image.
             if template not in specs:
                 specs[template] = _checked_atlas(atlas, template, model, allow_mismatch)
             spec = specs[template]
@@ -386,6 +387,7 @@ def _of_table(text: str, model: _Model, t_r: float | None, notes: list[str]) -> 
             t_r = stated.seconds
     if not 0 < t_r < math.inf:
         raise ValueError(f"t_r: got {t_r}, expected a positive number of seconds")
+    # A square table is taken as it is: nothing says which way it lies.
     if values.shape[1] != model.networks == values.shape[0]:
         values, names = values.T, []
         notes.append(f"{text}: was turned, its rows are networks")
@@ -475,6 +477,7 @@ def _check(run: _Run, model: _Model, allow: bool, notes: list[str]) -> None:
     if run.attributes is None:
         return
     found = differences(model.data, run.attributes, [run.t_r])
+    # Statistics of fewer time points are chance.
     if len(run.bold) >= 20:
         found += signal_differences(model.data, run.bold)
     if found and not allow:

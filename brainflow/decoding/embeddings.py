@@ -75,6 +75,7 @@ class Embeddings:
                 writer.writerow(columns)
                 for row in zip(*(values.tolist() for values in columns.values()), strict=True):
                     writer.writerow(csv_cell(one) if isinstance(one, str) else one for one in row)
+                # The wrapper must not close the file, which is still to be flushed and renamed.
                 text.detach()
 
 

@@ -280,6 +280,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         windows, labels = self._windows(X, y, fit=True)
         if labels is None:
             raise ValueError("requires y to be passed, but the target y is None")
+        # scikit-learn's checks of y, and that there is one each; windows are checked by themselves.
         _, labels = check_X_y(np.zeros((len(windows), 1)), labels, dtype=None)
         check_classification_targets(labels)
         self.classes_, named = np.unique(labels, return_inverse=True)

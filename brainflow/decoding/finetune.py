@@ -141,6 +141,7 @@ def finetune(
     rates = [lr * min((i + 1) / warmup, (steps - i) / max(1, steps - warmup)) for i in range(steps)]
     stop = steps if stop is None else stop
     losses = torch.zeros(stop, device=device)
+    # Counted from the last step, which has to be among them.
     looks = {steps - 1 - look * max(1, steps // CHECKS) for look in range(CHECKS)}
     checks: list[tuple[int, float, float]] = []
     best: dict[str, Tensor] | None = None
@@ -159,6 +160,7 @@ def finetune(
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
+            # Kept on the device: to read it would stop a GPU once a step.
             losses[step] = loss.detach()
             if validation is not None and step in looks:
                 now, right = _check(decoder, source, validation, device)

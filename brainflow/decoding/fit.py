@@ -214,6 +214,7 @@ def fit_decoder(
         features = frozen_features(module, source, readouts, device=device)
     if covariance is None and config.whitens:
         covariance = state_covariance(module, source, device=device, windows=windows)
+    # Of the last states alone: whitening the embedding, or BOLD, cost points (dev/log.md).
     covariances = [covariance if one.layer is None else None for one in readouts]
     place, ridge = choose(
         features,
@@ -314,9 +315,11 @@ def _steps_to_take(
     names = np.random.default_rng(config.seed).permutation(np.unique(groups))
     out = np.isin(groups, names[: max(1, len(names) // HELD_OUT)])
     rest, held = windows[~out], windows[out]
+    # Nobody can say when to stop for a class that only they have.
     if not len(rest) or len(np.setdiff1d(source.labels[windows], source.labels[rest])):
         return None, []
     settings: Any = {"classes": classes, "balance": config.balance, "times": readout.times}
+    # A head of its own: the other one has been fitted to the people who judge here.
     ridge = fit_ridge(features[rest], source.labels[rest], groups=groups[~out], **settings)
     decoder = _trainable(module, linear_head(ridge), readout, config, device)
     checks = _train(decoder, source, rest, config, classes, device, held).checks

@@ -53,6 +53,7 @@ class Neighbours(nn.Module):
         """Return log votes `[windows, classes]` of `features` `[windows, width]`."""
         similar = F.normalize(features - self.mean, dim=-1) @ self.keys.T
         best, which = similar.topk(min(NEIGHBOURS, len(self.keys)), dim=-1)
+        # Similarities are at most 1, so nothing overflows.
         weight = ((best - 1) / TEMPERATURE).exp()
         votes = (weight[..., None] * self.votes[which]).sum(dim=1)
         return (votes / votes.sum(dim=-1, keepdim=True)).clamp_min(1e-12).log()
@@ -97,6 +98,7 @@ class AttentiveHead(nn.Module):
         score = (self.key(hidden).view(shape) * self.query).sum(dim=-1) * self.query.shape[1] ** -0.5
         index = window[:, None].expand_as(score)
         blank = score.new_zeros(len(lengths), self.heads)
+        # Detached: a constant that keeps `exp` in range, whose gradient cancels.
         top = blank.scatter_reduce(0, index, score.detach(), "amax", include_self=False)
         weight = (score - top[window]).exp()
         share = weight / blank.index_add(0, window, weight)[window]
@@ -197,6 +199,7 @@ def class_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float32
 def _all_classes(weight: NDArray, bias: NDArray, seen: NDArray, classes: int) -> tuple[NDArray, NDArray]:
     """Return output weights with a row for every class; scikit-learn has one row for two classes."""
     if len(weight) == 1:
+        # Of two classes scikit-learn gives one logit: halves of opposite sign have the same softmax.
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     full, offset = np.zeros((classes, weight.shape[1])), np.full(classes, NEVER)
     full[seen], offset[seen] = weight, bias

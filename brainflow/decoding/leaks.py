@@ -115,6 +115,7 @@ def people_seen(checkpoint: str | os.PathLike[str], people: set[str]) -> tuple[l
     read: set[str] = set()
     fitted: set[str] = set()
     unknown, name = "", os.fspath(checkpoint)
+    # Bounded: models might name each other in a circle.
     for generation in range(GENERATIONS):
         folder = _ancestor(name) if generation else located(name)
         if not (folder / CONFIG).is_file():

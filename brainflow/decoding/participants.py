@@ -152,6 +152,7 @@ def numbers(values: Sequence[str]) -> NDArray[np.float64] | None:
 
 def _lines(path: Path) -> list[list[str]]:
     text = io.StringIO(read_text(path, most=MOST_TABLE).removeprefix("\ufeff"), newline="")
+    # BIDS knows no quotes in tables with tabs: one is part of a text.
     comma: Any = (
         {"delimiter": ","}
         if path.suffix.lower() == ".csv"

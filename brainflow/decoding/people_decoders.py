@@ -107,6 +107,7 @@ def states_of_people(
         tokens.index_add_(0, rows, length)
         for total, vectors in zip(sums, read(module, packed, readouts), strict=True):
             mean, log_spread = vectors.double().cpu().chunk(2, dim=1)
+            # `moments` has added the constant to the variance.
             square = (2 * log_spread).exp() - SMALLEST_VARIANCE + mean.square()
             total.index_add_(0, rows, length * torch.cat((mean, square), dim=1))
         begin += len(rows)
@@ -234,6 +235,7 @@ def people_baselines(task: PeopleTask) -> list[PeopleResult]:
     mean = {name: (total.T / tokens).T for name, total in sums.items()}
 
     def tangent(fold: Fold) -> list[NDArray]:
+        # Seen from the training people's mean: that of all would know whom the fold tests.
         return [tangents(mean["tangent"], mean["tangent"][fold.train].mean(axis=0))]
 
     return [

@@ -99,6 +99,7 @@ def score_numbers(truth: NDArray, said: NDArray, *, units: NDArray, seed: int = 
 
     metrics = {"r2": r_squared, "r": correlation, "mae": error}
     order = _permutations(units, seed)
+    # Products order permutations as the correlation does: all else in it is the same for each.
     p = _permutation_p((truth[order] * said).sum(axis=1), float((truth * said).sum()))
     return _scored(metrics, p, units, seed)
 
@@ -157,6 +158,7 @@ def _area(member: NDArray[np.bool_], score: NDArray) -> Metric:
         sorted_weights = weights[:, order]
         above = np.add.reduceat(sorted_weights * inside, ties, axis=1)
         below = np.add.reduceat(sorted_weights * ~inside, ties, axis=1)
+        # Who has the same score counts half.
         beaten = np.cumsum(below, axis=1) - below / 2
         return _ratio((above * beaten).sum(axis=1), above.sum(axis=1) * below.sum(axis=1), 0.5)
 

@@ -133,6 +133,7 @@ def baselines(task: DecodingTask, *, cache: Path | None = None) -> list[Result]:
         left_out |= {"connectome", "tangent", "log-variance"}  # there is nothing to correlate
     if min(np.unique(task.labels[f.train], return_counts=True)[1].min() for f in task.folds) < 2:
         left_out.add("nilearn")  # it chooses its regularisation by cross-validation in the training windows
+    # Read once for all of them.
     read = lru_cache(task.read)
     return [_baseline(task, name, read, cache) for name in BASELINES if name not in left_out]
 

@@ -290,11 +290,14 @@ class _Decomposition:
         self.free = root / np.linalg.norm(root)  # an offset is not penalised, nor are confounds
         self.rest = self.y
         if confounds is not None:
+            # By singular values, because confounds may depend on each other.
             vectors, size, _ = np.linalg.svd(root * np.column_stack([np.ones(len(x)), confounds]), False)
             self.free = vectors[:, size > 1e-9 * size[0]]
             self.rest = self.y - self.free @ (self.free.T @ self.y)
         self.wide = x.shape[1] > x.shape[0]
+        # Of the smaller square: its eigenvectors cost the cube of its size.
         square, vectors = np.linalg.eigh(self.x @ self.x.T if self.wide else self.x.T @ self.x)
+        # Of squared singular values: what lies a million times below the largest is rounding.
         kept = square > 1e-12 * max(float(square[-1]), 1e-300)
         self.square: NDArray[np.float64] = square[kept]
         self.vectors: NDArray[np.float64] = vectors[:, kept]
@@ -361,6 +364,7 @@ def _choose(
     best = (PENALTY, SCALE, np.inf)
     for penalty in PENALTIES:
         said = np.concatenate([fit.left_out(penalty, part, left)[one] for part, left, one in out])
+        # Labels were centred by `share`; scores get it back before they are compared.
         scale, loss = _scale(said + share, named[judged], np.square(fit.root[judged, 0]))
         if loss < best[2]:
             best = (float(penalty), scale, loss)

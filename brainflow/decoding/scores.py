@@ -257,6 +257,7 @@ def calibration(labels: NDArray[np.int64], probabilities: NDArray, *, bins: int 
         )
     named = probabilities.argmax(axis=1)
     sure = probabilities[np.arange(len(labels)), named].astype(np.float64)
+    # A confidence of 1 lies in the last bin.
     place = np.minimum((sure * bins).astype(np.int64), bins - 1)
     count = np.bincount(place, minlength=bins)
     filled = count > 0
@@ -306,6 +307,7 @@ def _resample(counts: NDArray[np.float64], resamples: int, seed: int) -> NDArray
     """Return counts `[draws, groups, …]` summed over bootstrap resamples of both, `[resamples, …]`."""
     draws, groups = counts.shape[:2]
     rng = np.random.default_rng(seed)
+    # How often each group is drawn, not which: a resample is then one product.
     of_groups = rng.multinomial(groups, np.full(groups, 1.0 / groups), size=resamples).astype(np.float64)
     if draws == 1:
         return np.tensordot(of_groups, counts[0], axes=1)

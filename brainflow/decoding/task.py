@@ -236,6 +236,7 @@ class MovedSegments(SegmentSampler):
         windows = super().batch(step)
         if not self._jitter and not self._move:
             return windows
+        # NumPy takes no negative seeds.
         rng = np.random.default_rng([self.seed % 2**64, step])
         moved = windows.starts + self._move
         moved += rng.integers(-self._jitter, self._jitter, len(windows), endpoint=True)

@@ -110,6 +110,7 @@ class ArrayWindows:
         rng = np.random.default_rng(seed)
         waiting = windows[:0]
         for step in count():
+            # On over the end of an epoch, so that all batches are of one size.
             while len(waiting) < batch:
                 waiting = np.concatenate([waiting, rng.permutation(windows)])
             yield self._packed(waiting[:batch], step, device)
