@@ -113,6 +113,7 @@ def _from_files(path: Path, label: str, surfaces: tuple[Path, ...]) -> AtlasSpec
             raise ValueError(
                 f"atlas {path}: has shape {shape}, expected a 3-D label image or a 4-D image of maps"
             )
+        # A label image may have been saved with a fourth axis of 1.
         kind = "maps" if len(shape) == 4 and shape[3] > 1 else "labels"
     else:
         raise ValueError(f"atlas {path}: expected .nii, .nii.gz, .dlabel.nii or .label.gii")

@@ -214,8 +214,10 @@ def _make_run(dataset: str, found: _Found, tables: _Tables, query: Query) -> Run
         problem = f"several images fit: {names}; choose with --res (native for none) or --space"
     own = {image.path.name.removesuffix(image.extension) for image in images}
     sidecars = [file for file in tables.of(first, "bold") if _applies(file, own)]
+    # Stable: behind the image's own the order from specific to general stays.
     sidecars.sort(key=lambda file: file.path.name.removesuffix(".json") not in own)
     events = tables.of(first, "events")[:1] or tables.of(first, "EV")
+    # A recording may stand in several derivatives: the table beside the image is meant.
     confounds = [file for file in found.confounds if file.path.parent == first.path.parent]
     return RunFiles(
         key=make_key(dataset, entities),

@@ -170,8 +170,10 @@ def _numbers(frame: Any, columns: str | list[str], table: Path) -> np.ndarray:
 
 def _check_finite(raw: Any, chosen: Any, table: Path) -> None:
     for name in chosen.columns:
+        # Of the table itself: nilearn fills gaps of its own columns.
         column = _numbers(raw if name in raw else chosen, name, table)
         bad = np.flatnonzero(~np.isfinite(column))
+        # fMRIPrep's derivatives have no first value, which nilearn fills in.
         if len(bad) > 1 or (len(bad) == 1 and (bad[0] != 0 or len(column) == 1)):
             raise Unusable(
                 f"{table.name}: column {name} is not a number in {len(bad)} of {len(column)} rows, "

@@ -124,6 +124,7 @@ def segments_of(
     """
     if settings.preset == "hcp":
         if task.upper().startswith(("REST", "RFMRI")):
+            # Rest has no events whose response would lag behind.
             return _to_segments(_rest(volumes * t_r), replace(settings, shift=0.0), "rest", t_r, volumes, 0)
         events = _read_hcp(files, task)
     elif not files:
@@ -132,6 +133,7 @@ def segments_of(
         column = settings.column or ("taskName" if settings.preset == "mdtb" else "trial_type")
         events = read_events(files[0], column)
     if settings.preset == "mdtb":
+        # Before instructions are left out: blocks of one task on both sides of one stay two.
         events = merge_blocks([replace(event, label=_mdtb_task(event.label)) for event in events])
         events = [event for event in events if "instruct" not in event.label]
         unknown = {event.label for event in events} - set(MDTB_TASKS)

@@ -66,6 +66,7 @@ def ingest_fbert(
         )
     recordings, licences = _texts(folder)
     windows, owner = _arrays(folder, len(recordings))
+    # Stable: windows of a recording keep their order, by which they are numbered.
     order = np.argsort(owner, kind="stable")
     bounds = np.searchsorted(owner[order], np.arange(len(recordings) + 1))
     create = {

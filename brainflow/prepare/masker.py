@@ -121,6 +121,7 @@ def store_from_masker(
         normalisation=APPLIED.get(normalise, ""),
     ) as writer:
         for i, (image, subject, table) in enumerate(zip(images, subjects, tables, strict=True)):
+            # The first run said how many networks there are; it is not made twice.
             bold = first if i == 0 else _with_masker(masker, image, table)
             counts[subject] = counts.get(subject, 0) + 1
             more = entities[i] if entities is not None else {}

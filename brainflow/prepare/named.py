@@ -203,6 +203,7 @@ def _from_nilearn(name: str, function: str, arguments: Mapping[str, Any]) -> tup
     except Exception as error:  # nilearn, requests and urllib raise many kinds when there is no network
         raise _not_downloaded(name, "nilearn", "NILEARN_DATA", error) from error
     path = bunch.maps if isinstance(bunch.maps, str | os.PathLike) else bunch.filename
+    # Some of nilearn's lists begin with the background, which is 0.
     first = 0 if names and names[0].lower() == "background" else 1
     values = map(int, bunch.get("indices") or range(first, first + len(names)))
     return Path(path), {value: text for value, text in zip(values, names, strict=True) if value}
@@ -215,6 +216,7 @@ def _download(name: str, url: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
+            # One byte more than allowed tells that a file is larger.
             data = answer.read(_MOST_BYTES + 1)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise _not_downloaded(name, url, "BRAINFLOW_ATLASES", error) from error

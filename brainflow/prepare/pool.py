@@ -87,12 +87,14 @@ class _Worker:
     """One process and the run that it works on."""
 
     def __init__(self) -> None:
+        # Not forked from this process, whose threads (of BLAS, of torch) would not come along.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs,), daemon=True)
         with _one_thread():
             self.process.start()
+        # With our copy of its end open, the pipe of a dead worker would never end.
         theirs.close()
         self.job: Job | None = None
 

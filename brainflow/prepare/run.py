@@ -72,6 +72,7 @@ class Job:
         for path in self.files.inputs:
             try:
                 status = path.stat()
+                # Not the content: to hash it would read every image once more.
                 inputs.append([path.name, status.st_size, status.st_mtime_ns])
             except OSError:
                 inputs.append([path.name, -1, 0])
@@ -90,6 +91,7 @@ class Job:
 
 def prepare_run(job: Job) -> dict[str, Any]:
     """Prepare a run, write its parts and its record, and return the record. Never raises for a bad run."""
+    # One thread: workers share the cores, and sums come out alike however many there are.
     with need("threadpoolctl", "preparing runs", "bids").threadpool_limits(1):
         record = {"key": job.files.key, "dataset": job.files.dataset, "entities": job.files.entities}
         record |= {
@@ -108,6 +110,7 @@ def prepare_run(job: Job) -> dict[str, Any]:
             record |= {"status": EXCLUDED, "reason": str(reason)}
         except (Unusable, OSError, MemoryError) as error:
             record |= {"status": FAILED, "reason": str(error) or type(error).__name__}
+        # A missing package concerns every run.
         except ImportError:
             raise
         except Exception as error:  # a fault of ours or of a library: the other runs go on

@@ -159,6 +159,7 @@ def files_of(image: str) -> RunFiles:
             problem = "expected hemi-L or hemi-R in the name, and the other hemisphere beside it"
     recording = "_".join(part for part in stem.split("_") if part.partition("-")[0] in RUN_ENTITIES)
     tables = [f"{recording}_desc-confounds_{suffix}.tsv" for suffix in _TABLES if recording and parsed]
+    # Images of one name in different folders are different runs.
     digest = hashlib.sha256(f"{where}/{images[0]}".encode()).hexdigest()[:12]
     return RunFiles(
         key=f"{re.sub(r'[^A-Za-z0-9._+-]', '-', stem)[:120]}-{digest}",

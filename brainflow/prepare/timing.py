@@ -54,6 +54,7 @@ def repetition_time(sidecars: Iterable[Path], header_seconds: float | None) -> R
         return RepetitionTime(seconds=round(float(value), 6), source="sidecar", note=note)
     if header_seconds is None:
         raise Unusable("no repetition time: neither a JSON sidecar nor the image header states it")
+    # Headers are float32, in which 0.72 s are 0.72000003.
     return RepetitionTime(seconds=round(header_seconds, 6), source="header")
 
 

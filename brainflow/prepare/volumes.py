@@ -49,6 +49,7 @@ def open_volume(path: Path) -> Any:
     nibabel = need("nibabel", "reading NIfTI images", "bids")
     try:
         size = regular_size(path)
+        # Blocks are read one after the other: a .gz that is opened anew is unpacked from its beginning.
         image = nibabel.load(path, keep_file_open=True)
         affine = np.asarray(image.affine, np.float64)
     except Exception as error:  # nibabel, zlib and a header that contradicts itself raise many kinds
@@ -121,6 +122,7 @@ def _read(image: Any, start: int, stop: int) -> np.ndarray:
             f"{Path(image.get_filename() or 'image').name}: volumes {start} to {stop - 1} cannot be read; "
             f"the file is truncated or damaged ({' '.join(str(error).split())})"
         ) from error
+    # float32 stays, as in nilearn, so that means equal its own.
     return block if block.dtype == np.float32 else block.astype(np.float64)
 
 
@@ -129,6 +131,7 @@ _grids: OrderedDict[tuple[Any, ...], Projection] = OrderedDict()
 
 def _on_grid(atlas: AtlasSpec, shape: tuple[int, ...], affine: np.ndarray) -> Projection:
     """The atlas on a voxel grid; the last few are kept, for the next runs of this process."""
+    # Rounded: a difference in the last digits is no other grid.
     key = (atlas.label, atlas.digest, shape, np.round(affine, 6).tobytes())
     if key not in _grids:
         fit = _fit_joined if atlas.parts else _fit_labels if atlas.kind == "labels" else _fit_maps
@@ -186,6 +189,7 @@ def _fit_maps(atlas: AtlasSpec, shape: tuple[int, ...], affine: np.ndarray) -> P
         names = ", ".join(network_names(atlas, (empty[:5] + 1).tolist()))
         raise Unusable(f"atlas {atlas.label}: {len(empty)} of {count} maps are empty in the image ({names})")
     eigenvalues, vectors = np.linalg.eigh((maps @ maps.T).toarray())
+    # Maps may depend on each other: they are inverted as far as they can be.
     kept = eigenvalues > _RANK_CUTOFF * eigenvalues[-1]
     inverse = (vectors[:, kept] / eigenvalues[kept]) @ vectors[:, kept].T
     return lambda data: np.stack([inverse @ (maps @ volume) for volume in data.T])
