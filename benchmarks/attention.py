@@ -42,6 +42,7 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
 def _attention(repeats: int, device: str) -> list[Row]:
     kind = "bf16" if device == "cuda" else "fp32"
     lengths = np.random.default_rng(0).integers(10, 50, WINDOWS).tolist()
+    # Of the CPU, so that every device is given the same numbers.
     generator = torch.Generator().manual_seed(0)
     q, k, v, upstream = (
         torch.randn(sum(lengths), HEADS, HEAD_DIM, generator=generator).to(device, TYPES[kind])
@@ -63,15 +64,18 @@ def _attention(repeats: int, device: str) -> list[Row]:
     theirs: dict[str, Attend] = {"padded": _padded(edges, longest), "block_diagonal": _block_diagonal(edges)}
     backends: dict[str, Attend] = {name: partial(backend, impl=name) for name in BACKENDS}
     backends = {name: attend for name, attend in backends.items() if _runs(partial(attend, q, k, v))}
+    # Agreement is enough here: against float64 they are compared in `conformance`.
     exact = [x.double() for x in step(backend)]
     for other in (*theirs.values(), *backends.values()):
         require_close("varlen_attention", step(other), exact, [BOUND[kind]] * 4)
     ways: dict[str, Attend] = {"ours": backend, **theirs}
     ways["second_stream"] = lambda q, k, v: shifted_attention(q, k, v, k, v, edges, longest)
+    # A single backend is what `ours` runs already.
     if len(backends) > 1:
         ways |= backends
     calls = {name: partial(step, way) for name, way in ways.items()}
     times = timing.interleave(calls, repeats=repeats, device=device)
+    # Causal: a token sees itself and those before it.
     pairs = sum(n * (n + 1) // 2 for n in lengths)
     flops = 14 * pairs * HEADS * HEAD_DIM  # two products forward, five backward
     nbytes = 12 * q.numel() * q.element_size()  # forward: q, k, v, out; backward: these and their gradients
@@ -106,6 +110,7 @@ def race(
         For each of the two.
     """
     lengths = np.random.default_rng(0).integers(shortest, longest, windows, endpoint=True)
+    # Else no window may be as long as the case says.
     lengths[0] = longest
     tokens, edges = int(lengths.sum()), torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
     edges = edges.to(device)
@@ -193,6 +198,7 @@ def _gather(case: str, dtype: torch.dtype, quick: bool, device: str, windows: in
     require_close(case, [ours()], [naive()], [1e-6])
     ways = {"ours": ours, "naive": naive}
     times = timing.interleave(ways, device=device, seconds=0.5 if quick else 1.0)
+    # Read once in the store's type, written once as float32.
     nbytes = int(lengths.sum()) * networks * (4 + store.element_size())
     found = speed_rows("kernels", case, times, floor=floor(nbytes, 0, device))
     return found + roofline_rows(case, times["ours"], nbytes, 0, device)

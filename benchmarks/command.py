@@ -132,6 +132,7 @@ def run(args: Args) -> int:
     if args.suite == "gpu":
         return _gpu(args)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every look at memory prints two lines
+    # Here, not above: `--help` should not wait for torch.
     import torch
 
     from brainflow.devices import resolve_device
@@ -139,6 +140,7 @@ def run(args: Args) -> int:
 
     from . import show
 
+    # Before anything is measured: a wrong file should not cost the run.
     before = None if args.compare is None else show.read_rows(args.compare)
     device = resolve_device(args.device).type
     if args.threads:
@@ -217,14 +219,17 @@ def _measure(args: Args, device: str, failures: list[str]) -> dict[str, list[Row
 
         rows = time_to_loss(240 if args.quick else 6000, device, args.store)
         return {"frameworks": finite(rows)}
+    # What shares of a ceiling refer to belongs beside them.
     suites = ALL if args.suite == "all" else (args.suite,) if args.only else ("ceilings", args.suite)
     if args.quick:
         passes = [{suite: measure(suite, True, device, args.only, failures) for suite in suites}]
     else:
+        # Not three times each: processes of one suite are minutes apart, and what slows the machine hits one.
         passes = [
             {suite: _in_a_process(suite, device, args.only, failures) for suite in suites}
             for _ in range(PROCESSES)
         ]
+    # Wrong once is wrong: what other processes measured of it is dropped.
     failed = {line.partition(": ")[0] for line in failures}
     found: dict[str, list[Row]] = {}
     for suite in suites:
@@ -272,6 +277,7 @@ def _in_a_process(suite: str, device: str, only: str | None, failures: list[str]
 
     from brainflow.devices import begin_worker
 
+    # Not forked: `environment` has woken CUDA here, which no fork can use.
     context = multiprocessing.get_context("spawn")
     threads = torch.get_num_threads()
     with ProcessPoolExecutor(1, context, initializer=begin_worker, initargs=(threads,)) as pool:
@@ -296,6 +302,7 @@ def environment(device: str) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "device": device,
         "cpu": _cpu_name(),
+        # Those that this process may use, not those of the machine.
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -38,6 +38,7 @@ def coverage_part(plan: Plan, folder: Path) -> list[Row]:
         held = 0
         for _ in range(tests):
             mine = np.isin(subjects, rng.choice(np.unique(subjects), groups, replace=False))
+            # The interval alone is asked for: no p-value, and fewer resamples than in a result.
             found = score(
                 labels[mine],
                 named[mine],

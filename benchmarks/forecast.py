@@ -63,6 +63,7 @@ def explained(
     errors = np.array([_errors(module, store, run, length, mean, linear) for run in tested])
     ours, theirs, path, variance = errors.T
     found = {
+        # Errors are summed before the division: people with little variance count little.
         "ev": over_people(lambda w: 1 - w @ ours / (w @ variance), len(errors)),
         "ev_linear": over_people(lambda w: 1 - w @ theirs / (w @ variance), len(errors)),
         "ev_minus_linear": over_people(lambda w: w @ (theirs - ours) / (w @ variance), len(errors)),
@@ -129,6 +130,7 @@ def over_people(metric: Callable[[Array], Array], people: int, resamples: int = 
     if people < 2:
         return Interval(value=value, low=float("nan"), high=float("nan"))
     weights = np.random.default_rng(0).multinomial(people, np.full(people, 1 / people), size=resamples)
+    # Widened like those of `decoding.scores`: the bootstrap of few people is too narrow.
     tail = stats.norm.cdf(np.sqrt(people / (people - 1)) * stats.t.ppf(0.025, people - 1))
     low, high = np.quantile(metric(weights.astype(float)), [tail, 1 - tail])
     return Interval(value=value, low=float(low), high=float(high))
@@ -150,6 +152,7 @@ def _regression(x: list[Array], y: list[Array]) -> Regression:
 def _left_out(people: int) -> list[tuple[list[int], list[int]]]:
     """Return who fits and who judges: every fourth one is left out in turn."""
     parts = [[i for i in range(people) if i % 4 == part] for part in range(min(4, people))]
+    # A single person leaves nobody to fit.
     return [(sorted(set(range(people)) - set(part)), part) for part in parts if len(part) < people]
 
 
@@ -219,6 +222,7 @@ def from_other_networks(series: list[Array], width: int) -> Predictor:
     errors = np.zeros(len(PENALTIES))
     for fit, judge in _left_out(len(series)):
         known, window = _given_others([series[i] for i in fit]), np.concatenate([series[i] for i in judge])
+        # A fifth, as in training.
         hidden = np.broadcast_to(np.arange(window.shape[1]) % 5 == 0, window.shape)
         errors += [np.square((known(p)(window, hidden) - window)[hidden]).sum() for p in PENALTIES]
     return _given_others(series)(float(PENALTIES[errors.argmin()]))
@@ -239,6 +243,7 @@ def _given_others(series: list[Array]) -> Callable[[float], Predictor]:
 
         def predict(window: Array, hidden: NDArray[np.bool_]) -> Array:
             found = np.broadcast_to(mean, window.shape).copy()
+            # A window hides the same networks in all its volumes: one solution serves them.
             patterns, which = np.unique(hidden, axis=0, return_inverse=True)
             for number, mask in enumerate(patterns):
                 if mask.any() and not mask.all():
@@ -260,8 +265,10 @@ def from_components(series: list[Array], width: int) -> Predictor:
         windows = np.stack([run[t : t + length].ravel() for run in series for t in _onsets(run, length)])
         mean = windows.mean(axis=0)
         windows -= mean
+        # Of the two products the smaller one has the same components.
         wide = windows.shape[1] > windows.shape[0]
         value, vector = np.linalg.eigh(windows @ windows.T if wide else windows.T @ windows)
+        # The mean is taken off: the last eigenvalue may be 0, by which nothing can be divided.
         best = value.argsort()[::-1][: min(width, len(value) - 1)]
         parts = windows.T @ vector[:, best] / np.sqrt(value[best]) if wide else vector[:, best]
         return mean, parts

@@ -170,6 +170,7 @@ def measure(
     rows, failures = [], []
     end = time.monotonic()
     for name, (_, seconds, _) in SECTIONS.items():
+        # Not from now on: what the section before left of its time is added.
         end += seconds
         found, failed = run_section(name, end, dry, device)
         rows += found
@@ -208,6 +209,7 @@ def run_section(name: str, end: float, dry: bool, device: str) -> tuple[list[Row
             case, process = busy.pop(pipe)
             try:
                 found, failure, usable = pipe.recv()
+            # A fault of the GPU or too little memory ends it without a word.
             except EOFError:
                 process.join()
                 failure, usable = f"{case}: its process ended, code {process.exitcode}", False
@@ -221,6 +223,7 @@ def run_section(name: str, end: float, dry: bool, device: str) -> tuple[list[Row
             else:
                 pipe.close()
             sys.stderr.write(f"{name}: {case}: {time.monotonic() - began:.1f} s\n")
+    # Not asked to end: it may hang in a kernel.
     for _, process in busy.values():
         process.kill()
     for pipe, process in idle:
@@ -272,8 +275,10 @@ def _start(section: Section, dry: bool, device: str) -> tuple[Connection, Any]:
     context = multiprocessing.get_context("forkserver")
     here, there = context.Pipe()
     given = (there, section, dry, device, torch.get_num_threads())
+    # `daemon`: if this process is interrupted none of them stays on the GPU.
     process = context.Process(target=_work, args=given, daemon=True)
     process.start()
+    # With our copy of its end open, the pipe of a dead process would never end.
     there.close()
     return here, process
 
@@ -300,6 +305,7 @@ def _answers() -> bool:
         torch.cuda.synchronize()
     except RuntimeError:
         return False
+    # The next case may need what the failed one had allocated.
     torch.cuda.empty_cache()
     return True
 
@@ -314,6 +320,7 @@ def _compared(case: str, compare: conformance.Comparison) -> list[Row]:
         share = compare()
     except conformance.NotHereError as reason:
         return [_said(case, "not_here", str(reason))]
+    # Not `share > 1`: NaN is wrong, too.
     if not share <= 1:
         raise WrongResultError(f"error {share:.1e} of what rounding allows")
     return [Row(suite="gpu", case=case, metric="error", value=share, unit="of the bound")]
@@ -339,7 +346,9 @@ def _frameworks(size: Mapping[str, Any]) -> Iterator[tuple[str, ModelConfig]]:
 def _framework_errors(config: ModelConfig, device: str) -> float:
     """Return the error of a loss and its gradients in float32, as a share of 1e-3."""
     torch.manual_seed(0)
+    # TF32 rounds to about 1e-3, which is the whole bound.
     allow_tf32(False)
+    # Each device would draw dropout of its own.
     module = build(dataclasses.replace(config, dropout=0.0))
     batch = random_batch(4, config.networks, pairs=framework_spec(config.framework).paired)
     results = []
@@ -369,6 +378,7 @@ def _step(case: str, model: ModelConfig, mode: Any, windows: int, device: str) -
     def once() -> None:
         step(itertools.repeat(batch), next(numbers), 1e-4, stop=False)
 
+    # The first ones compile, choose algorithms and allocate.
     warm, count = (1, 1) if device == "cpu" else (3, 10)
     for _ in range(warm):
         once()
@@ -376,9 +386,11 @@ def _step(case: str, model: ModelConfig, mode: Any, windows: int, device: str) -
     began = time.perf_counter()
     for _ in range(count):
         once()
+    # Before the GPU is done: what the host alone takes.
     host = (time.perf_counter() - began) / count
     _synchronize(device)
     timed = Timing(seconds=((time.perf_counter() - began) / count,))
+    # Before what follows: profiling and counting run the model again.
     peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else float("nan")
     launches, busy = _profiled(once, device)
     with autocast(step.device, config.train.precision):
@@ -410,6 +422,7 @@ def _profiled(function: Callable[[], None], device: str) -> tuple[int, float]:
         for event in profile.profiler.kineto_results.events()
         if event.device_type() == kind and not any(x in event.activity_type() for x in ("annotation", "sync"))
     ]
+    # Copies keep the device busy, but are no launches.
     launched = [event for event in events if "mem" not in event.activity_type()]
     return len(launched), sum(event.duration_ns() for event in events) / 1e9
 
@@ -417,6 +430,7 @@ def _profiled(function: Callable[[], None], device: str) -> tuple[int, float]:
 def _first_wait(function: Callable[[], None], device: str) -> str:
     """Return where a function first waits for the GPU, and for what; nothing if it does not."""
     if device == "cuda":
+        # "error" raises where the host would wait, so that the traceback names the line.
         torch.cuda.set_sync_debug_mode("error")
     try:
         function()
@@ -480,6 +494,7 @@ def _loader_speed(kinds: list[str], batches: int, device: str) -> list[Row]:
     with _opened(kinds, 1024 if batches > 3 else 8, device) as opened:
 
         def read(loader: Any) -> None:
+            # More than a loader has ready: its speed, not its lead.
             for _ in range(batches):
                 next(loader)
 
@@ -512,8 +527,10 @@ def _pretraining(framework: str, mode: Any, dry: bool, device: Any) -> list[Row]
         config = _published(framework, dry, folder)
         noise_store(folder / "store", networks=config.model.networks)
         train = dataclasses.replace(config.train, steps=steps, log_every=every, compile=mode, plot=False)
+        # Validation is not what is timed.
         data = dataclasses.replace(config.data, validation_batches=1)
         config = dataclasses.replace(config, train=train, data=data, device=device)
+        # The first line holds warming up and compiling.
         lines = [line for line in read_metrics(pretrain(config, quiet=True)) if "loss" in line][1:]
     speed = float(np.median([line["steps_per_s"] for line in lines]))
     hours = PUBLISHED_SEQUENCES / config.data.batch_size / speed / 3600

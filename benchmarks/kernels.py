@@ -114,6 +114,7 @@ def _masked_loss(
     for form in (partial(ours, mask), *theirs.values()):
         require_close(case, form(), expected, (LOSS_BOUND[kind], GRADIENT_BOUND[kind]))
     share = float(dense.float().mean()) if mask.by_rows else 1.0  # columns share cache lines: all are read
+    # Prediction and target are read where they are masked, the whole gradient is written.
     least = pred.element_size() * pred.numel() * (2 * share + 1)
     times = timing.interleave({"ours": ours, **theirs}, device=device, seconds=seconds)
     memory = _memory_row(case, ours, theirs["naive"], "naive", device)
@@ -133,6 +134,7 @@ def _linear(case: str, mask: MaskSpec, sizes: Sizes, kind: str, seconds: float, 
         return _with_gradient(naive_loss(torch.nn.functional.linear(*inputs), target, expand()), *inputs)
 
     def ours(chosen: MaskSpec | None = None) -> Outputs:
+        # As in training: on the host their number is known without waiting for the device.
         rows = (chosen or step()).rows(host).to(device, non_blocking=True)
         return _with_gradient(linear_masked_loss(*inputs, target, None, rows=rows), *inputs)
 
@@ -140,8 +142,11 @@ def _linear(case: str, mask: MaskSpec, sizes: Sizes, kind: str, seconds: float, 
     bounds = (LOSS_BOUND[kind], *[LINEAR_GRADIENT_BOUND[kind]] * len(inputs))
     require_close(case, ours(mask), project_all(exact, target.float()), bounds)
     masked = int(mask.rows(host).numel())
+    # Hidden states and targets that are masked, all hidden states' gradient, and the weight three times: read
+    # forward and backward, its gradient written.
     least = masked * (2 * width + networks) + tokens * width + 3 * networks * width
     times = timing.interleave({"ours": ours, "project_all": project_all}, device=device, seconds=seconds)
+    # A product forward, two backward.
     flops = 6 * masked * width * networks
     memory = _memory_row(case, ours, project_all, "project_all", device)
     return [*_rows(case, times, kind, device, hidden.element_size() * least, flops), memory]
@@ -167,6 +172,7 @@ def _mask_tokens(
     exact = token.detach().float().requires_grad_()
     bounds_of = (LOSS_BOUND[kind], GRADIENT_BOUND[kind])
     require_close(case, ours(mask), naive(exact, x.float(), upstream.float()), bounds_of)
+    # Read and written once, and of the gradient what is masked.
     least = x.element_size() * x.numel() * (2 + float(dense.float().mean()))
     times = timing.interleave({"ours": ours, "naive": naive}, device=device, seconds=seconds)
     return _rows(case, times, kind, device, least)

@@ -51,6 +51,7 @@ def parts(plan: Plan) -> dict[str, Part]:
             found[f"order/{framework}"] = partial(order_part, people=largest, framework=framework)
         for share in (1 / 4, 1 / 2):
             found[f"order/steps/{share:g}"] = partial(steps_part, share=share)
+    # The largest number is the first part.
     for people in plan.order_people[-2::-1]:
         found[f"order/people/{people}"] = partial(order_part, people=people, framework=first)
     for kind in ("drive", "regime"):
@@ -96,6 +97,7 @@ def measure(
             except BrokenProcessPool:
                 failures.append(f"{name}: its process ended at once, e.g. because memory ran out")
                 continue
+            # Whatever a part raised, the hours of the others are kept.
             except Exception as error:
                 traceback.print_exception(error)
                 failures.append(f"{name}: failed, so no row: {type(error).__name__}: {error}")
@@ -146,6 +148,7 @@ def print_rows(rows: list[Row]) -> None:
         for column in ("case", "metric", "value", "95 %", "note"):
             table.add_column(column, justify="right" if column in ("value", "95 %") else "left")
         for one in rows:
+            # The low end stands in the interval already.
             if one.case.partition("/")[0] == kind and not one.metric.endswith("_low"):
                 ends = "" if one.low is None or one.high is None else f"{one.low:.3f} … {one.high:.3f}"
                 table.add_row(one.case, one.metric, f"{one.value:.3f}", ends, one.note)

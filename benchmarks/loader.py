@@ -54,6 +54,7 @@ def _store(quick: bool, device: str) -> list[Row]:
 def _prepare(folder: Path, *, runs: int) -> tuple[Path, Path, list[str]]:
     """Write the same runs as a store and a .npy file, and some of them as tars."""
     rng = np.random.default_rng(0)
+    # Rolled, not drawn anew: random numbers for 1.5 GB take a while.
     noise = rng.standard_normal((2048, NETWORKS), np.float32)
     lengths = rng.integers(600, 2000, runs).tolist() if runs > 100 else [800] * runs
     tars = []
@@ -89,6 +90,7 @@ def _warm(path: Path, npy: Path, urls: list[str], device: str, *, repeats: int) 
             loader = make_loader(store, sampler, kind=kind, device=device)
             ours[kind] = loader.__next__
     others = _others(store, path, npy, urls, batches)
+    # As many bytes as a batch has in the mean: what copying alone takes.
     source = np.ones((int(np.mean([n.sum() for _, n in batches])), store.networks), store.dtype)
     ways = {**others, **ours, "memcpy": lambda: np.copyto(out[: len(source)], source)}
     times = timing.interleave(
@@ -163,11 +165,13 @@ def _cold(path: Path, npy: Path, *, repeats: int) -> list[Row]:
         opened.clear()  # pages that anything still maps are not dropped
         gc.collect()
         _drop(files)
+        # Outside the time: in training the store has long been open.
         opened[name] = reopen()
 
     def reader() -> None:
         store, batch = opened["reader"], mine()
         assert isinstance(store, BoldStore)
+        # As the loaders do before they read.
         store.advise(*batch)
         store.windows(*batch, out=out)
 
@@ -178,6 +182,7 @@ def _cold(path: Path, npy: Path, *, repeats: int) -> list[Row]:
 
     before = {
         "memmap": lambda: drop("memmap", npy, lambda: np.load(npy, mmap_mode="r").view(np.ndarray)),
+        # Checksums would be of whole chunks, of which a window is a part.
         "reader": lambda: drop("reader", path / "bold", lambda: BoldStore.open(path, check=False)),
     }
     times = timing.interleave({"memmap": memmap, "reader": reader}, repeats=repeats, before=before)

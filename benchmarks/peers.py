@@ -61,9 +61,11 @@ def _predictions(
     kind = architecture(name)
     torch.manual_seed(seed)
     loaders = [
+        # Those who train alone.
         kind.prepare_dataloader(windows[part], labels[part], shuffle=place == 0)
         for place, part in enumerate(parts)
     ]
     model = kind(input_size=windows.shape[2], output_size=int(labels.max()) + 1)
+    # None: its own learning rate.
     _, _, predicted = model.train_model(*loaders, epochs=EPOCHS, lr=None, device="cpu", patience=30)
     return np.asarray(predicted["y_pred"], dtype=np.int64)

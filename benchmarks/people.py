@@ -114,8 +114,10 @@ def transfer_part(plan: Plan, folder: Path) -> list[Row]:
         )
 
         def decoders(part: DecodingTask, run: Path = run, first: bool = metric == "same_tr") -> list[Result]:
+            # Random weights know no repetition time: once is enough.
             kinds = (False, True) if first else (False,)
             return [
+                # A mismatch is what is measured.
                 adapt(part, run, AdaptConfig(scratch=kind), device="cpu", allow_mismatch=True)
                 for kind in kinds
             ]

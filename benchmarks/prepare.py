@@ -42,14 +42,17 @@ def _extract(kind: str, networks: int, *, volumes: int) -> list[Row]:
         image = Path(folder) / "bold.nii"
         nibabel.save(nibabel.Nifti1Image(data, np.eye(4)), image)
         spec = find_atlas(str(path))
+        # As ours does: nothing is standardised or resampled.
         if kind == "labels":
             masker = maskers.NiftiLabelsMasker(str(path), standardize=None, resampling_target=None).fit()
         else:
             masker = maskers.NiftiMapsMasker(str(path), standardize=None, resampling_target=None).fit()
         functions = {"ours": lambda: _ours(image, spec), "nilearn": lambda: masker.transform(str(image))}
         difference = np.abs(functions["ours"]() - functions["nilearn"]()).max()
+        # 50 is the standard deviation of the data.
         if not difference <= TOLERANCE * 50:
             raise WrongResultError(f"{kind}: differs from nilearn by {difference}")
+        # The comparison was the first call.
         times = timing.interleave(functions, repeats=3, warmup=0)
     return speed_rows(
         "prepare", f"{kind}/{networks}", times, metric="volumes_per_s", unit="volumes/s", work=volumes

@@ -86,5 +86,6 @@ def _trained(config: PretrainConfig) -> tuple[list[dict[str, Any]], float]:
 
 def _explained(line: dict[str, Any], who: str) -> float:
     """Return the variance that the model, or its network alone, explains."""
+    # Without a linear path the network is the model.
     error = line["val_network_mse"] if who == "network" and "val_network_mse" in line else line["val_mse"]
     return float(1 - error / line["val_mean_mse"])

@@ -120,6 +120,7 @@ class _Runner:
             nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            # Launched is not done.
             if self.device == "cuda":
                 torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - began)
@@ -129,7 +130,9 @@ class _Runner:
     @torch.no_grad()
     def loss(self) -> float:
         """Return the single-position loss on the held-out windows and positions."""
+        # The judge has another way of masking and the same parameters.
         self.judge.load_state_dict(self.module.state_dict())
+        # One seed: the same positions every time.
         return float(np.mean([float(self.judge(batch, seed=7).loss) for batch in self.held_out]))
 
 

@@ -146,6 +146,7 @@ def _csm(case: _Case) -> tuple[Steps, dict[str, int]]:
     published = case.theirs(PublishedCSM(**case.common, heads=case.sizes.heads), bold, seconds, attention)
     steps = {"ours": [case.ours()], "published": [published], "single": [case.ours(masking="single")]}
     windows = case.sizes.batch
+    # Dense CSM predicts every time point but a window's first, the others one a window.
     return steps, {"ours": case.batch.tokens - windows, "published": windows, "single": windows}
 
 

@@ -72,6 +72,7 @@ def matmul_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
 
 @cache
 def _copy(device: str) -> Timing:
+    # Not zeros: pages that nobody wrote are all one page, which stays in the cache.
     source = torch.randint(-100, 100, (COPY_BYTES,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     copy = {"copy": lambda: target.copy_(source)}
@@ -89,6 +90,7 @@ def _matmul(device: str, dtype: torch.dtype) -> Timing:
 
 def _side(device: str, dtype: torch.dtype) -> int:
     if device == "cuda":
+        # A small product would not fill a GPU.
         return 8192
     return 1024 if dtype == torch.float32 else 512  # a CPU without units for bf16 takes seconds at 1,024
 

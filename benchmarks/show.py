@@ -108,6 +108,7 @@ def below_floors(rows: Iterable[Row], *, complete: bool) -> list[str]:
         if ratio is None:
             if complete and floor["suite"] in suites:
                 found.append(f"{_name(floor)}: no figure, expected a ratio of at least {floor['ratio']}")
+        # Not `<`: a ratio that is NaN fails, too.
         elif not ratio >= floor["ratio"]:
             found.append(f"{_name(floor)}: ratio {ratio:.3g}, expected at least {floor['ratio']}")
     return found
@@ -119,4 +120,5 @@ def _name(row: dict[str, Any]) -> str:
 
 def console() -> Console:
     """Return the terminal, or a wide page where the output goes into a file."""
+    # In a file rich would break lines after 80 columns.
     return Console(width=None if sys.stdout.isatty() else 150)

@@ -81,6 +81,7 @@ def _sizes(runs: list[np.ndarray]) -> list[Row]:
         for name, path, store in _write_all(Path(folder), runs):
             size = sum(file.stat().st_size for file in (path / "bold").glob("c/*/0"))
             found.append(_row(name, "bytes", size, "bytes"))
+            # Compression loses nothing: the errors are those of the raw store.
             if not name.endswith("/raw"):
                 continue
             error = np.concatenate([store.run(i) - run for i, run in enumerate(runs)]).astype(float)
@@ -175,6 +176,7 @@ def _codecs(runs: list[np.ndarray], seconds: float, repeats: int) -> list[Row]:
 
 def _many_runs(*, repeats: int) -> list[Row]:
     """Cost of a window (drawn, found in the index, copied) with 10^6 runs over that with 10^3."""
+    # One array for both numbers of runs: they differ by the index alone.
     data = np.ones((65_536, 1024), np.float16)
     out = np.empty((BATCH * SEQ_MAX, 1024), np.float16)
 
@@ -188,6 +190,7 @@ def _many_runs(*, repeats: int) -> list[Row]:
                 windows = sampler.batch(next(number))
                 table.locate(windows.starts, windows.lengths.astype(np.int64))
                 if copy:
+                    # The table is of runs without data: they are wrapped onto these.
                     baselines.gather(data, windows.starts % (len(data) - SEQ_MAX), windows.lengths, out)
 
         return read

@@ -266,10 +266,12 @@ def interleave(
     samples: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.collect()
+    # The collector would slow whichever function allocates when it is due.
     gc.disable()
     try:
         done, end = 0, time.perf_counter() + seconds
         while done < repeats or (done < MOST_ROUNDS and time.perf_counter() < end):
+            # A B B A: what drifts slows each of them as often early as late.
             for name in names if done % 2 == 0 else reversed(names):
                 if before is not None:
                     before[name]()
@@ -299,6 +301,7 @@ def require_close(
 ) -> None:
     """Raise :class:`WrongResultError` unless each tensor's relative error (L2) is within its bound."""
     for got, want, bound in zip(actual, expected, bounds, strict=True):
+        # Not `>`: NaN is wrong, too.
         if not (error := error_ratio(got, want)) <= bound:
             raise WrongResultError(f"{case}: error {error:.1e} above {bound:.0e}")
 
@@ -345,6 +348,7 @@ def _wall_seconds(function: Callable[[], object]) -> float:
 
 
 def _cuda_seconds(function: Callable[[], object]) -> float:
+    # Events on the device: the host is done before it is.
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     function()

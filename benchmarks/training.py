@@ -277,6 +277,7 @@ def _loop(rounds: int, steps: int, device: str) -> list[Row]:
         with tempfile.TemporaryDirectory(prefix="brainflow-bench-") as folder:
             config = _loop_config(Path(folder), steps, device)
             lines = [line for line in read_metrics(pretrain(config, quiet=True)) if "loss" in line]
+            # The first line holds the warm-up.
             loop.append(float(np.median([1 / line["steps_per_s"] for line in lines[1:]])))
             waits.append(float(np.median([100 * line["data_wait"] for line in lines[1:]])))
             bare.append(_bare_step(config, steps, device).p50)
@@ -323,6 +324,7 @@ def _loop_config(folder: Path, steps: int, device: str) -> PretrainConfig:
         device="cuda" if device == "cuda" else "cpu",
         model=ModelConfig(width=128, layers=2, heads=2, networks=NETWORKS),
         data=DataConfig(validation_batches=1),
+        # More steps than there are: what is compared are the steps alone.
         train=TrainConfig(
             steps=steps, validate_every=10 * steps, checkpoint_every=10 * steps, plot=False, log_every=5
         ),
