@@ -61,5 +61,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'brainflow' has no attribute {name!r}")
 
 
+# Names that are not made yet are to be completed, too.
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

@@ -52,6 +52,7 @@ def read_text(path: Name, *, most: int = MOST_TEXT) -> str:
         If it is larger, no regular file, or not UTF-8.
     """
     with io.BufferedReader(open_regular(path)) as file:
+        # One byte more than allowed tells that a file is larger.
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"{path}: has more than {most} bytes, expected a smaller file; restore or delete it")
@@ -74,6 +75,7 @@ def read_json(path: Name) -> dict[str, Any]:
 
 def parse_json(text: str, where: object) -> dict[str, Any]:
     """Return the object in a JSON text; `where` it stands is named if it holds anything else."""
+    # Counted before parsing, which would take the memory.
     if text.count("[") + text.count("{") > MOST_TABLES:
         raise ValueError(f"{where}: has more than {MOST_TABLES} lists and objects; restore or delete it")
     try:
@@ -94,6 +96,7 @@ def is_number(value: Any) -> bool:
     """Whether a JSON value is a finite number; true and false are none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
+    # What does not fit int64 breaks whoever computes with it.
     return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
 
 

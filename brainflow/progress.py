@@ -218,12 +218,14 @@ class ProgressLine:
         """Draw the work as it is now, with a text behind it."""
         if self._bar is not None:
             self._bar.update(self._task, completed=self.left.done, total=self.left.total, text=text)
+        # Each change is a message to the browser.
         if self._notebook is not None and time.monotonic() - self._drawn >= REDRAWN:
             self._redraw(self._html(f"ETA {self.left}  {text}"))
 
     def print(self, text: str) -> None:
         """Print a line that stays."""
         if self._bar is not None:
+            # rich would read what stands in brackets as markup.
             self._bar.console.print(text, highlight=False, markup=False)
         if self._notebook is not None:
             sys.stdout.write(text + "\n")
@@ -312,6 +314,7 @@ def or_notebook(given: Report | None, what: str) -> Report:
         left.advance(done, total)
         line.update()
         if done >= total:
+            # Nobody else closes it.
             line.__exit__(None, None, None)
 
     return report
@@ -319,6 +322,7 @@ def or_notebook(given: Report | None, what: str) -> Report:
 
 def in_notebook() -> bool:
     """Whether this runs in a cell of a notebook: in IPython with a kernel, not in its terminal."""
+    # Not imported: whoever runs in a notebook has it already.
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 

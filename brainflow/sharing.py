@@ -197,6 +197,7 @@ def describe_store(path: str | os.PathLike[str], progress: Callable[[int, int], 
         raise StoreError(
             f"{path}: is damaged, so it is not published: {report.errors[0]}; `brainflow verify` lists all"
         )
+    # No older generation: this one was verified.
     store = BoldStore.open(path, fallback=False)
     people = {(str(d), str(s)) for d, s in zip(store.runs.dataset, store.runs.subject, strict=True)}
     paths = paths_in(store.attributes)
@@ -234,6 +235,7 @@ def push_store(
         If the hub refuses or is not reached.
     """
     repository = _repository(repository, "dataset")
+    # An older generation is not what somebody means to publish.
     store = BoldStore.open(path, fallback=False)
     data, last = contents(store, {})
     files: dict[str, bytes | Path] = {**data, **last}
@@ -259,6 +261,7 @@ def _check_older(store: BoldStore, repository: str) -> None:
     manifest, attributes, snapshot = parse_manifest(Path(there).read_bytes(), f"hf://datasets/{repository}")
     own = parse_manifest(store.manifest_bytes, str(store.path))[1]
     older = manifest.generation < store.generation and attributes == own
+    # What is there already may be sent again.
     if not older and snapshot != store.snapshot:
         raise ValueError(
             f"repository: {repository} holds another store or a newer generation; choose another repository"
@@ -295,6 +298,7 @@ def _send(
     ]
     try:
         api = client.HfApi()
+        # `private` changes nothing of a repository that is there.
         api.create_repo(repository, repo_type=kind, private=private, exist_ok=True)
         if private and api.repo_info(repository, repo_type=kind).private is not True:
             raise ValueError(

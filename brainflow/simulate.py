@@ -89,6 +89,7 @@ class Cohort:
 
     def coordinates(self) -> NDArray[np.float64]:
         """Centres of the regions in mm, [networks, 3]: on half a shell, and its mirror image."""
+        # A stream of its own, as states and people have: none shifts another's draws.
         rng = np.random.default_rng([self.seed, 1])
         points = rng.normal(size=(self.networks // 2, 3))
         points *= np.array([55.0, 75.0, 55.0]) / np.linalg.norm(points, axis=1, keepdims=True)
@@ -195,6 +196,7 @@ def _background(cohort: Cohort) -> NDArray[np.float64]:
     place = (np.arange(cohort.networks) + 0.5) / cohort.networks
     variance = (place + 0.02) ** -1.1 * np.exp(-2.5 * place)
     mixing = patterns * np.sqrt(variance)
+    # Noise of variance 1 in each region.
     return np.asarray(mixing / np.linalg.norm(mixing, axis=1, keepdims=True))
 
 
@@ -213,10 +215,13 @@ def _order(
     bold, segments = np.empty((len(rngs), time, size)), []
     for person, rng in enumerate(rngs):
         weights = groups * (1 + 0.5 * rng.normal(size=groups.shape)) + 0.15 * rng.normal(size=groups.shape)
+        # 50 volumes more, in which its memory settles.
         noise = rng.normal(size=(time + 50, size)) @ mixing.T
         for t in range(1, len(noise)):
+            # 0.7² + 0.71² is about 1: the variance stays.
             noise[t] = 0.7 * noise[t - 1] + 0.71 * noise[t]
         events, found, onset = np.zeros((time, GROUPS)), [], int(rng.integers(3, 10))
+        # The response to the last event is to end within the run.
         while onset + GROUPS * STEP + 12 < time:
             state = int(rng.integers(cohort.states))
             events[onset + STEP * np.arange(GROUPS), orders[state]] += 1
@@ -265,8 +270,10 @@ def _oscillators(
         pattern = cohort.signal * patterns[np.arange(people), state_at[:, t]]
         noise = np.stack([rng.normal(size=(_SUBSTEPS, 2, size)) for rng in rngs], axis=1)
         noise *= _NOISE * np.sqrt(step)
+        # Regions are coupled by their differences, and rows of links sum to 1: hence the last term.
         growth = -0.02 + shift * pattern + 1j * frequency - _COUPLING
         for k in range(_SUBSTEPS):
+            # One product of real numbers for both parts.
             neighbours = np.concatenate([z.real, z.imag]) @ links.T
             coupling = _COUPLING * (neighbours[:people] + 1j * neighbours[people:])
             flow = (growth - np.abs(z) ** 2) * z + coupling + drive * pattern

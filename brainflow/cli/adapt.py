@@ -201,6 +201,7 @@ def run(args: Args) -> int:
     out, checkpoint = Path(args.out), fetch(args.from_)
     task_config = _task_config(args)
     configs = [_adapt_config(args, mode) for mode in _modes(args, checkpoint)]
+    # Before the work: a folder that cannot be written to is told at once.
     output_folder(out, "decoding")
     task = load_task(_open(args, out), task_config, allow_mismatch=args.allow_mismatch)
     if not args.new_classes:
@@ -355,6 +356,7 @@ def _adapt_config(args: Args, mode: str) -> Any:
 
     shared = ("scratch", "pooling", "bins", "layer", "steps", "batch_size", "lr", "weight_decay", "dropout")
     chosen: Any = {name: getattr(args, name) for name in (*shared, "rank", "balance")}
+    # With `all` each mode takes the options that it knows.
     published = args.published and (args.mode != "all" or mode in ("finetune", "lora"))
     if args.mode == "all" and args.pooling:
         raise WrongUsage(

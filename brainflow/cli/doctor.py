@@ -102,6 +102,7 @@ def environment() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
         "GPUs": ", ".join(gpus) or "none",
+        # macOS has no affinity.
         "CPU cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}"
         f", torch uses {torch.get_num_threads()} threads",
     }

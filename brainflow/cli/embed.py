@@ -100,6 +100,7 @@ def run(args: Args) -> int:
     from brainflow.prepare.pool import prepare_runs
     from brainflow.storage.text import counted
 
+    # Before the work: a suffix that is not known is told at once.
     check_output(args.out)
     work = (args.work_dir or args.out.with_suffix(".work")).absolute()
     if args.parts_only:
@@ -145,6 +146,7 @@ def run(args: Args) -> int:
     if args.report:
         page = write_embedding_page(found, args.out.with_name(f"{args.out.stem}-report"))
     _say(args, found, page)
+    # JSON names them already.
     return _left_out({} if args.json else found.failures) or int(bool(found.failures))
 
 
@@ -201,6 +203,7 @@ def _submitted(args: Args, work: Path, jobs: Sequence[Job]) -> Iterator[dict[str
     for image in submit(commands, work / "jobs", args.submit, gigabytes=gigabytes):
         job = by_image[image]
         record = read_record(work, job.files.key)
+        # The record of an earlier command is no answer.
         if record is None or record["fingerprint"] != job.fingerprint():
             record = failed_record(job, f"its job ended without a record; its log is in {work / 'jobs'}")
         yield record

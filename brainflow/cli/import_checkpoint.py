@@ -34,6 +34,7 @@ class Args:
 
 def run(args: Args) -> int:
     """Import the checkpoint, print what was used, and return the exit code."""
+    # Told before torch is loaded.
     if not args.checkpoint.is_file():
         raise FileNotFoundError(f"{args.checkpoint}: no such file; expected a pytorch_model.bin")
     from brainflow.pretrained.legacy import import_checkpoint, report_json

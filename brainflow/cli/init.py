@@ -56,6 +56,7 @@ def run(args: Args) -> int:
     except ValueError as error:
         raise WrongUsage(str(error)) from error
     out = Path(args.out)
+    # A link that leads nowhere is something, too.
     if os.path.lexists(out) and not args.overwrite:
         raise ValueError(f"out: {out} is there already; choose another file, or --overwrite to replace it")
     write_text(out, commented(args.store, args.framework, out.name))

@@ -96,8 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
+        # Here: at exit nobody would notice that the reader has left.
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output left, as in `brainflow info STORE | head -1`
+        # What Python flushes at exit would raise once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code
@@ -142,6 +144,7 @@ def _dispatch(verb: str, rest: list[str], verbose: bool) -> int:
         print(f"\n{prog}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        # No error of the verb: `main` ends quietly.
         raise
     except Exception as error:
         if verbose:

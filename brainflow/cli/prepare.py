@@ -57,6 +57,7 @@ def run(args: Args) -> int:
     records: list[dict[str, Any]] = []
     if "participant" in args.analysis_level:
         records = _participant(args, atlases)
+    # After a dry run there is nothing new to gather.
     if "group" in args.analysis_level and not (args.dry_run and "participant" in args.analysis_level):
         records = _group(args, atlases)
     return int(_print_left_out(records))
@@ -78,6 +79,7 @@ def _participant(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     for atlas in atlases:
         save_atlas(atlas, work_of(args))
     records = []
+    # How many jobs a cluster runs at a time is not known: all, for the estimate.
     with _Progress(len(todo), processes if args.submit == "no" else len(todo)) as progress:
         for record in prepare_runs(todo, processes) if args.submit == "no" else submitted(args, todo):
             records.append(record)
@@ -126,8 +128,10 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
         return records
     images = (Path(file) for record in records for file in record.get("inputs", []))
     write_description(args.output_dir, _roots(args), images)
+    # Before gathering, so that it says why, even if nothing can be gathered.
     gather.write_table(records, args.output_dir / "runs.tsv", _roots(args))
     if not any(record["status"] == "done" for record in records):
+        # What follows raises: reasons are to be seen first.
         _print_left_out(records)
     specs = atlases or [
         saved_atlas(label, work_of(args)) for label in gather.check_recipes(records)["atlases"]

@@ -164,6 +164,7 @@ def filters_of(args: Args) -> dict[str, tuple[str | None, ...]]:
         bold = dict(content.get("bold", {}))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"bids_filter_file: {path}: is no JSON object of objects ({error})") from error
+    # Filter files say these of every run, and only such runs are looked for.
     bold = {name: value for name, value in bold.items() if (name, value) not in _ALWAYS}
     filters: dict[str, tuple[str | None, ...]] = {}
     for name, value in bold.items():

@@ -58,12 +58,14 @@ def submitted(args: Args, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
     runs: dict[str, list[Job]] = {}
     for job in jobs:
         runs.setdefault(job.files.entities.get("sub", ""), []).append(job)
+    # This Python: a job's PATH may begin with another.
     words = [sys.executable, "-m", *command_line(args, "participant"), "--participant-label"]
     commands = {participant: [*words, participant] for participant in runs}
     folder = jobs[0].work / "jobs"
     for participant in submit(commands, folder, args.submit, gigabytes=_gigabytes(jobs)):
         for job in runs[participant]:
             record = read_record(job.work, job.files.key)
+            # The record of an earlier command is no answer.
             if record is None or record["fingerprint"] != job.fingerprint():
                 record = failed_record(job, f"its job ended without a record; its log is in {folder}")
             yield record

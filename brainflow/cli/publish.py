@@ -75,6 +75,7 @@ def _model(args: Args) -> int:
 
     def said(upload: Upload) -> None:
         print(f"to {args.url}, {_seen_by(args)}:")
+        # Seen before the upload begins.
         print(upload.describe(), flush=True)
         if args.dry_run and CARD in upload.texts:
             print("\n".join(["", *map(printable, upload.texts[CARD].splitlines()), ""]))

@@ -43,6 +43,7 @@ def scores_table(results: list[Result], *, title: str) -> Table:
         title=title, title_justify="left", title_style="bold", show_edge=False, padding=(0, 1, 0, 0)
     )
     table.add_column("decoder", overflow="fold")
+    # rich would take the bracket for markup.
     for name in ("accuracy [95 %]", "p", "balanced", "macro F1", "ECE"):
         table.add_column(name.replace("[", r"\["), justify="right", no_wrap=True)
     for result in results:

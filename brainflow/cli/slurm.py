@@ -97,6 +97,7 @@ def submit(words: Sequence[str], folder: Path, config: SlurmConfig) -> Any:
     """
     submitit = need("submitit", "--submit", "slurm")
     executor = submitit.AutoExecutor(folder=folder, cluster=config.cluster)
+    # Of an empty name or 0 the cluster's default is taken.
     named = {"slurm_partition": config.partition, "slurm_account": config.account, "mem_gb": config.memory}
     executor.update_parameters(
         name="brainflow-pretrain",
@@ -106,6 +107,7 @@ def submit(words: Sequence[str], folder: Path, config: SlurmConfig) -> Any:
         cpus_per_task=config.cpus,
         timeout_min=round(60 * config.hours),
         slurm_signal_delay_s=WARNING,
+        # SLURM puts back only jobs that were handed in so.
         slurm_additional_parameters={"requeue": True},
         **{name: value for name, value in named.items() if value},
     )
@@ -129,6 +131,7 @@ def requeue(signal_name: str, environ: Mapping[str, str] = os.environ) -> bool:
     job = environ.get("SLURM_JOB_ID")
     if job is None or signal_name not in TIME_IS_UP:
         return False
+    # By its number alone a task may stand for the whole array.
     if "SLURM_ARRAY_JOB_ID" in environ:
         job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     try:

@@ -58,6 +58,7 @@ class Args:
 def run(args: Args) -> int:
     """Split, write the file and say who stands where."""
     out = Path(args.out)
+    # A link that leads nowhere is something, too.
     if os.path.lexists(out) and not args.overwrite:
         raise ValueError(f"out: {out} is there already; choose another file, or --overwrite to replace it")
     if out.is_dir():
@@ -109,6 +110,7 @@ def _number(text: str) -> float | int | None:
     """Return the number in a text; 05 is none, but the name of a person."""
     if len(text) > 1 and text.startswith("0") and text.isdigit():
         return None
+    # int first: 8 is a number of people, 0.2 a share.
     for kind in (int, float):
         try:
             return kind(text)

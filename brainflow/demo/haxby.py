@@ -77,6 +77,7 @@ def read() -> Haxby:
     ValueError
         If images, mask and labels do not fit each other.
     """
+    # `as_file`: nibabel needs a path, and a package may lie in an archive.
     with as_file(files("brainflow") / "demo_data" / "haxby2001") as folder:
         image = nibabel.load(folder / "bold.nii.gz")
         volumes = np.asarray(image.dataobj, dtype=np.float32)[:, :, 0]

@@ -58,6 +58,7 @@ def people_task(store: BoldStore, target: str, tested: Collection[str]) -> Decod
     names = np.array([str(subject).rpartition("/")[2] for subject in task.subjects])
     test = np.isin(names, list(tested))
     fold = Fold(name=f"{len(tested)} people", train=np.flatnonzero(~test), test=np.flatnonzero(test))
+    # `once=False`: those who train never test.
     check_folds([fold], task.subjects, unit="subject", once=False)
     return replace(task, folds=[fold])
 
@@ -119,6 +120,7 @@ def default_run(
     config = PretrainConfig(
         store=str(store.path), out=str(out), model=ModelConfig(framework=framework), train=train, device="cpu"
     )
+    # What is set here `choose` is to leave as it is.
     given = ["model.framework", "train.seed", "train.plot"]
     if steps is not None:
         given += ["train.steps", *CADENCE]

@@ -62,6 +62,7 @@ def last_validation(folder: Path, step: int | None = None) -> dict[str, Any] | N
         return None
     last = None
     for line in reversed(read_text(path, most=MOST_LOG).splitlines()):
+        # Only validations are parsed: a log may have a million lines.
         if '"val_loss"' in line:
             found = parse_json(line, f"{path}: the last validation")
             numbers = {key: value for key, value in found.items() if is_number(value)}

@@ -68,6 +68,7 @@ def check_fits(checkpoint: str | os.PathLike[str], store: BoldStore, *, allow: b
         )
     data = saved.get("data") or {}
     found = differences(data, store.attributes, np.unique(np.asarray(store.runs.t_r)).tolist())
+    # The signal is read only where there is something to compare it with.
     if _variance(data) is not None:
         found += _scale(data, fingerprint(store)["variance"])
     if found and not allow:
@@ -270,8 +271,10 @@ def longest_window(saved: dict[str, Any], model: ModelConfig, t_r: float | None 
     """
     drawn = ((saved.get("pretrain") or {}).get("data") or {}).get("seq_max")
     longest = model.max_positions - framework_spec(model.framework).special_tokens
+    # `seq_max` is exclusive.
     longest = min(longest, LONGEST if drawn is None else int(drawn) - 1)
     if t_r is not None and model.time_encoding == "table":  # seconds that it has rows for
+        # The first time point is at 0 s.
         longest = min(longest, int(model.max_seconds / t_r) + 1)
     return max(longest, 1)
 
@@ -305,6 +308,7 @@ def fingerprint(store: BoldStore, runs: Any = None, *, sample: int = 8) -> dict[
         power = np.square(np.abs(np.fft.rfft(bold, axis=0)))
         slow = np.fft.rfftfreq(len(bold), float(store.runs.t_r[run])) < 0.1
         few = bold[:, np.linspace(0, bold.shape[1] - 1, min(200, bold.shape[1])).round().astype(int)]
+        # A network that does not vary has no length to divide by.
         unit = few / np.maximum(np.linalg.norm(few, axis=0), 1e-12)
         edges = np.abs((unit.T @ unit)[np.triu_indices(unit.shape[1], k=1)])
         correlation = float(np.median(edges)) if len(edges) else 0.0

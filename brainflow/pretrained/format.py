@@ -88,6 +88,7 @@ def _config_text(config: dict[str, Any]) -> str:
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor], target: Path) -> None:
+    # safetensors takes contiguous tensors alone.
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
         save_file(plain, path, metadata={"format": "pt"})
@@ -174,11 +175,13 @@ def load_pretrained(directory: str | os.PathLike[str]) -> nn.Module:
     if not path.exists():
         raise FileNotFoundError(f"{folder}: no {WEIGHTS} beside {CONFIG}; copy both files of a model")
     with TensorFile(path) as tensors:
+        # Before `outline`, which would build as many layers as the configuration says.
         if config.layers > len(tensors.shapes):
             raise ValueError(
                 f"{path}: weights do not fit the model's configuration: {len(tensors.shapes)} tensors for "
                 f"{config.layers} layers"
             )
+        # Cheap ones first: shapes are in the header, the digest reads the whole file.
         tensors.check(outline(config, str(path)))
         check_digest(path, saved)
         weights = tensors.read()
@@ -240,6 +243,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
+        # `safe_open` would wait for a pipe.
         open_regular(path).close()
         self.path = path
         try:

@@ -100,6 +100,7 @@ def import_checkpoint(
     for name in sorted(used):
         if not state[name].is_floating_point():
             raise ValueError(f"{path}: {name}: holds {state[name].dtype}, expected floating-point weights")
+    # Built, not outlined: what is missing keeps its initial values.
     module = build(config)
     ignored = sorted(name for name in state if BUFFERS.search(name) and name not in used)
     carried = sorted(state.keys() - used - set(ignored))
@@ -188,6 +189,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{path}: has {there} bytes, but its tensors would take {said} (many names for the same values); "
             "expected a pytorch_model.bin"
         )
+    # `DataParallel` puts it before each name.
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
@@ -249,6 +251,7 @@ def _infer_config(state: dict[str, Tensor], heads: int | None) -> ModelConfig:
         )
     width, networks = first.shape
     rows = state["embedder.wt_re.weight"].shape[0]
+    # Rows are 0.2 s apart, and the last one is for special tokens.
     common: dict[str, Any] = {"networks": networks, "width": width, "max_seconds": (rows - 1) * 0.2}
     common["heads"] = heads or max(1, width // 64)
     layers = _count(state, r"decoder\.encoder\.lstms\.(\d+)\.")
@@ -267,6 +270,7 @@ def _infer_config(state: dict[str, Tensor], heads: int | None) -> ModelConfig:
         common |= {"layers": layers, "feedforward": up // width, "max_positions": places}
         common |= {"late_read": True, "activation": "gelu-tanh"}
         mask = state.get("embedder.msk_embed")
+        # Net-BERT's mask token has a value a position, Seq-BERT's one a network.
         by_network = mask is not None and mask.dim() == 3 and mask.shape[1] > 1 and mask.shape[2] == 1
         return ModelConfig(framework="net-bert" if by_network else "seq-bert", **common)
     raise ValueError(

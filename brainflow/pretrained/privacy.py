@@ -61,11 +61,13 @@ def published(config: dict[str, Any], subjects: Subjects = "hash") -> Published:
     paths: list[str] = []
     for place in _OWN_FILES:
         owner, name = _owner(shown, place)
+        # What the hub calls the model that training began from is no path.
         if owner and owner.get(name) and owner[name] != config.get("base_model"):
             owner[name] = None if place[0] == "estimator" else ""
             paths.append(".".join(place))
     shown = _without_paths(shown, (), paths)
     everybody = {person for place in _PEOPLE for person in _listed(config, place)}
+    # Names that were hashed already are compared under the salt that they have.
     salt = _salt(config) or secrets.token_hex(16)
     for place in _PEOPLE:
         names = _listed(shown, place)

@@ -138,6 +138,7 @@ def _load_language(module: Any, folder: Path, source: str) -> None:
             read = tensors.read(dict.fromkeys(found[name] for name in names))
             values = [read[found[name]] for name in names]
             if rule.ours == "transformer.positions.weight":
+                # Ours may be fewer.
                 values = [values[0][: c.max_positions]]
             own[rule.ours] = rule.to_ours(values, own[rule.ours].shape)
     module.load_state_dict(own)

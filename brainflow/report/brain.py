@@ -91,6 +91,7 @@ def on_surface(image: Any, *, title: str, cmap: str = COLOURS) -> bytes:
     def draw() -> Any:
         average = load_fsaverage()
         mapped = surface.SurfaceImage.from_volume(average["pial"], image)
+        # A map of zeros has no range to draw.
         top = float(max(np.nanmax(np.abs(part)) for part in mapped.data.parts.values())) or 1.0
         figure = matplotlib.figure.Figure(figsize=(8, 3.4), layout="constrained")
         axes = figure.subplots(1, 2, subplot_kw={"projection": "3d"})
@@ -117,6 +118,7 @@ def interactive(image: Any, *, title: str = "", cmap: str = COLOURS) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if size.min() < FINEST:
+            # Not interpolated: a value belongs to a whole parcel.
             image = resample_img(
                 image, target_affine=np.diag(np.maximum(size, FINEST)), interpolation="nearest"
             )
@@ -196,6 +198,7 @@ def _draw(make: Any) -> bytes:
     """Return the PNG of what nilearn draws, and leave no figure open."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    # nilearn draws through pyplot, by which a window might open.
     backend = matplotlib.get_backend()
     matplotlib.use("Agg")
     buffer = io.BytesIO()
@@ -205,6 +208,7 @@ def _draw(make: Any) -> bytes:
             display = make()
             if hasattr(display, "savefig") and not isinstance(display, matplotlib.figure.Figure):
                 display.frame_axes.figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+                # pyplot keeps figures until they are closed.
                 display.close()
             else:
                 FigureCanvasAgg(display)

@@ -108,6 +108,7 @@ def in_plane(vectors: NDArray) -> tuple[NDArray, str, tuple[str, str], str]:
     if importlib.util.find_spec("umap") is not None and len(vectors) > 15:
         umap = need("umap", "UMAP", "report")
         if hasattr(umap, "UMAP"):  # another package has the same import name
+            # With a seed UMAP has one job anyhow, and warns unless it is told so.
             points = umap.UMAP(random_state=0, n_jobs=1).fit_transform(vectors)
             return np.asarray(points), "UMAP", ("UMAP 1", "UMAP 2"), "Distances between groups mean little."
     points, share = principal_components(vectors)
@@ -125,5 +126,6 @@ def principal_components(vectors: NDArray) -> tuple[NDArray, NDArray]:
     count = min(2, len(spread))
     points[:, :count] = left[:, :count] * spread[:count]
     share = np.zeros(2)
+    # Equal rows have no variance to divide by.
     share[:count] = np.square(spread[:count]) / max(float(np.square(spread).sum()), 1e-30)
     return points, share

@@ -25,6 +25,7 @@ ACCENT, SECOND, THIRD = "#2f6fdf", "#c2570c", "#5f7a3a"
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10.0,
+    # Names may hold a $, which would begin a formula.
     "text.parse_math": False,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -176,6 +177,7 @@ def learning_curve(
         others.sort(key=lambda name: -float(np.mean([point[1] for point in curves[name]])))
         colors = dict(zip([first, *others], (ACCENT, SECOND, THIRD, "#8a4fbf", "#c0392b", INK), strict=False))
         rest = [name for name in others if name not in colors]
+        # What is drawn last is on top: the first decoder.
         for name in [*rest, *reversed(colors)]:
             count, value, low, high = np.array(sorted(curves[name]), dtype=float).T
             label = name if name in colors else f"{len(rest)} others" if name == rest[0] else None
@@ -194,6 +196,7 @@ def learning_curve(
         axes.set_ylabel("accuracy, 95 % interval")
         axes.grid(axis="y", color=FAINT, linewidth=0.8)
         lines, labels = axes.get_legend_handles_labels()
+        # They were drawn from the last to the first.
         figure.legend(lines[::-1], labels[::-1], loc="outside lower left", ncols=2, fontsize=8.5)
         return _png(figure)
 
@@ -233,6 +236,7 @@ def fit_curve(
 
 def confusion(matrix: NDArray, classes: Sequence[str]) -> bytes:
     """Draw a confusion matrix `[classes, classes]`, rows true, as shares of each row, with the counts."""
+    # A class may have no window.
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = 2.2 + 0.44 * len(classes)
     with matplotlib.rc_context(STYLE):
@@ -377,6 +381,7 @@ def scatter(points: NDArray, groups: Sequence[str], names: tuple[str, str]) -> b
         What the axes are.
     """
     found, counts = np.unique(groups, return_counts=True)
+    # Stable: of equally frequent groups those that come first by name.
     frequent = found[np.argsort(-counts, kind="stable")][:7]
     labels = [_shortened(str(group), LONGEST_LABEL) or "–" for group in frequent]
     beneath = max(map(len, labels)) > LABEL_BESIDE

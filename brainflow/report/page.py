@@ -229,6 +229,7 @@ class Page:
 
 def render(page: Page) -> str:
     """Return the page as HTML."""
+    # A name that is mistyped in the template is an error, not an empty place.
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -244,6 +245,7 @@ def write_page(page: Page, folder: str | Path) -> Path:
         for name, volume in section.volumes.items():
             (target / name).unlink(missing_ok=True)  # a link would be followed
             volume.to_filename(target / name)
+    # Last: there is no page before its pictures.
     path = target / "index.html"
     write_text(path, render(page))
     return path

@@ -129,6 +129,7 @@ _IMAGES = {"volume": "volumes", "cifti": "grayordinates", "gifti": "surfaces"}
 def _cleaning(clean: Mapping[str, Any], confounds: Sequence[str]) -> list[str]:
     """Sentences on trends, filters and confounds, in the order in which nilearn deals with them."""
     done = ["linear trends were removed"] if clean["detrend"] else []
+    # Cosine terms among the confounds take the filter's place.
     cosines = any(name.startswith("cosine") for name in confounds)
     high_pass = None if cosines else clean["high_pass"]
     bounds = [
@@ -201,6 +202,7 @@ def write_quality_report(
             _left_out(out),
             _tasks(done),
             _motion(done),
+            # The first store alone: all have the same segments.
             *(_conditions(store) for store in list(stores.values())[:1]),
             *(_atlas(done, store, atlases[label], work) for label, store in stores.items()),
             _runs(done),
@@ -318,6 +320,7 @@ def _mean_responses(
     totals, volumes = np.zeros((len(conditions), store.networks)), np.zeros((len(conditions), 1))
     number = {label: i for i, label in enumerate(conditions)}
     labelled = np.unique(segments.run)
+    # Rounded up, so that no more runs are read.
     chosen = labelled[:: -(-len(labelled) // CORRELATION_RUNS)]
     for run in chosen.tolist():
         bold, censor = np.asarray(store.run(run), np.float64), store.runs.censor(run)
@@ -361,6 +364,7 @@ def _atlas(done: Sequence[Mapping[str, Any]], store: BoldStore, atlas: AtlasSpec
     averaged = keys[:: -(-len(keys) // CORRELATION_RUNS)]
     shown = dict.fromkeys([*ranked[: CARPETS - 1], ranked[len(ranked) // 2]])
     flat = Counter({key: record["flat_networks"].get(label, 0) for key, record in by_key.items()})
+    # `+` drops what was counted 0.
     notes = [
         f"{key}: {counted(count, 'network is', 'networks are')} constant (outside the recorded field of "
         "view)."

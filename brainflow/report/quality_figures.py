@@ -89,6 +89,7 @@ def responses(means: np.ndarray, conditions: Sequence[str], names: Sequence[str]
     """Draw the mean signal of each network under each condition, `[conditions, networks]`."""
     figure = Figure(figsize=(8, 1.2 + 0.22 * len(conditions)), layout="constrained")
     axes = figure.subplots()
+    # Where all is 0 there is no range to draw.
     limit = float(np.abs(means).max()) or 1.0
     image = axes.imshow(means, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
     axes.set_yticks(range(len(conditions)), conditions)
@@ -102,11 +103,13 @@ def outline(mean: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> bytes:
     inside = np.argwhere(labels > 0)
     middle = np.median(inside, axis=0).astype(int) if len(inside) else np.array(labels.shape) // 2
     sides = np.linalg.norm(affine[:3, :3], axis=0)
+    # Of a volume with a single slice two planes would be lines.
     planes = [axis for axis in (0, 1, 2) if min(np.delete(labels.shape, axis)) > 1]
     figure = Figure(figsize=(8, 3), layout="constrained")
     for axis, axes in zip(planes, figure.subplots(1, len(planes), squeeze=False)[0], strict=True):
         across, up = np.delete(sides, axis)
         shown, parcels = (np.take(volume, middle[axis], axis).T for volume in (mean, labels))
+        # Not the maximum: a few bright voxels would darken all others.
         bright = np.percentile(mean[labels > 0], 99) if len(inside) else None
         axes.imshow(shown, cmap="gray", origin="lower", aspect=up / across, vmin=0, vmax=bright)
         rows, columns = np.nonzero(parcels[:, 1:] != parcels[:, :-1])
@@ -139,9 +142,12 @@ def correlation(runs: Sequence[np.ndarray], names: Sequence[str]) -> bytes:
     total = np.zeros((runs[0].shape[1],) * 2)
     for bold in runs:
         with np.errstate(invalid="ignore", divide="ignore"):
+            # Constant networks have no correlation.
             matrix = np.nan_to_num(np.corrcoef(bold.astype(np.float64), rowvar=False)).reshape(total.shape)
+        # arctanh of 1 is infinite.
         total += np.arctanh(np.clip(matrix, -0.9999, 0.9999))
     mean = np.tanh(total / len(runs))
+    # Not what the diagonal was clipped to.
     np.fill_diagonal(mean, 1.0)
     # "constrained" would make the colour bar taller than the square matrix
     figure = Figure(figsize=(4.4, 3.8), layout="compressed")

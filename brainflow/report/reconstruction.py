@@ -101,6 +101,7 @@ def reconstruct(store: BoldStore, module: Any, runs: tuple[str, ...], *, length:
         ]
     count = np.where(sums[0] > 0, sums[0], np.nan)
     mean = sums[1] / count
+    # Distances from the mean need the mean first, hence a second pass.
     spread = np.zeros(store.networks)
     for truth, guess in kept:
         spread += np.where(np.isfinite(guess), np.abs(truth - mean), 0.0).sum(axis=0)

@@ -139,6 +139,7 @@ def _reconstruction(folder: Path, masker: Any) -> list[Section]:
     longest = (pretrained.get("data") or {}).get("seq_max", 50)
     if not isinstance(longest, int) or longest < 2:
         raise ValueError(f"{folder / CONFIG}: pretrain.data.seq_max: got {longest!r}, expected at least 2")
+    # `seq_max` is exclusive.
     length = longest - 1
     r = reconstruct(store, load_pretrained(folder), runs, length=length)
     with replacing(folder / RECONSTRUCTION) as file:
@@ -161,6 +162,7 @@ def _reconstruction(folder: Path, masker: Any) -> list[Section]:
         from brainflow.report.brain import brain_section  # nilearn's plotting costs seconds
 
         names = ["reconstruction error (L1)", "explained variance"]
+        # A masker knows no NaN.
         values = np.nan_to_num(np.stack([r.error, r.explained]))
         sections.append(
             brain_section("Reconstruction on the brain", names, values, masker, prefix="reconstruction")
@@ -314,6 +316,7 @@ def _explained(folder: Path, masker: Any, summary: dict[str, Any]) -> list[Secti
     if not (folder / MAPS).is_file():
         return []
     with _shaped(folder / MAPS), open_regular(folder / MAPS) as file:
+        # Compressed ones may unpack to more than fits into memory.
         if any(part.compress_type != zipfile.ZIP_STORED for part in zipfile.ZipFile(file).infolist()):
             raise ValueError("has compressed arrays, expected plain ones")
     with _shaped(folder / MAPS), np.load(folder / MAPS, allow_pickle=False) as saved:
