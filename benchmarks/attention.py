@@ -178,7 +178,7 @@ def _runs(call: Callable[[], object]) -> bool:
 
 
 def _gather(case: str, dtype: torch.dtype, quick: bool, device: str, windows: int) -> list[Row]:
-    """Windows of a store in memory, to packed float32."""
+    """Measure windows of a store in memory, to packed float32."""
     rng = np.random.default_rng(0)
     time, networks = STORE
     lengths = rng.integers(10, 50, windows)

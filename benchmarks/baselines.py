@@ -44,7 +44,7 @@ def gather(rows: NDArray[Any], starts: NDArray[Any], lengths: NDArray[Any], out:
 
 
 def memmap(path: Path, batches: Sequence[Batch], networks: int) -> Read:
-    """A NumPy memory map of one .npy file, gathered into a reused packed batch."""
+    """Read a NumPy memory map of one .npy file, gathered into a reused packed batch."""
     # A slice of a `np.memmap` takes nine times as long as one of an array: the baseline is to be fast.
     rows = np.load(path, mmap_mode="r").view(np.ndarray)
     out = np.empty((max(int(n.sum()) for _, n in batches), networks), rows.dtype)
@@ -69,7 +69,7 @@ def write_tars(folder: Path, runs: Sequence[NDArray[Any]]) -> list[str]:
 
 
 def webdataset(urls: list[str], batch: int, seq_min: int, seq_max: int) -> Read:
-    """The way of 2022: one tar a run, random order; unpickle it, crop a window, pad that to `seq_max`."""
+    """Read as in 2022: one tar a run, random order; unpickle it, crop a window, pad that to `seq_max`."""
     import webdataset as wds
 
     rng = np.random.default_rng(0)
@@ -90,7 +90,7 @@ def webdataset(urls: list[str], batch: int, seq_min: int, seq_max: int) -> Read:
 
 
 def zarr_python(path: Path, batches: Sequence[Batch], *, pipeline: str | None = None) -> Read:
-    """Zarr's own way into the same store: one slice a window, its own or the `zarrs` codec pipeline."""
+    """Read the same store by Zarr itself: one slice a window, its own or the `zarrs` codec pipeline."""
     import zarr
 
     following = turns(batches)
@@ -106,7 +106,7 @@ def zarr_python(path: Path, batches: Sequence[Batch], *, pipeline: str | None = 
 
 
 def tensorstore(path: Path, batches: Sequence[Batch]) -> Read:
-    """TensorStore on the same store: all reads of a batch in flight at once."""
+    """Read the same store by TensorStore: all reads of a batch in flight at once."""
     import tensorstore as ts
 
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / "bold")}}

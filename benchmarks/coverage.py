@@ -24,7 +24,7 @@ SIZES = {True: (150, 500), False: (400, 2_000)}
 
 
 def coverage_part(plan: Plan, folder: Path) -> list[Row]:
-    """Return the coverage of intervals over 3 to 20 tested people: cases `coverage/3` …"""
+    """Return the coverage of intervals over 3 to 20 tested people: cases `coverage/3` to `coverage/20`."""
     people, tests = SIZES[plan.quick]
     write_cohort(folder / "store", Cohort(kind="order"), people=0, labelled=TRAINED + people)
     store = BoldStore.open(str(folder / "store"))

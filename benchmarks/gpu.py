@@ -58,14 +58,14 @@ QUERY = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power
 
 
 def ceilings(dry: bool, device: str) -> Cases:
-    """What the machine can do: copies and matrix products."""
+    """Return cases of what the machine can do: copies and matrix products."""
     if dry:  # 128 MiB and large products take seconds on a small CPU
         return {"copy": lambda: _times("copy", {"copy": torch.ones(1000).clone}, 0.0, device)}
     return roofline.measurements(True, device)
 
 
 def operators(dry: bool, device: str) -> Cases:
-    """Every op, mask and element type, and the frameworks' gradients, against float64."""
+    """Return cases of every op, mask and element type, and the frameworks' gradients, against float64."""
     compared: dict[str, conformance.Comparison] = {}
     for name, config in _frameworks(_size(dry, 2, 128)):
         compared[name] = partial(_framework_errors, config, device)
@@ -80,7 +80,7 @@ def operators(dry: bool, device: str) -> Cases:
 
 
 def attentions(dry: bool, device: str) -> Cases:
-    """Every attention backend, both streams, windows of up to 49 and 200, against float64."""
+    """Return cases of every attention backend, both streams, windows of up to 49 and 200, against float64."""
     sizes: dict[str, Any] = {"longest": (49, 200), "head_dims": (64, 128)}
     if dry:
         sizes = {"longest": (5,), "head_dims": (16,), "dtypes": (torch.float32,)}
@@ -89,7 +89,7 @@ def attentions(dry: bool, device: str) -> Cases:
 
 
 def steps(dry: bool, device: str) -> Cases:
-    """A training step of every framework: host and device time, launches, where it waits for the GPU."""
+    """Return cases of a training step of every framework: host and device time, launches, where it waits."""
     sizes, windows = (((1, 16),), 3) if dry else (((4, 768), (12, 768)), 192)
     models = {
         f"{name}/{layers}x{width}": model
@@ -110,7 +110,7 @@ def steps(dry: bool, device: str) -> Cases:
 
 
 def kernel_speeds(dry: bool, device: str) -> Cases:
-    """Kernels over sizes, and a race of the attention backends over lengths of windows."""
+    """Return cases of kernels over sizes, and of a race of the attention backends over lengths of windows."""
     sizes = [kernels.USUAL]
     sizes += [kernels.Sizes(192, 30), kernels.Sizes(192, 30, 400, 256), kernels.Sizes(1024, 30, 1024, 2048)]
     lengths: tuple[tuple[int, int, int], ...] = ((10, 49, 192), (50, 64, 96), (65, 128, 64), (129, 200, 32))
@@ -129,7 +129,7 @@ def kernel_speeds(dry: bool, device: str) -> Cases:
 
 
 def loaders(dry: bool, device: str) -> Cases:
-    """The loaders: equal batches while the GPU is busy, and batches a second."""
+    """Return cases of the loaders: equal batches while the GPU is busy, and batches a second."""
     kinds = ["host", "resident", *(["dali"] if dali_installed() else [])]
     batches, side = (3, 64) if dry else (60, 4096)
     return {
@@ -139,7 +139,7 @@ def loaders(dry: bool, device: str) -> Cases:
 
 
 def pretrainings(dry: bool, device: str) -> Cases:
-    """The runs of 2022 as `pretrain` takes them: steps a second, MFU, waiting for data, hours."""
+    """Return cases of the runs of 2022 by `pretrain`: steps a second, MFU, waiting for data, hours."""
     modes = ("off",) if dry else ("off", "auto")
     return {
         f"{name}/{'eager' if mode == 'off' else 'compiled'}": partial(_pretraining, name, mode, dry, device)
@@ -474,7 +474,10 @@ def _opened(kinds: list[Any], networks: int, device: str) -> Iterator[dict[str, 
 
 
 def _loaders_agree(kinds: list[str], batches: int, side: int, device: str) -> list[Row]:
-    """A buffer that is used again too early shows where the GPU is far behind the host."""
+    """Return whether loaders agree.
+
+    A buffer that is used again too early shows where the GPU is far behind the host.
+    """
     work = torch.randn(side, side, device=device)
     seen: dict[str, list[tuple[torch.Tensor, ...]]] = {}
     with _opened(kinds, 1024 if batches > 3 else 8, device) as opened:

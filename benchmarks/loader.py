@@ -155,7 +155,7 @@ def _drop(folder: Path) -> None:
 
 
 def _cold(path: Path, npy: Path, *, repeats: int) -> list[Row]:
-    """One batch at a time from files whose pages were dropped just before; maps are made anew each time."""
+    """Measure one batch at a time from files whose pages were just dropped; maps are made anew each time."""
     batches = drawn(BoldStore.open(path), 64)
     mine, theirs = baselines.turns(batches), baselines.turns(batches)
     opened: dict[str, object] = {}

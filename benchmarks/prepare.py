@@ -33,7 +33,7 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
 
 
 def _extract(kind: str, networks: int, *, volumes: int) -> list[Row]:
-    """Volumes read from a file and averaged a second, of an atlas that is already on their grid."""
+    """Measure volumes read from a file and averaged a second, of an atlas that is already on their grid."""
     nibabel, maskers = importlib.import_module("nibabel"), importlib.import_module("nilearn.maskers")
     with tempfile.TemporaryDirectory(prefix="brainflow-bench-") as folder:
         path = Path(folder) / "atlas.nii"
@@ -64,7 +64,7 @@ def _ours(image: Path, spec: Any) -> np.ndarray:
 
 
 def _atlas(kind: str, networks: int) -> np.ndarray:
-    """Compact blobs around random points of the grid: the nearest point's number, or soft maps (float64)."""
+    """Return compact blobs around random points: the number of the nearest, or soft maps (float64)."""
     rng = np.random.default_rng(0)
     centres = rng.uniform(0.2, 0.8, size=(networks, 3)) * GRID
     index = np.stack(np.meshgrid(*map(np.arange, GRID), indexing="ij"), -1).reshape(-1, 3)

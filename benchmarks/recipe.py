@@ -83,7 +83,7 @@ Steps = dict[str, list[Callable[[], None]]]
 
 
 def _against_recipe(name: str, sizes: Sizes, device: str) -> list[Row]:
-    """Speed and memory rows of one framework; with dense CSM also those of `csm-single`."""
+    """Measure speed and memory of one framework; with dense CSM also those of `csm-single`."""
     batch = random_batch(sizes.batch, sizes.networks, pairs=framework_spec(name).paired, device=device)
     torch.manual_seed(0)
     steps, targets = RECIPES[name](_Case(name, sizes, batch, device))

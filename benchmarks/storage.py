@@ -45,7 +45,7 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
 
 
 def _encodings(*, seconds: float, repeats: int) -> list[Row]:
-    """Bytes, error and speed of each element type, raw and as zstd; bytes and speed of other codecs."""
+    """Measure bytes, error and speed of each element type, raw and as zstd, and of other codecs."""
     folder = Path(str(importlib.resources.files("brainflow"))) / "demo_data" / "haxby2001"
     try:
         bold, _ = bold_from_nifti(folder / "bold.nii.gz", folder / "mask.nii.gz")
@@ -74,7 +74,7 @@ def _z_scored(run: np.ndarray) -> np.ndarray:
 
 
 def _sizes(runs: list[np.ndarray]) -> list[Row]:
-    """Bytes of the runs in each element type, raw and as zstd, and what is lost by rounding."""
+    """Measure bytes of the runs in each element type, raw and as zstd, and what is lost by rounding."""
     found = []
     power = (np.concatenate(runs).astype(float) ** 2).mean()
     with tempfile.TemporaryDirectory(prefix="brainflow-bench-") as folder:
@@ -92,7 +92,7 @@ def _sizes(runs: list[np.ndarray]) -> list[Row]:
 
 
 def _speeds(runs: list[np.ndarray], seconds: float, repeats: int) -> list[Row]:
-    """Windows a second of each element type over its like in float16, and over what users have."""
+    """Measure windows a second of each element type over its like in float16, and over what users have."""
     ways: dict[str, Callable[[], object]] = {}
     with tempfile.TemporaryDirectory(prefix="brainflow-bench-") as folder:
         for name, path, store in _write_all(Path(folder), runs):
@@ -140,7 +140,7 @@ def drawn(store: BoldStore, count: int) -> list[baselines.Batch]:
 
 
 def _codecs(runs: list[np.ndarray], seconds: float, repeats: int) -> list[Row]:
-    """One chunk of float16 through the codecs that Zarr v3 readers know: bytes, and time to decode it.
+    """Measure one chunk of float16 in the codecs that Zarr v3 readers know: bytes, and time to decode it.
 
     The baseline is the codec of a compressed store. A copy would be a poor one: the chunk fits a cache, and
     how fast that is depends on what else the processor does.
@@ -175,7 +175,7 @@ def _codecs(runs: list[np.ndarray], seconds: float, repeats: int) -> list[Row]:
 
 
 def _many_runs(*, repeats: int) -> list[Row]:
-    """Cost of a window (drawn, found in the index, copied) with 10^6 runs over that with 10^3."""
+    """Measure a window (drawn, found in the index, copied) with 10^6 runs over one with 10^3."""
     # One array for both numbers of runs: they differ by the index alone.
     data = np.ones((65_536, 1024), np.float16)
     out = np.empty((BATCH * SEQ_MAX, 1024), np.float16)

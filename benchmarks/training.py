@@ -137,7 +137,7 @@ class Work:
 
 
 def _throughput(name: str, config: ModelConfig, windows: int, seconds: float, device: str) -> list[Row]:
-    """Speed, memory and share of the machine's in every precision, all with one model and one optimizer.
+    """Measure speed, memory and share of the machine's in every precision, with one model and one optimizer.
 
     Cases are FRAMEWORK/PRESET/PRECISION/BACKEND, the backend that the model itself chooses (dropout is off,
     so that all can run); a ratio is tokens a second over those of the first precision.
@@ -267,7 +267,7 @@ def work_rows(case: str, timed: Timing, work: Work, precision: str, device: str)
 
 
 def _loop(rounds: int, steps: int, device: str) -> list[Row]:
-    """What `brainflow pretrain` costs beside the bare step, and its waiting for data.
+    """Measure what `brainflow pretrain` costs beside the bare step, and its waiting for data.
 
     A round is a short training with the default loader, then as many bare steps (forward, backward, clipping,
     AdamW) on batches of the same sampler. The loop's time a step is what its own log says.

@@ -88,7 +88,7 @@ class Cohort:
             raise ValueError(f"t_r: got {self.t_r}, expected seconds above 0")
 
     def coordinates(self) -> NDArray[np.float64]:
-        """Centres of the regions in mm, [networks, 3]: on half a shell, and its mirror image."""
+        """Return centres of the regions in mm, [networks, 3]: on half a shell, and its mirror image."""
         # A stream of its own, as states and people have: none shifts another's draws.
         rng = np.random.default_rng([self.seed, 1])
         points = rng.normal(size=(self.networks // 2, 3))
@@ -97,7 +97,7 @@ class Cohort:
         return np.concatenate([points, points * [-1, 1, 1]])
 
     def connectome(self) -> NDArray[np.float64]:
-        """Strengths of the links, [networks, networks], rows of sum 1."""
+        """Return strengths of the links, [networks, networks], rows of sum 1."""
         points, half = self.coordinates(), self.networks // 2
         distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
         links = np.exp(-distance / 30.0)
@@ -203,7 +203,7 @@ def _background(cohort: Cohort) -> NDArray[np.float64]:
 def _order(
     cohort: Cohort, rngs: list[np.random.Generator]
 ) -> tuple[NDArray[np.float64], list[list[Segment]]]:
-    """Sequences of six groups in noise with memory and spatial covariance."""
+    """Simulate sequences of six groups in noise with memory and spatial covariance."""
     shared = np.random.default_rng([cohort.seed, 3])
     size, time = cohort.networks, cohort.time_points
     groups = np.zeros((GROUPS, size))
@@ -236,7 +236,7 @@ def _order(
 
 
 def _blocks(cohort: Cohort, rng: np.random.Generator) -> tuple[NDArray[np.intp], list[Segment]]:
-    """The state at each volume, -1 between blocks, and the blocks as segments."""
+    """Return the state at each volume, -1 between blocks, and the blocks as segments."""
     state_at = np.full(cohort.time_points, -1)
     found, onset = [], int(rng.integers(2, PAUSE + 2))
     while onset + BLOCK <= cohort.time_points:
@@ -250,7 +250,7 @@ def _blocks(cohort: Cohort, rng: np.random.Generator) -> tuple[NDArray[np.intp],
 def _oscillators(
     cohort: Cohort, rngs: list[np.random.Generator]
 ) -> tuple[NDArray[np.float64], list[list[Segment]]]:
-    """Coupled Stuart–Landau oscillators; a state drives regions, or shifts their bifurcation parameter."""
+    """Simulate Stuart–Landau oscillators; a state drives regions, or shifts their bifurcation parameter."""
     shared = np.random.default_rng([cohort.seed, 3])
     size, time, people = cohort.networks, cohort.time_points, len(rngs)
     patterns = np.concatenate(

@@ -143,7 +143,7 @@ def autoencoder() -> None:
 
 
 def packing() -> None:
-    """Padded and packed, to scale."""
+    """Draw windows padded and packed, to scale."""
     lengths = (14, 9, 20, 6)
     colours = ("#9dbcd0", "#e3a493", "#b6c99a", "#d5c183")
     _, (above, below) = plt.subplots(2, 1, figsize=(7, 3), height_ratios=(4.4, 1.6), layout="constrained")

@@ -70,39 +70,39 @@ class MaskSpec:
 
     @classmethod
     def all_valid(cls) -> MaskSpec:
-        """Everything that is no padding."""
+        """Mask everything that is no padding."""
         return cls(kind="all")
 
     @classmethod
     def position(cls, *, seed: int, offset: int = 0) -> MaskSpec:
-        """One position of each window, uniform in [1, L); a window of length 1 has none."""
+        """Mask one position of each window, uniform in [1, L); a window of length 1 has none."""
         return cls(kind="position", seed=seed, offset=offset)
 
     @classmethod
     def time_points(cls, p: float, *, seed: int, offset: int = 0) -> MaskSpec:
-        """Each time point with probability p, all its networks."""
+        """Mask each time point with probability p, all its networks."""
         return cls(kind="rows", p=p, seed=seed, offset=offset)
 
     @classmethod
     def spans(cls, p: float, span: int, *, seed: int, offset: int = 0) -> MaskSpec:
-        """Spans of `span` time points, each with probability p; each window is cut at a random phase."""
+        """Mask spans of `span` time points, each with probability p; each window is cut at a random phase."""
         return cls(kind="rows", p=p, span=span, seed=seed, offset=offset)
 
     @classmethod
     def networks(cls, p: float, *, seed: int, offset: int = 0) -> MaskSpec:
-        """Each network with probability p, over the whole window, drawn for each window."""
+        """Mask each network with probability p, over the whole window, drawn for each window."""
         return cls(kind="columns", p=p, span=0, seed=seed, offset=offset)
 
     @classmethod
     def tubes(cls, p: float, span: int, *, seed: int, offset: int = 0) -> MaskSpec:
-        """Each network over spans of `span` time points, each with probability p."""
+        """Mask each network over spans of `span` time points, each with probability p."""
         if span < 1:
             raise ValueError(f"span: got {span}, expected at least 1 time point")
         return cls(kind="columns", p=p, span=span, seed=seed, offset=offset)
 
     @classmethod
     def entries(cls, p: float, *, seed: int, offset: int = 0) -> MaskSpec:
-        """Each single entry (time point, network) with probability p."""
+        """Mask each single entry (time point, network) with probability p."""
         return cls(kind="columns", p=p, span=1, seed=seed, offset=offset)
 
     @property

@@ -57,7 +57,8 @@ class StoreAttributes:
 
         Raises
         ------
-        ValueError : naming the argument that is wrong
+        ValueError
+            Naming the argument that is wrong.
         """
         networks, dtype, compression = others["networks"], others["dtype"], others["compression"]
         if isinstance(networks, bool) or not isinstance(networks, int | np.integer) or networks < 1:
@@ -95,17 +96,18 @@ class StoreAttributes:
         return attributes
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes as they stand in `zarr.json`."""
+        """Return the attributes as they stand in `zarr.json`."""
         return {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **self.__dict__}
 
     @classmethod
     def from_dict(cls, attributes: Mapping[str, Any], where: str) -> Self:
-        """Inverse of `to_dict`.
+        """Undo `to_dict`.
 
         Raises
         ------
-        StoreError : if an attribute is missing, of another type or out of range, or the version is another;
-            the file `where` is named
+        StoreError
+            If an attribute is missing, of another type or out of range, or the version is another; the file
+            `where` is named.
         """
         name, version = attributes.get("format"), attributes.get("format_version")
         if name != FORMAT_NAME or type(version) is not int or version != FORMAT_VERSION:
@@ -123,7 +125,7 @@ class StoreAttributes:
         return held
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with the attributes, attribute by attribute, the first one that matters first."""
+        """Yield what is wrong with the attributes, one by one, the first one that matters first."""
         for name, largest in (("networks", MAX_NETWORKS), ("chunk_rows", MAX_ROWS), ("shard_rows", MAX_ROWS)):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= largest:
@@ -153,7 +155,7 @@ class StoreAttributes:
             )
 
     def _layout_faults(self) -> Iterator[str]:
-        """What is wrong with the size of chunks and shards."""
+        """Yield what is wrong with the size of chunks and shards."""
         if self.shard_rows % self.chunk_rows:
             yield f"shard_rows: got {self.shard_rows}, expected a multiple of chunk_rows ({self.chunk_rows})"
         if self.shard_rows // self.chunk_rows > MAX_CHUNKS:
@@ -169,12 +171,15 @@ class StoreAttributes:
 
         Parameters
         ----------
-        options : arguments of `StoreWriter.create`; defaults are not compared, nor is `provenance`
-        where : the store
+        options
+            Arguments of `StoreWriter.create`; defaults are not compared, nor is `provenance`.
+        where
+            The store.
 
         Raises
         ------
-        StoreError : naming the option that differs
+        StoreError
+            Naming the option that differs.
         """
         for name, value in options.items():
             asked = value.tolist() if isinstance(value, np.ndarray) else value
@@ -216,18 +221,18 @@ class StoreAttributes:
         )
 
     def array_metadata(self, grid: Grid, rows: int) -> bytes:
-        """`zarr.json` of `bold` or `statistics` with `rows` rows."""
+        """Return `zarr.json` of `bold` or `statistics` with `rows` rows."""
         if grid.name == "bold":
             return grid.metadata(rows, {}, ["time", "network"])
         return grid.metadata(rows, {"statistics": self.statistics}, ["slot", "statistic", "network"])
 
     def network_label(self, network: int) -> str:
-        """A network for an error message: its number, and its name where known."""
+        """Return a network for an error message: its number, and its name where known."""
         return f"network {network}" + (f" ({self.network_names[network]})" if self.network_names else "")
 
 
 def brief(value: Any) -> str:
-    """A value for an error message, shortened: what a stranger's file holds may be long."""
+    """Return a value for an error message, shortened: what a stranger's file holds may be long."""
     text = repr(value[:60] if isinstance(value, list | str) else value)
     return text if len(text) <= 60 else text[:60] + " …"
 

@@ -28,9 +28,12 @@ class ChunkCache:
 
     Parameters
     ----------
-    root : directory of all stores' chunks; made if it is not there
-    store : name of the store's folder in it
-    limit : bytes
+    root
+        Directory of all stores' chunks; made if it is not there.
+    store
+        Name of the store's folder in it.
+    limit
+        Bytes.
     """
 
     def __init__(self, root: Path, store: str, limit: int) -> None:
@@ -40,14 +43,15 @@ class ChunkCache:
 
     @classmethod
     def from_environment(cls, url: str) -> Self | None:
-        """The cache of a store in BRAINFLOW_CACHE (none if empty) of BRAINFLOW_CACHE_GB gigabytes.
+        """Return the cache of a store in BRAINFLOW_CACHE (none if empty) of BRAINFLOW_CACHE_GB gigabytes.
 
         The directory is made for this user alone. One that others may write is not used, with a
         `StoreWarning`: they could give a chunk of theirs the checksum of ours.
 
         Raises
         ------
-        StoreError : if BRAINFLOW_CACHE_GB is not a number
+        StoreError
+            If BRAINFLOW_CACHE_GB is not a number.
         """
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         root = os.environ.get("BRAINFLOW_CACHE", str(Path(home) / "brainflow" / "chunks"))
@@ -61,7 +65,7 @@ class ChunkCache:
         return cls(Path(root), hashlib.sha256(url.encode()).hexdigest()[:16], limit)
 
     def get(self, array: str, chunk: int, checksum: int) -> np.ndarray | None:
-        """A chunk, uint8 [bytes], or None if it is not here or damaged."""
+        """Return a chunk, uint8 [bytes], or None if it is not here or damaged."""
         path = self._path(array, chunk, checksum)
         try:
             data = _read_regular(path, self._limit)
@@ -133,7 +137,7 @@ def is_private(root: Path) -> bool:
 
 
 def _read_regular(path: Path, limit: int) -> np.ndarray:
-    """The bytes of a file, uint8; OSError if it is a link, no regular file or larger than the cache."""
+    """Return the bytes of a file, uint8; OSError if it is a link, no regular file or more than the cache."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)

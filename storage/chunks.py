@@ -28,8 +28,10 @@ class DecodedRows:
 
     Parameters
     ----------
-    grid : layout of the array
-    fetch : gives the stored bytes of chunks by number
+    grid
+        Layout of the array.
+    fetch
+        Gives the stored bytes of chunks by number.
     """
 
     def __init__(self, grid: Grid, fetch: Callable[[list[int]], Mapping[int, np.ndarray]]) -> None:
@@ -40,7 +42,7 @@ class DecodedRows:
         self.row = lru_cache(_KEPT_ROWS)(self._row)
 
     def windows(self, starts: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
-        """Rows of each window, [length, *row_shape]."""
+        """Yield rows of each window, [length, *row_shape]."""
         chunk_rows, spans = self._grid.chunk_rows, self._grid.spans(starts, lengths)
         stored = self._fetch(chunks_of(spans))
         decoded = self._decoded(stored)
@@ -58,7 +60,7 @@ class DecodedRows:
         return next(self.windows(np.array([row]), np.array([1])))[0].copy()
 
     def _decoded(self, stored: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Chunks, [chunk_rows, *row_shape] each, decoded side by side: the codec lets go of Python's lock."""
+        """Return chunks, [chunk_rows, *row_shape] each, side by side: the codec lets go of the GIL."""
         if self._grid.compression is None:
             return {chunk: self.decode(chunk, data) for chunk, data in stored.items()}
         if self._pool is None or self._pool[0] != os.getpid():  # threads do not survive a fork
@@ -66,11 +68,12 @@ class DecodedRows:
         return dict(zip(stored, self._pool[1].map(self.decode, stored, stored.values()), strict=True))
 
     def decode(self, chunk: int, stored: np.ndarray) -> np.ndarray:
-        """The rows of a chunk, [chunk_rows, *row_shape], from its stored bytes.
+        """Return the rows of a chunk, [chunk_rows, *row_shape], from its stored bytes.
 
         Raises
         ------
-        DamagedChunk : if it says that it is of another size than a chunk has, or cannot be decoded
+        DamagedChunk
+            If it says that it is of another size than a chunk has, or cannot be decoded.
         """
         grid = self._grid
         data: Any = stored
@@ -89,7 +92,7 @@ class DecodedRows:
 
 
 def zstd_content_bytes(frame: bytes) -> int | None:
-    """Bytes that a zstd frame declares to hold (RFC 8878, 3.1.1), None if it declares none or is no frame."""
+    """Return the bytes that a zstd frame declares to hold (RFC 8878, 3.1.1), None if it declares none."""
     if len(frame) < 5 or frame[:4] != _ZSTD_MAGIC:
         return None
     flag, single_segment = frame[4] >> 6, frame[4] >> 5 & 1
@@ -103,5 +106,5 @@ def zstd_content_bytes(frame: bytes) -> int | None:
 
 
 def chunks_of(spans: list[range]) -> list[int]:
-    """Numbers in any of some ranges, ascending, each once."""
+    """Return numbers in any of some ranges, ascending, each once."""
     return sorted({chunk for span in spans for chunk in span})

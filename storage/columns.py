@@ -25,11 +25,12 @@ Columns = Mapping[str, np.ndarray]
 
 
 def check_segments(segments: Iterable[Segment], key: str, length: int) -> list[Segment]:
-    """The segments of a run, each checked to lie inside it and to have labels that an index can hold.
+    """Return the segments of a run, each inside it and with labels that an index can hold.
 
     Raises
     ------
-    ValueError, TypeError : naming run, segment and label
+    ValueError, TypeError
+        Naming run, segment and label.
     """
     checked = list(segments)
     for i, segment in enumerate(checked):
@@ -49,7 +50,7 @@ def check_segments(segments: Iterable[Segment], key: str, length: int) -> list[S
 
 
 def shown(value: object) -> str:
-    """A value for an error message: at most 80 characters of it."""
+    """Return a value for an error message: at most 80 characters of it."""
     try:
         text = str(value)
     except ValueError:  # a whole number of thousands of digits
@@ -98,7 +99,7 @@ def is_utf8(text: str) -> bool:
 
 
 def column_name(label: str) -> str:
-    """The directory of a label's column in the index."""
+    """Return the directory of a label's column in the index."""
     return quote(label, safe=" ")
 
 
@@ -117,7 +118,8 @@ class LabelKinds:
 
         Raises
         ------
-        ValueError : naming run and label
+        ValueError
+            Naming run and label.
         """
         new: dict[str, set[str]] = {}
         for name, value in ((name, value) for segment in segments for name, value in segment.labels.items()):
@@ -157,7 +159,7 @@ def _kind(value: Label) -> str:
 
 
 def _column_kinds(column: np.ndarray) -> set[str]:
-    """Kinds of the labels of a committed column."""
+    """Return kinds of the labels of a committed column."""
     if column.dtype.kind != "i":
         return {"text" if column.dtype == np.uint8 else "float"}
     # Only these can be long; they are few enough to be looked at one by one.
@@ -171,8 +173,8 @@ class PendingRuns:
 
     Parameters
     ----------
-    committed : {group: {column: array}} of the groups `runs`, `segments` and `labels`, or None for a new
-        store
+    committed
+        {group: {column: array}} of the groups `runs`, `segments` and `labels`, or None for a new store.
     """
 
     def __init__(self, committed: Mapping[str, Columns] | None = None) -> None:
@@ -216,8 +218,10 @@ class PendingRuns:
 
         Raises
         ------
-        StoreError : if the key is taken
-        ValueError, TypeError : if an entity, the TR, the censor bits or a label are not usable
+        StoreError
+            If the key is taken.
+        ValueError, TypeError
+            If an entity, the TR, the censor bits or a label are not usable.
         """
         for name, text in {"key": key, **entities}.items():
             if not isinstance(text, str):
@@ -271,11 +275,12 @@ class PendingRuns:
         return run
 
     def merge(self) -> dict[str, dict[str, np.ndarray]]:
-        """The columns of the groups `runs`, `segments` and `labels`, old and new rows.
+        """Return the columns of the groups `runs`, `segments` and `labels`, old and new rows.
 
         Raises
         ------
-        ValueError : if a label is a number in some segments and a text in others
+        ValueError
+            If a label is a number in some segments and a text in others.
         """
         new: dict[str, dict[str, np.ndarray]] = {"runs": {}, "segments": {}, "labels": {}}
         for name, dtype in RUN_NUMBERS.items():
@@ -325,7 +330,7 @@ class PendingRuns:
 
 
 def _join(old: np.ndarray | None, new: np.ndarray) -> np.ndarray:
-    """Rows of `old`, then of `new`; texts [n, bytes] are padded to the longer."""
+    """Return rows of `old`, then of `new`; texts [n, bytes] are padded to the longer."""
     if old is None:
         return new
     if old.ndim == 2:
@@ -335,7 +340,7 @@ def _join(old: np.ndarray | None, new: np.ndarray) -> np.ndarray:
 
 
 def _label_column(name: str, values: list[Label | None]) -> np.ndarray:
-    """A label as a column: texts as uint8 [n, bytes], whole numbers as int64, others as float64."""
+    """Return a label as a column: texts as uint8 [n, bytes], whole numbers as int64, others as float64."""
     present = [value for value in values if value is not None]
     if any(isinstance(value, str) for value in present):
         if not all(isinstance(value, str) for value in present):
@@ -349,13 +354,13 @@ def _label_column(name: str, values: list[Label | None]) -> np.ndarray:
 
 
 def _missing(like: np.ndarray, rows: int) -> np.ndarray:
-    """`rows` rows without a value, of the kind of `like`."""
+    """Return `rows` rows without a value, of the kind of `like`."""
     fill = {"u": 0, "i": MISSING_INTEGER, "f": math.nan}[like.dtype.kind]
     return np.full((rows, *like.shape[1:]), fill, like.dtype)
 
 
 def _as_float(column: np.ndarray) -> np.ndarray:
-    """A whole-number label column as float64, absent values as NaN."""
+    """Return a whole-number label column as float64, absent values as NaN."""
     if column.dtype.kind == "f":
         return column
     return np.where(column == MISSING_INTEGER, math.nan, column.astype("<f8"))

@@ -123,12 +123,15 @@ class Lock:
 
     Parameters
     ----------
-    path : the directory; the last part of its name may not be a link
+    path
+        The directory; the last part of its name may not be a link.
 
     Raises
     ------
-    StoreError : if another writer holds the lock, in this process or elsewhere
-    FileNotFoundError, NotADirectoryError : if there is no such directory
+    StoreError
+        If another writer holds the lock, in this process or elsewhere.
+    FileNotFoundError, NotADirectoryError
+        If there is no such directory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -186,7 +189,8 @@ def move_into_place(staged: Path, path: Path, *, overwrite: bool) -> None:
 
     Raises
     ------
-    FileExistsError : if something is at `path` and `overwrite` is false
+    FileExistsError
+        If something is at `path` and `overwrite` is false.
     """
     if not overwrite:
         # In one call: between a look and a rename another writer could come.
@@ -211,7 +215,8 @@ def restore_interrupted_move(path: Path) -> None:
 
     Raises
     ------
-    StoreError : if that writer still lives
+    StoreError
+        If that writer still lives.
     """
     old = path.with_name(f".{path.name}.old")
     if not os.path.lexists(path) and old.is_dir() and not old.is_symlink():

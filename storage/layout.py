@@ -27,7 +27,7 @@ MISSING_CHUNK = np.uint64(2**64 - 1)
 
 
 def crc32c(data: Any) -> int:
-    """CRC-32C (Castagnoli) of a bytes-like object or a C-contiguous array, without copying it."""
+    """Return CRC-32C (Castagnoli) of a bytes-like object or a C-contiguous array, without copying it."""
     view = data.reshape(-1).view(np.uint8) if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
     view = view[:]
     view.flags.writeable = False
@@ -40,11 +40,16 @@ class Grid:
 
     Parameters
     ----------
-    name : path of the array inside the store, such as "bold"
-    row_shape : shape of one row: (networks,) for `bold`, (statistics, networks) for `statistics`
-    dtype : element type, stored little-endian
-    chunk_rows, shard_rows : rows of a chunk and of a shard; the second is a multiple of the first
-    compression : None for raw chunks (which are mapped), or "zstd"
+    name
+        Path of the array inside the store, such as "bold".
+    row_shape
+        Shape of one row: (networks,) for `bold`, (statistics, networks) for `statistics`.
+    dtype
+        Element type, stored little-endian.
+    chunk_rows, shard_rows
+        Rows of a chunk and of a shard; the second is a multiple of the first.
+    compression
+        None for raw chunks (which are mapped), or "zstd".
     """
 
     name: str
@@ -82,20 +87,23 @@ class Grid:
         return 16 * self.chunks_per_shard + 4
 
     def shard_path(self, shard: int) -> str:
-        """Path of a shard file relative to the store."""
+        """Return the path of a shard file relative to the store."""
         return f"{self.name}/c/{shard}" + "/0" * len(self.row_shape)
 
     def chunks_in_shards(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shards that exist and how many chunks each holds, from the runs laid in it.
+        """Return shards that exist and how many chunks each holds, from the runs laid in it.
 
         Parameters
         ----------
-        starts, lengths : int [runs], first row and number of rows of each run, ascending
+        starts, lengths
+            int [runs], first row and number of rows of each run, ascending.
 
         Returns
         -------
-        shards : int64 [shards], numbers of the shard files, ascending
-        chunks : int64 [shards], chunks present in each; they are its first ones
+        shards
+            int64 [shards], numbers of the shard files, ascending.
+        chunks
+            int64 [shards], chunks present in each; they are its first ones.
         """
         if len(starts) == 0:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -107,7 +115,7 @@ class Grid:
         return shards, -(-end // self.chunk_rows)
 
     def spans(self, starts: np.ndarray, lengths: np.ndarray) -> list[range]:
-        """Chunks that each of some windows lies in, from int64 [windows] first rows and numbers of rows."""
+        """Return the chunks that each window lies in, from int64 [windows] first rows and numbers of rows."""
         firsts, lasts = starts // self.chunk_rows, (starts + lengths - 1) // self.chunk_rows
         return [range(a, b + 1) for a, b in zip(firsts.tolist(), lasts.tolist(), strict=True)]
 
@@ -124,16 +132,20 @@ class Grid:
 
         Parameters
         ----------
-        tail : last `index_bytes` of the shard file
-        chunks : chunks that are present; they lie one behind the other
+        tail
+            Last `index_bytes` of the shard file.
+        chunks
+            Chunks that are present; they lie one behind the other.
 
         Returns
         -------
-        int64 [chunks, 2] : offset and bytes of each
+        int64 [chunks, 2]
+            Offset and bytes of each.
 
         Raises
         ------
-        ValueError : if length or checksum are wrong, or the chunks do not lie so
+        ValueError
+            If length or checksum are wrong, or the chunks do not lie so.
         """
         if len(tail) != self.index_bytes or crc32c(tail[:-4]) != int.from_bytes(tail[-4:], "little"):
             raise ValueError("the shard's index is damaged (wrong checksum)")
@@ -154,7 +166,7 @@ class Grid:
         return index[:chunks].astype(np.int64)
 
     def metadata(self, rows: int, attributes: dict[str, Any], dimensions: list[str]) -> bytes:
-        """`zarr.json` of the array when it has `rows` rows."""
+        """Return `zarr.json` of the array when it has `rows` rows."""
         bytes_codec = {"name": "bytes", "configuration": {"endian": "little"}}
         codecs: list[dict[str, Any]] = [bytes_codec]
         if self.compression == "zstd":
@@ -188,7 +200,7 @@ def array_metadata(
     attributes: dict[str, Any] | None = None,
     dimensions: list[str] | None = None,
 ) -> bytes:
-    """`zarr.json` of a Zarr v3 array with a regular grid and the default chunk keys."""
+    """Return `zarr.json` of a Zarr v3 array with a regular grid and the default chunk keys."""
     return to_compact_json(
         {
             "zarr_format": 3,
@@ -211,21 +223,21 @@ def array_metadata(
 
 
 def group_metadata(attributes: dict[str, Any]) -> bytes:
-    """`zarr.json` of a Zarr v3 group."""
+    """Return `zarr.json` of a Zarr v3 group."""
     return to_compact_json({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
 def to_json(value: Any) -> bytes:
-    """JSON as this package writes it: keys in order, no NaN, the same bytes for the same value."""
+    """Return JSON as this package writes it: keys in order, no NaN, the same bytes for the same value."""
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
 def to_compact_json(value: Any) -> bytes:
-    """As `to_json`, on one line: an index has dozens of such files, and this is ten times faster."""
+    """Return JSON on one line: an index has dozens of such files, and it is ten times faster."""
     return json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=False).encode()
 
 
 def run_key(*, dataset: str, subject: str, session: str, task: str, run: str) -> str:
-    """Key of a run from its entities, `ds-…_sub-…[_ses-…]_task-…[_run-…]`, empty ones left out."""
+    """Return the key of a run from its entities, `ds-…_sub-…[_ses-…]_task-…[_run-…]`, empty ones left out."""
     parts = [("ds", dataset), ("sub", subject), ("ses", session), ("task", task), ("run", run)]
     return "_".join(f"{name}-{value}" for name, value in parts if value)

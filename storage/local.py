@@ -24,11 +24,13 @@ class LocalFiles:
 
     Parameters
     ----------
-    path : absolute
+    path
+        Absolute.
 
     Raises
     ------
-    StoreError : if there is no such directory
+    StoreError
+        If there is no such directory.
     """
 
     def __init__(self, path: str) -> None:
@@ -42,10 +44,10 @@ class LocalFiles:
         weakref.finalize(self, os.close, self._directory)
 
     def announce(self, sizes: Mapping[str, Any]) -> None:
-        """Nothing to do: what is asked for next is on this machine."""
+        """Do nothing: what is asked for next is on this machine."""
 
     def read(self, relative: str, limit: int) -> np.ndarray:
-        """A whole file of at most `limit` bytes, uint8 [bytes]."""
+        """Return a whole file of at most `limit` bytes, uint8 [bytes]."""
         try:
             descriptor = open_regular(relative, self._directory, self.where)
         except StoreError as error:
@@ -71,7 +73,7 @@ class LocalFiles:
                 ) from error
 
     def entries(self, relative: str) -> dict[str, str]:
-        """What lies in a folder: {name: "folder", "file" or "other"}; nothing if it is a link."""
+        """Return what lies in a folder: {name: "folder", "file" or "other"}; nothing if it is a link."""
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             descriptor = os.open(relative, flags, dir_fd=self._directory)
@@ -84,11 +86,11 @@ class LocalFiles:
             os.close(descriptor)
 
     def shards(self, grid: Grid, shards: np.ndarray, chunks: np.ndarray, sums: np.ndarray) -> MappedShards:
-        """The shards of an array, mapped. Chunks are compared with `sums` by the store, once a run."""
+        """Return the shards of an array, mapped. Chunks are compared with `sums` by the store, once a run."""
         return MappedShards(self._directory, self.where, grid, shards, chunks)
 
     def zarr_store(self) -> str:
-        """The store as Zarr opens it."""
+        """Return the store as Zarr opens it."""
         return self.where
 
 

@@ -47,11 +47,16 @@ class Manifest:
 
     Parameters
     ----------
-    generation : 0 for a new store, one more with every commit
-    runs, segments : rows of the two tables
-    rows : rows of `bold`, gaps included
-    slots : rows of `statistics`, gaps included
-    files : {path: [bytes, CRC-32C]} of the index; chunks have their own checksums, in the index
+    generation
+        0 for a new store, one more with every commit.
+    runs, segments
+        Rows of the two tables.
+    rows
+        Rows of `bold`, gaps included.
+    slots
+        Rows of `statistics`, gaps included.
+    files
+        {path: [bytes, CRC-32C]} of the index; chunks have their own checksums, in the index.
     """
 
     generation: int
@@ -62,7 +67,7 @@ class Manifest:
     files: Digests
 
     def to_bytes(self, attributes: StoreAttributes) -> bytes:
-        """Content of the root's `zarr.json`; `snapshot` is the SHA-256 of the other attributes."""
+        """Return the content of the root's `zarr.json`; `snapshot` is the SHA-256 of the other attributes."""
         body = {**attributes.to_dict(), "manifest": self.__dict__}
         return group_metadata({**body, "snapshot": hashlib.sha256(to_compact_json(body)).hexdigest()})
 
@@ -72,7 +77,7 @@ class Manifest:
         return INDEX_GROUP in self.files
 
     def faults(self, attributes: StoreAttributes) -> Iterator[str]:
-        """What is wrong with the types and ranges of the manifest, the first one that matters first."""
+        """Yield what is wrong with the types and ranges of the manifest, the first one that matters first."""
         limits = {"generation": 2**31, "runs": 2**31, "segments": 2**40, "rows": 2**62, "slots": 2**62}
         for name, limit in limits.items():
             value = getattr(self, name)
@@ -92,7 +97,7 @@ class Manifest:
             )
 
     def _file_fault(self, path: str, entry: Any) -> str:
-        """What is wrong with one entry of `files`, or nothing."""
+        """Return what is wrong with one entry of `files`, or nothing."""
         inside = path.startswith(directory_of(self.generation) + "/") or path == INDEX_GROUP
         names = path.split("/")
         # The deepest is index/g…/labels/NAME/c/0/0.
@@ -109,7 +114,7 @@ class Manifest:
 
 
 def manifest_copy(generation: int) -> str:
-    """Where the copy of the root's `zarr.json` of a generation lies in the store."""
+    """Return where the copy of the root's `zarr.json` of a generation lies in the store."""
     return f"{directory_of(generation)}/{MANIFEST_COPY}"
 
 
@@ -122,7 +127,8 @@ def parse_manifest(data: bytes, where: str) -> tuple[Manifest, StoreAttributes, 
 
     Raises
     ------
-    StoreError : if it is truncated, damaged, of something else or of another format version; `where` is named
+    StoreError
+        If it is truncated, damaged, of something else or of another format version; `where` is named.
     """
     file = f"{where}/{MANIFEST}"
     if data.count(b"[") + data.count(b"{") > _MOST_OBJECTS:
@@ -166,7 +172,7 @@ def parse_manifest(data: bytes, where: str) -> tuple[Manifest, StoreAttributes, 
 
 
 def directory_of(generation: int) -> str:
-    """Where the index of a generation lies in the store."""
+    """Return where the index of a generation lies in the store."""
     return f"index/g{generation:08d}"
 
 
@@ -175,12 +181,15 @@ def write_index(root: Path, generation: int, groups: Mapping[str, Mapping[str, n
 
     Parameters
     ----------
-    root : directory of the store
-    groups : {group: {column: array}}, such as {"runs": {"start": int64 [runs]}}
+    root
+        Directory of the store.
+    groups
+        {group: {column: array}}, such as {"runs": {"start": int64 [runs]}}.
 
     Returns
     -------
-    dict : size and checksum of each file of the index
+    dict
+        Size and checksum of each file of the index.
     """
     digests: Digests = {}
 
@@ -228,16 +237,19 @@ def write_index(root: Path, generation: int, groups: Mapping[str, Mapping[str, n
 def read_columns(
     read: Callable[[str], np.ndarray], digests: Digests, generation: int, group: str
 ) -> dict[str, np.ndarray]:
-    """Columns of one group of an index, by name.
+    """Return columns of one group of an index, by name.
 
     Parameters
     ----------
-    read : gives the bytes of a file of the store, uint8 [bytes], already checked against `digests`
-    digests : files of the store by path
+    read
+        Gives the bytes of a file of the store, uint8 [bytes], already checked against `digests`.
+    digests
+        Files of the store by path.
 
     Raises
     ------
-    StoreError : if the metadata of a column cannot be understood, or says another size than its file has
+    StoreError
+        If the metadata of a column cannot be understood, or says another size than its file has.
     """
     prefix = f"{directory_of(generation)}/{group}/"
     names = sorted({path[len(prefix) :].split("/")[0] for path in digests if path.startswith(prefix)})
@@ -258,7 +270,7 @@ def read_columns(
 
 
 def _read_column(read: Callable[[str], np.ndarray], digests: Digests, column: str) -> np.ndarray:
-    """One column; its shape is compared with the size of its file before anything is read or made."""
+    """Return one column; its shape is compared with the size of its file before anything is read or made."""
     file = f"{column}/zarr.json"
     if digests.get(file, [0, 0])[0] > _COLUMN_METADATA:
         raise ValueError(f"zarr.json has more than {_COLUMN_METADATA} bytes")
@@ -289,11 +301,12 @@ class Files(Protocol):
 # Each index holds a copy of the root's `zarr.json` of its generation, and the index before the newest stays:
 # where the newest generation is damaged, one of the copies says how to read an older one.
 def older_manifests(files: Files, root: bytes) -> Iterator[bytes]:
-    """Copies of manifests to try, the likeliest first.
+    """Yield copies of manifests to try, the likeliest first.
 
     Parameters
     ----------
-    root : the root's `zarr.json`, which is damaged or whose generation is
+    root
+        The root's `zarr.json`, which is damaged or whose generation is.
     """
     generation = _generation(root)
     copies = []
@@ -310,7 +323,7 @@ def older_manifests(files: Files, root: bytes) -> Iterator[bytes]:
 
 
 def remedy(read: Manifest, root: bytes, where: str) -> str:
-    """What is read instead and how the store is mended, for the warning."""
+    """Return what is read instead and how the store is mended, for the warning."""
     copy = shlex.join(["cp", f"{where}/{manifest_copy(read.generation)}", f"{where}/{MANIFEST}"])
     if _generation(root) is None:
         return f"Reading generation {read.generation} by the copy of its manifest; to mend the store: {copy}"
@@ -321,7 +334,7 @@ def remedy(read: Manifest, root: bytes, where: str) -> str:
 
 
 def _generation(root: bytes) -> int | None:
-    """The generation of a manifest that is whole; None for another."""
+    """Return the generation of a manifest that is whole; None for another."""
     try:
         return parse_manifest(root, "")[0].generation
     except StoreError:
@@ -329,14 +342,14 @@ def _generation(root: bytes) -> int | None:
 
 
 def _on_disk(files: Files) -> list[int]:
-    """Generations that have an index, the newest few, where a place can be listed."""
+    """Return generations that have an index, the newest few, where a place can be listed."""
     names = files.entries("index")
     numbers = (int(name[1:]) for name in names if re.fullmatch(r"g\d{8,10}", name))
     return sorted(numbers, reverse=True)[:_MOST_GENERATIONS]
 
 
 def _likeness(generation: int, copy: bytes, root: bytes) -> int:
-    """How much of what tells a generation from others is still in a damaged root."""
+    """Return how much of what tells a generation from others is still in a damaged root."""
     snapshot = re.search(rb'"snapshot": "[0-9a-f]{64}"', copy)
     signs = [f'"{directory_of(generation)}/'.encode(), f'"generation": {generation},'.encode()]
     return sum(sign in root for sign in [*signs, *([snapshot[0]] if snapshot else [])])

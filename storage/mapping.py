@@ -37,10 +37,14 @@ class MappedShards:
 
     Parameters
     ----------
-    directory : file descriptor of the store's directory: it stays the same store if another takes its place
-    where : the store's path, for messages
-    grid : layout of the array
-    shards, chunks : int64 [shards], numbers of the shards that exist and the chunks in each
+    directory
+        File descriptor of the store's directory: it stays the same store if another takes its place.
+    where
+        The store's path, for messages.
+    grid
+        Layout of the array.
+    shards, chunks
+        int64 [shards], numbers of the shards that exist and the chunks in each.
     """
 
     def __init__(
@@ -77,7 +81,7 @@ class MappedShards:
         return None if self._flat is None else self._flat.rows
 
     def windows(self, starts: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-        """Views of the rows of each window, which lies in one shard; read-only [length, *row_shape].
+        """Return views of the rows of each window, which lies in one shard; read-only [length, *row_shape].
 
         Shards as in `copy`.
         """
@@ -92,33 +96,34 @@ class MappedShards:
         return [rows[shard][first:stop] for shard, first, stop in places]
 
     def rows(self, shard: int) -> np.ndarray:
-        """All rows of a shard of raw chunks, read-only [chunks · chunk_rows, *row_shape]."""
+        """Return all rows of a shard of raw chunks, read-only [chunks · chunk_rows, *row_shape]."""
         if shard not in self._rows:
             self._rows[shard] = self._map_rows(shard)
         return self._rows[shard]
 
     def row(self, row: int) -> np.ndarray:
-        """One row of an array of raw chunks, read-only [*row_shape]."""
+        """Return one row of an array of raw chunks, read-only [*row_shape]."""
         shard, position = divmod(row, self.grid.shard_rows)
         return self.rows(shard)[position]
 
     def fetch(self, chunks: list[int]) -> dict[int, np.ndarray]:
-        """Stored bytes of some chunks, uint8 [bytes] each."""
+        """Return the stored bytes of some chunks, uint8 [bytes] each."""
         return {chunk: self.stored(chunk) for chunk in chunks}
 
     def stored(self, chunk: int) -> np.ndarray:
-        """Bytes of a chunk as they are stored, uint8 [bytes], compressed or not."""
+        """Return bytes of a chunk as they are stored, uint8 [bytes], compressed or not."""
         shard, position = divmod(chunk, self.grid.chunks_per_shard)
         mapped = self.map(shard)
         offset, size = self._indexes[shard][position].tolist()
         return np.frombuffer(mapped, np.uint8, size, offset)
 
     def map(self, shard: int) -> mmap.mmap:
-        """The map of a shard file, made and its index checked at the first call.
+        """Return the map of a shard file, made and its index checked at the first call.
 
         Raises
         ------
-        StoreError : if the file is missing or of another size, or its index is damaged
+        StoreError
+            If the file is missing or of another size, or its index is damaged.
         """
         if shard in self._maps:
             return self._maps[shard]
@@ -173,7 +178,8 @@ class MappedShards:
 
         Raises
         ------
-        StoreError : naming the first such file
+        StoreError
+            Naming the first such file.
         """
         grid, raw = self.grid, self.grid.compression is None
         chunk_bytes, index_bytes = grid.chunk_bytes, grid.index_bytes  # a large store has thousands of shards
@@ -213,16 +219,20 @@ class FlatRows:
 
     Parameters
     ----------
-    grid : layout of an array of raw chunks whose shards are whole pages
-    shards : shards of the array, gaps included
+    grid
+        Layout of an array of raw chunks whose shards are whole pages.
+    shards
+        Shards of the array, gaps included.
 
     Raises
     ------
-    OSError : if the addresses cannot be had
+    OSError
+        If the addresses cannot be had.
 
     Attributes
     ----------
-    rows : read-only [shards · shard_rows, *row_shape]; touch no row of a shard that has not been added
+    rows
+        Read-only [shards · shard_rows, *row_shape]; touch no row of a shard that has not been added.
     """
 
     def __init__(self, grid: Grid, shards: int) -> None:
@@ -272,7 +282,8 @@ class ReadHints:
 
     Parameters
     ----------
-    shards : the mapped shards of an array of raw chunks
+    shards
+        The mapped shards of an array of raw chunks.
     """
 
     def __init__(self, shards: MappedShards) -> None:
@@ -294,7 +305,8 @@ class ReadHints:
 
         Parameters
         ----------
-        starts, lengths : int64 [windows], valid windows
+        starts, lengths
+            int64 [windows], valid windows.
         """
         self._calls += 1
         if self.quiet and self._calls % _LOOK_AGAIN:
@@ -336,7 +348,7 @@ class ReadHints:
 
 
 def aligned_empty(rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array [rows, columns] that begins on a cache line, 512 bytes behind a page.
+    """Return an uninitialised array [rows, columns] that begins on a cache line, 512 bytes behind a page.
 
     NumPy's own arrays begin 16 bytes behind a cache line, and some processors (seen on an AMD EPYC) then copy
     a window at two thirds of the speed. On a page, where rows of a mapped store begin too, another (Zen 2)

@@ -28,7 +28,7 @@ _NETWORKS = 1024  # at a time in float64
 
 
 def kind_of(text: object) -> str | None:
-    """The kind that a store or a model names in its attribute `normalisation`; None for any other text."""
+    """Return the kind that an attribute `normalisation` of a store or model names; None for other texts."""
     return next((kind for kind, words in APPLIED.items() if words == text), None)
 
 
@@ -40,9 +40,12 @@ def normalise(bold: np.ndarray, kind: Kind, *, censor: np.ndarray | None = None)
 
     Parameters
     ----------
-    bold : real [time, networks], finite: a whole run, not a window of it
-    kind : "zscore", "spatial", "gsr", or "none", which returns `bold` itself
-    censor : bool [time], True for time points that take no part in what is computed over time
+    bold
+        Real [time, networks], finite: a whole run, not a window of it.
+    kind
+        "zscore", "spatial", "gsr", or "none", which returns `bold` itself.
+    censor
+        bool [time], True for time points that take no part in what is computed over time.
 
     Returns
     -------
@@ -50,9 +53,10 @@ def normalise(bold: np.ndarray, kind: Kind, *, censor: np.ndarray | None = None)
 
     Raises
     ------
-    ValueError : if the run is not as described, has fewer than 2 time points that are not censored, no
-        network that varies, or (`spatial`, `gsr`) fewer than 3; network and time point of a value that is not
-        finite are named
+    ValueError
+        If the run is not as described, has fewer than 2 time points that are not censored, no network that
+        varies, or (`spatial`, `gsr`) fewer than 3; network and time point of a value that is not finite are
+        named.
 
     Examples
     --------
@@ -88,7 +92,7 @@ def normalise(bold: np.ndarray, kind: Kind, *, censor: np.ndarray | None = None)
 
 
 def spatially_normalised(bold: np.ndarray) -> np.ndarray:
-    """`bold` [time, networks] without mean and standard deviation over networks at each time point.
+    """Return `bold` [time, networks] without mean and standard deviation over networks at each time point.
 
     Returns
     -------
@@ -102,14 +106,16 @@ def spatially_normalised(bold: np.ndarray) -> np.ndarray:
 
 
 def left_to_remove(bold: np.ndarray, kind: str) -> float:
-    """Which share of the mean square of time points `kind` would still take away: about 0 where it was done.
+    """Return which share of the mean square `kind` would still take: about 0 where it was done.
 
     What `spatial` and `gsr` take away is taken at each volume, so that windows tell it as well as runs.
 
     Parameters
     ----------
-    bold : real [time, networks]
-    kind : "spatial" or "gsr"
+    bold
+        Real [time, networks].
+    kind
+        "spatial" or "gsr".
     """
     values = np.asarray(bold, np.float64)
     power = float(np.square(values).mean())
@@ -123,7 +129,7 @@ def left_to_remove(bold: np.ndarray, kind: str) -> float:
 
 
 def _zscore(bold: np.ndarray, used: np.ndarray, floor: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Z-scores over time, and bool [networks]: which networks vary, by more than `floor`.
+    """Return z-scores over time, and bool [networks]: which networks vary, by more than `floor`.
 
     Values are first divided by the largest of their network, so that no finite ones overflow.
     """
@@ -153,7 +159,7 @@ def _zscore(bold: np.ndarray, used: np.ndarray, floor: float = 0.0) -> tuple[np.
 
 
 def _without_global_signal(values: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """What is left of each network after regression on the mean over networks; both have mean 0 over time."""
+    """Return the rest of regressing networks on the mean over networks; all have mean 0 over time."""
     signal = values.mean(axis=1, dtype=np.float64)
     power = float(np.square(signal[used]).mean())
     if power <= _NOISE**2:  # networks cancel exactly: there is no global signal

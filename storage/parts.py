@@ -58,12 +58,15 @@ def write_part(
 
     Parameters
     ----------
-    directory : made if it is not there
-    bold, t_r, … : as in `StoreWriter.append`
+    directory
+        Made if it is not there.
+    bold, t_r, …
+        As in `StoreWriter.append`.
 
     Returns
     -------
-    bool : False if this part was there already, which is then left as it is
+    bool
+        False if this part was there already, which is then left as it is.
     """
     entities = {"dataset": dataset, "subject": subject, "session": session, "task": task, "run": run}
     key = run_key(**entities) if key is None else key
@@ -89,7 +92,7 @@ def write_part(
 
 
 def part_path(directory: str | os.PathLike[str], key: str) -> Path:
-    """File of the part of a run, by its key."""
+    """Return the file of the part of a run, by its key."""
     name = quote(key, safe="")
     if len(name) > _LONGEST_NAME:
         # A name that was cut holds a digest of the key: two long keys must not share a file.
@@ -111,18 +114,24 @@ def gather(
 
     Parameters
     ----------
-    parts : directory that `write_part` filled
-    store : runs are added if it exists, unless `overwrite=True` is among `create`
-    progress : called with (parts done, parts in all)
-    create : keyword arguments of `StoreWriter.create` for a new store, without `networks`
+    parts
+        Directory that `write_part` filled.
+    store
+        Runs are added if it exists, unless `overwrite=True` is among `create`.
+    progress
+        Called with (parts done, parts in all).
+    create
+        Keyword arguments of `StoreWriter.create` for a new store, without `networks`.
 
     Returns
     -------
-    int : runs added
+    int
+        Runs added.
 
     Raises
     ------
-    StoreError : if there are no parts, one is damaged, or one differs from the run of its key in the store
+    StoreError
+        If there are no parts, one is damaged, or one differs from the run of its key in the store.
     """
     # Names with a point in front are temporaries of processes that still write.
     files = sorted(
@@ -172,7 +181,7 @@ def _plain(value: Any) -> Any:
 
 
 def _write_npz(file: Any, arrays: dict[str, np.ndarray]) -> None:
-    """An uncompressed .npz without time stamps."""
+    """Write an uncompressed .npz without time stamps."""
     with zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
             # How long a member becomes is not known when it is begun; beyond 2 GiB it would fail without
@@ -182,13 +191,14 @@ def _write_npz(file: Any, arrays: dict[str, np.ndarray]) -> None:
 
 
 def read_part(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """One part, as keyword arguments of `StoreWriter.append`.
+    """Return one part, as keyword arguments of `StoreWriter.append`.
 
     An uncompressed .npz as `write_part` makes it is read, and nothing else that an .npz can be.
 
     Raises
     ------
-    StoreError : if the file is damaged, or not as `write_part` makes it
+    StoreError
+        If the file is damaged, or not as `write_part` makes it.
     """
     path = Path(path)
     try:
@@ -218,7 +228,7 @@ def _open(path: Path) -> int:
 
 
 def _members(file: BinaryIO) -> dict[str, np.ndarray]:
-    """The arrays in a part; the size of each is compared with that of the file before it is read."""
+    """Return the arrays in a part; the size of each is compared with that of the file before it is read."""
     size = os.fstat(file.fileno()).st_size
     arrays: dict[str, np.ndarray] = {}
     with zipfile.ZipFile(file) as archive:
@@ -236,7 +246,7 @@ def _members(file: BinaryIO) -> dict[str, np.ndarray]:
 
 
 def _array(data: bytes, kinds: str) -> np.ndarray:
-    """An array from the bytes of an .npy file of version 1.0, with one of some kinds of elements."""
+    """Return an array from the bytes of an .npy file of version 1.0, with one of some kinds of elements."""
     begin = 10 + int.from_bytes(data[8:10], "little")
     header = _HEADER.fullmatch(data[10:begin])
     if data[:8] != b"\x93NUMPY\x01\x00" or header is None:
@@ -250,7 +260,7 @@ def _array(data: bytes, kinds: str) -> np.ndarray:
 
 
 def _header(encoded: np.ndarray) -> dict[str, Any]:
-    """Entities, TR and segments of a part, each of the type that `StoreWriter.append` takes."""
+    """Return entities, TR and segments of a part, each of the type that `StoreWriter.append` takes."""
     if len(encoded) > _LONGEST_HEADER:
         raise ValueError(f"header: has {len(encoded)} bytes, expected at most {_LONGEST_HEADER}")
     header = json.loads(encoded.tobytes(), parse_constant=_refuse)

@@ -26,17 +26,22 @@ def publish(
 
     Parameters
     ----------
-    local : directory of the store
-    url : s3://bucket/name, gs://bucket/name, …
-    progress : called with (bytes sent, bytes in all)
+    local
+        Directory of the store.
+    url
+        `s3://bucket/name`, `gs://bucket/name` or another remote store.
+    progress
+        Called with (bytes sent, bytes in all).
 
     Returns
     -------
-    int : bytes sent
+    int
+        Bytes sent.
 
     Raises
     ------
-    StoreError : if another store, or a newer generation, is at `url`
+    StoreError
+        If another store, or a newer generation, is at `url`.
     """
     store, files = BoldStore.open(local, fallback=False), RemoteFiles(url)
     published = {"bold": 0, "statistics": 0}  # chunks
@@ -80,16 +85,19 @@ def publish(
 def contents(
     store: BoldStore, published: Mapping[str, int]
 ) -> tuple[dict[str, bytes | Path], dict[str, bytes]]:
-    """What of a local store has to be uploaded, by path in it; and what goes last, the commit at the end.
+    """Return what of a local store has to be uploaded, by path in it; and what goes last, the commit.
 
     Parameters
     ----------
-    store : opened with `fallback=False`
-    published : {array: number of its chunks that are there already}
+    store
+        Opened with `fallback=False`.
+    published
+        {array: number of its chunks that are there already}.
 
     Raises
     ------
-    StoreError : if a file of its index is damaged
+    StoreError
+        If a file of its index is damaged.
     """
     data: dict[str, bytes | Path] = {}
     runs, manifest = store.runs, store.manifest

@@ -12,7 +12,7 @@ _ROWS = 256
 
 
 def run_statistics(bold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation over time of each network: two float32 [networks] from [time, networks]."""
+    """Return mean and standard deviation over time of each network: two float32 [networks]."""
     # In float64: over thousands of volumes with a mean of 10,000 float32 would lose what varies.
     mean = bold.mean(axis=0, dtype=np.float64)
     std = bold.std(axis=0, dtype=np.float64)
@@ -24,18 +24,23 @@ def encode(bold: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray | 
 
     Parameters
     ----------
-    bold : real [time, networks]
-    dtype : float16, float32, int16 or int8
+    bold
+        Real [time, networks].
+    dtype
+        float16, float32, int16 or int8.
 
     Returns
     -------
-    values : [time, networks] of `dtype`
-    scale : float32 [networks] for integer types (BOLD = values · scale; largest absolute value over
-        32767 or 127), else None
+    values
+        [time, networks] of `dtype`.
+    scale
+        float32 [networks] for integer types (BOLD = values · scale; largest absolute value over 32767 or
+        127), else None.
 
     Raises
     ------
-    Overflow : if a value is not finite, or not after rounding
+    Overflow
+        If a value is not finite, or not after rounding.
     """
     if bold.dtype.kind == "f" and not np.isfinite(bold).all():
         raise Overflow(bold, np.isfinite(bold), "is not finite")
@@ -69,9 +74,12 @@ class Rounding:
 
     Attributes
     ----------
-    network : its number
-    change : root mean square of the change over its standard deviation; infinite where that is 0
-    zeros : values of the run that were not 0 and are now
+    network
+        Its number.
+    change
+        Root mean square of the change over its standard deviation; infinite where that is 0.
+    zeros
+        Values of the run that were not 0 and are now.
     """
 
     network: int
@@ -87,16 +95,19 @@ class Rounding:
 
 
 def rounding(bold: np.ndarray, values: np.ndarray, std: np.ndarray) -> Rounding | None:
-    """What rounding to floats did to a run, if that is more than `NEGLIGIBLE`.
+    """Return what rounding to floats did to a run, if that is more than `NEGLIGIBLE`.
 
     Z-scored runs lose some 0.02 % to float16, runs with a mean of 10,000 and a standard deviation of 100 some
     2 %. Integer types round by design, to 1/254 or 1/65,534 of the range of a network.
 
     Parameters
     ----------
-    bold : real [time, networks]
-    values : the same from `encode`
-    std : [networks], from `run_statistics`
+    bold
+        Real [time, networks].
+    values
+        The same from `encode`.
+    std
+        [networks], from `run_statistics`.
     """
     if values.dtype.kind != "f" or values.dtype == bold.dtype:
         return None

@@ -20,18 +20,24 @@ def open_regular(relative: str, directory: int, where: str) -> int:
 
     Parameters
     ----------
-    relative : path below the directory
-    directory : file descriptor of the directory
-    where : its path, for messages
+    relative
+        Path below the directory.
+    directory
+        File descriptor of the directory.
+    where
+        Its path, for messages.
 
     Returns
     -------
-    int : file descriptor
+    int
+        File descriptor.
 
     Raises
     ------
-    StoreError : if it is missing, not a regular file, or reached through a link
-    StoreUnavailable : if it may not be read
+    StoreError
+        If it is missing, not a regular file, or reached through a link.
+    StoreUnavailable
+        If it may not be read.
     """
     try:
         descriptor = _walk(relative, directory)
@@ -65,7 +71,7 @@ def _walk(relative: str, directory: int) -> int:
 
 
 def unusable(path: str, error: OSError) -> StoreError:
-    """Why a file cannot be opened, as an error that names it."""
+    """Return why a file cannot be opened, as an error that names it."""
     if error.errno in _OF_THE_MACHINE:
         return StoreUnavailable(
             f"{path}: cannot be read ({error.strerror}); check its owner and mode, and ulimit -n"

@@ -56,11 +56,13 @@ class RemoteFiles:
 
     Parameters
     ----------
-    url : s3://bucket/…, gs://bucket/…, hf://…, https://host/…, http://host/… or memory://name/…
+    url
+        `s3://bucket/…`, `gs://bucket/…`, `hf://…`, `https://host/…`, `http://host/…` or `memory://name/…`.
 
     Raises
     ------
-    StoreError : if the scheme is another, or obstore is not installed
+    StoreError
+        If the scheme is another, or obstore is not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -78,12 +80,13 @@ class RemoteFiles:
 
         Parameters
         ----------
-        sizes : {path: [bytes, …]}
+        sizes
+            {path: [bytes, …]}.
         """
         self._announced = {name: self.pool.submit(self._read, name, size[0]) for name, size in sizes.items()}
 
     def read(self, relative: str, limit: int) -> np.ndarray:
-        """A whole object of at most `limit` bytes, uint8 [bytes]."""
+        """Return a whole object of at most `limit` bytes, uint8 [bytes]."""
         announced = self._announced.pop(relative, None)
         return self._read(relative, limit) if announced is None else announced.result()
 
@@ -96,11 +99,11 @@ class RemoteFiles:
         return data
 
     def read_range(self, relative: str, offset: int, size: int) -> np.ndarray:
-        """Some bytes of an object, uint8 [size]."""
+        """Return some bytes of an object, uint8 [size]."""
         return self._read_part(relative, (offset, offset + size), size)
 
     def read_tail(self, relative: str, size: int) -> np.ndarray:
-        """The last bytes of an object, uint8 [size]."""
+        """Return the last bytes of an object, uint8 [size]."""
         return self._read_part(relative, {"suffix": size}, size)
 
     def _read_part(self, relative: str, part: Any, size: int) -> np.ndarray:
@@ -124,11 +127,11 @@ class RemoteFiles:
         return True
 
     def entries(self, relative: str) -> dict[str, str]:
-        """Nothing: objects at a URL are not listed."""
+        """Return nothing: objects at a URL are not listed."""
         return {}
 
     def version(self, relative: str) -> tuple[int, str]:
-        """Bytes of an object, and what changes with its content: the ETag, or when it was changed."""
+        """Return bytes of an object, and what changes with its content: the ETag, or when it was changed."""
 
         def ask() -> Any:
             try:  # what is signed to be read, behind a redirection, may not be asked about in another way
@@ -144,7 +147,8 @@ class RemoteFiles:
 
         Raises
         ------
-        StoreError : if it does not exist, or is changed meanwhile
+        StoreError
+            If it does not exist, or is changed meanwhile.
         """
         size, version = self.version(relative)
         with replacing(target) as file:
@@ -177,11 +181,11 @@ class RemoteFiles:
         self._retry(relative, lambda: _obstore().put(self.store, relative, data))
 
     def shards(self, grid: Grid, shards: np.ndarray, chunks: np.ndarray, sums: np.ndarray) -> RemoteChunks:
-        """The chunks of an array; `sums` are their checksums."""
+        """Return the chunks of an array; `sums` are their checksums."""
         return RemoteChunks(self, grid, dict(zip(shards.tolist(), chunks.tolist(), strict=True)), sums)
 
     def zarr_store(self) -> Any:
-        """The store as Zarr opens it."""
+        """Return the store as Zarr opens it."""
         return ObjectStore(self.store, read_only=True)
 
     @cached_property
@@ -194,8 +198,10 @@ class RemoteFiles:
 
         Raises
         ------
-        StoreError : naming the object, if it does not exist
-        StoreUnavailable : if it may not be read, or `ATTEMPTS` have failed
+        StoreError
+            Naming the object, if it does not exist.
+        StoreUnavailable
+            If it may not be read, or `ATTEMPTS` have failed.
         """
         name, fatal = f"{self.where}/{relative}", _fatal_errors()
         for attempt in range(ATTEMPTS):
@@ -222,7 +228,7 @@ class RemoteFiles:
 
 
 def _connect(url: str) -> Any:
-    """The object store of a URL."""
+    """Return the object store of a URL."""
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES:
         raise StoreError(
@@ -248,7 +254,7 @@ def _connect(url: str) -> Any:
 
 
 def _hub_url(url: str) -> str:
-    """Where the hub, or the server in HF_ENDPOINT, gives the files of a hf:// URL."""
+    """Return where the hub, or the server in HF_ENDPOINT, gives the files of a hf:// URL."""
     match = _HUB.fullmatch(url)
     if match is None or ".." in re.split(r"[/@]", url):
         raise StoreError(f"{url}: expected hf://datasets/owner/name/… or hf://owner/name/…")
@@ -269,14 +275,14 @@ def _obstore() -> Any:
 
 
 def _fatal_errors() -> tuple[type[Exception], ...]:
-    """What no repetition mends."""
+    """Return what no repetition mends."""
     errors = _obstore().exceptions
     names = ("PermissionDeniedError", "UnauthenticatedError", "NotSupportedError", "InvalidPathError")
     return (*(getattr(errors, name) for name in names), PermissionError)
 
 
 def _body(answer: Any, limit: int) -> np.ndarray:
-    """The bytes of an answer, a little more than `limit` at most: a server may send without end."""
+    """Return the bytes of an answer, a little more than `limit` at most: a server may send without end."""
     pieces, size = [], 0
     # In one piece where a server keeps to the size, so that nothing has to be joined.
     for piece in answer.stream(min_chunk_size=limit + 1):
@@ -299,14 +305,19 @@ class RemoteChunks:
 
     Parameters
     ----------
-    files : where the shards are
-    grid : layout of the array
-    present : {shard: number of its chunks}
-    sums : uint32 [chunks], their CRC-32C
+    files
+        Where the shards are.
+    grid
+        Layout of the array.
+    present
+        {shard: number of its chunks}.
+    sums
+        uint32 [chunks], their CRC-32C.
 
     Attributes
     ----------
-    waits : int, calls of `fetch` that had to wait for chunks
+    waits
+        int, calls of `fetch` that had to wait for chunks.
     """
 
     def __init__(self, files: RemoteFiles, grid: Grid, present: dict[int, int], sums: np.ndarray) -> None:
@@ -320,23 +331,26 @@ class RemoteChunks:
         self.waits = 0
 
     def fetch(self, chunks: list[int]) -> dict[int, np.ndarray]:
-        """Stored bytes of some chunks, uint8 [bytes] each.
+        """Return the stored bytes of some chunks, uint8 [bytes] each.
 
         Parameters
         ----------
-        chunks : ascending numbers of chunks that exist
+        chunks
+            Ascending numbers of chunks that exist.
 
         Raises
         ------
-        DamagedChunk : if one has a wrong checksum however often it is read
-        StoreError : if the server does not answer
+        DamagedChunk
+            If one has a wrong checksum however often it is read.
+        StoreError
+            If the server does not answer.
         """
         pending = self._submit(chunks, {**self._ahead[0], **self._ahead[1]})
         self.waits += not all(job.done() for job in pending.values())
         return {chunk: pending[chunk].result()[chunk] for chunk in chunks}
 
     def damaged(self, chunks: list[int]) -> set[int]:
-        """Which of some chunks are damaged."""
+        """Return which of some chunks are damaged."""
         bad: set[int] = set()
         try:
             self.fetch(chunks)
@@ -355,7 +369,7 @@ class RemoteChunks:
         self._ahead = self._ahead[1], self._submit(chunks, {**self._ahead[0], **self._ahead[1]})
 
     def stored(self, chunk: int) -> np.ndarray:
-        """Bytes of a chunk as the server has them, past the cache; reads ahead."""
+        """Return bytes of a chunk as the server has them, past the cache; reads ahead."""
         if chunk not in self._ahead_of_stored:
             shard = chunk // self.grid.chunks_per_shard
             end = shard * self.grid.chunks_per_shard + self._present[shard]
@@ -369,7 +383,7 @@ class RemoteChunks:
             raise StoreError(str(error)) from error
 
     def _submit(self, chunks: list[int], known: Pending) -> Pending:
-        """Requests for some chunks, new ones for those without a known request that has not failed."""
+        """Return requests for some chunks, new ones for those without a known request that has not failed."""
         pending: Pending = {}
         missing = []
         for chunk in chunks:
@@ -383,7 +397,7 @@ class RemoteChunks:
         return pending
 
     def _groups(self, chunks: list[int]) -> Iterable[list[int]]:
-        """Neighbouring chunks of one shard together."""
+        """Yield neighbouring chunks of one shard together."""
         most = max(1, _LARGEST_REQUEST // self.grid.chunk_bytes)
         group: list[int] = []
         for chunk in chunks:
@@ -397,7 +411,7 @@ class RemoteChunks:
             yield group
 
     def _cached(self, group: list[int]) -> dict[int, np.ndarray]:
-        """Bytes of neighbouring chunks, from the cache of this machine as far as it has them."""
+        """Return bytes of neighbouring chunks, from the cache of this machine as far as it has them."""
         cache = self._files.cache
         if cache is None:
             return self._read(group)
@@ -412,7 +426,7 @@ class RemoteChunks:
         return found
 
     def _read(self, group: list[int]) -> dict[int, np.ndarray]:
-        """Bytes of neighbouring chunks, in one request; repeated if a checksum is wrong."""
+        """Return bytes of neighbouring chunks, in one request; repeated if a checksum is wrong."""
         shard = group[0] // self.grid.chunks_per_shard
         places = [self._place(chunk) for chunk in group]
         begin = places[0][0]
@@ -431,7 +445,7 @@ class RemoteChunks:
         raise DamagedChunk(bad[0])
 
     def _place(self, chunk: int) -> tuple[int, int]:
-        """Offset and bytes of a chunk in its shard."""
+        """Return offset and bytes of a chunk in its shard."""
         shard, position = divmod(chunk, self.grid.chunks_per_shard)
         # Where raw chunks lie is known without asking for the index.
         if self.grid.compression is None:

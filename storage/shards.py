@@ -21,14 +21,19 @@ class ShardWriter:
 
     Parameters
     ----------
-    root : directory of the store
-    grid : layout of the array
-    first_row : where the first block goes, a multiple of `grid.shard_rows`
+    root
+        Directory of the store.
+    grid
+        Layout of the array.
+    first_row
+        Where the first block goes, a multiple of `grid.shard_rows`.
 
     Attributes
     ----------
-    row : int, the row after the last one written
-    checksums : dict {chunk number: CRC-32C of its stored bytes}, of the chunks written so far
+    row
+        int, the row after the last one written.
+    checksums
+        {chunk number: CRC-32C of its stored bytes}, of the chunks written so far.
     """
 
     def __init__(self, root: Path, grid: Grid, first_row: int) -> None:
@@ -48,11 +53,13 @@ class ShardWriter:
 
         Parameters
         ----------
-        block : [rows, *row_shape] of the array's element type, at most `shard_rows` rows
+        block
+            [rows, *row_shape] of the array's element type, at most `shard_rows` rows.
 
         Returns
         -------
-        int : the row at which the block starts
+        int
+            The row at which the block starts.
         """
         grid = self.grid
         if self.row % grid.shard_rows + len(block) > grid.shard_rows:

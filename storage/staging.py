@@ -23,7 +23,8 @@ def stage(target: Path) -> tuple[Path, Lock]:
 
     Raises
     ------
-    StoreError : if another writer builds a store there, or the name is taken
+    StoreError
+        If another writer builds a store there, or the name is taken.
     """
     root = target.with_name(f".{target.name}.partial")
     for _ in range(_ATTEMPTS):
@@ -92,7 +93,8 @@ def check_target(target: Path, overwrite: bool) -> None:
 
     Raises
     ------
-    StoreError : naming it
+    StoreError
+        Naming it.
     """
     if not os.path.lexists(target):
         return

@@ -45,18 +45,26 @@ class BoldStore:
 
     Attributes
     ----------
-    path : str
-    networks : int, networks of every run
-    dtype : numpy.dtype of the stored elements
-    generation : int, number of the commit that this reader sees
-    snapshot : str, digest of everything committed at that generation
-    attributes : dict, metadata of the store (parcellation, preprocessing, …)
-    runs : RunTable
-    segments : SegmentTable
-    files : where the bytes of the store come from
-    manifest_bytes : bytes, the root's `zarr.json` of this generation
-    damage : str or None, what is wrong with the newest generation if it is not the one that is read, and what
-        to do
+    path
+        Where it is: a directory or a URL.
+    networks
+        Networks of every run.
+    dtype
+        Element type as stored.
+    generation
+        Number of the commit that this reader sees.
+    snapshot
+        Digest of everything committed at that generation.
+    attributes
+        Metadata of the store (parcellation, preprocessing, …).
+    runs, segments
+        Tables of the runs, and of their labelled segments.
+    files
+        Where the bytes of the store come from.
+    manifest_bytes
+        The root's `zarr.json` of this generation.
+    damage
+        What is wrong with the newest generation if it is not the one that is read, and what to do; else None.
     """
 
     def __init__(self, files: LocalFiles | RemoteFiles, manifest: bytes, *, check: bool) -> None:
@@ -107,16 +115,20 @@ class BoldStore:
 
         Parameters
         ----------
-        path : directory of the store, or its URL (s3://, gs://, https://; needs the extra `remote`)
-        check : look at the size of every file now, and compare the chunks of a run with their checksums when
-            it is first read (remote: always)
-        fallback : read the generation before with a `StoreWarning` if metadata, index or shards of the newest
-            are damaged; what is wrong is then in `damage`
+        path
+            Directory of the store, or its URL (s3://, gs://, https://; needs the extra `remote`).
+        check
+            Look at the size of every file now, and compare the chunks of a run with their checksums when it
+            is first read (remote: always).
+        fallback
+            Read the generation before with a `StoreWarning` if metadata, index or shards of the newest are
+            damaged; what is wrong is then in `damage`.
 
         Raises
         ------
-        StoreError : if there is no store, or a file of it is missing, truncated or damaged and no generation
-            can be read; the file is named
+        StoreError
+            If there is no store, or a file of it is missing, truncated or damaged and no generation can be
+            read; the file is named.
         """
         where = str(path) if is_remote(path) else os.path.abspath(path)
         for attempt in range(_ATTEMPTS):
@@ -142,7 +154,7 @@ class BoldStore:
     def _open_older(
         cls, files: LocalFiles | RemoteFiles, root: bytes, error: StoreError, *, check: bool
     ) -> Self | None:
-        """The newest whole generation, with a warning, or None; `error` says why the root's is not one."""
+        """Return the newest whole generation, with a warning, or None; `error` says what the root's has."""
         for manifest in older_manifests(files, root):
             try:
                 store = cls(files, manifest, check=check)
@@ -159,24 +171,30 @@ class BoldStore:
         lengths: Sequence[int] | np.ndarray,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Windows of runs, packed one behind the other.
+        """Return windows of runs, packed one behind the other.
 
         Parameters
         ----------
-        starts : int [windows], absolute first rows (`runs.start[i]` + onset)
-        lengths : int [windows], time points
-        out : buffer to reuse, [at least sum(lengths), networks] of the result's element type; take one from
-            `buffer`
+        starts
+            int [windows], absolute first rows (`runs.start[i]` + onset).
+        lengths
+            int [windows], time points.
+        out
+            Buffer to reuse, [at least sum(lengths), networks] of the result's element type; take one from
+            `buffer`.
 
         Returns
         -------
-        [sum(lengths), networks] : of the stored type if that is a float, else float32 in units of BOLD;
-            the first rows of `out` if that is given
+        [sum(lengths), networks]
+            Of the stored type if that is a float, else float32 in units of BOLD; the first rows of `out` if
+            that is given.
 
         Raises
         ------
-        ValueError : if a window is empty or leaves its run, naming it; if `out` does not fit
-        StoreError : if a chunk that a window needs is damaged, naming the run
+        ValueError
+            If a window is empty or leaves its run, naming it; if `out` does not fit.
+        StoreError
+            If a chunk that a window needs is damaged, naming the run.
         """
         starts, lengths, runs = self._locate(starts, lengths)
         out = self._buffer(out, int(np.add.reduce(lengths)))
@@ -198,7 +216,7 @@ class BoldStore:
             raise self._damage(int(touched[0]), error.chunk, error.reason) from error
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Return what a notebook shows."""
         runs, attributes = self.runs, self.attributes
         people = len(set(zip(runs.dataset.tolist(), runs.subject.tolist(), strict=True)))
         facts: dict[str, object] = {
@@ -228,12 +246,13 @@ class BoldStore:
 
         Raises
         ------
-        ValueError, StoreError : as `windows`
+        ValueError, StoreError
+            As `windows`.
         """
         self._locate(starts, lengths)
 
     def buffer(self, rows: int) -> np.ndarray:
-        """A buffer for `windows(out=…)`, [rows, networks], aligned so that copies into it are fast."""
+        """Return a buffer for `windows(out=…)`, [rows, networks], aligned so that copies into it are fast."""
         return aligned_empty(rows, self.networks, self._window_dtype)
 
     def advise(self, starts: np.ndarray, lengths: np.ndarray) -> None:
@@ -256,13 +275,13 @@ class BoldStore:
         return self._bold.waits if isinstance(self._bold, RemoteChunks) else 0
 
     def run(self, run: int) -> np.ndarray:
-        """One whole run, [time, networks]; element type as in `windows`."""
+        """Return one whole run, [time, networks]; element type as in `windows`."""
         if not -len(self.runs) <= run < len(self.runs):
             raise IndexError(f"run {run}: the store holds {len(self.runs)} runs")
         return self.windows(self.runs.start[run : run + 1 or None], self.runs.length[run : run + 1 or None])
 
     def statistics(self, run: int) -> dict[str, np.ndarray]:
-        """`mean` and `std` over time of each network, and `scale` of integer types: float32 [networks]."""
+        """Return `mean` and `std` over time of each network, `scale` of integer types: float32 [networks]."""
         return dict(zip(self.layout.statistics, self._row(run), strict=True))
 
     def scale(self, run: int) -> np.ndarray:
@@ -275,28 +294,31 @@ class BoldStore:
 
         Raises
         ------
-        StoreError : if its metadata is not what this package writes
+        StoreError
+            If its metadata is not what this package writes.
         """
         self.check_shape(self.layout.bold_grid)
         return zarr.open_array(self.files.zarr_store(), path="bold", mode="r")
 
     def stored(self, array: str, chunk: int) -> np.ndarray:
-        """Bytes of a chunk of "bold" or "statistics" as they are stored, uint8 [bytes]."""
+        """Return bytes of a chunk of "bold" or "statistics" as they are stored, uint8 [bytes]."""
         return (self._bold if array == "bold" else self._statistics).stored(chunk)
 
     def intact(self, starts: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Which windows can be read: bool [windows], False where a chunk that it needs is damaged.
+        """Return which windows can be read: bool [windows], False where a chunk that it needs is damaged.
 
         For training that shall go on over damage: leave such windows out and count them. On a local store all
         windows of a damaged run count as damaged.
 
         Parameters
         ----------
-        starts, lengths : as in `windows`
+        starts, lengths
+            As in `windows`.
 
         Raises
         ------
-        ValueError : if a window is empty or leaves its run, naming it
+        ValueError
+            If a window is empty or leaves its run, naming it.
         """
         starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
         runs = self.runs.locate(starts, lengths)
@@ -316,7 +338,7 @@ class BoldStore:
         return np.array([run not in self._damaged_runs for run in runs.tolist()], bool)
 
     def columns(self, group: str) -> dict[str, np.ndarray]:
-        """Columns of a group of the index, as stored: "runs", "segments", "labels" or "checksums"."""
+        """Return columns of a group of the index, as stored: "runs", "segments", "labels" or "checksums"."""
         return read_columns(self.check_file, self.manifest.files, self.manifest.generation, group)
 
     def check_shape(self, grid: Grid) -> None:
@@ -326,7 +348,8 @@ class BoldStore:
 
         Raises
         ------
-        StoreError : if the file is missing or is another
+        StoreError
+            If the file is missing or is another.
         """
         file = f"{grid.name}/zarr.json"
         for _ in range(_ATTEMPTS):
@@ -344,7 +367,7 @@ class BoldStore:
         raise StoreError(f"{self.path}/{file}: damaged; restore this file from a copy of the store")
 
     def _other_rows(self, grid: Grid, root: bytes, data: bytes) -> Iterator[int]:
-        """Rows that an array may have while others write: those of the newest generation and the next."""
+        """Yield rows that an array may have while others write: of the newest generation and the next."""
         newest = self.manifest
         try:
             newest = parse_manifest(root, self.path)[0]
@@ -367,7 +390,7 @@ class BoldStore:
     def _locate(
         self, starts: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """First rows, lengths and runs of some windows, int64 [windows] each, all of them checked."""
+        """Return first rows, lengths and runs of some windows, int64 [windows] each, all of them checked."""
         starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
         if starts.ndim != 1 or starts.shape != lengths.shape:
             raise ValueError(
@@ -421,7 +444,7 @@ class BoldStore:
         self._known_statistics.add(chunk)
 
     def _runs_without_scale(self, runs: np.ndarray) -> list[int]:
-        """Which of some runs of integers cannot be read because their row of `statistics` is damaged."""
+        """Return those of some runs of integers whose row of `statistics`, hence their scale, is damaged."""
         lost = []
         for run in runs.tolist() if self.dtype.kind == "i" else []:
             try:
@@ -433,7 +456,7 @@ class BoldStore:
         return lost
 
     def _with_whole_new_runs(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Some windows, those of runs whose checksums are still to be looked at as all chunks of the run."""
+        """Return some windows; of runs whose checksums are still to be looked at all chunks of the run."""
         before = self.runs.begun(starts)
         new = self._known_end.take(before) < 0
         if not (self._check and new.any()):
@@ -453,12 +476,12 @@ class BoldStore:
         )
 
     def _row(self, run: int) -> np.ndarray:
-        """Row of a run in `statistics`, float32 [statistics, networks]."""
+        """Return the row of a run in `statistics`, float32 [statistics, networks]."""
         self._check_statistics(run)
         return self._read_row(run)
 
     def _read_row(self, run: int) -> np.ndarray:
-        """As `_row`, of a run whose statistics have been checked."""
+        """Return it as `_row`, of a run whose statistics have been checked."""
         try:
             return self._rows.row(int(self.runs.slot[run]))
         except DamagedChunk as error:
@@ -473,19 +496,21 @@ class BoldStore:
         )
 
     def read_file(self, relative: str, limit: int) -> np.ndarray:
-        """A file of the store of at most `limit` bytes: uint8 [bytes]."""
+        """Return a file of the store of at most `limit` bytes: uint8 [bytes]."""
         return self.files.read(relative, limit)
 
     def check_file(self, relative: str, manifest: Manifest | None = None) -> np.ndarray:
-        """A file that the manifest lists, uint8 [bytes].
+        """Return a file that the manifest lists, uint8 [bytes].
 
         Parameters
         ----------
-        manifest : of another generation; by default this one's
+        manifest
+            Of another generation; by default this one's.
 
         Raises
         ------
-        StoreError : if its size or checksum is not the listed one
+        StoreError
+            If its size or checksum is not the listed one.
         """
         size, checksum = (manifest or self.manifest).files.get(relative, [0, -1])
         data = self.read_file(relative, size)
@@ -503,7 +528,7 @@ class BoldStore:
 
 
 def _reader(shards: MappedShards | RemoteChunks) -> MappedShards | DecodedRows:
-    """Rows of an array: mapped where that can be done."""
+    """Return rows of an array: mapped where that can be done."""
     if isinstance(shards, MappedShards) and shards.grid.compression is None:
         return shards
     return DecodedRows(shards.grid, shards.fetch)
@@ -518,7 +543,7 @@ def _rows(manifest: Manifest, grid: Grid) -> int:
 
 
 def _root_bytes(files: LocalFiles | RemoteFiles) -> bytes:
-    """The root's `zarr.json` as it stands, or nothing."""
+    """Return the root's `zarr.json` as it stands, or nothing."""
     try:
         return files.read(MANIFEST, MANIFEST_LIMIT).tobytes()
     except StoreError:

@@ -26,8 +26,10 @@ class Segment:
 
     Parameters
     ----------
-    onset, length : in time points (TRs), from the start of the run; `length` is at least 1
-    labels : label columns of this segment, such as {"mental_state": "face"}
+    onset, length
+        In time points (TRs), from the start of the run; `length` is at least 1.
+    labels
+        Label columns of this segment, such as {"mental_state": "face"}.
     """
 
     onset: int
@@ -40,12 +42,18 @@ class RunTable:
 
     Attributes
     ----------
-    start : int64 [runs], first row in `bold`, ascending
-    length : int32 [runs], time points
-    end : int64 [runs], row behind the last one
-    t_r : float64 [runs], repetition time in seconds
-    slot : int64 [runs], row of the run in `statistics`
-    dataset, subject, session, task, run, key : str [runs], decoded when asked for
+    start
+        int64 [runs], first row in `bold`, ascending.
+    length
+        int32 [runs], time points.
+    end
+        int64 [runs], row behind the last one.
+    t_r
+        float64 [runs], repetition time in seconds.
+    slot
+        int64 [runs], row of the run in `statistics`.
+    dataset, subject, session, task, run, key
+        str [runs], decoded when asked for.
     """
 
     def __init__(self, columns: Mapping[str, np.ndarray]) -> None:
@@ -94,11 +102,12 @@ class RunTable:
         return decode_strings(self._columns["key"])
 
     def to_frame(self) -> Any:
-        """The table as a pandas DataFrame, one row a run, with the run's number as index.
+        """Return the table as a pandas DataFrame, one row a run, with the run's number as index.
 
         Raises
         ------
-        ImportError : if pandas is not installed
+        ImportError
+            If pandas is not installed.
         """
         names = (*RUN_STRINGS, "start", "length", "t_r")
         frame = _pandas().DataFrame({name: getattr(self, name) for name in names})
@@ -106,7 +115,7 @@ class RunTable:
         return frame
 
     def key_of(self, run: int) -> str:
-        """Key of one run, without decoding the others."""
+        """Return the key of one run, without decoding the others."""
         return self._columns["key"][run].tobytes().rstrip(b"\0").decode(errors="backslashreplace")
 
     def censor(self, run: int) -> np.ndarray | None:
@@ -123,7 +132,8 @@ class RunTable:
 
         Parameters
         ----------
-        starts, lengths : int64 [windows], absolute first row and number of rows
+        starts, lengths
+            int64 [windows], absolute first row and number of rows.
 
         Returns
         -------
@@ -131,14 +141,15 @@ class RunTable:
 
         Raises
         ------
-        ValueError : if a window is empty or does not lie inside one run, naming the first such window
+        ValueError
+            If a window is empty or does not lie inside one run, naming the first such window.
         """
         runs = self.begun(starts) - 1
         self.check(starts, lengths, runs)
         return runs
 
     def begun(self, rows: np.ndarray) -> np.ndarray:
-        """How many runs begin at or before each row, int64 [rows]."""
+        """Return how many runs begin at or before each row, int64 [rows]."""
         return self._intervals.begun(rows)
 
     def check(self, starts: np.ndarray, lengths: np.ndarray, runs: np.ndarray) -> None:
@@ -146,12 +157,15 @@ class RunTable:
 
         Parameters
         ----------
-        starts, lengths : as in `locate`
-        runs : int64 [windows], the last run that begins at or before each window, -1 if none does
+        starts, lengths
+            As in `locate`.
+        runs
+            int64 [windows], the last run that begins at or before each window, -1 if none does.
 
         Raises
         ------
-        ValueError : naming the first such window
+        ValueError
+            Naming the first such window.
         """
         if len(self) == 0:
             if len(starts):
@@ -181,9 +195,12 @@ class SegmentTable:
 
     Attributes
     ----------
-    run : int32 [segments], the run that each lies in
-    onset, length : int32 [segments], in time points from the start of the run
-    columns : dict {label column: [segments]}; int64 (absent: -2⁶³), float64 (absent: NaN) or str (absent: "")
+    run
+        int32 [segments], the run that each lies in.
+    onset, length
+        int32 [segments], in time points from the start of the run.
+    columns
+        {label column: [segments]}; int64 (absent: -2⁶³), float64 (absent: NaN) or str (absent: "").
     """
 
     def __init__(self, columns: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> None:
@@ -198,13 +215,14 @@ class SegmentTable:
         return len(self.run)
 
     def to_frame(self) -> Any:
-        """The table as a pandas DataFrame, one row a segment; labels that a segment lacks are missing values.
+        """Return the table as a pandas DataFrame, one row a segment; labels that it lacks are missing.
 
         A label column that is named as one of `run`, `onset`, `length` stands as `label_run`, ….
 
         Raises
         ------
-        ImportError : if pandas is not installed
+        ImportError
+            If pandas is not installed.
         """
         pandas = _pandas()
         columns: dict[str, Any] = {name: getattr(self, name) for name in ("run", "onset", "length")}
@@ -226,7 +244,7 @@ def _pandas() -> Any:
 
 
 def encode_strings(values: list[str]) -> np.ndarray:
-    """UTF-8 texts as uint8 [len(values), longest], padded with zero bytes."""
+    """Return UTF-8 texts as uint8 [len(values), longest], padded with zero bytes."""
     if not values:
         return np.zeros((0, 1), np.uint8)
     encoded = np.array([value.encode() for value in values], dtype=bytes)
@@ -235,11 +253,12 @@ def encode_strings(values: list[str]) -> np.ndarray:
 
 
 def decode_strings(encoded: np.ndarray) -> np.ndarray:
-    """Inverse of `encode_strings`: uint8 [n, width] to str [n].
+    """Undo `encode_strings`: uint8 [n, width] to str [n].
 
     Raises
     ------
-    StoreError : if a text is not UTF-8
+    StoreError
+        If a text is not UTF-8.
     """
     texts = np.ascontiguousarray(encoded).view(f"S{encoded.shape[1]}")[:, 0]
     try:
@@ -264,7 +283,8 @@ class Intervals:
 
     Parameters
     ----------
-    starts : int64 [intervals], ascending
+    starts
+        int64 [intervals], ascending.
     """
 
     def __init__(self, starts: np.ndarray) -> None:
@@ -278,7 +298,7 @@ class Intervals:
             self._rounds = int(np.diff(self._table).max()).bit_length()
 
     def begun(self, numbers: np.ndarray) -> np.ndarray:
-        """How many intervals begin at or before each number: int64 [numbers]."""
+        """Return how many intervals begin at or before each number: int64 [numbers]."""
         starts, table = self._starts, self._table
         if table is None:
             return starts.searchsorted(numbers, "right")

@@ -13,7 +13,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def printable(text: str) -> str:
-    r"""Text with its control characters written out: it can neither steer a terminal nor break its line.
+    r"""Return a text with control characters written out: it can neither steer a terminal nor break its line.
 
     Examples
     --------
@@ -24,7 +24,7 @@ def printable(text: str) -> str:
 
 
 def counted(count: int, one: str, many: str = "") -> str:
-    """How many there are of what, in words that fit one of them, too.
+    """Return how many there are of what, in words that fit one of them, too.
 
     Examples
     --------
@@ -35,7 +35,7 @@ def counted(count: int, one: str, many: str = "") -> str:
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> str:
-    """Rows as an HTML table: what a notebook shows of an object.
+    """Return rows as an HTML table: what a notebook shows of an object.
 
     Examples
     --------
@@ -51,7 +51,7 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[object]], title: s
 
 
 def csv_cell(text: str) -> str:
-    """Text for a cell of a CSV or TSV file that no spreadsheet takes for a formula; numbers stay numbers.
+    """Return a text for a cell of a CSV or TSV file that no spreadsheet takes for a formula; numbers stay.
 
     Examples
     --------

@@ -25,13 +25,14 @@ _LABELS = ("<i8", "<f8")
 
 
 def table_faults(layout: StoreAttributes, manifest: Manifest, groups: Mapping[str, Columns]) -> Iterator[str]:
-    """What is wrong with the tables, as "group/column: reason"; what comes later relies on what came before.
+    """Yield what is wrong with the tables, as "group/column: reason"; later ones rely on earlier ones.
 
     A few passes over each column: a million runs take some milliseconds.
 
     Parameters
     ----------
-    groups : {group: {column: array}} of `runs`, `segments`, `labels` and `checksums`
+    groups
+        {group: {column: array}} of `runs`, `segments`, `labels` and `checksums`.
     """
     yield from _column_faults(manifest, groups)
     yield from _checksum_faults(layout, manifest, groups["checksums"])
@@ -40,7 +41,7 @@ def table_faults(layout: StoreAttributes, manifest: Manifest, groups: Mapping[st
 
 
 def _column_faults(manifest: Manifest, groups: Mapping[str, Columns]) -> Iterator[str]:
-    """Columns that are not there, of another type or of another length than the manifest says."""
+    """Yield columns that are not there, of another type or of another length than the manifest says."""
     for group, expected in _VECTORS.items():
         for name, dtype in expected.items():
             column = groups[group].get(name)
@@ -68,7 +69,7 @@ def _column_faults(manifest: Manifest, groups: Mapping[str, Columns]) -> Iterato
 
 
 def _checksum_faults(layout: StoreAttributes, manifest: Manifest, checksums: Columns) -> Iterator[str]:
-    """Fewer or more checksums than there are chunks: this ties the number of rows to bytes that are there."""
+    """Yield fewer or more checksums than chunks: this ties the number of rows to bytes that are there."""
     for grid, rows in ((layout.bold_grid, manifest.rows), (layout.statistics_grid, manifest.slots)):
         found = len(checksums[grid.name])
         if found * grid.chunk_rows != rows:
@@ -76,7 +77,7 @@ def _checksum_faults(layout: StoreAttributes, manifest: Manifest, checksums: Col
 
 
 def _run_faults(layout: StoreAttributes, manifest: Manifest, runs: Columns) -> Iterator[str]:
-    """Runs that overlap, straddle shards or leave the arrays."""
+    """Yield runs that overlap, straddle shards or leave the arrays."""
     start, length, slot = runs["start"], runs["length"], runs["slot"]
     if not len(start):
         return
@@ -106,7 +107,7 @@ def _run_faults(layout: StoreAttributes, manifest: Manifest, runs: Columns) -> I
 
 
 def _segment_faults(runs: Columns, segments: Columns) -> Iterator[str]:
-    """Segments of runs that are not there, or that leave their run."""
+    """Yield segments of runs that are not there, or that leave their run."""
     run, onset, length = segments["run"], segments["onset"], segments["length"]
     if not len(run):
         return

@@ -37,11 +37,16 @@ class VerifyReport:
 
     Attributes
     ----------
-    errors : one line for each thing that is wrong
-    notes : one line for each thing that harms nobody, such as files that are not of the store
-    bad_chunks : numbers of the damaged chunks of `bold`
-    bad_runs : keys of the runs that they touch
-    chunks : chunks read
+    errors
+        One line for each thing that is wrong.
+    notes
+        One line for each thing that harms nobody, such as files that are not of the store.
+    bad_chunks
+        Numbers of the damaged chunks of `bold`.
+    bad_runs
+        Keys of the runs that they touch.
+    chunks
+        Chunks read.
     """
 
     errors: list[str] = field(default_factory=list)
@@ -61,12 +66,15 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | 
 
     Parameters
     ----------
-    path : directory or URL of the store
-    progress : called with (bytes read, bytes in all)
+    path
+        Directory or URL of the store.
+    progress
+        Called with (bytes read, bytes in all).
 
     Returns
     -------
-    VerifyReport : a store whose newest generation cannot be opened has the reason as its one error
+    VerifyReport
+        A store whose newest generation cannot be opened has the reason as its one error.
     """
     report = VerifyReport()
     try:
@@ -102,7 +110,7 @@ def verify(path: str | os.PathLike[str], progress: Callable[[int, int], None] | 
 
 
 def _what_can_be_read(path: str | os.PathLike[str]) -> list[str]:
-    """The generation that a reader falls back to, if there is one."""
+    """Return the generation that a reader falls back to, if there is one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StoreWarning)
         try:
@@ -113,7 +121,7 @@ def _what_can_be_read(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _bad_metadata(store: BoldStore) -> Iterator[str]:
-    """What is wrong with the index of this generation and with the metadata of groups and arrays."""
+    """Yield what is wrong with the index of this generation and with the metadata of groups and arrays."""
     if store.manifest_bytes != store.manifest.to_bytes(store.layout):
         yield (
             f"{store.path}/{MANIFEST}: not as brainflow writes it; restore this file from a copy of the store"
@@ -139,7 +147,7 @@ def _is_bare_group(store: BoldStore) -> bool:
 
 
 def _bad_files(store: BoldStore, manifest: Manifest) -> Iterator[str]:
-    """Files of an index that are missing or damaged."""
+    """Yield files of an index that are missing or damaged."""
     for relative in manifest.files:
         try:
             store.check_file(relative, manifest)
@@ -148,7 +156,7 @@ def _bad_files(store: BoldStore, manifest: Manifest) -> Iterator[str]:
 
 
 def _bad_copies(store: BoldStore) -> Iterator[str]:
-    """What is wrong with that which readers fall back to: the manifest's copy, and the generation before."""
+    """Yield what is wrong with what readers fall back to: the manifest's copy, and the generation before."""
     if not store.manifest.copied:
         return  # the writer of older versions left none
     copy = manifest_copy(store.generation)
@@ -183,7 +191,7 @@ def _bad_older_generation(store: BoldStore) -> Iterator[str]:
 
 
 def _bad_texts(store: BoldStore) -> Iterator[str]:
-    """Texts of the runs that are not UTF-8, and keys that are empty or there twice."""
+    """Yield texts of the runs that are not UTF-8, and keys that are empty or there twice."""
     columns = store.columns("runs")
     for name in RUN_STRINGS:
         try:
@@ -198,7 +206,7 @@ def _bad_texts(store: BoldStore) -> Iterator[str]:
 
 
 def _fault(store: BoldStore, grid: Grid, chunk: int, decode: Callable[[int, np.ndarray], np.ndarray]) -> str:
-    """What is wrong with a chunk, or nothing."""
+    """Return what is wrong with a chunk, or nothing."""
     try:
         stored = store.stored(grid.name, chunk)
         if crc32c(stored) != store.checksums[grid.name][chunk]:
@@ -242,7 +250,7 @@ def _note(
 
 
 def _unaccounted(store: BoldStore) -> list[str]:
-    """Files, links and devices that are not of the store, one note each; none for a store at a URL."""
+    """Return files, links and devices that are not of the store, one note each; none for a store at a URL."""
     files = store.files
     if not isinstance(files, LocalFiles):
         return []
@@ -257,7 +265,7 @@ def _unaccounted(store: BoldStore) -> list[str]:
 
 
 def _known(store: BoldStore) -> set[str]:
-    """Paths of all files of this generation and the one before."""
+    """Return paths of all files of this generation and the one before."""
     layout, runs, generation = store.layout, store.runs, store.generation
     known = {MANIFEST, INDEX_GROUP, manifest_copy(generation), *store.manifest.files}
     ones = np.ones(len(runs), np.int64)
@@ -276,7 +284,7 @@ def _known(store: BoldStore) -> set[str]:
 
 
 def _walk(files: LocalFiles) -> Iterator[str]:
-    """Paths of everything in the store that is not a folder; links are not followed."""
+    """Yield paths of everything in the store that is not a folder; links are not followed."""
     folders = [""]
     while folders:
         folder = folders.pop()

@@ -116,24 +116,37 @@ class StoreWriter:
 
         Parameters
         ----------
-        path : directory to be made
-        networks : networks (parcels) of every run
-        dtype : "float16", "float32", or "int16", "int8" with one scale per run and network
-        parcellation : name of the atlas and its version
-        network_names : one name per network
-        network_coordinates : [networks, 3], centre of each network in mm
-        preprocessing : what was done to the data, as JSON values
-        normalisation : normalisation already applied to the runs, such as "z-scored per run and network"
-        provenance : where the data come from, as JSON values; no time stamps, if equal inputs shall give
-            equal bytes
-        compression : None (mapped by the reader, fast) or "zstd"
-        overwrite : replace the store at `path`, in one step, at the first commit
-        chunk_rows, shard_rows : rows of a chunk and of a shard file; a run is at most `shard_rows` long
+        path
+            Directory to be made.
+        networks
+            Networks (parcels) of every run.
+        dtype
+            "float16", "float32", or "int16", "int8" with one scale per run and network.
+        parcellation
+            Name of the atlas and its version.
+        network_names
+            One name per network.
+        network_coordinates
+            [networks, 3], centre of each network in mm.
+        preprocessing
+            What was done to the data, as JSON values.
+        normalisation
+            Normalisation already applied to the runs, such as "z-scored per run and network".
+        provenance
+            Where the data come from, as JSON values; no time stamps, if equal inputs shall give equal bytes.
+        compression
+            None (mapped by the reader, fast) or "zstd".
+        overwrite
+            Replace the store at `path`, in one step, at the first commit.
+        chunk_rows, shard_rows
+            Rows of a chunk and of a shard file; a run is at most `shard_rows` long.
 
         Raises
         ------
-        StoreError : if `path` exists and `overwrite` is false, or is not a store, or somebody else writes it
-        ValueError : if an argument does not fit the others
+        StoreError
+            If `path` exists and `overwrite` is false, or is not a store, or somebody else writes it.
+        ValueError
+            If an argument does not fit the others.
         """
         attributes = StoreAttributes.build(
             networks=networks,
@@ -174,7 +187,8 @@ class StoreWriter:
 
         Raises
         ------
-        StoreError : if there is no store at `path`, it is damaged, or another process is writing it
+        StoreError
+            If there is no store at `path`, it is damaged, or another process is writing it.
         """
         _refuse_url(path)
         root = Path(os.path.realpath(path))
@@ -223,22 +237,30 @@ class StoreWriter:
 
         Parameters
         ----------
-        bold : real [time, networks], finite
-        t_r : repetition time in seconds
-        dataset, subject, session, task, run : its entities, without the prefixes of BIDS
-        key : unique name; by default `ds-…_sub-…[_ses-…]_task-…[_run-…]`
-        censor : bool [time], True where the preparation marked a time point as bad
-        segments : labelled stretches, inside the run
+        bold
+            Real [time, networks], finite.
+        t_r
+            Repetition time in seconds.
+        dataset, subject, session, task, run
+            Its entities, without the prefixes of BIDS.
+        key
+            Unique name; by default `ds-…_sub-…[_ses-…]_task-…[_run-…]`.
+        censor
+            bool [time], True where the preparation marked a time point as bad.
+        segments
+            Labelled stretches, inside the run.
 
         Returns
         -------
-        int : index of the run in `store.runs`
+        int
+            Index of the run in `store.runs`.
 
         Raises
         ------
-        StoreError : if a run with this key is in the store already
-        ValueError, TypeError : if an argument is not as described; the run and, for a value, the network are
-            named
+        StoreError
+            If a run with this key is in the store already.
+        ValueError, TypeError
+            If an argument is not as described; the run and, for a value, the network are named.
         """
         return self.write(
             self.prepare(
@@ -293,8 +315,9 @@ class StoreWriter:
 
         Raises
         ------
-        StoreError : if a run with this key has been written since it was prepared, or the disk is full or
-            fails: the writer is then closed, and the store as it was
+        StoreError
+            If a run with this key has been written since it was prepared, or the disk is full or fails: the
+            writer is then closed, and the store as it was.
         """
         self._check_open()
         self._runs.check_new(prepared.row["key"])
@@ -313,8 +336,9 @@ class StoreWriter:
 
         Raises
         ------
-        StoreError : if the disk is full or fails. The writer is then closed, as after any exception here, and
-            the store holds either all the new runs or none of them; the message says which.
+        StoreError
+            If the disk is full or fails. The writer is then closed, as after any exception here, and the
+            store holds either all the new runs or none of them; the message says which.
         """
         self._check_open()
         if self._target is None and len(self._runs) == self._manifest.runs:
@@ -396,7 +420,7 @@ class StoreWriter:
             ) from error
 
     def _outcome(self) -> str:
-        """What a reader finds after a commit that failed."""
+        """Return what a reader finds after a commit that failed."""
         where = self._target or self._root
         try:
             now = (where / MANIFEST).read_bytes()
@@ -407,7 +431,7 @@ class StoreWriter:
         return f"{where} is as it was before"
 
     def _all_checksums(self, shards: ShardWriter) -> np.ndarray:
-        """Checksums of all chunks of an array, uint32 [shards · chunks_per_shard], 0 for absent ones."""
+        """Return checksums of all chunks of an array, uint32 [shards · chunks_per_shard], 0 where absent."""
         merged = np.zeros(shards.row // shards.grid.chunk_rows, np.uint32)
         old = self._checksums.get(shards.grid.name)
         if old is not None:
@@ -422,7 +446,7 @@ class StoreWriter:
         self._statistics = ShardWriter(self._root, self._attributes.statistics_grid, self._manifest.slots)
 
     def _rows(self, manifest: Manifest) -> list[tuple[Grid, int]]:
-        """Both arrays, and how many rows each has by `manifest`."""
+        """Return both arrays, and how many rows each has by `manifest`."""
         return [
             (self._attributes.bold_grid, manifest.rows),
             (self._attributes.statistics_grid, manifest.slots),
@@ -504,7 +528,7 @@ class StoreWriter:
 
 
 def _numbered(folder: Path, pattern: str) -> list[Path]:
-    """Entries of a folder, if it is there, whose whole name matches a pattern."""
+    """Return entries of a folder, if it is there, whose whole name matches a pattern."""
     if not folder.is_dir():
         return []
     return [entry for entry in folder.iterdir() if re.fullmatch(pattern, entry.name, re.ASCII)]

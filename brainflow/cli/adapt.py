@@ -1,4 +1,4 @@
-"""Adapt a pretrained model to labelled segments or traits of people; score it beside what has to be beaten.
+r"""Adapt a pretrained model to labelled segments or traits of people; score it beside what has to be beaten.
 
 Every decoder is fitted and tested in the same folds: the model, the same network from random weights, and
 decoders without a model. Intervals are 95 %, over subjects, or over runs where there is one subject.
@@ -13,9 +13,9 @@ Examples
   brainflow adapt store --from run --target state --learning-curve 1,2,4,8 --draws 10 --out curve
   brainflow adapt store --from run --target condition --mode all --out decoding --json
   brainflow adapt store --from run --target age --level subject --out age
-  brainflow adapt store --from run --target diagnosis --level subject --participants participants.tsv \\
+  brainflow adapt store --from run --target diagnosis --level subject --participants participants.tsv \
     --confounds age,sex,mean_fd --split-by site --out diagnosis
-  brainflow adapt runs.toml --from run --target condition --hrf-shift 5 --mode all --report \\
+  brainflow adapt runs.toml --from run --target condition --hrf-shift 5 --mode all --report \
     --attribute integrated-gradients --mask mask.nii.gz --out decoding
 """
 

@@ -1,4 +1,4 @@
-"""Embed runs with a pretrained model: one row a window or run, in a table, a picture and a page.
+r"""Embed runs with a pretrained model: one row a window or run, in a table, a picture and a page.
 
 Images (NIfTI, CIFTI, GIFTI) are cleaned as the model's data were and averaged in the parcels of its atlas;
 tables of time series (.npy, .npz, .csv, .tsv, .mat, .h5, .parquet, .ptseries.nii) are normalised, stores are
@@ -9,7 +9,7 @@ series are kept beside the table, so that the same command again embeds at once.
 Examples
 --------
   brainflow embed sub-01_task-rest_bold.nii.gz --from run --atlas schaefer-400 --out emb.parquet
-  brainflow embed *_desc-preproc_bold.nii.gz --from owner/name --atlas schaefer-400+tian-s3 \\
+  brainflow embed *_desc-preproc_bold.nii.gz --from owner/name --atlas schaefer-400+tian-s3 \
     --nprocs 8 --per run --out emb.parquet
   brainflow embed s3://openneuro.org/ds000001/sub-01_bold.nii.gz --from run --atlas a.nii.gz --out emb.csv
   brainflow embed store --from run --window 30 --layer last --out emb.npz

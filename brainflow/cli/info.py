@@ -65,7 +65,7 @@ def run(args: Args) -> int:
 
 
 def describe(store: BoldStore) -> dict[str, Any]:
-    """What a store holds, as JSON values."""
+    """Return what a store holds, as JSON values."""
     runs, attributes = store.runs, store.attributes
     return {
         "generation": store.generation,

@@ -1,5 +1,7 @@
-"""Turn recorded runs into a store: released WebDataset tars, array files that a TOML file lists, XCP-D's time
-series, the F-BERT corpus, or the runs of another store. `brainflow recipes` lists public data.
+"""Turn recorded runs into a store.
+
+They come as released WebDataset tars, array files that a TOML file lists, XCP-D's time series, the F-BERT
+corpus, or another store. `brainflow recipes` lists public data.
 
 Nothing is scaled unless it is asked for, with --normalise (arrays: `normalise` in the TOML file): `zscore`
 z-scores each network of a run, `spatial` also takes away mean and SD over networks at each volume, `gsr` also
@@ -249,7 +251,7 @@ def _fbert(args: Fbert, progress: Callable[[int, int], None]) -> IngestReport:
 
 
 def _split_sizes(args: Tar) -> dict[str, int]:
-    """Subjects of each part of the split; checked before anything is read."""
+    """Return subjects of each part of the split; checked before anything is read."""
     asked = {"validation": args.validation_subjects, "test": args.test_subjects}
     if args.split is None and any(asked.values()):
         raise WrongUsage(

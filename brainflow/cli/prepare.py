@@ -94,7 +94,7 @@ def _roots(args: Args) -> list[Path]:
 
 
 def _processes(args: Args, jobs: Sequence[Job]) -> int:
-    """Workers that fit into --mem-mb, at most those asked for."""
+    """Return workers that fit into --mem-mb, at most those asked for."""
     from brainflow.prepare.pool import worker_bytes
 
     if args.mem_mb is None:
@@ -173,7 +173,7 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
 
 
 def _unprepared(args: Args, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records of runs that are in the dataset, but were not prepared: a job on a cluster may just vanish."""
+    """Return records of runs of the dataset that were not prepared: a job on a cluster may just vanish."""
     from brainflow.prepare import find_runs
     from brainflow.prepare.gather import unprepared
 
@@ -228,7 +228,7 @@ def _print_plan(jobs: Sequence[Job], todo: Sequence[Job], processes: int) -> Non
 
 
 def _counts(records: Sequence[dict[str, Any]]) -> str:
-    """How many runs were prepared, excluded and failed, in words."""
+    """Return how many runs were prepared, excluded and failed, in words."""
     totals = {
         name: sum(record["status"] == status for record in records) for status, name in _OUTCOMES.items()
     }

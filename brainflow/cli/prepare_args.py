@@ -112,7 +112,7 @@ class Args:
 
 
 def query_of(args: Args) -> Query:
-    """Which runs to look for.
+    """Return which runs to look for.
 
     Raises
     ------
@@ -149,11 +149,12 @@ _LONG = dict(
 
 
 def filters_of(args: Args) -> dict[str, tuple[str | None, ...]]:
-    """Values of entities that `--bids-filter-file` asks for.
+    """Return values of entities that `--bids-filter-file` asks for.
 
     Raises
     ------
-    ValueError : if the file is no JSON of that kind, or filters by something that a run's name does not say
+    ValueError
+        If the file is no JSON of that kind, or filters by something that a run's name does not say.
     """
     path = args.bids_filter_file
     if path is None:
@@ -184,12 +185,12 @@ _ALWAYS = [("datatype", "func"), ("suffix", "bold")]
 
 
 def template_of(args: Args) -> str:
-    """The template that atlases have to be in; "" if any will do."""
+    """Return the template that atlases have to be in; "" if any will do."""
     return "" if args.allow_space_mismatch else query_of(args).wanted_space
 
 
 def settings_of(args: Args) -> Settings:
-    """How runs are cleaned, left out and labelled."""
+    """Return how runs are cleaned, left out and labelled."""
     from brainflow.prepare import CleanSettings, EventSettings, Rules, Settings, is_hcp
 
     clean = CleanSettings(
@@ -214,10 +215,10 @@ def settings_of(args: Args) -> Settings:
 
 
 def work_of(args: Args) -> Path:
-    """Where parts and records lie; absolute, since jobs of a cluster start elsewhere."""
+    """Return where parts and records lie; absolute, since jobs of a cluster start elsewhere."""
     return (args.work_dir or args.output_dir / "work").absolute()
 
 
 def labels(given: tuple[str, ...], prefix: str) -> tuple[str, ...]:
-    """Labels with or without their prefix, such as `sub-`, as labels without it."""
+    """Return labels with or without their prefix, such as `sub-`, as labels without it."""
     return tuple(label.removeprefix(f"{prefix}-") for label in given)

@@ -72,7 +72,7 @@ def submitted(args: Args, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
 
 
 def command_line(args: Args, level: str) -> list[str]:
-    """The words of one level with the options of this command line, but for those that a job chooses anew."""
+    """Return the words of one level with this command line's options, but for those chosen anew by a job."""
     words = ["brainflow", "prepare", str(args.bids_dir.absolute()), str(args.output_dir.absolute()), level]
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
@@ -89,7 +89,7 @@ def command_line(args: Args, level: str) -> list[str]:
 
 
 def absolute(value: object) -> str:
-    """A value as a word of a command line; paths from the root, since jobs start elsewhere."""
+    """Return a value as a word of a command line; paths from the root, since jobs start elsewhere."""
     label, equals, path = str(value).rpartition("=")
     joined = [path] if Path(path).exists() else path.split("+")  # atlases
     words = [str(Path(part).absolute()) if part and Path(part).exists() else part for part in joined]

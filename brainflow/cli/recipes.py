@@ -33,16 +33,26 @@ class Recipe:
 
     Attributes
     ----------
-    about : what it is
-    source : URL
-    licence : who may do what with it
-    layout : what lies where after the download
-    commands : to be typed one after the other in an empty directory
-    amount : what `download`, `store` and `time` are for: all of it, or one participant
-    download, store : bytes
-    sizes : how these were found
-    time : of one core, to ingest or prepare; measured on made-up data of the real shape
-    notes : what a user has to know
+    about
+        What it is.
+    source
+        URL.
+    licence
+        Who may do what with it.
+    layout
+        What lies where after the download.
+    commands
+        To be typed one after the other in an empty directory.
+    amount
+        What `download`, `store` and `time` are for: all of it, or one participant.
+    download, store
+        Bytes.
+    sizes
+        How these were found.
+    time
+        Of one core, to ingest or prepare; measured on made-up data of the real shape.
+    notes
+        What a user has to know.
     """
 
     about: str
@@ -218,7 +228,7 @@ def run(args: Args) -> int:
 
 
 def describe(recipe: Recipe) -> list[str]:
-    """Lines that say what a recipe is, what it takes, and what to type."""
+    """Return lines that say what a recipe is, what it takes, and what to type."""
     seconds = 8 * recipe.download / _BITS_A_SECOND
     download = f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.1g} s"
     lines = [

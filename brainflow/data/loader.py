@@ -353,7 +353,7 @@ def _buffer(rows: int, columns: int, dtype: torch.dtype, pinned: bool) -> torch.
 
 
 def resident_bytes(store: WindowStore, itemsize: int) -> int:
-    """Bytes that the whole store takes in device memory."""
+    """Return bytes that the whole store takes in device memory."""
     runs = store.runs
     rows = int((np.asarray(runs.start, dtype=np.int64) + runs.length).max()) if len(runs) else 0
     return rows * store.networks * itemsize

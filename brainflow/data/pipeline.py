@@ -207,25 +207,25 @@ class DaliLoader(Loader):
 
 
 def _joined(output: Any, shape: list[int]) -> torch.Tensor:
-    """An output of DALI, its samples laid end to end."""
+    """Return an output of DALI, its samples laid end to end."""
     return torch.from_dlpack(output.as_reshaped_tensor(shape))
 
 
 def _split(output: Any, prepared: list[Prepared], name: str) -> tuple[torch.Tensor, ...]:
-    """A small field of each batch of an iteration, from an output of DALI."""
+    """Return a small field of each batch of an iteration, from an output of DALI."""
     sizes = [len(one.columns[name]) for one in prepared]
     return _joined(output, [sum(sizes)]).split(sizes)
 
 
 def _mapped(store: Any) -> Any:
-    """The rows of a store that DALI can gather from where they lie; None if there are none."""
+    """Return the rows of a store that DALI can gather from where they lie; None if there are none."""
     rows = getattr(store, "rows", None)
     # `sequence_rearrange` takes row numbers of 32 bits.
     return rows if rows is not None and len(rows) <= np.iinfo(np.int32).max else None
 
 
 def _samples(rows: Any, most: int) -> dict[int, Any]:
-    """The same array as an input of n ≤ `most` samples."""
+    """Return the same array as an input of n ≤ `most` samples."""
     tensors: Any = importlib.import_module("nvidia.dali.tensors")
     sample = tensors.TensorCPU(rows)
     return {n: tensors.TensorListCPU([sample] * n, contiguous=False) for n in range(1, most + 1)}

@@ -90,7 +90,7 @@ class _Columns:
     mean: int  # mean length of a window
 
     def slots(self, length: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Slots of runs of some lengths."""
+        """Return the slots of runs of some lengths."""
         return np.maximum(length // self.mean, 1)
 
 
@@ -194,7 +194,7 @@ class WindowSampler:
         return int(self._group_draws[-1])
 
     def epoch(self, step: int) -> float:
-        """Epochs that are complete before `step`, with its fraction."""
+        """Return the epochs that are complete before `step`, with its fraction."""
         return step * self.global_batch / self.epoch_windows
 
     def batch(self, step: int) -> Windows:

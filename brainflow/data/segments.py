@@ -156,7 +156,7 @@ class SegmentSampler:
         return len(self._windows)
 
     def epoch(self, step: int) -> float:
-        """Epochs that are complete before `step`, with its fraction."""
+        """Return the epochs that are complete before `step`, with its fraction."""
         return step * self.global_batch / self.epoch_windows
 
     def batch(self, step: int) -> Windows:

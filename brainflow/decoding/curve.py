@@ -24,7 +24,7 @@ class Point:
     results: list[Result]
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Return what a notebook shows."""
         return results_html(self.results, counted(self.groups, f"training {self.task.group_kind}"))
 
 

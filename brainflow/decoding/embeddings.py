@@ -48,7 +48,7 @@ class Embeddings:
     model: dict[str, Any] = field(default_factory=dict)
 
     def columns(self) -> dict[str, NDArray]:
-        """Return the table by columns: facts, then the vectors as `e0000`, `e0001`, …"""
+        """Return the table by columns: facts, then the vectors as `e0000`, `e0001` and so on."""
         facts = {name: np.array([row[name] for row in self.rows]) for name in FACTS}
         return facts | {f"e{i:04d}": self.vectors[:, i] for i in range(self.vectors.shape[1])}
 

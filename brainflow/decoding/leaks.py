@@ -1,4 +1,4 @@
-"""Has a model seen the people on whom it is tested?"""
+"""Whether a model has seen the people on whom it is tested."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Result:
         return {"name": self.name, **self.scores.to_dict(), **extra, **self.details}
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Return what a notebook shows."""
         return results_html([self])
 
 

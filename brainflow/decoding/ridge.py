@@ -1,5 +1,4 @@
-"""Ridge in closed form, of classes or of numbers; its penalty and its probabilities come from people that it
-did not see.
+"""Ridge in closed form, of classes or of numbers; penalty and probabilities come from people left out.
 
 Scores are a ridge regression of one-hot labels on standardised features. One decomposition gives the scores
 of every penalty, and of every group of windows as if that group had been left out: the residuals of a group

@@ -85,20 +85,20 @@ class Scores:
 
 
 def accuracy(confusion: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Share of windows named rightly: confusion `[..., classes, classes]` → `[...]`."""
+    """Return the share of windows named rightly: confusion `[..., classes, classes]` → `[...]`."""
     total = confusion.sum(axis=(-2, -1))
     return _ratio(np.trace(confusion, axis1=-2, axis2=-1), total)
 
 
 def balanced_accuracy(confusion: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean recall over the classes that occur: confusion `[..., classes, classes]` → `[...]`."""
+    """Return the mean recall over the classes that occur: confusion `[..., classes, classes]` → `[...]`."""
     hits = np.diagonal(confusion, axis1=-2, axis2=-1)
     support = confusion.sum(axis=-1)
     return _ratio(_ratio(hits, support).sum(axis=-1), (support > 0).sum(axis=-1))
 
 
 def macro_f1(confusion: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean F1 over the classes that occur or are named: confusion `[..., classes, classes]` → `[...]`."""
+    """Return mean F1 over classes that occur or are named: confusion `[..., classes, classes]` → `[...]`."""
     hits = np.diagonal(confusion, axis1=-2, axis2=-1)
     either = confusion.sum(axis=-1) + confusion.sum(axis=-2)
     return _ratio(_ratio(2.0 * hits, either).sum(axis=-1), (either > 0).sum(axis=-1))

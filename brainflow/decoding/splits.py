@@ -26,8 +26,9 @@ SplitName = Literal["leave-one-run-out", "leave-one-subject-out", "k-fold", "sub
 
 @dataclass(frozen=True, kw_only=True)
 class Fold:
-    """One fold: positions of the windows that train, that test and, where there are such, that choose the
-    weights of a fit; int64 and ascending.
+    """One fold: positions of the windows that train, that test and, if any, that choose among weights.
+
+    Positions are int64 and ascending.
     """
 
     name: str

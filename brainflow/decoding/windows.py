@@ -184,8 +184,10 @@ def cut_events(
 
 
 def as_windows(X: ArrayLike | Sequence[NDArray]) -> list[NDArray]:
-    """Return a list of windows `[time, networks]` of an array `[windows, networks]` (one time point each),
-    `[windows, time, networks]`, or of a list of arrays `[time, networks]`.
+    """Return a list of windows `[time, networks]` of an array or of a list of arrays.
+
+    An array is `[windows, networks]` (one time point each) or `[windows, time, networks]`, those of a list
+    `[time, networks]`.
     """
     if isinstance(X, (list, tuple)) and X and all(np.ndim(window) == 2 for window in X):
         return [np.asarray(window, dtype=np.float32) for window in X]

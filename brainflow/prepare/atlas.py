@@ -35,14 +35,22 @@ class AtlasSpec:
 
     Parameters
     ----------
-    label : as in XCP-D's file names, `atlas-<label>`: letters and digits
-    paths : the image; left and right hemisphere for GIFTI
-    kind : what it holds
-    space : template that it is in, from its file name or from nilearn; "" if unknown
-    names : {label value or map index: name}
-    digest : sha256 of its files
-    surfaces : meshes of the left and right hemisphere, for the coordinates of an atlas on a surface
-    parts : atlases that are joined; the networks are those of the first, then those of the second, …
+    label
+        As in XCP-D's file names, `atlas-<label>`: letters and digits.
+    paths
+        The image; left and right hemisphere for GIFTI.
+    kind
+        What it holds.
+    space
+        Template that it is in, from its file name or from nilearn; "" if unknown.
+    names
+        {label value or map index: name}.
+    digest
+        sha256 of its files.
+    surfaces
+        Meshes of the left and right hemisphere, for the coordinates of an atlas on a surface.
+    parts
+        Atlases that are joined; the networks are those of the first, then those of the second, …
     """
 
     label: str
@@ -65,15 +73,20 @@ def find_atlas(text: str, template: str = "", surfaces: Sequence[Path] = ()) -> 
 
     Parameters
     ----------
-    template : in which a named atlas is wanted; "" for the first that is known, mostly nilearn's copy
-    surfaces : meshes of the left and right hemisphere, for an atlas on a surface
+    template
+        In which a named atlas is wanted; "" for the first that is known, mostly nilearn's copy.
+    surfaces
+        Meshes of the left and right hemisphere, for an atlas on a surface.
 
     Raises
     ------
-    FileNotFoundError : if it is neither a file nor a name
-    ConnectionError : if an atlas that is known by name cannot be downloaded
-    ValueError : if the file is not a parcellation, a named atlas does not exist in the template, atlases of
-        volumes and of surfaces are joined, or one with itself
+    FileNotFoundError
+        If it is neither a file nor a name.
+    ConnectionError
+        If an atlas that is known by name cannot be downloaded.
+    ValueError
+        If the file is not a parcellation, a named atlas does not exist in the template, atlases of volumes
+        and of surfaces are joined, or one with itself.
     """
     before, equals, behind = text.partition("=")
     wanted, label = (behind, re.sub(r"[^A-Za-z0-9]", "", before)) if equals else (text, "")
@@ -149,7 +162,7 @@ def _both_hemispheres(path: Path) -> tuple[Path, Path]:
 
 
 def _names_beside(path: Path) -> dict[int, str]:
-    """Names from a .tsv, .csv, .txt or .json of the same name, with or without resolution and hemisphere."""
+    """Return names of a table or .json of the same name, with or without resolution and hemisphere."""
     stem = path.name.partition(".")[0]
     for candidate in dict.fromkeys((stem, re.sub(r"_(res|hemi)-[A-Za-z0-9]+", "", stem))):
         for ending in (".tsv", ".csv", ".txt", ".json"):
@@ -196,7 +209,7 @@ def _digest(paths: Sequence[Path]) -> str:
 
 
 def _join(text: str, label: str, parts: Sequence[AtlasSpec]) -> AtlasSpec:
-    """Several atlases as one, its networks those of the first, of the second, …"""
+    """Return several atlases as one, its networks those of the first, then of the second, and so on."""
     kinds = {"volume" if part.kind in ("labels", "maps") else part.kind for part in parts}
     if len(kinds) > 1:
         raise ValueError(f"atlas {text}: joins {' and '.join(sorted(kinds))}, expected one kind of image")
@@ -222,11 +235,12 @@ def save_atlas(spec: AtlasSpec, work: Path) -> None:
 
 
 def saved_atlas(label: str, work: Path) -> AtlasSpec:
-    """The atlas that the participant level used.
+    """Return the atlas that the participant level used.
 
     Raises
     ------
-    FileNotFoundError : if it has moved
+    FileNotFoundError
+        If it has moved.
     """
     spec = _restored(json.loads((work / "atlases" / f"{label}.json").read_text(encoding="utf-8")))
     for path in spec.paths:
@@ -257,7 +271,8 @@ def check_space(spec: AtlasSpec, space: str) -> None:
 
     Raises
     ------
-    ValueError : naming both
+    ValueError
+        Naming both.
     """
     for one in spec.pieces:
         if one.space and space and one.space != space:
@@ -269,11 +284,12 @@ def check_space(spec: AtlasSpec, space: str) -> None:
 
 
 def read_labels(image: Any) -> np.ndarray:
-    """Voxels of a label image as int64, background and what is not finite as 0.
+    """Return voxels of a label image as int64, background and what is not finite as 0.
 
     Raises
     ------
-    ValueError : if the labels are not whole numbers
+    ValueError
+        If the labels are not whole numbers.
     """
     data = np.asarray(image.dataobj, np.float64)
     data = np.where(np.isfinite(data), data, BACKGROUND)

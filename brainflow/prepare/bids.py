@@ -58,16 +58,19 @@ def check_folders(bids_dir: Path, derivatives: Collection[Path] = ()) -> None:
 
 
 def find_runs(bids_dir: Path, query: Query, *, derivatives: Collection[Path] = ()) -> list[RunFiles]:
-    """Runs of a dataset, sorted by key.
+    """Return runs of a dataset, sorted by key.
 
     Parameters
     ----------
-    bids_dir : raw dataset with `derivatives/`, a derivatives dataset, or subjects of the HCP's pipelines
-    derivatives : further datasets to look into
+    bids_dir
+        Raw dataset with `derivatives/`, a derivatives dataset, or subjects of the HCP's pipelines.
+    derivatives
+        Further datasets to look into.
 
     Raises
     ------
-    FileNotFoundError : if a directory does not exist
+    FileNotFoundError
+        If a directory does not exist.
     """
     if is_hcp(bids_dir):
         found = find_hcp_runs(bids_dir, query, query.dataset or dataset_name(bids_dir))
@@ -141,7 +144,7 @@ def _leads_back(link: str, home: str, linked: set[str]) -> bool:
 
 
 def _parse(path: Path) -> BidsFile | None:
-    """Like `parse_name`, also for the event files of the HCP, `sub-…_task-…_EV_<state>.txt`."""
+    """Parse it like `parse_name`, also the event files of the HCP, `sub-…_task-…_EV_<state>.txt`."""
     recording, mark, state = path.name.partition("_EV_")
     if not mark:
         return parse_name(path)
@@ -185,7 +188,7 @@ class _Tables:
             self._by_subject.setdefault(file.entities.get("sub", ""), []).append(file)
 
     def of(self, image: BidsFile, suffix: str) -> list[BidsFile]:
-        """Files that apply to an image, the most specific first."""
+        """Return files that apply to an image, the most specific first."""
         fitting = [
             file
             for subject in {image.entities.get("sub", ""), ""}
@@ -235,7 +238,7 @@ def _make_run(dataset: str, found: _Found, tables: _Tables, query: Query) -> Run
 
 
 def _space(file: BidsFile) -> str:
-    """Space of an image, with the cohort of templates that have several, as in `MNIInfant:cohort-1`."""
+    """Return the space of an image, with the cohort where templates have several: `MNIInfant:cohort-1`."""
     space, cohort = (file.entities.get(name, "") for name in ("space", "cohort"))
     return f"{space}:cohort-{cohort}" if cohort else space
 

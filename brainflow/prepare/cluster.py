@@ -40,18 +40,23 @@ def array_script(
     group: Sequence[str],
     gigabytes: int,
 ) -> str:
-    """Text of the script.
+    """Return the text of the script.
 
     Parameters
     ----------
-    name : file name of the script, for the comment
-    participants : labels
-    participant, group : command lines of the two levels, without `--participant-label`
-    gigabytes : memory of a task
+    name
+        File name of the script, for the comment.
+    participants
+        Labels.
+    participant, group
+        Command lines of the two levels, without `--participant-label`.
+    gigabytes
+        Memory of a task.
 
     Raises
     ------
-    ValueError : if there are no participants
+    ValueError
+        If there are no participants.
     """
     if not participants:
         raise ValueError("slurm: no participants were found")
@@ -81,14 +86,19 @@ def submit(
 
     Parameters
     ----------
-    commands : command line of each participant
-    folder : where the jobs' scripts and logs go
-    cluster : "slurm" submits one array; "local" starts processes here
-    gigabytes : memory of a job
+    commands
+        Command line of each participant.
+    folder
+        Where the jobs' scripts and logs go.
+    cluster
+        "slurm" submits one array; "local" starts processes here.
+    gigabytes
+        Memory of a job.
 
     Raises
     ------
-    ImportError : saying which extra to install
+    ImportError
+        Saying which extra to install.
     """
     submitit = need("submitit", "submitting jobs", "slurm")
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster)

@@ -37,12 +37,18 @@ class Confounds:
 
     Parameters
     ----------
-    values : float64 [time, confounds], or None for nothing
-    names : their names
-    censor : bool [time], True where nilearn's sample mask leaves the volume out
-    displacement : float64 [time], framewise displacement in mm, NaN for the first volume; None where unknown
-    steady_from : number of leading volumes that fMRIPrep marked as non-steady
-    dvars : float64 [time], standardised DVARS, NaN for the first volume; None where unknown
+    values
+        float64 [time, confounds], or None for nothing.
+    names
+        Their names.
+    censor
+        bool [time], True where nilearn's sample mask leaves the volume out.
+    displacement
+        float64 [time], framewise displacement in mm, NaN for the first volume; None where unknown.
+    steady_from
+        Number of leading volumes that fMRIPrep marked as non-steady.
+    dvars
+        float64 [time], standardised DVARS, NaN for the first volume; None where unknown.
     """
 
     values: np.ndarray | None
@@ -63,14 +69,18 @@ def load(images: tuple[Path, ...], table: Path | None, strategy: Strategy, volum
 
     Parameters
     ----------
-    images : the image, or the two hemispheres of GIFTI
-    table : its `desc-confounds` table, or `Movement_Regressors.txt` of the HCP
-    volumes : time points of the image
+    images
+        The image, or the two hemispheres of GIFTI.
+    table
+        Its `desc-confounds` table, or `Movement_Regressors.txt` of the HCP.
+    volumes
+        Time points of the image.
 
     Raises
     ------
-    Unusable : if the table is missing or damaged, lacks columns of the strategy, does not have one row a
-        volume, or has NaN below the first row of a column that is needed
+    Unusable
+        If the table is missing or damaged, lacks columns of the strategy, does not have one row a volume, or
+        has NaN below the first row of a column that is needed.
     """
     if table is None:
         if strategy == "none":
@@ -141,7 +151,7 @@ def _read_table(path: Path) -> Any:
 
 
 def _select(images: tuple[Path, ...], strategy: Strategy) -> tuple[Any, np.ndarray | None]:
-    """Columns of the strategy as a DataFrame, and the volumes that it keeps."""
+    """Return columns of the strategy as a DataFrame, and the volumes that it keeps."""
     fmriprep = need("nilearn.interfaces.fmriprep", "choosing confounds", "bids")
     files: Any = str(images[0]) if len(images) == 1 else [str(path) for path in images]
     try:
@@ -186,9 +196,12 @@ def clean(series: np.ndarray, confounds: Confounds | None, settings: CleanSettin
 
     Parameters
     ----------
-    series : float [time, networks], as extracted
-    confounds : of the same time points, with their censor bits; None for none
-    t_r : seconds
+    series
+        float [time, networks], as extracted.
+    confounds
+        Of the same time points, with their censor bits; None for none.
+    t_r
+        Seconds.
 
     Returns
     -------
@@ -197,7 +210,8 @@ def clean(series: np.ndarray, confounds: Confounds | None, settings: CleanSettin
 
     Raises
     ------
-    Unusable : if nilearn cannot clean it, values are not finite afterwards, or it cannot be normalised
+    Unusable
+        If nilearn cannot clean it, values are not finite afterwards, or it cannot be normalised.
     """
     signal = need("nilearn.signal", "cleaning time series", "bids")
     kept = np.arange(len(series)) if confounds is None else np.flatnonzero(~confounds.censor)
@@ -241,7 +255,7 @@ def _on_all_volumes(values: np.ndarray, kept: np.ndarray, volumes: int) -> np.nd
 
 
 def temporal_snr(series: np.ndarray) -> float:
-    """Median over networks of mean / standard deviation over time; NaN if no network varies."""
+    """Return the median over networks of mean / standard deviation over time; NaN if no network varies."""
     mean, std = series.mean(axis=0, dtype=np.float64), series.std(axis=0, dtype=np.float64)
     varying = std > 1e-9 * np.abs(mean).clip(1e-30)
     return float(np.median(np.abs(mean[varying]) / std[varying])) if varying.any() else float("nan")

@@ -34,8 +34,10 @@ def write_description(output: Path, roots: Sequence[Path] = (), images: Iterable
 
     Parameters
     ----------
-    roots : data sets that were read, for `DatasetLinks`
-    images : whose own data sets and pipelines are named as sources
+    roots
+        Data sets that were read, for `DatasetLinks`.
+    images
+        Whose own data sets and pipelines are named as sources.
     """
     path = output / _DESCRIPTION
     if not is_ours(path):
@@ -64,13 +66,13 @@ def write_description(output: Path, roots: Sequence[Path] = (), images: Iterable
 
 
 def makers_of(output: Path) -> list[dict[str, str]]:
-    """What made the images that an output was made of, `Name` and `Version`, as its description says."""
+    """Return what made the images that an output was made of, `Name` and `Version`, by its description."""
     makers = _texts(_read(output / _DESCRIPTION).get("GeneratedBy"))
     return [one for one in makers if one.get("Name") != GENERATOR["Name"]]
 
 
 def dataset_links(roots: Sequence[Path]) -> dict[str, Path]:
-    """A name for each data set, by which BIDS URIs point into it."""
+    """Return a name for each data set, by which BIDS URIs point into it."""
     links: dict[str, Path] = {}
     for root in roots:
         name = re.sub(r"[^A-Za-z0-9-]", "", root.resolve().name) or "dataset"
@@ -81,7 +83,7 @@ def dataset_links(roots: Sequence[Path]) -> dict[str, Path]:
 
 
 def bids_uri(path: Path, roots: Sequence[Path]) -> str:
-    """`bids:<dataset>:<path>` of a file; its name alone if it lies in none of the data sets."""
+    """Return `bids:<dataset>:<path>` of a file; its name alone if it lies in none of the data sets."""
     for name, root in dataset_links(roots).items():
         if path.absolute().is_relative_to(root.absolute()):
             return f"bids:{name}:{path.absolute().relative_to(root.absolute()).as_posix()}"
@@ -101,7 +103,7 @@ def is_ours(path: Path) -> bool:
 
 
 def _descriptions(roots: Sequence[Path], images: Iterable[Path]) -> list[dict[str, Any]]:
-    """Descriptions of the data sets, and of those inside them that the images belong to."""
+    """Return descriptions of the data sets, and of those inside them that the images belong to."""
     tops = [root.absolute() for root in roots]
     folders = dict.fromkeys(tops)  # those that were looked at, in this order
     for image in images:
@@ -113,7 +115,7 @@ def _descriptions(roots: Sequence[Path], images: Iterable[Path]) -> list[dict[st
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A description, {} where there is none that can be read."""
+    """Return a description, {} where there is none that can be read."""
     try:
         regular_size(path, TEXT_BYTES)
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -123,7 +125,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _texts(entries: Any) -> list[dict[str, str]]:
-    """The objects of a list in a stranger's description, with what of them is known and a text."""
+    """Return the objects of a list in a stranger's description, with what of them is known and a text."""
     known = [
         {name: one[name] for name in _TEXTS if isinstance(one.get(name), str) and one[name]}
         for one in (entries if isinstance(entries, list) else [])

@@ -74,12 +74,16 @@ class EventSettings:
 
     Parameters
     ----------
-    preset : "bids" takes every event; "hcp" the 20 states of the HCP from EV files, `EV.csv` or events;
-        "mdtb" merges the trials of the MDTB into blocks of its 26 tasks
-    column : column of `events.tsv` that names the event; "" for the usual one of the preset (`trial_type`;
-        the MDTB has `taskName`)
-    shift : seconds added to onsets for the haemodynamic lag; None for the preset's: 3 s, HCP 2.88 s, MDTB 3 s
-    merge : merge successive events with the same label into one block, up to the onset of the next event
+    preset
+        "bids" takes every event; "hcp" the 20 states of the HCP from EV files, `EV.csv` or events; "mdtb"
+        merges the trials of the MDTB into blocks of its 26 tasks.
+    column
+        Column of `events.tsv` that names the event; "" for the usual one of the preset (`trial_type`; the
+        MDTB has `taskName`).
+    shift
+        Seconds added to onsets for the haemodynamic lag; None for the preset's: 3 s, HCP 2.88 s, MDTB 3 s.
+    merge
+        Merge successive events with the same label into one block, up to the onset of the next event.
     """
 
     preset: Preset = "bids"
@@ -109,18 +113,23 @@ class Event:
 def segments_of(
     files: Sequence[Path], settings: EventSettings, *, task: str, t_r: float, volumes: int, dropped: int = 0
 ) -> list[Segment]:
-    """Labelled segments of a run.
+    """Return labelled segments of a run.
 
     Parameters
     ----------
-    files : its events file or EV files; none for a run without events
-    task : its task label
-    t_r : seconds
-    volumes : time points after `dropped` dummy scans at the start
+    files
+        Its events file or EV files; none for a run without events.
+    task
+        Its task label.
+    t_r
+        Seconds.
+    volumes
+        Time points after `dropped` dummy scans at the start.
 
     Raises
     ------
-    Unusable : if a file cannot be understood
+    Unusable
+        If a file cannot be understood.
     """
     if settings.preset == "hcp":
         if task.upper().startswith(("REST", "RFMRI")):
@@ -148,11 +157,12 @@ def segments_of(
 
 
 def read_events(path: Path, column: str) -> list[Event]:
-    """Rows of an `events.tsv` that have an onset and a label, by onset.
+    """Return rows of an `events.tsv` that have an onset and a label, by onset.
 
     Raises
     ------
-    Unusable : if it is no table or lacks a column
+    Unusable
+        If it is no table or lacks a column.
     """
     pandas = need("pandas", "reading events", "bids")
     try:
@@ -204,7 +214,7 @@ def merge_blocks(events: Sequence[Event]) -> list[Event]:
 
 
 def _mdtb_task(name: str) -> str:
-    """Task of an MDTB event: the second set repeats tasks of the first one with a 2 behind the name."""
+    """Return the task of an MDTB event: the second set repeats tasks of the first with a 2 behind."""
     return name.removesuffix("2")
 
 
@@ -221,13 +231,14 @@ def _read_hcp(files: Sequence[Path], task: str) -> list[Event]:
 
 
 def read_ev(path: Path, task: str) -> list[Event]:
-    """Events of one EV file of the HCP: onset, duration and amplitude, without a header.
+    """Return events of one EV file of the HCP: onset, duration and amplitude, without a header.
 
     Files that are no state of the task (`cue.txt`, `win_event.txt`, `2bk_cor.txt`) give none.
 
     Raises
     ------
-    Unusable : if a line is not three numbers
+    Unusable
+        If a line is not three numbers.
     """
     name = path.stem.rpartition("_EV_")[2]
     state = re.sub(r"^[02]bk_", "", name)
@@ -283,7 +294,7 @@ def _to_segments(
 
 
 def _first_volume(seconds: float, t_r: float) -> int:
-    """First volume at or after a time; 1 µs of slack for decimals that binary numbers cannot hold."""
+    """Return the first volume at or after a time; 1 µs of slack for what binary numbers cannot hold."""
     return math.ceil(seconds / t_r - 1e-6 / t_r)
 
 

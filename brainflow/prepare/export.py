@@ -49,17 +49,23 @@ def export(
 
     Parameters
     ----------
-    form : "tsv", one column a network with its name above, or "ptseries", CIFTI
-    participants : labels to export; all if empty
-    label : of the atlas; by default the store's parcellation
-    space : for the `space-` of the name; by default the one that the store was prepared in, if it knows
-    geometry : label image or dlabel of the atlas, which tells a ptseries where its parcels are; without it
-        they have names only
+    form
+        "tsv", one column a network with its name above, or "ptseries", CIFTI.
+    participants
+        Labels to export; all if empty.
+    label
+        Of the atlas; by default the store's parcellation.
+    space
+        For the `space-` of the name; by default the one that the store was prepared in, if it knows.
+    geometry
+        Label image or dlabel of the atlas, which tells a ptseries where its parcels are; without it they have
+        names only.
 
     Raises
     ------
-    ValueError : if nothing is to be exported, the geometry has other networks than the store, a file would
-        lie outside `output`, or one is there that this function did not write
+    ValueError
+        If nothing is to be exported, the geometry has other networks than the store, a file would lie outside
+        `output`, or one is there that this function did not write.
     """
     label = re.sub(r"[^A-Za-z0-9]", "", label or store.attributes["parcellation"]) or "unknown"
     space = space or str(store.attributes["preprocessing"].get("space", ""))
@@ -100,7 +106,7 @@ def export(
 
 
 def _part(text: str) -> str:
-    """A stranger's text as part of a file name: the characters of BIDS stay, others are percent-encoded."""
+    """Return a stranger's text as part of a file name: BIDS' characters stay, others are percent-encoded."""
     return quote(text, safe="+")
 
 

@@ -44,21 +44,30 @@ def ingest_fbert(
 
     Parameters
     ----------
-    folder : the corpus
-    store_path : runs are added if the store exists
-    sidecars : one folder a data set, with its `_bold.json` files anywhere below
-    dtype : element type of a new store
-    overwrite : replace the store
-    progress : called with (recordings done, recordings in all)
+    folder
+        The corpus.
+    store_path
+        Runs are added if the store exists.
+    sidecars
+        One folder a data set, with its `_bold.json` files anywhere below.
+    dtype
+        Element type of a new store.
+    overwrite
+        Replace the store.
+    progress
+        Called with (recordings done, recordings in all).
 
     Returns
     -------
-    IngestReport : a recording without a repetition time, or with several, is in `failures`
+    IngestReport
+        A recording without a repetition time, or with several, is in `failures`.
 
     Raises
     ------
-    StoreError : if a file of the corpus is not as described above, or the store cannot be written
-    FileNotFoundError : if a file or folder is not there
+    StoreError
+        If a file of the corpus is not as described above, or the store cannot be written.
+    FileNotFoundError
+        If a file or folder is not there.
     """
     if not sidecars.is_dir():
         raise FileNotFoundError(
@@ -105,7 +114,7 @@ def _json(path: Path) -> Any:
 
 
 def _arrays(folder: Path, recordings: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows, mapped, and the recording of each."""
+    """Return windows, mapped, and the recording of each."""
     windows, owner = (_npy(folder / name) for name in ("windows.npy", "window_to_recording.npy"))
     if windows.ndim != 3 or windows.dtype.kind != "f":
         raise StoreError(
@@ -136,7 +145,7 @@ def _npy(path: Path) -> np.ndarray:
 def _runs(
     recording: str, windows: np.ndarray, mine: np.ndarray, times: _RepetitionTimes
 ) -> Iterator[dict[str, Any]]:
-    """The windows of a recording, as keyword arguments of `StoreWriter.append`."""
+    """Yield the windows of a recording, as keyword arguments of `StoreWriter.append`."""
     dataset, _, rest = recording.partition("/")
     file = parse_name(Path(f"{rest.rpartition('/')[2]}_bold.nii"))
     if not rest or file is None or not file.entities.get("sub"):
@@ -164,7 +173,7 @@ class _RepetitionTimes:
         self._known: dict[str, dict[str, list[BidsFile]]] = {}
 
     def of(self, dataset: str, recording: BidsFile) -> float:
-        """Seconds of a recording, from its own sidecars, else from those of its data set."""
+        """Return seconds of a recording, from its own sidecars, else from those of its data set."""
         by_subject = self._sidecars(dataset)
         general = [file for file in by_subject.get("", []) if _describes(file, recording.entities)]
         subject = by_subject.get(recording.entities["sub"], [])

@@ -60,7 +60,7 @@ def parse_name(path: Path) -> BidsFile | None:
 
 
 def entries_of(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name; a folder that cannot be read is warned of, and stops nothing."""
+    """Return what a folder holds, by name; a folder that cannot be read is warned of, and stops nothing."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -85,7 +85,7 @@ def _is_extension(text: str) -> bool:
 
 
 def make_key(dataset: str, entities: Mapping[str, str]) -> str:
-    """Key of a run in a store, `ds-<dataset>_sub-…[_ses-…]_task-…[_run-…]`, as in the released data."""
+    """Return the key of a run in a store, `ds-<dataset>_sub-…[_ses-…]_task-…[_run-…]`, as released."""
     parts = [f"{name}-{entities[name]}" for name in RUN_ENTITIES if entities.get(name)]
     return "_".join([f"ds-{dataset}", *parts])
 
@@ -96,15 +96,24 @@ class RunFiles:
 
     Parameters
     ----------
-    key : unique name, `ds-<dataset>_sub-…`
-    entities : of the recording, without space, resolution and description
-    images : the image; left and right hemisphere for GIFTI; several if the choice is ambiguous
-    sidecars : JSON files that may hold the repetition time, the most specific first
-    confounds : `desc-confounds` table or None
-    events : `_events.tsv`, or EV files of the HCP
-    source : the scanner's image, where the raw dataset is there
-    space, description : `space-` and `desc-` of the image; runs of one store have them in common
-    problem : why the run cannot be prepared, known from names alone
+    key
+        Unique name, `ds-<dataset>_sub-…`.
+    entities
+        Of the recording, without space, resolution and description.
+    images
+        The image; left and right hemisphere for GIFTI; several if the choice is ambiguous.
+    sidecars
+        JSON files that may hold the repetition time, the most specific first.
+    confounds
+        `desc-confounds` table or None.
+    events
+        `_events.tsv`, or EV files of the HCP.
+    source
+        The scanner's image, where the raw dataset is there.
+    space, description
+        `space-` and `desc-` of the image; runs of one store have them in common.
+    problem
+        Why the run cannot be prepared, known from names alone.
     """
 
     key: str

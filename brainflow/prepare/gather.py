@@ -29,11 +29,12 @@ def select_records(
     sessions: Collection[str] = (),
     filters: Mapping[str, Collection[str | None]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Records of the runs asked for, sorted by key; `filters` as in `Query`.
+    """Return records of the runs asked for, sorted by key; `filters` as in `Query`.
 
     Raises
     ------
-    FileNotFoundError : if there are none at all
+    FileNotFoundError
+        If there are none at all.
     """
     chosen = (("sub", participants), ("task", tasks), ("ses", sessions))
     return [
@@ -45,7 +46,7 @@ def select_records(
 
 
 def unprepared(records: Sequence[dict[str, Any]], runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """Records for runs of the dataset that have none: their job never began, or died before it wrote one."""
+    """Return records for runs of the dataset that have none: their job never began, or died before."""
     known = {tuple(sorted(record["entities"].items())) for record in records}
     return [
         {
@@ -61,12 +62,12 @@ def unprepared(records: Sequence[dict[str, Any]], runs: Sequence[RunFiles]) -> l
 
 
 def check_recipes(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The recipe that all prepared runs have in common.
+    """Return the recipe that all prepared runs have in common.
 
     Raises
     ------
-    ValueError : if they were prepared with different settings, naming two runs and what differs; or if none
-        is there
+    ValueError
+        If they were prepared with different settings, naming two runs and what differs; or if none is there.
     """
     done = [record for record in records if record["status"] == DONE]
     if not done:
@@ -85,7 +86,7 @@ def check_recipes(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def store_path(output: Path, dataset: str, atlas: str) -> Path:
-    """Where the store of an atlas lies."""
+    """Return where the store of an atlas lies."""
     return output / f"ds-{dataset}_atlas-{atlas}.zarr"
 
 
@@ -102,15 +103,18 @@ def gather(
 
     Parameters
     ----------
-    progress : called with (runs done, runs in all)
+    progress
+        Called with (runs done, runs in all).
 
     Returns
     -------
-    IngestReport : runs whose part is missing or cannot go in are in `failures`, by their keys
+    IngestReport
+        Runs whose part is missing or cannot go in are in `failures`, by their keys.
 
     Raises
     ------
-    ValueError : if runs were prepared with different settings or atlases, or none can go in
+    ValueError
+        If runs were prepared with different settings or atlases, or none can go in.
     """
     recipe = check_recipes(records)
     if recipe["atlases"].get(atlas.label) != atlas.digest:
@@ -150,7 +154,7 @@ def gather(
 
 
 def normalised(clean: Mapping[str, Any]) -> str:
-    """What was done to runs that this version, or one whose setting was `standardize`, prepared."""
+    """Return what was done to runs that this version, or one whose setting was `standardize`, prepared."""
     return str(clean.get("normalise", "zscore" if clean.get("standardize") else "none"))
 
 
@@ -180,7 +184,8 @@ def write_table(records: Sequence[dict[str, Any]], path: Path, roots: Sequence[P
 
     Parameters
     ----------
-    roots : data sets that the sources, BIDS URIs of the files that were read, are relative to
+    roots
+        Data sets that the sources, BIDS URIs of the files that were read, are relative to.
     """
     columns = (
         "key",

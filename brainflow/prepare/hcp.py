@@ -36,18 +36,22 @@ def _subjects(root: Path) -> Iterator[Path]:
 
 
 def find_hcp_runs(root: Path, query: Query, dataset: str) -> list[RunFiles]:
-    """Runs of all subjects, sorted by key.
+    """Return runs of all subjects, sorted by key.
 
     Parameters
     ----------
-    root : directory with one folder a subject
-    query : `description` chooses among images of one run by what follows its name, such as `hp2000_clean` or
-        `Atlas_MSMAll`; "preproc" is the plain one
-    dataset : name of the dataset in keys
+    root
+        Directory with one folder a subject.
+    query
+        `description` chooses among images of one run by what follows its name, such as `hp2000_clean` or
+        `Atlas_MSMAll`; "preproc" is the plain one.
+    dataset
+        Name of the dataset in keys.
 
     Raises
     ------
-    ValueError : for GIFTI or sessions, which this layout does not have
+    ValueError
+        For GIFTI or sessions, which this layout does not have.
     """
     if query.sessions:
         raise ValueError("session_id: the HCP's folders have no sessions")
@@ -90,7 +94,7 @@ def _run(dataset: str, subject: str, folder: Path, name: re.Match[str], query: Q
 
 
 def _images(folder: Path, query: Query) -> tuple[tuple[Path, ...], str]:
-    """The image of a run, or all that fit and why none was chosen."""
+    """Return the image of a run, or all that fit and why none was chosen."""
     ending = ".nii.gz" if query.kind == "volume" else ".dtseries.nii"
     plain = "" if query.kind == "volume" else "_Atlas"
     wanted = plain if query.description == "preproc" else f"_{query.description}"
@@ -105,7 +109,7 @@ def _images(folder: Path, query: Query) -> tuple[tuple[Path, ...], str]:
 
 
 def read_movement(path: Path, volumes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Motion parameters of a run and its framewise displacement.
+    """Return motion parameters of a run and its framewise displacement.
 
     Returns
     -------
@@ -114,7 +118,8 @@ def read_movement(path: Path, volumes: int) -> tuple[np.ndarray, np.ndarray]:
 
     Raises
     ------
-    Unusable : if it is no table of numbers with six columns or more and one row a volume
+    Unusable
+        If it is no table of numbers with six columns or more and one row a volume.
     """
     try:
         table = np.loadtxt(path, ndmin=2)

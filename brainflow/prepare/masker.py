@@ -31,16 +31,21 @@ def extract(
     confounds: Any = None,
     settings: CleanSettings | None = None,
 ) -> np.ndarray | list[np.ndarray]:
-    """Cleaned time series of one image or of several.
+    """Return the cleaned time series of one image or of several.
 
     Parameters
     ----------
-    images : a 4-D image (path or nibabel object), or a list of them
-    atlas : what `--atlas` takes (a path or a name), an `AtlasSpec`, or a fitted nilearn masker, which does
-        all of the work
-    t_r : repetition time in seconds; by default the header's
-    confounds : [time, confounds] array or DataFrame; a list of them for a list of images
-    settings : how to clean; the published defaults if not given; not with a masker, which has its own
+    images
+        A 4-D image (path or nibabel object), or a list of them.
+    atlas
+        What `--atlas` takes (a path or a name), an `AtlasSpec`, or a fitted nilearn masker, which does all of
+        the work.
+    t_r
+        Repetition time in seconds; by default the header's.
+    confounds
+        [time, confounds] array or DataFrame; a list of them for a list of images.
+    settings
+        How to clean; the published defaults if not given; not with a masker, which has its own.
 
     Returns
     -------
@@ -48,8 +53,9 @@ def extract(
 
     Raises
     ------
-    ValueError : if the numbers of images and confounds differ, the repetition time is not known, or the names
-        of image and atlas say that they are in different templates
+    ValueError
+        If the numbers of images and confounds differ, the repetition time is not known, or the names of image
+        and atlas say that they are in different templates.
     """
     several = isinstance(images, list | tuple)
     files = list(images) if several else [images]
@@ -88,17 +94,25 @@ def store_from_masker(
 
     Parameters
     ----------
-    path : store to make
-    masker : fitted
-    images, subjects, confounds, runs : one of each a run; `runs` numbers the images of a subject if not given
-    t_r : seconds; by default the masker's, then each image's own
-    network_names : by default those that the masker knows
-    entities : further entities of each run: `session`, `task`
-    normalise : what is done to each run behind what the masker does
+    path
+        Store to make.
+    masker
+        Fitted.
+    images, subjects, confounds, runs
+        One of each a run; `runs` numbers the images of a subject if not given.
+    t_r
+        Seconds; by default the masker's, then each image's own.
+    network_names
+        By default those that the masker knows.
+    entities
+        Further entities of each run: `session`, `task`.
+    normalise
+        What is done to each run behind what the masker does.
 
     Raises
     ------
-    ValueError : if their numbers differ, a repetition time is not known or a run cannot be normalised
+    ValueError
+        If their numbers differ, a repetition time is not known or a run cannot be normalised.
     """
     given = {"subjects": subjects, "confounds": confounds, "runs": runs, "entities": entities}
     for name, values in given.items():
@@ -143,7 +157,7 @@ def is_masker(thing: Any) -> bool:
 
 
 def _atlas_for(text: str, images: Sequence[Any]) -> AtlasSpec:
-    """An atlas in the template that the images' names state."""
+    """Return an atlas in the template that the images' names state."""
     named = [parse_name(Path(image)) for image in images if isinstance(image, str | os.PathLike)]
     templates = {file.entities["space"] for file in named if file and "space" in file.entities}
     spec = find_atlas(text, min(templates, default=""))
@@ -200,7 +214,7 @@ def _names_of(masker: Any, networks: int) -> list[str] | None:
 
 
 def _parameters(masker: Any) -> dict[str, Any]:
-    """Parameters of a masker that are plain values."""
+    """Return parameters of a masker that are plain values."""
     kinds = (str, int, float, bool, type(None))
     return {name: value for name, value in sorted(masker.get_params().items()) if isinstance(value, kinds)}
 
@@ -212,19 +226,26 @@ def bold_from_nifti(
 
     Parameters
     ----------
-    image : 4-D NIfTI file
-    mask : 3-D NIfTI file on the same grid; voxels that are not zero are taken
-    t_r : repetition time in seconds; by default that of the header
+    image
+        4-D NIfTI file.
+    mask
+        3-D NIfTI file on the same grid; voxels that are not zero are taken.
+    t_r
+        Repetition time in seconds; by default that of the header.
 
     Returns
     -------
-    bold : float32 [time, voxels], voxels in C order of the mask
-    t_r : seconds
+    bold
+        float32 [time, voxels], voxels in C order of the mask.
+    t_r
+        Seconds.
 
     Raises
     ------
-    ValueError : if shapes or grids differ, or the header has no usable repetition time and none is given
-    ImportError : if nibabel is not installed
+    ValueError
+        If shapes or grids differ, or the header has no usable repetition time and none is given.
+    ImportError
+        If nibabel is not installed.
     """
     nibabel = need("nibabel", "reading NIfTI", "report")
     regular_size(Path(image))

@@ -35,11 +35,16 @@ class Named:
 
     Parameters
     ----------
-    path : the image
-    label : of the atlas, letters and digits
-    template : that the image is in
-    names : {label value or map index: name}, as far as nilearn says them
-    table : file with the names, where there is one
+    path
+        The image.
+    label
+        Of the atlas, letters and digits.
+    template
+        That the image is in.
+    names
+        {label value or map index: name}, as far as nilearn says them.
+    table
+        File with the names, where there is one.
     """
 
     path: Path
@@ -50,7 +55,7 @@ class Named:
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """Families of parcellations: their names, what they are, and their templates, as JSON values."""
+    """Return families of parcellations: their names, what they are, and their templates, as JSON values."""
     return [
         {
             "names": [_filled(entry["name"], n) for n in entry.get("n", [None])],
@@ -66,8 +71,10 @@ def find(text: str, template: str) -> Named | None:
 
     Parameters
     ----------
-    text : such as "schaefer-400"; capitals do not matter, and dashes may be left out or be underscores
-    template : in which it is wanted; "" for the first in the table
+    text
+        Such as "schaefer-400"; capitals do not matter, and dashes may be left out or be underscores.
+    template
+        In which it is wanted; "" for the first in the table.
 
     Returns
     -------
@@ -75,8 +82,10 @@ def find(text: str, template: str) -> Named | None:
 
     Raises
     ------
-    ValueError : if it does not come in that size or template
-    ConnectionError : if it cannot be downloaded
+    ValueError
+        If it does not come in that size or template.
+    ConnectionError
+        If it cannot be downloaded.
     """
     sizes: list[str] = []
     for entry in _table():
@@ -96,12 +105,12 @@ def find(text: str, template: str) -> Named | None:
 
 
 def templateflow_home() -> Path:
-    """Folder in which TemplateFlow's client keeps its files."""
+    """Return the folder in which TemplateFlow's client keeps its files."""
     return Path(os.environ.get("TEMPLATEFLOW_HOME", _cache() / "templateflow"))
 
 
 def atlas_home() -> Path:
-    """Folder for parcellations that neither nilearn nor TemplateFlow has: BRAINFLOW_ATLASES, if it is set."""
+    """Return the folder for atlases of neither nilearn nor TemplateFlow: BRAINFLOW_ATLASES, if set."""
     return Path(os.environ.get("BRAINFLOW_ATLASES") or _cache() / "brainflow" / "atlases")
 
 
@@ -116,7 +125,7 @@ def _table() -> list[dict[str, Any]]:
 
 
 def _source(entry: Mapping[str, Any], n: int | None, template: str) -> dict[str, Any]:
-    """The source of an atlas in a template."""
+    """Return the source of an atlas in a template."""
     sources = [source for source in entry["from"] if n in source.get("n", [n])]
     for source in sources:
         if template in ("", source["template"]):
@@ -149,7 +158,7 @@ def _fetch(entry: Mapping[str, Any], n: int | None, source: Mapping[str, Any]) -
 
 
 def _filled(value: Any, n: int | None, **more: str) -> Any:
-    """A value of the table with the size in place of `{n}`."""
+    """Return a value of the table with the size in place of `{n}`."""
     if isinstance(value, dict):
         return {key: _filled(one, n, **more) for key, one in value.items()}
     if value == "{n}":
@@ -179,7 +188,7 @@ def _from_templateflow(name: str, file: str, table: str) -> Path:
 
 
 def _query(file: str) -> dict[str, Any]:
-    """A file name of TemplateFlow's as arguments of its client."""
+    """Return a file name of TemplateFlow's as arguments of its client."""
     parsed = parse_name(Path(file))
     assert parsed is not None  # the table's own
     wanted: dict[str, Any] = {k: v for k, v in parsed.entities.items() if k not in ("tpl", "res")}
@@ -190,7 +199,7 @@ def _query(file: str) -> dict[str, Any]:
 
 
 def _is_there(path: Path) -> bool:
-    """TemplateFlow puts empty files where it has not downloaded anything yet."""
+    """Whether a file has been downloaded: TemplateFlow puts empty ones where none has been yet."""
     return path.is_file() and path.stat().st_size > 0
 
 

@@ -43,7 +43,7 @@ def networks_of(atlas: AtlasSpec) -> list[str]:
 
 
 def coordinates(spec: AtlasSpec) -> np.ndarray | None:
-    """Centre of each network in mm, float64 [networks, 3].
+    """Return the centre of each network in mm, float64 [networks, 3].
 
     Volumes: nilearn's `find_parcellation_cut_coords` and `find_probabilistic_atlas_cut_coords`, each network
     cut out before. Surfaces: the vertex or voxel of a network that is nearest to their mean.
@@ -96,7 +96,7 @@ def _of_maps(path: Path) -> np.ndarray:
 
 
 def _cut(data: np.ndarray, box: tuple[slice, ...], affine: np.ndarray, dtype: Any) -> Any:
-    """A part of a volume as an image that lies where it lay."""
+    """Return a part of a volume as an image that lies where it lay."""
     moved = affine.copy()
     moved[:3, 3] += affine[:3, :3] @ [part.start for part in box]
     return need("nibabel", "cutting out a network", "bids").Nifti1Image(data[box].astype(dtype), moved)
@@ -131,7 +131,7 @@ def _of_surfaces(spec: AtlasSpec) -> np.ndarray | None:
 
 
 def _geometry(spec: AtlasSpec) -> tuple[np.ndarray, dict[str, int]]:
-    """Affine of the voxels, and the number of vertices of each surface."""
+    """Return the affine of the voxels, and the number of vertices of each surface."""
     nibabel = need("nibabel", "reading an atlas", "bids")
     if spec.kind == "gifti":
         sizes = [len(nibabel.load(path).darrays[0].data) for path in spec.paths]
@@ -141,11 +141,12 @@ def _geometry(spec: AtlasSpec) -> tuple[np.ndarray, dict[str, int]]:
 
 
 def _mesh(spec: AtlasSpec, side: int, vertices: int) -> np.ndarray | None:
-    """Vertices of a hemisphere in mm, float64 [vertices, 3].
+    """Return vertices of a hemisphere in mm, float64 [vertices, 3].
 
     Raises
     ------
-    ValueError : if the user's mesh has another number of vertices than the atlas
+    ValueError
+        If the user's mesh has another number of vertices than the atlas.
     """
     if spec.surfaces:
         path = spec.surfaces[side]

@@ -47,13 +47,17 @@ def prepare_runs(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]
 
     Parameters
     ----------
-    jobs : runs to prepare
-    processes : worker processes, one thread each; 1 works in this process
+    jobs
+        Runs to prepare.
+    processes
+        Worker processes, one thread each; 1 works in this process.
 
     Raises
     ------
-    ValueError : if `processes` is less than 1
-    ImportError : if an optional package is missing
+    ValueError
+        If `processes` is less than 1.
+    ImportError
+        If an optional package is missing.
     """
     if processes < 1:
         raise ValueError(f"nprocs: got {processes}, expected at least 1")
@@ -105,7 +109,7 @@ class _Worker:
             self.pipe.send(job)
 
     def take(self) -> tuple[dict[str, Any], bool]:
-        """The record of its run, and whether the worker still lives."""
+        """Return the record of its run, and whether the worker still lives."""
         job, self.job = self.job, None
         assert job is not None
         try:
@@ -161,7 +165,7 @@ def _check_installed() -> None:
 
 
 def worker_bytes(jobs: Sequence[Job]) -> int:
-    """Memory that one worker needs for the largest of some runs, in bytes; an upper estimate.
+    """Return the memory that one worker needs for the largest of some runs, in bytes; an upper estimate.
 
     Volumes are read in blocks. Surfaces are read whole: their size counts twice.
     """

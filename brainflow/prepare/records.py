@@ -31,12 +31,12 @@ class Unusable(ValueError):
 
 
 def parts_of(work: Path, atlas: str) -> Path:
-    """Directory with the parts of an atlas."""
+    """Return the directory with the parts of an atlas."""
     return work / "parts" / atlas
 
 
 def record_path(work: Path, key: str) -> Path:
-    """Where the record of a run lies."""
+    """Return where the record of a run lies."""
     return work / "runs" / f"{key}.json"
 
 
@@ -48,7 +48,7 @@ def write_record(work: Path, record: dict[str, Any]) -> None:
 
 
 def read_record(work: Path, key: str) -> dict[str, Any] | None:
-    """The record of a run, or None if there is none, or a damaged one."""
+    """Return the record of a run, or None if there is none, or a damaged one."""
     try:
         record = json.loads(record_path(work, key).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
@@ -58,11 +58,12 @@ def read_record(work: Path, key: str) -> dict[str, Any] | None:
 
 
 def read_records(work: Path) -> list[dict[str, Any]]:
-    """All records, sorted by key.
+    """Return all records, sorted by key.
 
     Raises
     ------
-    FileNotFoundError : if there are none
+    FileNotFoundError
+        If there are none.
     """
     paths = list((work / "runs").glob("*.json"))
     if not paths:
@@ -71,7 +72,7 @@ def read_records(work: Path) -> list[dict[str, Any]]:
 
 
 def _read_or_fail(path: Path) -> dict[str, Any]:
-    """A record, or that of a failed run where it is damaged."""
+    """Return a record, or that of a failed run where it is damaged."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["key"] and record["status"] and record["entities"] is not None and record["recipe"]:
@@ -83,7 +84,7 @@ def _read_or_fail(path: Path) -> dict[str, Any]:
 
 
 def _names(key: str) -> dict[str, Any]:
-    """Dataset and entities from the key of a run."""
+    """Return dataset and entities from the key of a run."""
     parts = dict(part.split("-", 1) for part in key.split("_") if "-" in part)
     entities = {name: value for name, value in parts.items() if name in RUN_ENTITIES}
     return {"dataset": parts.get("ds", ""), "entities": entities}
@@ -98,7 +99,8 @@ def write_before(work: Path, atlas: str, key: str, series: np.ndarray) -> None:
 
     Parameters
     ----------
-    series : float [time, networks], finite
+    series
+        float [time, networks], finite.
     """
     deviation = series - series.mean(axis=0)
     scale = 8 / np.where(np.ptp(series, axis=0) > 0, series.std(axis=0), np.inf)
@@ -109,7 +111,7 @@ def write_before(work: Path, atlas: str, key: str, series: np.ndarray) -> None:
 
 
 def read_before(work: Path, atlas: str, key: str) -> np.ndarray | None:
-    """What `write_before` kept, float32 [time, networks] in standard deviations; None if it is not there."""
+    """Return what `write_before` kept, float32 [time, networks] in standard deviations; None if nothing."""
     try:
         return np.load(_before_path(work, atlas, key), allow_pickle=False).astype(np.float32) / 8
     except (OSError, ValueError, EOFError):

@@ -67,7 +67,7 @@ class Job:
         return {**images, "atlases": atlases, **self.settings.to_dict()}
 
     def fingerprint(self) -> str:
-        """Digest of the settings and of names, sizes and times of the input files."""
+        """Return the digest of the settings and of names, sizes and times of the input files."""
         inputs = []
         for path in self.files.inputs:
             try:
@@ -196,7 +196,7 @@ def _check_files(files: RunFiles) -> None:
 
 
 def _open(job: Job) -> tuple[Any, int, float | None]:
-    """The image, its number of time points, and the repetition time of its header in seconds."""
+    """Return the image, its number of time points, and the repetition time of its header in seconds."""
     if job.kind == "volume":
         image = volumes.open_volume(job.files.images[0])
         if is_sheared(image.affine) and not job.settings.rules.allow_sheared:
@@ -265,11 +265,12 @@ def _finite(value: float) -> float | None:
 def jobs_for(
     runs: Sequence[RunFiles], *, kind: Kind, settings: Settings, atlases: Sequence[AtlasSpec], work: Path
 ) -> list[Job]:
-    """One job a run.
+    """Return one job a run.
 
     Raises
     ------
-    ValueError : if there is no atlas, two have one label, or an atlas does not fit the kind of image
+    ValueError
+        If there is no atlas, two have one label, or an atlas does not fit the kind of image.
     """
     labels = [atlas.label for atlas in atlases]
     if not labels:

@@ -18,19 +18,23 @@ class CleanSettings:
 
     Parameters
     ----------
-    confounds : "published" is 6 motion parameters, white matter, CSF and global signal; "motion" the 6
-        motion parameters (all that the HCP's folders have); "simple", "scrubbing", "compcor" and "aroma" are
-        the strategies of nilearn's `load_confounds_strategy`; "none" removes nothing
-    detrend : remove the linear trend
-    high_pass, low_pass : cut-off of the Butterworth filter in Hz, None for none; no high-pass filter is
-        applied where the confounds hold cosine drift terms, which do the same
-    normalise : "zscore" z-scores each parcel and run (standard deviation with n - 1); "spatial" then takes
-        away mean and standard deviation over parcels at each volume, "gsr" regresses out the mean over
-        parcels, and both z-score again; "none"
-    smoothing_fwhm : Gaussian smoothing of volumes before averaging, full width at half maximum in mm; None
-        for none
-    dummy_scans : volumes dropped at the start of each run; -1 drops the non-steady-state ones that fMRIPrep
-        marked
+    confounds
+        "published" is 6 motion parameters, white matter, CSF and global signal; "motion" the 6 motion
+        parameters (all that the HCP's folders have); "simple", "scrubbing", "compcor" and "aroma" are the
+        strategies of nilearn's `load_confounds_strategy`; "none" removes nothing.
+    detrend
+        Remove the linear trend.
+    high_pass, low_pass
+        Cut-off of the Butterworth filter in Hz, None for none; no high-pass filter is applied where the
+        confounds hold cosine drift terms, which do the same.
+    normalise
+        "zscore" z-scores each parcel and run (standard deviation with n - 1); "spatial" then takes away mean
+        and standard deviation over parcels at each volume, "gsr" regresses out the mean over parcels, and
+        both z-score again; "none".
+    smoothing_fwhm
+        Gaussian smoothing of volumes before averaging, full width at half maximum in mm; None for none.
+    dummy_scans
+        Volumes dropped at the start of each run; -1 drops the non-steady-state ones that fMRIPrep marked.
     """
 
     confounds: Strategy = "published"
@@ -60,10 +64,13 @@ class Rules:
 
     Parameters
     ----------
-    max_mean_fd : largest mean framewise displacement in mm; None for no limit
-    min_volumes : shortest run, in volumes that are neither dummy scans nor censored
-    allow_sheared : keep runs whose image is sheared (axes not at right angles), and those that fMRIPrep
-        20.2.0 made from a sheared image of the scanner, which it resampled wrongly
+    max_mean_fd
+        Largest mean framewise displacement in mm; None for no limit.
+    min_volumes
+        Shortest run, in volumes that are neither dummy scans nor censored.
+    allow_sheared
+        Keep runs whose image is sheared (axes not at right angles), and those that fMRIPrep 20.2.0 made from
+        a sheared image of the scanner, which it resampled wrongly.
     """
 
     max_mean_fd: float | None = None
@@ -86,5 +93,5 @@ class Settings:
     events: EventSettings = field(default_factory=EventSettings)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON values."""
+        """Return the settings as JSON values."""
         return asdict(self)

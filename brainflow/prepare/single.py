@@ -39,15 +39,17 @@ class RemoteJob(Job):
 
     Parameters
     ----------
-    folder : URL of the folder that holds them
-    versions : size and version of each image, so that a changed one is prepared again
+    folder
+        URL of the folder that holds them.
+    versions
+        Size and version of each image, so that a changed one is prepared again.
     """
 
     folder: str
     versions: tuple[tuple[int, str], ...] = ()
 
     def fingerprint(self) -> str:
-        """Digest of the settings, and of URLs and versions of the images."""
+        """Return the digest of the settings, and of URLs and versions of the images."""
         names = [str(path) for path in self.files.inputs]
         facts = [self.recipe, self.folder, names, self.versions]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -80,7 +82,8 @@ def fetch_file(remote: RemoteFiles, name: str, target: Path) -> None:
 
     Raises
     ------
-    StoreError : if it cannot be had, or arrives damaged again and again
+    StoreError
+        If it cannot be had, or arrives damaged again and again.
     """
     for _ in range(_READS):
         remote.download(name, target)
@@ -102,16 +105,17 @@ def _is_whole(path: Path) -> bool:
 
 
 def kind_of(name: str) -> Kind | None:
-    """The kind of an image by the end of its name; None if it is no image of a run."""
+    """Return the kind of an image by the end of its name; None if it is no image of a run."""
     return next((kind for ending, kind in ENDINGS.items() if name.endswith(ending)), None)
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Folder and name of a file at a URL.
+    """Return the folder and name of a file at a URL.
 
     Raises
     ------
-    StoreError : if there is something behind the name
+    StoreError
+        If there is something behind the name.
     """
     if re.search(r"[?#]", url):
         raise StoreError(f"{url}: URLs with ? or # are not read; download the file and give its path")
@@ -120,15 +124,17 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 def files_of(image: str) -> RunFiles:
-    """An image and what lies beside it; for a hemisphere, the other one as well.
+    """Return an image and what lies beside it; for a hemisphere, the other one as well.
 
     Parameters
     ----------
-    image : path or URL; at a URL, the paths of the result are names in its folder
+    image
+        Path or URL; at a URL, the paths of the result are names in its folder.
 
     Raises
     ------
-    StoreError : if a URL cannot be asked
+    StoreError
+        If a URL cannot be asked.
     """
     remote: RemoteFiles | None = None
     place = Path()
@@ -175,7 +181,7 @@ def files_of(image: str) -> RunFiles:
 
 
 def job_of(image: str, files: RunFiles, job: Job) -> Job:
-    """A job for the files of an image, like another job in all else."""
+    """Return a job for the files of an image, like another job in all else."""
     if not is_remote(image):
         return replace(job, files=files)
     folder, _ = split_url(image)
@@ -192,6 +198,6 @@ def job_of(image: str, files: RunFiles, job: Job) -> Job:
 
 
 def address(job: Job) -> str:
-    """Path or URL of the image of a job."""
+    """Return the path or URL of the image of a job."""
     image = job.files.images[0]
     return f"{job.folder}/{image}" if isinstance(job, RemoteJob) else str(image)

@@ -43,7 +43,8 @@ def check_gifti(path: Path) -> None:
 
     Raises
     ------
-    Unusable : if arrays lie in other files, or are more or longer than a run of its size can have
+    Unusable
+        If arrays lie in other files, or are more or longer than a run of its size can have.
     """
     scan = _Scan(path, budget(regular_size(path)))
     parser = expat.ParserCreate()
@@ -124,7 +125,8 @@ def check_cifti(path: Path, size: int) -> None:
 
     Raises
     ------
-    Unusable : if these are more than any surface has
+    Unusable
+        If these are more than any surface has.
     """
     with open(path, "rb") as file:
         head = file.read(_NIFTI2_BYTES)
@@ -157,9 +159,12 @@ class Dense:
 
     Parameters
     ----------
-    data : float32 [time, points]
-    points : one (structure, index) a column: a vertex number, or a voxel as (i, j, k)
-    t_r : seconds from the header, None where it has none
+    data
+        float32 [time, points].
+    points
+        One (structure, index) a column: a vertex number, or a voxel as (i, j, k).
+    t_r
+        Seconds from the header, None where it has none.
     """
 
     data: np.ndarray
@@ -172,7 +177,8 @@ def read_cifti(path: Path) -> Dense:
 
     Raises
     ------
-    Unusable : if it cannot be read or is no time series
+    Unusable
+        If it cannot be read or is no time series.
     """
     image = _load(path)
     axes = _axes(image, path)
@@ -190,7 +196,8 @@ def read_parcels(path: Path) -> tuple[np.ndarray, list[str], float | None]:
 
     Raises
     ------
-    Unusable : if it cannot be read or is no parcel series
+    Unusable
+        If it cannot be read or is no parcel series.
     """
     image = _load(path)
     axes = _axes(image, path)
@@ -206,7 +213,8 @@ def read_gifti(paths: Sequence[Path]) -> Dense:
 
     Raises
     ------
-    Unusable : if a file cannot be read or the hemispheres have different numbers of time points
+    Unusable
+        If a file cannot be read or the hemispheres have different numbers of time points.
     """
     hemispheres = [_gifti_arrays(path) for path in paths]
     lengths = [len(data) for data in hemispheres]
@@ -221,11 +229,12 @@ def read_gifti(paths: Sequence[Path]) -> Dense:
 
 
 def extract(run: Dense, atlases: Sequence[AtlasSpec], dropped: int) -> list[np.ndarray]:
-    """Mean time series of each label.
+    """Return the mean time series of each label.
 
     Raises
     ------
-    Unusable : if a label of an atlas has no point in the run, or nothing was recorded at a volume
+    Unusable
+        If a label of an atlas has no point in the run, or nothing was recorded at a volume.
     """
     return [np.hstack([_means(run, part, dropped) for part in atlas.pieces]) for atlas in atlases]
 
@@ -252,7 +261,7 @@ def _means(run: Dense, atlas: AtlasSpec, dropped: int) -> np.ndarray:
 
 
 def labels_of(atlas: AtlasSpec) -> tuple[dict[tuple[str, Any], int], dict[int, str]]:
-    """Label of each point of a dlabel or a pair of GIFTI files, and the names that they hold."""
+    """Return the label of each point of a dlabel or a pair of GIFTI files, and the names that they hold."""
     if atlas.kind == "dlabel":
         path = atlas.paths[0]
         image = _load(path)
@@ -284,7 +293,7 @@ def labels_of(atlas: AtlasSpec) -> tuple[dict[tuple[str, Any], int], dict[int, s
 
 
 def _points(axis: Any) -> list[tuple[str, Any]]:
-    """(structure, vertex) or (structure, (i, j, k)) of each grayordinate."""
+    """Return (structure, vertex) or (structure, (i, j, k)) of each grayordinate."""
     voxels = [tuple(voxel) for voxel in axis.voxel.tolist()]
     return [
         (str(name), vertex if vertex >= 0 else voxel)
@@ -293,7 +302,7 @@ def _points(axis: Any) -> list[tuple[str, Any]]:
 
 
 def _gifti_arrays(path: Path) -> np.ndarray:
-    """float32 [time, vertices]."""
+    """Return float32 [time, vertices]."""
     arrays = getattr(_load(path), "darrays", [])
     if not arrays:
         raise Unusable(f"{path.name}: holds no data arrays")

@@ -31,12 +31,15 @@ def repetition_time(sidecars: Iterable[Path], header_seconds: float | None) -> R
 
     Parameters
     ----------
-    sidecars : JSON files, the most specific first
-    header_seconds : repetition time of the header, None where it has none
+    sidecars
+        JSON files, the most specific first.
+    header_seconds
+        Repetition time of the header, None where it has none.
 
     Raises
     ------
-    Unusable : if neither has one, or the sidecar's is not a positive number
+    Unusable
+        If neither has one, or the sidecar's is not a positive number.
     """
     for path in sidecars:
         value = _read(path).get("RepetitionTime")
@@ -59,7 +62,7 @@ def repetition_time(sidecars: Iterable[Path], header_seconds: float | None) -> R
 
 
 def nifti_repetition_time(header: Any) -> float | None:
-    """Repetition time of a NIfTI header in seconds, or None if it has none or no unit of time."""
+    """Return the repetition time of a NIfTI header in seconds, or None if it has none or no unit of time."""
     zooms = header.get_zooms()
     scale = _SECONDS.get(header.get_xyzt_units()[1])
     if len(zooms) < 4 or scale is None or not 0 < zooms[3] < math.inf:

@@ -44,7 +44,8 @@ def open_volume(path: Path) -> Any:
 
     Raises
     ------
-    Unusable : if it cannot be opened or is not 4-D
+    Unusable
+        If it cannot be opened or is not 4-D.
     """
     nibabel = need("nibabel", "reading NIfTI images", "bids")
     try:
@@ -66,17 +67,21 @@ def open_volume(path: Path) -> Any:
 def extract(
     image: Any, atlases: Sequence[AtlasSpec], smoothing_fwhm: float | None, dropped: int
 ) -> list[np.ndarray]:
-    """Raw time series of several atlases, each [time, networks], in one pass over the image.
+    """Return the raw time series of several atlases, each [time, networks], in one pass over the image.
 
     Parameters
     ----------
-    image : 4-D, from `open_volume` or in memory
-    smoothing_fwhm : mm, or None
-    dropped : volumes left out at the start
+    image
+        4-D, from `open_volume` or in memory.
+    smoothing_fwhm
+        In mm, or None.
+    dropped
+        Volumes left out at the start.
 
     Raises
     ------
-    Unusable : if the voxels cannot be read, a network lies outside the image, or a volume holds nothing
+    Unusable
+        If the voxels cannot be read, a network lies outside the image, or a volume holds nothing.
     """
     smooth = need("nilearn.image", "smoothing", "bids").smooth_img
     nifti = need("nibabel", "reading NIfTI images", "bids").Nifti1Image
@@ -130,7 +135,7 @@ _grids: OrderedDict[tuple[Any, ...], Projection] = OrderedDict()
 
 
 def _on_grid(atlas: AtlasSpec, shape: tuple[int, ...], affine: np.ndarray) -> Projection:
-    """The atlas on a voxel grid; the last few are kept, for the next runs of this process."""
+    """Return the atlas on a voxel grid; the last few are kept, for the next runs of this process."""
     # Rounded: a difference in the last digits is no other grid.
     key = (atlas.label, atlas.digest, shape, np.round(affine, 6).tobytes())
     if key not in _grids:
@@ -198,12 +203,14 @@ def _fit_maps(atlas: AtlasSpec, shape: tuple[int, ...], affine: np.ndarray) -> P
 def mean_and_labels(
     path: Path, atlas: AtlasSpec, volumes: int = 20
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """An image and an atlas on one grid, that of the atlas, to look at.
+    """Return an image and an atlas on one grid, that of the atlas, to look at.
 
     Parameters
     ----------
-    path : 4-D image
-    volumes : so many of the first are averaged
+    path
+        4-D image.
+    volumes
+        So many of the first are averaged.
 
     Returns
     -------
@@ -211,7 +218,8 @@ def mean_and_labels(
 
     Raises
     ------
-    Unusable, OSError, ValueError : if the image or the atlas cannot be read
+    Unusable, OSError, ValueError
+        If the image or the atlas cannot be read.
     """
     nibabel = need("nibabel", "reading images", "bids")
     resample = need("nilearn.image", "resampling an image", "bids").resample_img
@@ -253,16 +261,18 @@ def trilinear(
     target_shape: tuple[int, ...],
     target_affine: np.ndarray,
 ) -> Any:
-    """Weights of source voxels in target voxels, csr [source voxels, target voxels], voxels in Fortran order.
+    """Return weights of source voxels in target voxels, csr [source voxels, target voxels].
 
-    nilearn resamples map by map and voxel by voxel, which takes minutes for a thousand maps; maps are mostly
-    zeros, and a product of sparse matrices skips them. The values are those of its
-    `resample_img(interpolation="linear")`: what lies outside the source grid is 0.
+    Voxels are in Fortran order. nilearn resamples map by map and voxel by voxel, which takes minutes for a
+    thousand maps; maps are mostly zeros, and a product of sparse matrices skips them. The values are those of
+    its `resample_img(interpolation="linear")`: what lies outside the source grid is 0.
 
     Parameters
     ----------
-    source_shape, target_shape : voxels along x, y, z
-    source_affine, target_affine : [4, 4], voxel indices to mm
+    source_shape, target_shape
+        Voxels along x, y, z.
+    source_affine, target_affine
+        [4, 4], voxel indices to mm.
     """
     sparse = need("scipy.sparse", "resampling an atlas", "bids")
     to_source = np.linalg.inv(source_affine) @ target_affine
@@ -300,12 +310,15 @@ def wrongly_resampled(image: Path, source: Path | None) -> bool:
 
     Parameters
     ----------
-    image : of the derivatives
-    source : of the raw dataset; None if it is not there, which gives False
+    image
+        Of the derivatives.
+    source
+        Of the raw dataset; None if it is not there, which gives False.
 
     Raises
     ------
-    Unusable : if the source cannot be opened
+    Unusable
+        If the source cannot be opened.
     """
     if source is None or _fmriprep_version(image) != _SHEARED_BY:
         return False
@@ -321,7 +334,7 @@ def wrongly_resampled(image: Path, source: Path | None) -> bool:
 
 
 def _fmriprep_version(image: Path) -> str:
-    """Version in the `dataset_description.json` above an image, or in the name of the folder."""
+    """Return the version in the `dataset_description.json` above an image, or in the name of the folder."""
     for folder in image.absolute().parents:
         if folder.name.lower() == f"fmriprep-{_SHEARED_BY}":
             return _SHEARED_BY

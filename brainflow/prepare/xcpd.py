@@ -44,21 +44,33 @@ def ingest_xcpd(
 
     Parameters
     ----------
-    folder : XCP-D's output
-    store_path : runs are added if the store exists
-    atlas : label of the parcellation, such as "4S456Parcels"; needed if there are several
-    space : of the series, such as "fsLR"; needed if there are several
-    dataset : name of the dataset in the keys of runs; by default that of its folder
-    dtype : element type of a new store
-    normalise : what is done to each run
-    overwrite : replace the store
-    progress : called with (runs done, runs in all)
+    folder
+        XCP-D's output.
+    store_path
+        Runs are added if the store exists.
+    atlas
+        Label of the parcellation, such as "4S456Parcels"; needed if there are several.
+    space
+        Of the series, such as "fsLR"; needed if there are several.
+    dataset
+        Name of the dataset in the keys of runs; by default that of its folder.
+    dtype
+        Element type of a new store.
+    normalise
+        What is done to each run.
+    overwrite
+        Replace the store.
+    progress
+        Called with (runs done, runs in all).
 
     Raises
     ------
-    FileNotFoundError : if there is no such folder
-    ValueError : if it holds no time series, or of several atlases or spaces and none is chosen
-    StoreError : if the store cannot be written
+    FileNotFoundError
+        If there is no such folder.
+    ValueError
+        If it holds no time series, or of several atlases or spaces and none is chosen.
+    StoreError
+        If the store cannot be written.
     """
     series, others = _find(folder)
     chosen, label, where = _choose(series, folder, atlas, space)
@@ -87,7 +99,7 @@ def ingest_xcpd(
 
 
 def _find(folder: Path) -> tuple[list[BidsFile], dict[tuple[str, ...], list[BidsFile]]]:
-    """All parcel time series, and the sidecars and outliers of each recording."""
+    """Return all parcel time series, and the sidecars and outliers of each recording."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such directory; expected the output of XCP-D")
     series: list[BidsFile] = []
@@ -113,7 +125,7 @@ def _label(file: BidsFile) -> str:
 def _choose(
     series: Sequence[BidsFile], folder: Path, atlas: str, space: str
 ) -> tuple[list[BidsFile], str, str]:
-    """One file a recording, in one parcellation and space."""
+    """Return one file a recording, in one parcellation and space."""
     if not series:
         raise ValueError(f"{folder}: holds no sub-*_atlas-*_timeseries.tsv or .ptseries.nii of XCP-D")
     label = _one("atlas", atlas, {_label(file) for file in series})
@@ -153,7 +165,7 @@ def _one(option: str, wanted: str, there: set[str]) -> str:
 
 
 def _first_names(files: Sequence[BidsFile]) -> list[str] | None:
-    """Names of the parcels, from the first file that says them; the others are compared with these."""
+    """Return names of the parcels, from the first file that says them; the others are compared with these."""
     for file in files:
         try:
             return _read(file)[1]
@@ -163,7 +175,7 @@ def _first_names(files: Sequence[BidsFile]) -> list[str] | None:
 
 
 def _read(file: BidsFile) -> tuple[np.ndarray, list[str], float | None]:
-    """[time, parcels] with NaN for `n/a`, names, and seconds of the header."""
+    """Return [time, parcels] with NaN for `n/a`, names, and seconds of the header."""
     if file.extension != ".tsv":
         return read_parcels(file.path)
     regular_size(file.path, ALLOWANCE)
@@ -187,7 +199,7 @@ def _run(
     expected: Sequence[str] | None,
     notes: list[str],
 ) -> Iterator[dict[str, Any]]:
-    """The one run of a file, as keyword arguments of `StoreWriter.append`."""
+    """Yield the one run of a file, as keyword arguments of `StoreWriter.append`."""
     bold, names, header = _read(file)
     if names != expected:
         raise Unusable(f"{file.path.name}: has other parcels than the first run ({len(names)} of them)")
@@ -226,7 +238,7 @@ def _short(text: str, longest: int = 120) -> str:
 
 
 def _censored(tables: Sequence[Path]) -> np.ndarray | None:
-    """bool [time], True where XCP-D found an outlier; None if it says nothing."""
+    """Return bool [time], True where XCP-D found an outlier; None if it says nothing."""
     if not tables:
         return None
     if len(tables) > 1:
@@ -243,7 +255,7 @@ def _censored(tables: Sequence[Path]) -> np.ndarray | None:
 
 
 def _put_back(bold: np.ndarray, censor: np.ndarray, name: str) -> np.ndarray:
-    """The series with the volumes that were removed from it, interpolated in time."""
+    """Return the series with the volumes that were removed from it, interpolated in time."""
     kept = np.flatnonzero(~censor)
     if len(kept) != len(bold):
         raise Unusable(

@@ -76,7 +76,7 @@ def methods(
     *,
     runs: int,
 ) -> tuple[str, list[str]]:
-    """Paragraph and references.
+    """Return paragraph and references.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ _IMAGES = {"volume": "volumes", "cifti": "grayordinates", "gifti": "surfaces"}
 
 
 def _cleaning(clean: Mapping[str, Any], confounds: Sequence[str]) -> list[str]:
-    """Sentences on trends, filters and confounds, in the order in which nilearn deals with them."""
+    """Return sentences on trends, filters and confounds, in the order in which nilearn deals with them."""
     done = ["linear trends were removed"] if clean["detrend"] else []
     # Cosine terms among the confounds take the filter's place.
     cosines = any(name.startswith("cosine") for name in confounds)
@@ -278,7 +278,7 @@ def _motion(done: Sequence[Mapping[str, Any]]) -> Section:
 
 
 def _conditions(store: BoldStore) -> Section:
-    """Counts of each condition, and the mean signal of each network under it."""
+    """Return counts of each condition, and the mean signal of each network under it."""
     segments, names = store.segments, _names(store)
     shift = store.attributes["preprocessing"].get("hrf_shift", 0)
     labels = segments.columns.get("mental_state", np.zeros(0, str)).tolist()
@@ -315,7 +315,7 @@ def _conditions(store: BoldStore) -> Section:
 def _mean_responses(
     store: BoldStore, labels: Sequence[str], conditions: Sequence[str]
 ) -> tuple[np.ndarray, int]:
-    """Mean over the uncensored volumes of each condition, [conditions, networks]; and the runs read."""
+    """Return means over uncensored volumes of each condition, [conditions, networks]; and the runs read."""
     segments = store.segments
     totals, volumes = np.zeros((len(conditions), store.networks)), np.zeros((len(conditions), 1))
     number = {label: i for i, label in enumerate(conditions)}
@@ -339,7 +339,7 @@ def _names(store: BoldStore) -> list[str]:
 
 
 def _outline(record: Mapping[str, Any], atlas: AtlasSpec) -> tuple[list[Picture], list[str]]:
-    """The networks on the mean image of a run, or why they are not shown."""
+    """Return the networks on the mean image of a run, or why they are not shown."""
     if record["recipe"]["kind"] != "volume" or not record.get("inputs"):
         return [], []
     try:

@@ -47,7 +47,7 @@ FIRST_TIMEOUT, TIMEOUT = timedelta(minutes=30), timedelta(minutes=5)
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among the others.
+    """A process among the others.
 
     Attributes
     ----------

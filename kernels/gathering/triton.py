@@ -159,7 +159,7 @@ def _rows(dtype: torch.dtype, kind: int) -> int:
 
 
 def _aot_configs() -> list[AotConfig]:
-    """One configuration for each type of store, output and way of masking."""
+    """Return one configuration for each type of store, output and way of masking."""
     tokens, time, windows, networks = 1_824, 4_096, 64, 1_024
     stores = (
         (torch.float32, "fp32", 0),

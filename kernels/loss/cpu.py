@@ -98,7 +98,7 @@ def _rows(
     clear: bool,
     factor: float,
 ) -> float:
-    """Loss and gradient of masked rows, ascending; `clear`: the gradient is zero already."""
+    """Compute loss and gradient of masked rows, ascending; `clear`: the gradient is zero already."""
     networks, acc = pred.shape[1], accumulator(pred.dtype)
     count = index.numel() * networks
     scale = factor / max(1, count)
@@ -142,7 +142,7 @@ def _columns(
     grad: torch.Tensor,
     factor: float,
 ) -> float:
-    """Loss and gradient of masked columns: whole windows' differences, weighted by the scale or by 0."""
+    """Compute those of masked columns: whole windows' differences, weighted by the scale or by 0."""
     acc, networks = accumulator(pred.dtype), pred.shape[1]
     # direct: slopes are computed where the gradient will stand.
     direct = grad.numel() > 0 and grad.dtype == acc

@@ -1,4 +1,4 @@
-"""flash-attn 2 (tested signature: 2.8.3), varlen, by keywords only. The one GPU backend with dropout.
+"""flash-attn 2 (tested signature: 2.8.3), varlen, by keywords only; of flash-attn the one with dropout.
 
 Its lower-level pair is used because the public function hides the random state and because the second
 stream's backward pass must hand in a merged output and log-sum-exp. lse is [heads, tokens] there.

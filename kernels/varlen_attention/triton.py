@@ -421,7 +421,7 @@ window_attention.register_autograd(_differentiate, setup_context=_setup)
 
 
 def _aot_configs() -> list[AotConfig]:
-    """Both kernels for the streams, tiles and types that models take; a production step's first is CSM's."""
+    """Return both kernels for the streams, tiles and types that models take; first CSM's production step."""
     cases = [  # streams, BT, element type, products in float32, dropout, log-sum-exp
         ("two", 64, torch.bfloat16, "high", 0.1, False),
         ("two", 32, torch.float16, "high", 0.1, False),

@@ -1,4 +1,4 @@
-"""This package's own kernels (triton.py) for short windows, CUDA only: with dropout, in float32, too.
+"""Our own kernels (triton.py) for short windows, CUDA only: with dropout, in float32, too.
 
 That they come before flash-attn where they can compute something is an estimate from bytes, not a figure of
 a GPU: flash-attn 2's backward pass clears and walks (tokens + 128 · windows) · width float32 of its own,

@@ -53,12 +53,13 @@ _BIDS_NAMES = dict(zip(("ds", "sub", "ses", "task", "run"), ENTITIES, strict=Tru
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], list[tuple[Path, dict[str, Any]]]]:
-    """Arguments for the store, and every file with its options, by entry and then by name.
+    """Return arguments for the store, and every file with its options, by entry and then by name.
 
     Raises
     ------
-    StoreError : if the file is not TOML, a key is unknown, a value cannot be used or a glob finds nothing;
-        file, key and what was expected are named
+    StoreError
+        If the file is not TOML, a key is unknown, a value cannot be used or a glob finds nothing; file, key
+        and what was expected are named.
     """
     if path.exists() and not path.is_file():
         raise StoreError(f"{path}: expected a TOML file, got something that is no regular file")
@@ -84,13 +85,14 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[tuple[Path, dict[str, 
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """A template with its `{names}` filled in.
+    """Return a template with its `{names}` filled in.
 
     Nothing but plain names is read: `str.format` would also take attributes apart and pad to any width.
 
     Raises
     ------
-    ValueError : if the template holds anything else
+    ValueError
+        If the template holds anything else.
     """
     parts = []
     for text, field, width, conversion in string.Formatter().parse(template):
@@ -190,18 +192,24 @@ def ingest_arrays(
 
     Parameters
     ----------
-    config : the TOML file
-    store_path : runs are added if the store exists
-    overwrite : replace the store
-    progress : called with (files done, files in all)
+    config
+        The TOML file.
+    store_path
+        Runs are added if the store exists.
+    overwrite
+        Replace the store.
+    progress
+        Called with (files done, files in all).
 
     Returns
     -------
-    IngestReport : a file that cannot be read is in `failures`, and nothing of it is in the store
+    IngestReport
+        A file that cannot be read is in `failures`, and nothing of it is in the store.
 
     Raises
     ------
-    StoreError : if the TOML file is wrong, or the store cannot be written
+    StoreError
+        If the TOML file is wrong, or the store cannot be written.
     """
     path = Path(config)
     store, jobs = read_config(path)
@@ -215,7 +223,7 @@ def ingest_arrays(
 
 
 def _runs(file: Path, options: Mapping[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
-    """The one run of a file, as keyword arguments of `StoreWriter.append`."""
+    """Yield the one run of a file, as keyword arguments of `StoreWriter.append`."""
     try:
         array = load_array(file, options.get("array"))
     except ImportError as error:
@@ -233,7 +241,7 @@ def _runs(file: Path, options: Mapping[str, Any], folder: Path) -> Iterator[dict
 
 
 def _entities(file: Path, options: Mapping[str, Any]) -> dict[str, str]:
-    """Entities from the options, else from `pattern`, else from `sub-…`, `task-…` in the path."""
+    """Return entities from the options, else from `pattern`, else from `sub-…`, `task-…` in the path."""
     text = file.as_posix()
     found = {_BIDS_NAMES[name]: value for name, value in _BIDS.findall(text)}
     if options.get("pattern"):
@@ -249,7 +257,7 @@ def _entities(file: Path, options: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _segments(path: Path, entities: Mapping[str, str]) -> list[Segment]:
-    """Segments from a .csv or .tsv with the columns onset and length in time points; others are labels.
+    """Return segments of a .csv or .tsv with the columns onset and length in time points; others are labels.
 
     A table may be of several runs: where a column is named after an entity, a run takes its own rows.
     """
@@ -316,7 +324,7 @@ def _whole(text: str) -> int:
 
 
 def _parse(text: str) -> Label:
-    """A label: a number where the text is one, as in 3, -1.5 or nan; `1_0` is none."""
+    """Return a label: a number where the text is one, as in 3, -1.5 or nan; `1_0` is none."""
     if "_" in text:
         return text
     try:

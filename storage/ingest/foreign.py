@@ -32,12 +32,15 @@ def check_shape(shape: tuple[int, ...], dtype: np.dtype, allowed: int) -> None:
 
     Parameters
     ----------
-    shape, dtype : as the file declares them
-    allowed : bytes
+    shape, dtype
+        As the file declares them.
+    allowed
+        Bytes.
 
     Raises
     ------
-    ValueError : if it does not hold real numbers in two dimensions, one of them time, or takes more bytes
+    ValueError
+        If it does not hold real numbers in two dimensions, one of them time, or takes more bytes.
     """
     if dtype.kind not in "fiu" or dtype.itemsize > 8:
         raise ValueError(f"holds {dtype}, expected real numbers")
@@ -53,11 +56,12 @@ def check_shape(shape: tuple[int, ...], dtype: np.dtype, allowed: int) -> None:
 
 
 def pick(names: Collection[str], wanted: str) -> str:
-    """The name asked for, or the only one.
+    """Return the name asked for, or the only one.
 
     Raises
     ------
-    ValueError : if there are several and none is asked for, or it is not there
+    ValueError
+        If there are several and none is asked for, or it is not there.
     """
     if not wanted and len(names) == 1:
         return next(iter(names))
@@ -72,7 +76,7 @@ def pick(names: Collection[str], wanted: str) -> str:
 
 
 def read_mat(path: str, wanted: str, allowed: int) -> np.ndarray:
-    """A matrix of a .mat file of MATLAB 4 to 7.2."""
+    """Return a matrix of a .mat file of MATLAB 4 to 7.2."""
     matlab = import_module("scipy.io")
     held = {name: (shape, kind) for name, shape, kind in matlab.whosmat(path)}
     name = pick(held, wanted)
@@ -87,7 +91,7 @@ def read_mat(path: str, wanted: str, allowed: int) -> np.ndarray:
 
 
 def read_hdf5(path: str, wanted: str, allowed: int) -> np.ndarray:
-    """A dataset of an HDF5 file that lies in this file itself."""
+    """Return a dataset of an HDF5 file that lies in this file itself."""
     h5py = import_module("h5py")
     with h5py.File(path, "r") as file:
         links = {key: type(file.get(key, getlink=True)).__name__ for key in file}
@@ -111,7 +115,7 @@ def read_hdf5(path: str, wanted: str, allowed: int) -> np.ndarray:
 
 
 def _own(file: Any, name: str) -> Any:
-    """The object of a name, reached without a link to elsewhere."""
+    """Return the object of a name, reached without a link to elsewhere."""
     found = file
     for part in name.split("/"):
         link = found.get(part, getlink=True) if hasattr(found, "keys") else None
@@ -124,7 +128,7 @@ def _own(file: Any, name: str) -> Any:
 
 
 def read_parquet(path: str, wanted: str, allowed: int) -> np.ndarray:
-    """A table with a column a network."""
+    """Return a table with a column a network."""
     kind, parquet = import_module("pyarrow.types"), import_module("pyarrow.parquet")
     with parquet.ParquetFile(path) as file:
         schema = file.schema_arrow

@@ -15,12 +15,14 @@ TEXT_BYTES = 8 * 2**20
 
 
 def regular_size(path: Path, largest: float = math.inf) -> int:
-    """Bytes of a regular file.
+    """Return bytes of a regular file.
 
     Raises
     ------
-    FileNotFoundError : if there is none
-    StoreError : if it is a directory, FIFO or device, which could be read forever, or larger than `largest`
+    FileNotFoundError
+        If there is none.
+    StoreError
+        If it is a directory, FIFO or device, which could be read forever, or larger than `largest`.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -31,5 +33,5 @@ def regular_size(path: Path, largest: float = math.inf) -> int:
 
 
 def budget(size: int) -> int:
-    """Bytes of numbers that a compressed file or a text of `size` bytes may hold."""
+    """Return bytes of numbers that a compressed file or a text of `size` bytes may hold."""
     return EXPANSION * size + ALLOWANCE

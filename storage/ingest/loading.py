@@ -29,12 +29,14 @@ _BYTES_A_SECOND = 10 * 2**20
 
 
 def load_array(path: Path, name: str | None = None) -> np.ndarray:
-    """The array in a .npy, .npz, .mat, .csv, .tsv, .h5, .hdf5 or .parquet file; no file is unpickled.
+    """Return the array in a .npy, .npz, .mat, .csv, .tsv, .h5, .hdf5 or .parquet file; no file is unpickled.
 
     Parameters
     ----------
-    path : the file
-    name : which array of a file that holds several
+    path
+        The file.
+    name
+        Which array of a file that holds several.
 
     Returns
     -------
@@ -42,8 +44,10 @@ def load_array(path: Path, name: str | None = None) -> np.ndarray:
 
     Raises
     ------
-    StoreError : if the file cannot be read, holds several arrays and none is named, or is larger than a run
-    ImportError : if the package for this kind of file is not installed
+    StoreError
+        If the file cannot be read, holds several arrays and none is named, or is larger than a run.
+    ImportError
+        If the package for this kind of file is not installed.
     """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
@@ -65,7 +69,7 @@ def _npy(path: Path, name: str) -> np.ndarray:
 
 
 def _read_npy(file: Any, size: int) -> np.ndarray:
-    """An array of `size` bytes with its header, from an open file or a member of an archive."""
+    """Return an array of `size` bytes with its header, from an open file or a member of an archive."""
     begin = file.read(12)
     if begin[:6] != np.lib.format.MAGIC_PREFIX or begin[6:7] not in (b"\x01", b"\x02"):
         raise ValueError("cannot be read: is no .npy array of version 1 or 2")

@@ -37,13 +37,17 @@ class Scale:
 
     Attributes
     ----------
-    normalised : what was done: one of `KINDS`
-    runs : number of runs that were looked at
-    zscored : number of those whose networks had mean 0 and standard deviation 1 as they were given
-    smallest_sd, largest_sd : over runs, of the median standard deviation of a network as it was given; 0
-        where none varies
-    notes : {key: what} of runs with constant networks, with spikes, and, if nothing was done, with networks
-        that are not centred or differ in scale by orders of magnitude
+    normalised
+        What was done: one of `KINDS`.
+    runs
+        Number of runs that were looked at.
+    zscored
+        Number of those whose networks had mean 0 and standard deviation 1 as they were given.
+    smallest_sd, largest_sd
+        Over runs, of the median standard deviation of a network as it was given; 0 where none varies.
+    notes
+        {key: what} of runs with constant networks, with spikes, and, if nothing was done, with networks that
+        are not centred or differ in scale by orders of magnitude.
     """
 
     normalised: str = "none"
@@ -80,11 +84,12 @@ class Scale:
             self.notes[key] = "; ".join(notes)
 
     def said(self, stated: str) -> str:
-        """One line for a person: what was done to the scale, or why that may be needed.
+        """Return one line for a person: what was done to the scale, or why that may be needed.
 
         Parameters
         ----------
-        stated : attribute `normalisation` of the store
+        stated
+            Attribute `normalisation` of the store.
         """
         given = f"networks had a standard deviation of {self.smallest_sd:.3g} to {self.largest_sd:.3g}"
         if not self.largest_sd:
@@ -103,7 +108,7 @@ class Scale:
 
 
 def _unscaled(mean: np.ndarray, spread: np.ndarray) -> list[str]:
-    """What makes networks that were left as they are hard to learn from; NaN in `spread` is a constant."""
+    """Return what makes networks left as they are hard to learn from; NaN in `spread` is a constant."""
     notes = []
     low, high = int(np.nanargmin(spread)), int(np.nanargmax(spread))
     if spread[high] > APART * spread[low]:
@@ -122,7 +127,7 @@ def _unscaled(mean: np.ndarray, spread: np.ndarray) -> list[str]:
 
 
 def _spike(bold: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> list[str]:
-    """The value furthest from the mean of its network, if that is far; infinity in `spread`: a constant."""
+    """Return the value furthest from its network's mean, if that is far; infinity in `spread`: a constant."""
     above, below = (bold.max(axis=0) - mean) / spread, (mean - bold.min(axis=0)) / spread
     furthest = np.maximum(above, below)
     network = int(np.argmax(furthest))
@@ -142,13 +147,19 @@ class IngestReport:
 
     Attributes
     ----------
-    runs : keys of the runs that were written
-    sources : files that were read completely
-    failures : {file: reason} of those of which nothing was written
-    rounded : {key: what} of the runs that the element type of the store changed by more than 0.1 % of the
-        standard deviation of a network
-    notes : {key: what} of runs that were changed in reading, other than by rounding
-    scale : how the runs were scaled as they were given, and what was done to that
+    runs
+        Keys of the runs that were written.
+    sources
+        Files that were read completely.
+    failures
+        {file: reason} of those of which nothing was written.
+    rounded
+        {key: what} of the runs that the element type of the store changed by more than 0.1 % of the standard
+        deviation of a network.
+    notes
+        {key: what} of runs that were changed in reading, other than by rounding.
+    scale
+        How the runs were scaled as they were given, and what was done to that.
     """
 
     runs: list[str] = field(default_factory=list)
@@ -172,16 +183,21 @@ class IngestSession:
 
     Parameters
     ----------
-    path : the store; runs are added if it exists, unless `overwrite`
-    create : keyword arguments of `StoreWriter.create`, without `networks`; a store that exists must have
-        been made with those that are not defaults
-    overwrite : replace the store at `path`
-    normalise : what is done to each run, see `normalise`; a store that exists must have been normalised so,
-        and one that was takes no runs of which nothing is said
+    path
+        The store; runs are added if it exists, unless `overwrite`.
+    create
+        Keyword arguments of `StoreWriter.create`, without `networks`; a store that exists must have been made
+        with those that are not defaults.
+    overwrite
+        Replace the store at `path`.
+    normalise
+        What is done to each run, see `normalise`; a store that exists must have been normalised so, and one
+        that was takes no runs of which nothing is said.
 
     Raises
     ------
-    StoreError : if `create` states a normalisation beside one that is to be done
+    StoreError
+        If `create` states a normalisation beside one that is to be done.
     """
 
     def __init__(
@@ -232,13 +248,16 @@ class IngestSession:
 
         Parameters
         ----------
-        source : file name
-        runs : keyword arguments of `StoreWriter.append` for each run; whatever iterating raises is the
-            source's failure, except what stops the program
+        source
+            File name.
+        runs
+            Keyword arguments of `StoreWriter.append` for each run; whatever iterating raises is the source's
+            failure, except what stops the program.
 
         Raises
         ------
-        StoreError, OSError : if the store itself cannot be made or written
+        StoreError, OSError
+            If the store itself cannot be made or written.
         """
         try:
             # All of them before anything is written: a file that fails at its last run leaves nothing.
@@ -310,7 +329,7 @@ class IngestSession:
 
 
 def _networks(runs: Sequence[Mapping[str, Any]]) -> int:
-    """Networks of the runs of a source."""
+    """Return the networks of the runs of a source."""
     if not runs:
         raise ValueError("holds no run")
     for run in runs:

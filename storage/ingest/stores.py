@@ -37,20 +37,27 @@ def ingest_store(
 
     Parameters
     ----------
-    source : store, or its URL; it is not changed
-    store_path : runs are added if this store exists
-    normalise : what is done to each run; censored time points take no part in it
-    overwrite : replace the store at `store_path`
-    progress : called with (runs done, runs in all)
+    source
+        Store, or its URL; it is not changed.
+    store_path
+        Runs are added if this store exists.
+    normalise
+        What is done to each run; censored time points take no part in it.
+    overwrite
+        Replace the store at `store_path`.
+    progress
+        Called with (runs done, runs in all).
 
     Returns
     -------
-    IngestReport : a run that cannot be read or normalised is in `failures`
+    IngestReport
+        A run that cannot be read or normalised is in `failures`.
 
     Raises
     ------
-    StoreError : if there is no store at `source`, its runs cannot be normalised so any more, or the new store
-        cannot be written
+    StoreError
+        If there is no store at `source`, its runs cannot be normalised so any more, or the new store cannot
+        be written.
     """
     opened = BoldStore.open(source)
     if os.path.realpath(source) == os.path.realpath(store_path):
@@ -84,7 +91,7 @@ def _check_possible(store: BoldStore, normalise: str) -> None:
 
 
 def _run(store: BoldStore, i: int, entities: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """One run, as keyword arguments of `StoreWriter.append`."""
+    """Yield one run, as keyword arguments of `StoreWriter.append`."""
     runs = store.runs
     mine = np.flatnonzero(store.segments.run == i)
     yield {
@@ -104,7 +111,7 @@ def _run(store: BoldStore, i: int, entities: Mapping[str, str]) -> Iterator[dict
 
 
 def _labels(columns: Mapping[str, np.ndarray], k: int) -> dict[str, Label]:
-    """Labels of a segment, without those that it lacks."""
+    """Return labels of a segment, without those that it lacks."""
     values = {name: column[k].item() for name, column in columns.items()}
     return {
         name: value

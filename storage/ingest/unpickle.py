@@ -104,7 +104,8 @@ class _Account:
 
         Raises
         ------
-        _Refused : if they are too many
+        _Refused
+            If they are too many.
         """
         self.left -= count
         if self.left < 0:
@@ -162,7 +163,7 @@ class _Function:
 
 
 def _build(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    """An array from its bytes, after shape and size have been found to agree."""
+    """Return an array from its bytes, after shape and size have been found to agree."""
     if not isinstance(dtype, _DType):
         raise _Refused("a numpy array has no numpy dtype")
     if isinstance(data, str):  # written by Python 2
@@ -211,7 +212,7 @@ class _Restricted(pickle.Unpickler):
     """Resolves the names in `_NAMES` and no others; imports nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Stand-in for a name of numpy."""
+        """Return the stand-in for a name of numpy."""
         try:
             return _NAMES[module, name]
         except (KeyError, TypeError):
@@ -231,8 +232,10 @@ def restricted_loads(data: bytes, where: str) -> Value:
 
     Parameters
     ----------
-    data : the pickle, any protocol, written under numpy 1 or 2
-    where : file and member, for the message
+    data
+        The pickle, any protocol, written under numpy 1 or 2.
+    where
+        File and member, for the message.
 
     Returns
     -------
@@ -240,7 +243,8 @@ def restricted_loads(data: bytes, where: str) -> Value:
 
     Raises
     ------
-    StoreError : if it holds anything else, naming `where` and what was refused; nothing of it has run
+    StoreError
+        If it holds anything else, naming `where` and what was refused; nothing of it has run.
     """
     try:
         _walk(data)
@@ -267,7 +271,8 @@ def _walk(data: bytes) -> None:
 
     Raises
     ------
-    _Refused : if one is of a kind that numbers, texts and arrays do not need
+    _Refused
+        If one is of a kind that numbers, texts and arrays do not need.
     """
     last = None
     for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):

@@ -42,20 +42,28 @@ def ingest_tar(
 
     Parameters
     ----------
-    paths : tars, uncompressed
-    store_path : runs are added if the store exists
-    overwrite : replace the store
-    normalise : what is done to each run; the trials of a run count as one
-    progress : called with (tars done, tars in all)
-    create : keyword arguments of `StoreWriter.create` for a new store, without `networks`
+    paths
+        Tars, uncompressed.
+    store_path
+        Runs are added if the store exists.
+    overwrite
+        Replace the store.
+    normalise
+        What is done to each run; the trials of a run count as one.
+    progress
+        Called with (tars done, tars in all).
+    create
+        Keyword arguments of `StoreWriter.create` for a new store, without `networks`.
 
     Returns
     -------
-    IngestReport : a bad tar is in `failures` with its reason, and nothing of it is in the store
+    IngestReport
+        A bad tar is in `failures` with its reason, and nothing of it is in the store.
 
     Raises
     ------
-    StoreError : if the store itself cannot be written
+    StoreError
+        If the store itself cannot be written.
     """
     with IngestSession(store_path, create, overwrite=overwrite, normalise=normalise) as session:
         for done, path in enumerate(paths):
@@ -66,11 +74,12 @@ def ingest_tar(
 
 
 def read_tar(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Runs of one tar, as keyword arguments of `StoreWriter.append`.
+    """Yield runs of one tar, as keyword arguments of `StoreWriter.append`.
 
     Raises
     ------
-    StoreError : if the tar is damaged, incomplete or not of the released form, naming it and the member
+    StoreError
+        If the tar is damaged, incomplete or not of the released form, naming it and the member.
     """
     where = os.fspath(path)
     samples: dict[str, dict[str, bytes]] = {}
@@ -95,11 +104,12 @@ def read_tar(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def parse_key(key: str) -> dict[str, str]:
-    """Entities of `ds-…_sub-…[_ses-…]_task-…[_acq-…][_run-…]`; others stay in the key only.
+    """Return entities of `ds-…_sub-…[_ses-…]_task-…[_acq-…][_run-…]`; others stay in the key only.
 
     Raises
     ------
-    ValueError : if dataset or subject is missing
+    ValueError
+        If dataset or subject is missing.
     """
     pairs = [part.partition("-") for part in key.split("_")]
     entities = {_ENTITIES[name]: value for name, _, value in pairs if name in _ENTITIES and value}
@@ -142,7 +152,7 @@ def _read_from(path: Path, begin: int) -> bytes:
 
 
 def _assemble(where: str, run: str, trials: Mapping[int | None, Mapping[str, bytes]]) -> dict[str, Any]:
-    """One run from its whole-run sample or from its trials in order of their numbers."""
+    """Return one run from its whole-run sample or from its trials in order of their numbers."""
     try:
         entities = parse_key(run)
     except ValueError as error:
