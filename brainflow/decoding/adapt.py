@@ -95,6 +95,7 @@ def adapt(
         def show(done: int, number: int = number) -> None:
             told(number * len(task.folds) + done, seeds * len(task.folds))
 
+        # Anew for each seed: with `scratch` the weights are drawn from it.
         module = load_module(checkpoint, seeded, where)
         features = _features(checkpoint, task, module, seeded, where, {} if known is None else known)
         chances, fits = _fold_chances(task, module, seeded, where, features, explain, show)
@@ -116,6 +117,7 @@ def adapt(
 
 def load_module(checkpoint: str | os.PathLike[str], config: AdaptConfig, device: torch.device) -> Any:
     """Return a checkpoint's module on a device, with fresh weights if `config.scratch`."""
+    # Also where weights are fresh: its configuration is the architecture.
     module: Any = load_pretrained(checkpoint)
     if config.scratch:
         torch.manual_seed(config.seed)
@@ -135,7 +137,9 @@ def _features(
     if not config.fitted_first:
         return None
     readouts = tuple(config.readouts(module))
+    # Fresh weights are another model for each seed.
     fresh = config.seed if config.scratch else None
+    # By content: two tasks of one store may read different windows.
     windows = (task.store.path, task.store.snapshot, task.config.hrf_shift, task.segments.tobytes())
     key = (os.fspath(checkpoint), fresh, readouts, *windows)
     if key not in known:
@@ -161,6 +165,7 @@ def _fold_chances(
             module,
             task,
             fold.train,
+            # A seed of its own for each fold; the first is that of fresh weights.
             replace(config, seed=config.seed + 1 + number),
             classes=classes,
             device=device,

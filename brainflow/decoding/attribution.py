@@ -105,6 +105,7 @@ def attribute(
     result: list[Any] = [None] * len(windows)
     t_rs = np.broadcast_to(np.asarray(t_r, dtype=np.float64), len(windows))
     shapes = np.array([(len(window), one) for window, one in zip(windows, t_rs, strict=True)])
+    # Windows of one length and TR stack into one array.
     for length, one in np.unique(shapes, axis=0):
         rows = np.flatnonzero((shapes == (length, one)).all(axis=1))
         forward = _logits(decoder, float(one))
@@ -151,6 +152,7 @@ def average(
             for i in mine:
                 total[: len(values[i])] += values[i]
                 seen[: len(values[i])] += 1
+            # Beyond a group's longest window there is nothing to divide by.
             per_group.append(total / np.maximum(seen, 1))
             sums.append(total.sum(axis=0) / len(mine))
         count[label] = len(per_group)

@@ -116,6 +116,7 @@ def half_whitener(store: Any, *, spatial: bool) -> NDArray[np.float32]:
 def log_variances(bold: NDArray, lengths: NDArray) -> NDArray[np.float32]:
     """Return the log of each network's variance within each window, `[windows, networks]`."""
     windows = np.split(np.asarray(bold, dtype=np.float64), np.cumsum(lengths)[:-1])
+    # A constant network has no log.
     return np.log(np.stack([w.var(axis=0) for w in windows]) + 1e-6).astype(np.float32)
 
 
@@ -124,6 +125,7 @@ def covariances(bold: NDArray, lengths: NDArray) -> NDArray[np.float64]:
 
     Of more networks than give `EDGES` edges a part is drawn once with a fixed seed.
     """
+    # n networks have about n²/2 edges.
     most = int(np.sqrt(2 * EDGES))
     if bold.shape[1] > most:
         bold = bold[:, np.sort(np.random.default_rng(0).choice(bold.shape[1], most, replace=False))]
@@ -142,6 +144,7 @@ def tangents(covariances: NDArray, mean: NDArray) -> NDArray[np.float64]:
         `[windows, networks, networks]` and `[networks, networks]`.
     """
     value, vector = np.linalg.eigh(mean)
+    # A singular mean has values of 0 or, by rounding, below.
     root = (vector * np.maximum(value, 1e-12 * value[-1]) ** -0.5) @ vector.T
     value, vector = np.linalg.eigh(root @ covariances @ root)
     log = (vector * np.log(np.maximum(value, 1e-9))[:, None, :]) @ vector.transpose(0, 2, 1)
@@ -166,6 +169,7 @@ def connectomes(bold: NDArray, lengths: NDArray) -> NDArray[np.float32]:
     rows = []
     for window in np.split(np.asarray(bold, dtype=np.float32), np.cumsum(lengths)[:-1]):
         z = window - window.mean(axis=0)
+        # A constant network correlates with nothing.
         z /= np.maximum(np.linalg.norm(z, axis=0), 1e-6)
         # Clipped, since z of a correlation of 1 is infinite.
         rows.append(np.arctanh(np.clip((z.T @ z)[above, below], -0.999, 0.999)))
@@ -217,6 +221,7 @@ def make_classifier(name: BaselineName, times: int = 1) -> Any:
     # A penalised linear model is the same on all principal components as on the features, and much faster
     # where there are more features than windows.
     if name in ("logistic", "logistic-spatial", "means", "log-variance", "connectome"):
+        # `full`: by itself PCA may take a solver that draws at random.
         return make_pipeline(StandardScaler(), PCA(svd_solver="full"), LogisticRegression(max_iter=1_000))
     if name.startswith("ridge"):
         return RidgeDecoder(times)
@@ -237,6 +242,7 @@ class TangentDecoder:
 
     def fit(self, X: NDArray, y: NDArray[np.int64], groups: NDArray | None = None) -> Self:
         """Fit to covariances `[windows, networks, networks]`, classes and the person of each window."""
+        # Of the training windows: the mean of all would know those that are tested.
         self._mean = X.mean(axis=0)
         self._ridge = RidgeDecoder().fit(tangents(X, self._mean), y, groups)
         self.classes_ = self._ridge.classes_
@@ -310,11 +316,13 @@ class NetworkDecoder:
         self._scale = np.where(scale > 0, scale, 1.0)
         shape = (X.shape[1], 1, 1)
         mask = new_img_like(self._image(X[:1]), np.ones(shape, dtype=np.uint8))
+        # Stratified folds need a window of each class.
         folds = int(min(3, np.unique(y, return_counts=True)[1].min()))
         self._decoder = Decoder(
             mask=mask,
             cv=folds,
             screening_percentile=100,
+            # Scaled already, by the training windows.
             standardize=None,
             scoring="accuracy",
         )
@@ -389,5 +397,6 @@ def predict_folds(
             if chances is None or not hasattr(classifier, "predict_proba"):
                 chances = None
                 continue
+            # A fold may train on fewer classes.
             chances[np.ix_(fold.test, classifier.classes_)] = classifier.predict_proba(features[fold.test])
     return predictions, chances

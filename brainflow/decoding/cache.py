@@ -52,6 +52,7 @@ def recall(folder: Path, of: DecodingTask, name: str) -> Kept | None:
             predictions, chances = file["predictions"], file["probabilities"]
         fits = predictions.dtype == np.int64 and predictions.shape == (count,)
         fits &= chances.dtype == np.float32 and chances.shape in ((count, classes), (0, classes))
+        # Those that were not read for longest go first.
         os.utime(path)
     except Exception:  # a damaged archive fails in any way
         return None
@@ -79,6 +80,7 @@ def _path(folder: Path, of: DecodingTask, name: str) -> Path:
     for fold in of.folds:
         arrays += [fold.train, fold.test]
     for array in arrays:
+        # The length before it: [1, 2], [3] and [1], [2, 3] are different folds.
         digest.update(f"{len(array)} ".encode() + np.ascontiguousarray(array, np.int64).tobytes())
     return folder / f"{digest.hexdigest()}.npz"
 

@@ -73,6 +73,7 @@ def learning_curve(
         # one that needs two windows of a class, as nilearn's, may be missing in a draw: then it is left out
         named = [{result.name: result for result in one} for one in judged]
         shared = [name for name in named[0] if all(name in one for one in named)]
+        # Of the full task: all draws test the same windows.
         results = [_pooled(task, [one[name] for one in named]) for name in shared]
         points.append(Point(groups=count, task=tasks[0], results=results))
     return points

@@ -64,6 +64,7 @@ def examine(
         )
     ]
     t_r = np.unique(np.asarray(store.runs.t_r)).tolist()
+    # Without TRs, which have a row of their own.
     found = differences(data, store.attributes, [])
     for name, what in MUST_MATCH.items():
         if data.get(name) or store.attributes.get(name):

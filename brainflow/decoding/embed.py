@@ -165,6 +165,7 @@ def embed(
         If an argument cannot be used, or nothing could be embedded; the reasons are in the message.
     """
     names = [images] if isinstance(images, str | os.PathLike) else list(images)
+    # A file that is named twice is embedded once.
     texts = list(dict.fromkeys(os.fspath(name) for name in names))
     if not texts:
         raise ValueError("images: got none, expected at least one file or store")
@@ -175,6 +176,7 @@ def embed(
     notes: list[str] = []
     told = or_notebook(progress, "embed")
     with tempfile.TemporaryDirectory(prefix="brainflow-") as temporary:
+        # Absolute, since jobs of a cluster start elsewhere.
         folder = Path(temporary if work is None else work).absolute()
         jobs = plan(
             texts, checkpoint, atlas=atlas, confounds=confounds, work=folder, allow_mismatch=allow_mismatch,
@@ -191,6 +193,7 @@ def embed(
             name, begun = text, ready + FILE * number
             try:
                 runs = _runs(text, jobs.get(text), model, t_r, allow_mismatch, failures, notes)
+                # Why it has no job stands there already.
                 for run in runs if text not in failures else ():
                     name = f"{text}: {run.facts['key']}" if run.attributes is None else text
                     _check(run, model, allow_mismatch, notes)
@@ -235,6 +238,7 @@ def plan(
         if not is_remote(image) and not Path(image).exists():
             failures[image] = "no such file; check the path"
             continue
+        # A .ptseries.nii is a table, though it ends like an image.
         kind = None if image.endswith(TABLES) else kind_of(image)
         try:
             if is_remote(image):
@@ -257,6 +261,7 @@ def plan(
             [job] = jobs_for([files], kind=kind, settings=chosen, atlases=[spec], work=work)
             jobs[image] = job_of(image, files, job)
         except (ValueError, OSError) as error:
+            # `prepare` calls the option otherwise.
             failures[image] = str(error).replace("--allow-space-mismatch", "--allow-mismatch")
     return jobs
 
@@ -394,9 +399,11 @@ def _of_table(text: str, model: _Model, t_r: float | None, notes: list[str]) -> 
     if values.shape[1] != model.networks:
         raise ValueError(f"has {values.shape[1]} networks, the model was trained on {model.networks}")
     bold = normalise(values, model.normalise)
+    # Normalised, a constant network is 0 throughout.
     flat = int((~bold.any(axis=0)).sum()) if model.normalise != "none" else 0
     if flat:
         notes.append(f"{text}: {counted(flat, 'network is', 'networks are')} constant")
+    # `parse_name` wants an ending.
     parsed = parse_name(Path(_stem(text) + ".x"))
     entities = parsed.entities if parsed else {}
     known = {"subject": "sub", "session": "ses", "task": "task", "run": "run"}
@@ -428,6 +435,7 @@ def _header(path: Path) -> list[str]:
         return []
     regular_size(path)
     with open(path, encoding="utf-8-sig", newline="") as file:
+        # Bounded: a file may have no end of line.
         first = next(csv.reader([file.readline(2**22)], delimiter="\t" if path.suffix == ".tsv" else ","), [])
     try:
         [float(cell) for cell in first]

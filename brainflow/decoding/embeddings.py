@@ -70,6 +70,7 @@ class Embeddings:
                 arrays: dict[str, Any] = {name: columns[name] for name in FACTS}
                 np.savez(file, embeddings=self.vectors, model=np.array(json.dumps(self.model)), **arrays)
             else:
+                # Nothing may wait in the wrapper, which is detached below.
                 text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
                 writer = csv.writer(text, delimiter="\t" if target.suffix == ".tsv" else ",")
                 writer.writerow(columns)

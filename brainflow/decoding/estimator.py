@@ -94,7 +94,9 @@ class _OnWindows(BaseEstimator):
         if self.masker is None:
             return X
         if fit:
+            # A clone: scikit-learn's estimators leave their parameters as they are.
             self.masker_ = clone(self.masker)
+            # Without a mask of its own it finds one in the images.
             self.masker_.fit(X if getattr(self.masker, "mask_img", None) is None else None)
         return [np.asarray(self.masker_.transform(image)) for image in X]
 
@@ -146,6 +148,7 @@ class _OnWindows(BaseEstimator):
             if fit:
                 self.n_features_in_ = X.shape[-1]
             windows = as_windows(X)
+        # In scikit-learn's words, which its checks of estimators look for.
         if not fit and windows[0].shape[1] != self.n_features_in_:
             raise ValueError(
                 f"X has {windows[0].shape[1]} features, but {type(self).__name__} is expecting "
@@ -244,6 +247,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         device: Literal["cpu", "cuda"] = "cpu",
         random_state: int = 0,
     ) -> None:
+        # As scikit-learn has it: parameters are kept as given, and looked at in `fit`.
         self.checkpoint = checkpoint
         self.mode = mode
         self.published = published
@@ -278,6 +282,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
             these out. By default runs with tables of events are left out, else single windows.
         """
         windows, labels = self._windows(X, y, fit=True)
+        # In scikit-learn's words, which its checks of estimators look for.
         if labels is None:
             raise ValueError("requires y to be passed, but the target y is None")
         # scikit-learn's checks of y, and that there is one each; windows are checked by themselves.
@@ -348,6 +353,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         parameters["checkpoint"] = None if self.checkpoint is None else os.fspath(self.checkpoint)
         facts: dict[str, Any] = {"estimator": parameters, "data": self.trained_on_}
         facts |= base_model(self.checkpoint)
+        # JSON knows no scalars of NumPy.
         classes = tuple(name.item() for name in self.classes_)
         save_decoder(
             self.decoder_, folder, mode=self.mode, kind=self.config_.head, classes=classes, facts=facts
@@ -383,6 +389,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
                 "t_r": (data.get("t_r") or [2.0])[0],
                 "hrf_shift": (config.get("decoding") or {}).get("hrf_shift", 0.0),
             }
+        # What another version wrote besides is left.
         names = set(cls().get_params()) - UNSAVED
         known = {name: value for name, value in estimator.items() if name in names}
         known |= {"mode": section["mode"], "pooling": section["pooling"]}
@@ -454,6 +461,7 @@ class BoldEncoder(TransformerMixin, _OnWindows):
         if self.pooling == "tokens":
             raise ValueError("pooling: got 'tokens', expected one vector a window, as bins or mean")
         readout = Readout(pooling=self.pooling, bins=self.bins, layer=self.layer)
+        # A pipeline hands on labels, too, which nothing is fitted to here.
         windows, _ = self._windows(X, y if _is_table(y) or _are_tables(y) else None, fit=True)
         self.module_ = self._module(windows)
         self._n_features_out = readout.width(self.module_.config)

@@ -167,6 +167,7 @@ def finetune(
                 if now < min(check[1] for check in checks):
                     best = copy.deepcopy(decoder.state_dict())
                 checks.append((step + 1, now, right))
+                # `_check` left it in evaluation mode.
                 decoder.train()
     if best is not None:
         decoder.load_state_dict(best)
@@ -243,6 +244,7 @@ def state_covariance(
     mean, count = np.zeros(len(total)), 0
     with source.loader(windows, batch=EVALUATION_BATCH, shuffle=False, seed=0, device=device) as loader:
         for packed in loader:
+            # In float64: the small difference of large sums is wanted.
             states = module.features(packed, "tokens").double().cpu().numpy()
             total += states.T @ states
             mean, count = mean + states.sum(axis=0), count + len(states)

@@ -118,6 +118,7 @@ class AdaptConfig:
             )
         if self.published and self.mode not in ("finetune", "lora"):
             raise ValueError(f"published: got True with mode {self.mode}, expected mode finetune or lora")
+        # It checks its own numbers.
         Readout(pooling=self.pooled_by, bins=self.bins, layer=self.layer)
 
     @property
@@ -226,6 +227,7 @@ def fit_decoder(
         times=readouts[0].times,
     )
     readout, labels = readouts[place], source.labels[windows]
+    # NaN: nothing could be left out, each class has one window.
     if np.isnan(ridge.loss):
         ridge = _fit_to_moved(module, source, windows, config, readout, features[place], classes, device)
     if config.by_features:
@@ -330,8 +332,10 @@ def _trainable(
     module: Any, head: nn.Module, readout: Readout, config: AdaptConfig, device: torch.device
 ) -> Decoder:
     """Return a decoder with a copy of the module, of which the right parts can be trained."""
+    # The module serves the other folds, too.
     own = copy.deepcopy(module)
     if config.mode == "lora":
+        # The first factor of a change is drawn at random.
         torch.manual_seed(config.seed)
         add_lora(own, rank=config.rank)
     freeze(own, config.freeze)

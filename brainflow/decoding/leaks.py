@@ -69,6 +69,7 @@ def check_unseen(checkpoint: str | os.PathLike[str], task: TestedPeople, *, allo
         )
     if told:
         counted = f"{len({*fitted, *read})} of the {len(tested)} tested subjects"
+        # The place of the warning is the line that called `adapt`.
         warnings.warn(f"{'; '.join(told)}: {counted}", LeakWarning, stacklevel=3)
     if unknown and task.people:
         warnings.warn(

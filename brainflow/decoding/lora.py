@@ -22,6 +22,7 @@ class LowRank(nn.Module):
         self.scale = alpha / rank
         self.a = nn.Parameter(torch.empty(rank, columns))
         self.b = nn.Parameter(torch.zeros(rows, rank))
+        # As `nn.Linear` begins; with B = 0 the first step starts from the model itself.
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -40,6 +41,7 @@ def add_lora(module: nn.Module, *, rank: int = 8, alpha: float = 16.0) -> None:
     targets = list(_projections(module))
     if not targets:
         raise ValueError("mode: got lora, but this model has no transformer blocks; use another mode")
+    # Before the changes are added, which are to be trained.
     module.requires_grad_(False)
     for linear in targets:
         rows, columns = linear.weight.shape

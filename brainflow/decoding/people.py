@@ -126,8 +126,10 @@ class PeopleTask:
         values = np.asarray(values, dtype=np.float64)
         root = np.ones(len(fold.train))
         if self.classes:
+            # Rows times the root of their weight: a least-squares fit then weighs them.
             root = np.sqrt(class_balance(self.target[fold.train]))
         known = (values[fold.train].T * root).T
+        # By lstsq, because confounds may depend on each other.
         effects = np.linalg.lstsq(root[:, None] * design[fold.train], known, rcond=None)[0]
         rest: NDArray[np.float64] = values - design @ effects
         # what the confounds explain to the last digit is nothing afterwards, not noise of rounding
@@ -159,6 +161,7 @@ def load_people(store: BoldStore, config: PeopleConfig) -> PeopleTask:
     for argument, names in needed.items():
         for name in names:
             texts[name] = table.column(name, argument)
+            # Counted once, for the first column that lacks them.
             missing = keep & np.array([text is None for text in texts[name]])
             left_out[f"{name} is n/a"] = int(missing.sum())
             keep &= ~missing
@@ -329,6 +332,7 @@ def _confounds(
         if found is not None:
             kinds[name] = "number"
             codes = np.unique(found)
+            # Two codes are the same indicator either way.
             if 2 < len(codes) <= FEW_LEVELS and (codes == np.rint(codes)).all():
                 shown = ", ".join(f"{code:g}" for code in codes)
                 warnings.warn(

@@ -101,6 +101,7 @@ def states_of_people(
     count, begin = int(owner.max()) + 1, 0
     sums = [torch.zeros(count, one.width(module.config), dtype=torch.float64) for one in readouts]
     tokens = torch.zeros(count, 1, dtype=torch.float64)
+    # In float64: variances are small differences of these sums.
     for packed in batches:
         rows = torch.from_numpy(owner[begin : begin + len(packed.lengths)])
         length = torch.from_numpy(packed.lengths.astype(np.float64))[:, None]
@@ -114,6 +115,7 @@ def states_of_people(
     found = []
     for total in sums:
         mean, square = (total / tokens).chunk(2, dim=1)
+        # Rounding may leave a little less than 0.
         variance = (square - mean.square()).clamp_min(0) + SMALLEST_VARIANCE
         found.append(torch.cat((mean, variance.log() / 2), dim=1).numpy())
     return found
@@ -204,6 +206,7 @@ def adapt_people(
     where = resolve_device(device)
     module = load_module(checkpoint, config, where)
     readouts = config.readouts(module)
+    # The longest, for models that know only so many seconds.
     t_r = float(np.asarray(task.store.runs.t_r)[task.runs].max())
     longest = longest_window(read_config(checkpoint), module.config, t_r)
     features = states_of_people(module, *_batches(task, longest, where), readouts)
@@ -226,6 +229,7 @@ def people_baselines(task: PeopleTask) -> list[PeopleResult]:
     people = len(task.subjects)
     tokens = np.zeros(people)
     sums: dict[str, Any] = {}
+    # Run by run: one of them is in memory at a time.
     for run, person in zip(task.runs, task.owner, strict=True):
         bold = np.asarray(task.store.run(int(run)), dtype=np.float32)
         tokens[person] += len(bold)
@@ -261,6 +265,7 @@ def _decode(
         found = list(features(fold))
         if task.confounds.shape[1]:
             found = [task.without_confounds(x, fold) for x in found]
+        # Nothing is read of the brain: what is expected is said.
         if not found:
             continue
         fits = [_fit(task, x, target, fold.train) for x in found]

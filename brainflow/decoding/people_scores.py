@@ -71,6 +71,7 @@ def score_numbers(truth: NDArray, said: NDArray, *, units: NDArray, seed: int = 
     """
     if said.std() <= 1e-9 * truth.std():  # rounding is no opinion
         said = np.zeros_like(truth)
+    # Every score is made of these sums, so that a resample is one product.
     sums = np.stack(
         [
             np.ones_like(truth),
@@ -91,6 +92,7 @@ def score_numbers(truth: NDArray, said: NDArray, *, units: NDArray, seed: int = 
 
     def correlation(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         n, y, p, yy, pp, yp = (weights @ sums).T[:6]
+        # Rounding may leave a little less than 0 under the root.
         return _ratio(n * yp - y * p, np.sqrt(np.maximum((n * yy - y**2) * (n * pp - p**2), 0)), 0.0)
 
     def error(weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -152,6 +154,7 @@ def _area(member: NDArray[np.bool_], score: NDArray) -> Metric:
     """Return the area under the ROC curve as a function of weights; 0.5 where a side is empty."""
     order = np.argsort(score, kind="stable")
     inside = member[order]
+    # Where scores that are equal begin.
     ties = np.flatnonzero(np.append(True, np.diff(score[order]) > 0))
 
     def area(weights: NDArray[np.float64]) -> NDArray[np.float64]:

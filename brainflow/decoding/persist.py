@@ -63,6 +63,7 @@ def save_decoder(
         "head": kind,
         **asdict(decoder.readout),
         "classes": list(classes),
+        # Neighbours are kept, so the head is as large as they were many.
         "examples": len(head.keys) if isinstance(head, Neighbours) else 0,
     }
     extra = {**(facts or {}), "decoder": section}
@@ -114,6 +115,7 @@ def _readout(section: dict[str, Any], module: Any) -> Readout:
 def _head(section: dict[str, Any], width: int) -> nn.Module:
     try:
         return make_head(
+            # Older decoders name no head: it was that of their mode.
             section.get("head", section["mode"]),
             width=width,
             classes=len(section["classes"]),

@@ -96,6 +96,7 @@ class Readout:
 def layers(module: Any) -> list[int | None]:
     """Return what may be read of a module: the embedding, the states between blocks, the last ones."""
     blocks = getattr(getattr(module, "transformer", None), "blocks", ())
+    # After the last block there is the final norm: that is None.
     return [EMBEDDING, *range(1, len(blocks)), None]
 
 
@@ -111,6 +112,7 @@ def read(module: Any, batch: PackedBatch, readouts: Sequence[Readout]) -> list[T
 
     def vector(readout: Readout) -> Tensor:
         if readout.pooling == "cls":
+            # By itself: the token is appended to each window.
             return module.features(batch, "cls")
         sides = [states[layer] for layer in _sides(readout)]
         return _pooled(sides[0] if len(sides) == 1 else torch.cat(sides, dim=1), batch.lengths, readout)

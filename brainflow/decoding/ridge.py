@@ -301,6 +301,7 @@ class _Decomposition:
         self.square: NDArray[np.float64] = square[kept]
         self.vectors: NDArray[np.float64] = vectors[:, kept]
         self.unit = max(float(np.square(self.x).sum() / np.square(root).sum()), 1e-300)
+        # U^T y: of a wide x the vectors are U, else x V / s is.
         self.seen = self.vectors.T @ (self.y if self.wide else self.x.T @ self.y)
         if not self.wide:
             self.seen /= np.sqrt(self.square)[:, None]

@@ -94,6 +94,7 @@ def make_folds(
             f"split: {split} needs at least {needed} {unit}s with labels, got {count}; "
             "choose another split or label more data"
         )
+    # GroupKFold deals by size and draws nothing.
     splitter = GroupKFold(n_splits=folds) if split == "k-fold" else LeaveOneGroupOut()
     result = []
     for number, (train, test) in enumerate(splitter.split(labels, labels, groups)):

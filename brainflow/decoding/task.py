@@ -385,7 +385,9 @@ def refuse_copies(
             digest = blake2b(row.tobytes(), digest_size=8).digest() if (row != row[0]).any() else b"\0" * 8
             content[i] = int.from_bytes(digest, "little")
     for fold in folds:
+        # Whoever chooses among weights has been learnt from, too.
         trained = fold.train if fold.validation is None else np.append(fold.train, fold.validation)
+        # 0 stands for no evidence.
         shared = np.setdiff1d(np.intersect1d(content[trained], content[fold.test]), [0])
         if len(shared):
             tested = fold.test[np.isin(content[fold.test], shared)]

@@ -170,7 +170,9 @@ def cut_events(
             ) from None
         for begin, seconds, label in zip(onset, duration, kind, strict=True):
             first = round((float(begin) + hrf_shift) / t_r)
+            # An event that is shorter than a volume has one.
             length = max(1, round(float(seconds) / t_r))
+            # An index below 0 would count from the end.
             window = np.asarray(run)[max(first, 0) : first + length]
             if first < 0 or not len(window):
                 raise ValueError(
