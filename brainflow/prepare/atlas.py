@@ -91,6 +91,7 @@ def find_atlas(text: str, template: str = "", surfaces: Sequence[Path] = ()) -> 
     before, equals, behind = text.partition("=")
     wanted, label = (behind, re.sub(r"[^A-Za-z0-9]", "", before)) if equals else (text, "")
     path = Path(wanted)
+    # A file comes first: its name may be an atlas's, or hold a +.
     if path.is_file():
         return _from_files(path, label, tuple(surfaces))
     parts = wanted.split("+")
@@ -132,6 +133,7 @@ def _from_files(path: Path, label: str, surfaces: tuple[Path, ...]) -> AtlasSpec
         raise ValueError(f"atlas {path}: expected .nii, .nii.gz, .dlabel.nii or .label.gii")
     stem = path.name.partition(".")[0]
     label = label or entities.get("atlas", "") or entities.get("seg", "") or re.sub(r"[^A-Za-z0-9]", "", stem)
+    # TemplateFlow says the number of parcels in `desc-`.
     if entities.get("desc") and "atlas" in entities:
         label += entities["desc"]
     return AtlasSpec(
@@ -179,6 +181,7 @@ def _names_of_file(path: Path) -> dict[int, str]:
 
 
 def _names_of_table(path: Path) -> dict[int, str]:
+    # Excel begins a file with a byte-order mark.
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
     columns = {name.lower(): name for name in (rows[0] if rows else {}) if name}
@@ -231,6 +234,7 @@ def save_atlas(spec: AtlasSpec, work: Path) -> None:
     """Note where an atlas lies, for the group level."""
     path = work / "atlases" / f"{spec.label}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Twice, because the first time makes texts of paths.
     replace_durably(path, to_json(json.loads(json.dumps(asdict(spec), default=str))))
 
 

@@ -132,6 +132,7 @@ def _walk(root: Path, participants: Collection[str]) -> Iterator[Path]:
                     subfolders.append(entry.path)
             elif name.startswith(("sub-", "task-")) or name == "bold.json":
                 yield Path(entry.path)
+        # The last is taken next: reversed, the walk goes by name.
         folders += reversed(subfolders)
 
 
@@ -230,6 +231,7 @@ def _make_run(dataset: str, found: _Found, tables: _Tables, query: Query) -> Run
         sidecars=tuple(file.path for file in sidecars),
         confounds=confounds[0].path if confounds else None,
         events=tuple(file.path for file in events),
+        # Of several nobody says which one fMRIPrep took.
         source=found.sources[0].path if len(found.sources) == 1 else None,
         space=_space(first),
         description=first.entities.get("desc", ""),

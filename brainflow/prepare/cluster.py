@@ -105,6 +105,7 @@ def submit(
     executor.update_parameters(
         name="brainflow-prepare", timeout_min=60 * _HOURS, mem_gb=gigabytes, cpus_per_task=1
     )
+    # A job has one core.
     environment = {"OMP_NUM_THREADS": "1"}
     with executor.batch():
         jobs = {

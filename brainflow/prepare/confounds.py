@@ -101,6 +101,7 @@ def load(images: tuple[Path, ...], table: Path | None, strategy: Strategy, volum
     steady_from = int(marked[-1]) + 1 if len(marked) else 0
     censor = np.zeros(volumes, bool)
     if strategy == "none":
+        # nilearn, whose sample mask leaves them out, is not asked here.
         censor[marked] = True
         return Confounds(
             values=None,
@@ -164,6 +165,7 @@ def _select(images: tuple[Path, ...], strategy: Strategy) -> tuple[Any, np.ndarr
                 chosen, kept = fmriprep.load_confounds_strategy(files, denoise_strategy=_PRESETS[strategy])
     except (ValueError, KeyError, OSError, IndexError, TypeError) as error:
         raise Unusable(f"confounds {strategy!r}: {' '.join(str(error).split())}") from error
+    # Of a pair of hemispheres both have the same.
     if isinstance(chosen, list):
         chosen, kept = chosen[0], kept[0]
     return chosen, kept
@@ -225,6 +227,7 @@ def clean(series: np.ndarray, confounds: Confounds | None, settings: CleanSettin
             cleaned = signal.clean(
                 np.array(series),
                 detrend=settings.detrend,
+                # The others are done below, z-scoring included.
                 standardize="zscore_sample" if settings.normalise == "zscore" else None,
                 confounds=None if confounds is None else confounds.values,
                 filter="butterworth" if filtered else False,

@@ -55,6 +55,7 @@ def write_description(output: Path, roots: Sequence[Path] = (), images: Iterable
         description["SourceDatasets"] = _unique(sources)
     if roots:
         description["DatasetLinks"] = {
+            # Relative: both may be moved together.
             name: Path(os.path.relpath(root.resolve(), output.resolve())).as_posix()
             for name, root in dataset_links(roots).items()
         }
@@ -76,6 +77,7 @@ def dataset_links(roots: Sequence[Path]) -> dict[str, Path]:
     links: dict[str, Path] = {}
     for root in roots:
         name = re.sub(r"[^A-Za-z0-9-]", "", root.resolve().name) or "dataset"
+        # Two data sets may have one name.
         while name in links:
             name += "x"
         links[name] = root

@@ -176,6 +176,7 @@ def read_events(path: Path, column: str) -> list[Event]:
         raise Unusable(
             f"{path.name}: has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}"
         )
+    # Stable: of events at one time the first stays the first.
     table = table.dropna(subset=["onset", column]).sort_values("onset", kind="stable")
     try:
         onsets, durations = table["onset"].astype(float), table["duration"].astype(float)
@@ -183,6 +184,7 @@ def read_events(path: Path, column: str) -> list[Event]:
             raise ValueError("one is infinite")
         rows = zip(onsets, durations, table[column], strict=True)
         return [
+            # Of no known length: one volume.
             Event(onset=onset, duration=0.0 if math.isnan(duration) else duration, label=str(label))
             for onset, duration, label in rows
         ]
@@ -241,6 +243,7 @@ def read_ev(path: Path, task: str) -> list[Event]:
         If a line is not three numbers.
     """
     name = path.stem.rpartition("_EV_")[2]
+    # Each kind of picture comes as 0-back and 2-back, and is one state.
     state = re.sub(r"^[02]bk_", "", name)
     if state not in HCP_STATES.get(task.upper(), ()):
         return []

@@ -54,6 +54,7 @@ def parse_name(path: Path) -> BidsFile | None:
         if match is None:
             return None
         entities[match[1]] = match[2]
+    # A name ends in a suffix, not in an entity.
     if not dot or "-" in suffix:
         return None
     return BidsFile(path=path, entities=entities, suffix=suffix, extension=f".{extension}")
@@ -63,6 +64,7 @@ def entries_of(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """Return what a folder holds, by name; a folder that cannot be read is warned of, and stops nothing."""
     try:
         with os.scandir(folder) as entries:
+            # Sorted: file systems have orders of their own.
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         _LOG.warning(

@@ -47,6 +47,7 @@ def select_records(
 
 def unprepared(records: Sequence[dict[str, Any]], runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     """Return records for runs of the dataset that have none: their job never began, or died before."""
+    # By entities: keys begin with the data set's name, which an option may change.
     known = {tuple(sorted(record["entities"].items())) for record in records}
     return [
         {
@@ -144,6 +145,7 @@ def gather(
         for count, record in enumerate(done, 1):
             _add(writer, record["key"], part_path(parts_of(work, atlas.label), record["key"]), report)
             progress(count, len(done))
+        # Inside: without a commit an older store stays.
         if not report.runs:
             reason = next(iter(report.failures.values()))
             raise ValueError(

@@ -160,6 +160,7 @@ def _atlas_for(text: str, images: Sequence[Any]) -> AtlasSpec:
     """Return an atlas in the template that the images' names state."""
     named = [parse_name(Path(image)) for image in images if isinstance(image, str | os.PathLike)]
     templates = {file.entities["space"] for file in named if file and "space" in file.entities}
+    # Any of them: if there are several, one is refused below.
     spec = find_atlas(text, min(templates, default=""))
     for template in templates:
         check_space(spec, template)

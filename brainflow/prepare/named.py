@@ -89,6 +89,7 @@ def find(text: str, template: str) -> Named | None:
     """
     sizes: list[str] = []
     for entry in _table():
+        # `escape` would change {n}: \0 stands for it meanwhile.
         pattern = (
             re.escape(entry["name"].replace("{n}", "\0")).replace(r"\-", "[-_]?").replace("\0", r"(\d+)")
         )
@@ -229,6 +230,7 @@ def _download(name: str, url: str, path: Path) -> None:
             data = answer.read(_MOST_BYTES + 1)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise _not_downloaded(name, url, "BRAINFLOW_ATLASES", error) from error
+    # A server that wants a login answers with a page.
     if len(data) > _MOST_BYTES or (".nii" in path.suffixes and not data.startswith(_IMAGES)):
         raise ConnectionError(
             f"atlas {name}: {url} answered with something that is no image; fetch it in another way, and put "

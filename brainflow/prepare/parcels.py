@@ -77,6 +77,7 @@ def _of_labels(path: Path) -> np.ndarray:
     found = []
     for number, box in enumerate(boxes, 1):
         box = tuple(slice(0, None) if axis == across else part for axis, part in enumerate(box))
+        # Cut out, because nilearn would look at the whole volume for each network.
         found.append(find(_cut(labels == number, box, image.affine, np.int16))[0])
     return np.asarray(found, np.float64)
 
@@ -160,6 +161,7 @@ def _mesh(spec: AtlasSpec, side: int, vertices: int) -> np.ndarray | None:
         path = folder / f"tpl-fsLR_den-32k_hemi-{'LR'[side]}_midthickness.surf.gii"
     else:
         return None
+    # TemplateFlow puts empty files where it has not downloaded anything yet.
     if not spec.surfaces and not (path.is_file() and path.stat().st_size):
         return None
     points = need("nibabel", "reading a mesh", "bids").load(path).agg_data("pointset")

@@ -103,6 +103,7 @@ def write_before(work: Path, atlas: str, key: str, series: np.ndarray) -> None:
         float [time, networks], finite.
     """
     deviation = series - series.mean(axis=0)
+    # A constant network becomes 0.
     scale = 8 / np.where(np.ptp(series, axis=0) > 0, series.std(axis=0), np.inf)
     path = _before_path(work, atlas, key)
     path.parent.mkdir(parents=True, exist_ok=True)

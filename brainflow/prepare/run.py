@@ -75,6 +75,7 @@ class Job:
                 # Not the content: to hash it would read every image once more.
                 inputs.append([path.name, status.st_size, status.st_mtime_ns])
             except OSError:
+                # A file that is gone makes another fingerprint, too.
                 inputs.append([path.name, -1, 0])
         return hashlib.sha256(json.dumps([self.recipe, inputs], sort_keys=True).encode()).hexdigest()
 
@@ -102,6 +103,7 @@ def prepare_run(job: Job) -> dict[str, Any]:
             "reason": "",
             "notes": [],
         }
+        # What an earlier preparation left is not to be taken for this one's.
         forget(job.work, job.files.key, job.atlas_labels)
         try:
             with job.local() as files:
@@ -143,6 +145,7 @@ def _prepare(job: Job, record: dict[str, Any]) -> None:
     dropped = min(dropped, length)
     confounds = _drop(confounds, dropped)
     record |= {"volumes": length - dropped, "dropped": dropped} | _motion(confounds)
+    # Before anything is extracted, which takes longest.
     _apply_rules(job, record)
     segments = tuple(
         segments_of(
@@ -155,6 +158,7 @@ def _prepare(job: Job, record: dict[str, Any]) -> None:
         )
     )
     try:
+        # Else the store would refuse them, when all runs are prepared.
         check_segments(segments, files.key, length - dropped)
     except ValueError as error:
         names = ", ".join(path.name for path in files.events)
@@ -164,6 +168,7 @@ def _prepare(job: Job, record: dict[str, Any]) -> None:
         extracted = volumes.extract(image, job.atlases, settings.clean.smoothing_fwhm, dropped)
     else:
         extracted = surfaces.extract(image, job.atlases, dropped)
+    # Before cleaning, which takes the mean away.
     record["tsnr"] = _finite(temporal_snr(extracted[0][~confounds.censor]))
     record["flat_networks"] = {}
     for atlas, series in zip(job.atlases, extracted, strict=True):

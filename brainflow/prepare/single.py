@@ -168,6 +168,7 @@ def files_of(image: str) -> RunFiles:
     # Images of one name in different folders are different runs.
     digest = hashlib.sha256(f"{where}/{images[0]}".encode()).hexdigest()[:12]
     return RunFiles(
+        # The key becomes a file's name, of 255 bytes at most.
         key=f"{re.sub(r'[^A-Za-z0-9._+-]', '-', stem)[:120]}-{digest}",
         dataset="",
         entities={entity: entities[entity] for entity in RUN_ENTITIES if entities.get(entity)},

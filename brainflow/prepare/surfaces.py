@@ -105,10 +105,12 @@ class _Scan:
         if self._unpack is None:
             return
         self._base64 += "".join(characters.split())
+        # Base64 comes in groups of four characters.
         whole = len(self._base64) // 4 * 4
         piece = base64.b64decode(self._base64[:whole])
         self._base64 = self._base64[whole:]
         while piece:
+            # A piece at a time: an array that unpacks to more is noticed before it does.
             self._left -= len(self._unpack.decompress(piece, _PIECE))
             if self._left < 0:
                 raise Unusable(f"{self._path.name}: an array is longer than it declares")
@@ -130,6 +132,7 @@ def check_cifti(path: Path, size: int) -> None:
     """
     with open(path, "rb") as file:
         head = file.read(_NIFTI2_BYTES)
+        # The header's own size, 540, tells its byte order.
         order = "<" if head[:4] == b"\x1c\x02\0\0" else ">"
         offset = struct.unpack_from(f"{order}q", head.ljust(_NIFTI2_BYTES, b"\0"), 168)[0]
         extensions = file.read(max(0, min(offset if offset > 0 else size, size) - len(head)))
@@ -147,7 +150,9 @@ def check_cifti(path: Path, size: int) -> None:
         if code == _CIFTI_CODE:
             parser = expat.ParserCreate()
             parser.StartElementHandler = start
+            # Extensions are padded to a multiple of 16 bytes.
             parser.Parse(extensions[begin + 8 : begin + length].rstrip(b"\0 "), True)
+        # Shorter than its own two numbers: the loop would not get on.
         if length < 8:
             return
         begin += length
@@ -296,6 +301,7 @@ def _points(axis: Any) -> list[tuple[str, Any]]:
     """Return (structure, vertex) or (structure, (i, j, k)) of each grayordinate."""
     voxels = [tuple(voxel) for voxel in axis.voxel.tolist()]
     return [
+        # nibabel gives voxels -1 as their vertex.
         (str(name), vertex if vertex >= 0 else voxel)
         for name, vertex, voxel in zip(axis.name, axis.vertex.tolist(), voxels, strict=True)
     ]

@@ -102,6 +102,7 @@ def extract(
         voxels = np.asfortranarray(block).reshape(-1, block.shape[3], order="F")  # a volume is contiguous
         for atlas, parts in zip(fitted, series, strict=True):
             parts.append(atlas(voxels))
+    # Blocks of dropped volumes alone were left out above.
     return [np.concatenate(parts)[dropped % step :] for parts in series]
 
 
@@ -155,6 +156,7 @@ def _fit_joined(atlas: AtlasSpec, shape: tuple[int, ...], affine: np.ndarray) ->
 def _fit_labels(atlas: AtlasSpec, shape: tuple[int, ...], affine: np.ndarray) -> Projection:
     sparse = need("scipy.sparse", "averaging labels", "bids")
     image = need("nibabel", "reading an atlas", "bids").load(atlas.paths[0])
+    # Before resampling, which may lose small ones.
     before = np.unique(read_labels(image))
     if not _is_on(image, shape, affine):
         resample = need("nilearn.image", "resampling an atlas", "bids").resample_img
@@ -233,6 +235,7 @@ def mean_and_labels(
         if not _is_on(volume, first.shape[:3], first.affine):
             volume = resample(volume, interpolation="nearest", **grid)
         mine = np.asarray(volume.dataobj, np.int32)
+        # Labels of an atlas come behind those of the ones before.
         labels = np.where(mine > 0, mine + labels.max(), labels)
     if not _is_on(mean, first.shape[:3], first.affine):
         mean = resample(mean, interpolation="linear", **grid)
@@ -282,6 +285,7 @@ def trilinear(
     last = np.array(source_shape)[:, None] - 1
     inside = ((points >= 0) & (points <= last)).all(axis=0)
     points, columns = points[:, inside], np.flatnonzero(inside)
+    # On the far edge the last voxel is the upper corner, not the lower one.
     corner = np.minimum(np.floor(points).astype(np.int64), np.maximum(last - 1, 0))
     beyond = points - corner
     rows, weights = [], []

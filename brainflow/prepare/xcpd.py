@@ -92,6 +92,7 @@ def ingest_xcpd(
             notes: list[str] = []
             written = session.report.sources
             session.add(str(file.path), _run(file, others, name, names, notes))
+            # Only of a run that was written.
             if notes and session.report.sources > written:
                 session.report.notes[make_key(name, file.entities)] = "; ".join(notes)
             progress(done, len(chosen))
