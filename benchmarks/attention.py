@@ -108,6 +108,8 @@ def race(
         Windows of `shortest` to `longest` tokens, and how many.
     seconds
         For each of the two.
+    device, dtype, heads
+        Where, in which type, and heads of 64 values each.
     """
     lengths = np.random.default_rng(0).integers(shortest, longest, windows, endpoint=True)
     # Else no window may be as long as the case says.

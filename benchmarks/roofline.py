@@ -47,6 +47,15 @@ def roofline_rows(
     """Return a kernel's bytes a second with its share of the copy's, and its share of the roofline.
 
     Without matrix products (`flops` 0) the roofline is the bandwidth and stands in no row of its own.
+
+    Parameters
+    ----------
+    case
+        Name of the rows.
+    measured
+        Time of the kernel.
+    nbytes, flops, device, dtype
+        As in :func:`floor`.
     """
 
     def row(metric: str, unit: str, work: float, lowest: float) -> list[Row]:

@@ -245,6 +245,11 @@ def interleave(
     dict
         Name → :class:`Timing`: seconds per call, the mean over the calls of a turn.
 
+    Raises
+    ------
+    ValueError
+        If `repeats` is below 1.
+
     Examples
     --------
     >>> t = interleave({"a": lambda: sum(range(10)), "b": lambda: sum(range(10_000))}, repeats=5)
@@ -299,7 +304,22 @@ def _calls_a_turn(
 def require_close(
     case: str, actual: Sequence[Tensor], expected: Sequence[Tensor], bounds: Sequence[float]
 ) -> None:
-    """Raise :class:`WrongResultError` unless each tensor's relative error (L2) is within its bound."""
+    """Raise :class:`WrongResultError` unless each tensor's relative error (L2) is within its bound.
+
+    Parameters
+    ----------
+    case
+        Name, for the message.
+    actual, expected
+        Tensors in one order.
+    bounds
+        Largest relative error of each.
+
+    Raises
+    ------
+    WrongResultError
+        Naming the case and the error.
+    """
     for got, want, bound in zip(actual, expected, bounds, strict=True):
         # Not `>`: NaN is wrong, too.
         if not (error := error_ratio(got, want)) <= bound:

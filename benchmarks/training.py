@@ -85,6 +85,8 @@ def random_batch(
         Sizes of the batch; with `pairs` each window is cut into two halves.
     shortest, longest
         Range of the windows' lengths in time points, `longest` exclusive.
+    pairs
+        Also draw for each window whether its second half follows the first.
     device
         Where the tensors are.
     """
@@ -104,7 +106,19 @@ def train_step(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     clip: float | None = None,
 ) -> Callable[[], None]:
-    """Return forward, backward and AdamW as one function; with `clip` gradients are clipped before."""
+    """Return forward, backward and AdamW as one function; with `clip` gradients are clipped before.
+
+    Parameters
+    ----------
+    module
+        Whose parameters AdamW changes.
+    loss
+        Gives the loss of a step.
+    autocast
+        Within which the loss is computed.
+    clip
+        Norm that gradients are clipped to.
+    """
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
 
     def step() -> None:
@@ -246,7 +260,17 @@ def _tokens(module: nn.Module, batch: PackedBatch) -> int:
 
 
 def work_rows(case: str, timed: Timing, work: Work, precision: str, device: str) -> list[Row]:
-    """Return a step's work a second, share of the machine's peak, and hours of the published run."""
+    """Return a step's work a second, share of the machine's peak, and hours of the published run.
+
+    Parameters
+    ----------
+    case
+        Name of the rows.
+    timed, work
+        Time and work of a step.
+    precision, device
+        Which peak the step is compared with.
+    """
     rows = partial(speed_rows, "frameworks", case, {"ours": timed})
     found = rows(metric="sequences_per_s", unit="sequences/s", work=work.sequences)
     found += rows(metric="trs_per_s", unit="TRs/s", work=work.time_points)

@@ -74,7 +74,13 @@ def read_json(path: Name) -> dict[str, Any]:
 
 
 def parse_json(text: str, where: object) -> dict[str, Any]:
-    """Return the object in a JSON text; `where` it stands is named if it holds anything else."""
+    """Return the object in a JSON text; `where` it stands is named if it holds anything else.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged, nested too deeply, or holds anything but an object.
+    """
     # Counted before parsing, which would take the memory.
     if text.count("[") + text.count("{") > MOST_TABLES:
         raise ValueError(f"{where}: has more than {MOST_TABLES} lists and objects; restore or delete it")

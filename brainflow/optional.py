@@ -39,6 +39,19 @@ def requires(purpose: str, extra: str) -> Iterator[None]:
 
 
 def need(module: str, purpose: str, extra: str) -> Any:
-    """Import an optional module by its full name, such as "nilearn.signal"; else as `requires`."""
+    """Import an optional module by its full name, such as "nilearn.signal"; else as `requires`.
+
+    Parameters
+    ----------
+    module
+        Full name.
+    purpose, extra
+        As in :func:`requires`.
+
+    Raises
+    ------
+    ImportError
+        If it cannot be imported; the message says how to get it.
+    """
     with requires(purpose, extra):
         return importlib.import_module(module)

@@ -135,6 +135,8 @@ def write_cohort(
     ----------
     path
         Where the store shall be.
+    cohort
+        What its people share.
     people
         People without labels, task `unlabelled`, for pretraining.
     labelled

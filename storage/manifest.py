@@ -183,6 +183,8 @@ def write_index(root: Path, generation: int, groups: Mapping[str, Mapping[str, n
     ----------
     root
         Directory of the store.
+    generation
+        Number of the commit.
     groups
         {group: {column: array}}, such as {"runs": {"start": int64 [runs]}}.
 
@@ -245,6 +247,8 @@ def read_columns(
         Gives the bytes of a file of the store, uint8 [bytes], already checked against `digests`.
     digests
         Files of the store by path.
+    generation, group
+        Number of the commit, and which of its groups.
 
     Raises
     ------
@@ -305,6 +309,8 @@ def older_manifests(files: Files, root: bytes) -> Iterator[bytes]:
 
     Parameters
     ----------
+    files
+        Files of the store.
     root
         The root's `zarr.json`, which is damaged or whose generation is.
     """

@@ -504,6 +504,8 @@ class BoldStore:
 
         Parameters
         ----------
+        relative
+            Path of the file in the store.
         manifest
             Of another generation; by default this one's.
 

@@ -31,6 +31,8 @@ def table_faults(layout: StoreAttributes, manifest: Manifest, groups: Mapping[st
 
     Parameters
     ----------
+    layout, manifest
+        Layout and manifest of the store, checked by themselves.
     groups
         {group: {column: array}} of `runs`, `segments`, `labels` and `checksums`.
     """

@@ -116,7 +116,17 @@ def adapt(
 
 
 def load_module(checkpoint: str | os.PathLike[str], config: AdaptConfig, device: torch.device) -> Any:
-    """Return a checkpoint's module on a device, with fresh weights if `config.scratch`."""
+    """Return a checkpoint's module on a device, with fresh weights if `config.scratch`.
+
+    Parameters
+    ----------
+    checkpoint
+        Directory of a pretrained model.
+    config
+        Whose `scratch` and `seed` are looked at.
+    device
+        Where the module shall be.
+    """
     # Also where weights are fresh: its configuration is the architecture.
     module: Any = load_pretrained(checkpoint)
     if config.scratch:
@@ -191,6 +201,21 @@ def _fold_chances(
 def background_covariance(
     task: DecodingTask, module: Any, config: AdaptConfig, device: torch.device, fold: Fold | None = None
 ) -> NDArray | None:
-    """Return that of the last states in runs which a fold does not test; None where it is not needed."""
+    """Return that of the last states in runs which a fold does not test; None where it is not needed.
+
+    Parameters
+    ----------
+    task
+        Whose store and people are read.
+    module
+        Framework module on `device`.
+    config
+        How it is adapted, which decides whether anything is whitened.
+    device
+        Where to compute.
+    fold
+        Whose tested people and runs are left out; None: nobody but those whom a split file keeps for the
+        test.
+    """
     background = task.background(fold) if config.whitens else None
     return None if background is None else state_covariance(module, background, device=device)

@@ -87,6 +87,11 @@ def flatten(bold: NDArray, lengths: NDArray) -> NDArray[np.float32]:
     ndarray
         float32 `[windows, length · networks]`; where windows differ in length, equal time bins of each, as
         many as the median length has time points.
+
+    Raises
+    ------
+    ValueError
+        If the lengths do not sum to the rows of `bold`.
     """
     if int(np.sum(lengths)) != len(bold):
         raise ValueError(
@@ -195,7 +200,17 @@ MAKERS: dict[str, Any] = {
 
 
 def make_features(name: BaselineName, bold: NDArray, lengths: NDArray, store: Any) -> NDArray:
-    """Return what a baseline sees of windows laid end to end, one entry a window; `store` holds the runs."""
+    """Return what a baseline sees of windows laid end to end, one entry a window; `store` holds the runs.
+
+    Parameters
+    ----------
+    name
+        Which baseline.
+    bold, lengths
+        Windows end to end, `[tokens, networks]`, and their time points, `[windows]`.
+    store
+        Runs that half-whitening reads; their labels are not.
+    """
     spatial = "-spatial" in name
     if spatial:
         bold = spatially_normalised(bold)

@@ -42,7 +42,17 @@ def cache_folder() -> Path | None:
 
 
 def recall(folder: Path, of: DecodingTask, name: str) -> Kept | None:
-    """Return predictions `[windows]` and probabilities `[windows, classes]` (or None); None if not kept."""
+    """Return predictions `[windows]` and probabilities `[windows, classes]` (or None); None if not kept.
+
+    Parameters
+    ----------
+    folder
+        From :func:`cache_folder`.
+    of
+        The task, whose windows, labels and folds are part of the key.
+    name
+        Which decoder.
+    """
     path = _path(folder, of, name)
     if not path.is_file():
         return None
@@ -62,7 +72,15 @@ def recall(folder: Path, of: DecodingTask, name: str) -> Kept | None:
 def keep(
     folder: Path, of: DecodingTask, name: str, predictions: NDArray[np.int64], chances: NDArray | None
 ) -> None:
-    """Keep what :func:`recall` returns. A full or read-only disk is no error: then it is not kept."""
+    """Keep what :func:`recall` returns. A full or read-only disk is no error: then it is not kept.
+
+    Parameters
+    ----------
+    folder, of, name
+        As in :func:`recall`.
+    predictions, chances
+        `[windows]` and `[windows, classes]`, or None.
+    """
     known = np.zeros((0, len(of.classes)), np.float32) if chances is None else chances
     content = io.BytesIO()
     np.savez_compressed(content, predictions=predictions, probabilities=known)

@@ -96,7 +96,22 @@ def _pooled(task: DecodingTask, draws: Sequence[Result]) -> Result:
 
 
 def reduce_task(task: DecodingTask, count: int, *, seed: int = 0, draw: int = 0) -> DecodingTask:
-    """Return the task with `count` training groups in each fold."""
+    """Return the task with `count` training groups in each fold.
+
+    Parameters
+    ----------
+    task
+        Full task.
+    count
+        Training groups in each fold.
+    seed, draw
+        Draw them; the groups of a smaller count are among those of a larger one.
+
+    Raises
+    ------
+    ValueError
+        If a fold has fewer training groups, or those drawn hold fewer than two classes.
+    """
     folds = []
     for number, fold in enumerate(task.folds):
         groups = task.groups[fold.train]

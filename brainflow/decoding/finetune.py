@@ -178,7 +178,17 @@ def finetune(
 def probabilities(
     decoder: nn.Module, source: WindowSource, windows: NDArray[np.int64], *, device: torch.device
 ) -> NDArray[np.float32]:
-    """Return class probabilities `[len(windows), classes]` of a decoder in evaluation mode."""
+    """Return class probabilities `[len(windows), classes]` of a decoder in evaluation mode.
+
+    Parameters
+    ----------
+    decoder
+        Module from a batch to logits `[windows, classes]`; put into evaluation mode.
+    source, windows
+        Windows, and the positions of those that are read.
+    device
+        Where the decoder lives.
+    """
     decoder.eval()
     with source.loader(windows, batch=EVALUATION_BATCH, shuffle=False, seed=0, device=device) as loader:
         parts = [decoder(packed).float().softmax(dim=-1).cpu() for packed in loader]
@@ -207,6 +217,17 @@ def frozen_features(
     """Return what each readout gives of some windows (all of them if None), `[windows, …]`.
 
     The module is put into evaluation mode.
+
+    Parameters
+    ----------
+    module
+        Framework module; put into evaluation mode.
+    source, windows
+        Windows, and the positions of those that are read.
+    readouts
+        How one vector is made of a window; all from one pass.
+    device
+        Where the module lives.
     """
     module.eval()
     if windows is None:

@@ -265,6 +265,17 @@ def choose(
     """Return which features read left-out people of the training windows best, and the ridge on them.
 
     The last features are taken where nothing can be left out. `covariances` as :func:`fit_ridge` takes them.
+
+    Parameters
+    ----------
+    features
+        One array `[windows, …]` for each readout.
+    source, windows
+        Labelled windows, and the positions of those that train.
+    covariances
+        One for each of `features`, as :func:`fit_ridge` takes it.
+    classes, balance, times
+        As in :func:`fit_ridge`.
     """
     groups = None if source.groups is None else source.groups[windows]
     settings: Any = {"classes": classes, "groups": groups, "balance": balance, "times": times}

@@ -109,7 +109,19 @@ class AttentiveHead(nn.Module):
 
 
 def make_head(kind: str, *, width: int, classes: int, dropout: float = 0.0, examples: int = 0) -> nn.Module:
-    """Return an unfitted head; `kind` is the mode of adaptation."""
+    """Return an unfitted head; `kind` is the mode of adaptation.
+
+    Parameters
+    ----------
+    kind
+        Mode of adaptation; what is none of the others gets the published head.
+    width, classes
+        Width of the features, number of classes.
+    dropout
+        Dropout of a trained head.
+    examples
+        Training windows that `knn` keeps.
+    """
     if kind == "linear":
         return nn.Linear(width, classes)
     if kind == "mlp":

@@ -33,6 +33,15 @@ class LowRank(nn.Module):
 def add_lora(module: nn.Module, *, rank: int = 8, alpha: float = 16.0) -> None:
     """Freeze a module and give the attention and feed-forward projections of its blocks low-rank changes.
 
+    Parameters
+    ----------
+    module
+        Changed in place; its own weights are frozen.
+    rank
+        Rank of a change.
+    alpha
+        A change is scaled by alpha / rank.
+
     Raises
     ------
     ValueError

@@ -192,6 +192,8 @@ def adapt_people(
     layer
         Which states, see :class:`~brainflow.decoding.readout.Readout`; None: those that read best whom the
         training people of a fold leave out.
+    seed
+        Seeds fresh weights.
     device, allow_mismatch, allow_seen
         As in :func:`~brainflow.decoding.adapt.adapt`.
 
@@ -302,6 +304,15 @@ def people_gains(
     """Return paired differences of R² (of classes, AUC) with intervals over people or units, ready for JSON.
 
     The opponent among the decoders without a model is the best of them in the test, which favours it.
+
+    Parameters
+    ----------
+    task
+        What all of them were judged on.
+    pretrained, scratch
+        Ridge on the states of a pretrained model, and of one with fresh weights.
+    without
+        Decoders without a model.
     """
     best = max(without, key=lambda result: result.scores.main.value)
     units = task.units[task.tested]

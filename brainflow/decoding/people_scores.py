@@ -144,7 +144,15 @@ def score_classes(
 
 
 def difference(first: PeopleScores, second: PeopleScores, *, units: NDArray, seed: int = 0) -> Interval:
-    """Return the main score of `first` minus that of `second`, both resampled alike."""
+    """Return the main score of `first` minus that of `second`, both resampled alike.
+
+    Parameters
+    ----------
+    first, second
+        Scores of the same people, in one order.
+    units, seed
+        As in :func:`score_numbers`.
+    """
     name = next(iter(first.metrics))
     ours, theirs = first.metrics[name], second.metrics[name]
     return _interval(lambda weights: ours(weights) - theirs(weights), units, seed)

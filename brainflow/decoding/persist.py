@@ -155,6 +155,19 @@ def save_for_task(
     """Fit a decoder to all labelled windows of a task; write it with the scores of its folds and a card.
 
     Of the people whom a split file keeps for the test no window is taken, so that they remain unseen.
+
+    Parameters
+    ----------
+    task
+        Labelled windows.
+    checkpoint, config
+        Pretrained model, and how it is adapted.
+    folder
+        Folder; made if absent.
+    result
+        What the folds said of this way of decoding, for `config.json`.
+    device
+        Where to compute.
     """
     where = resolve_device(device)
     windows = task.folds[0].train if task.people else np.arange(len(task.labels))

@@ -103,6 +103,15 @@ def layers(module: Any) -> list[int | None]:
 def read(module: Any, batch: PackedBatch, readouts: Sequence[Readout]) -> list[Tensor]:
     """Return the vectors of several readouts, `[windows, …]` each, from one pass through the module.
 
+    Parameters
+    ----------
+    module
+        Framework module.
+    batch
+        Windows.
+    readouts
+        How one vector is made of a window.
+
     Raises
     ------
     ValueError

@@ -97,7 +97,21 @@ def judge(
     histories: Sequence[tuple[int, str, History]] = (),
     draws: int = 1,
 ) -> Result:
-    """Score a decoder's predictions on the windows of a task that its folds test."""
+    """Score a decoder's predictions on the windows of a task that its folds test.
+
+    Parameters
+    ----------
+    task
+        Labels, groups and folds.
+    name
+        What the decoder is called in tables.
+    predictions
+        int64 `[windows]`, or a row for each seed or draw.
+    probabilities
+        `[windows, classes]`, means over the rows; None where there are none.
+    details, histories, draws
+        See :class:`Result`.
+    """
     rows = task.tested
     labels, named = task.labels[rows], predictions[..., rows]
     scores = score(labels, named, groups=task.groups[rows], classes=len(task.classes), draws=draws)
@@ -164,7 +178,15 @@ def _baseline(
 
 
 def difference(task: DecodingTask, first: Result, second: Result) -> Interval:
-    """Return the accuracy of `first` minus that of `second` with its interval over groups."""
+    """Return the accuracy of `first` minus that of `second` with its interval over groups.
+
+    Parameters
+    ----------
+    task
+        What both were judged on.
+    first, second
+        Results with equally many rows a draw.
+    """
     rows = task.tested
     return paired_difference(
         task.labels[rows],
@@ -217,6 +239,17 @@ def write_results(
     `[windows, classes]`), `test_label_ids.npy` (classes `[windows]`), `train_config.json`,
     `train_history.csv` and, with validation windows, `eval_history.csv` (a row a step of each fit, with its
     seed and fold behind the published columns).
+
+    Parameters
+    ----------
+    task, result
+        What was decoded, and the decoder that the files are about.
+    others
+        Decoders beside it.
+    folder
+        Made if absent.
+    extra
+        Further entries of `scores.json`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scores, rows = result.scores, task.tested

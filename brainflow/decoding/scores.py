@@ -169,6 +169,15 @@ def paired_difference(
 
     Both are resampled by the same groups and draws of training people, which removes what makes these easy
     or hard for either.
+
+    Parameters
+    ----------
+    labels
+        True class, int64 `[windows]`.
+    first, second
+        Predicted classes, `[windows]` or `[seeds, windows]`.
+    groups, classes, draws, seed, resamples
+        As in :func:`score`.
     """
     settings: dict[str, Any] = {"groups": groups, "classes": classes, "draws": draws}
     ours, names = draw_confusions(labels, first, **settings)
@@ -194,6 +203,13 @@ def permutation_p(
 
     (1 + reached) / (1 + permutations), never 0 (Phipson & Smyth 2010). The decoder is not fitted again:
     the hypothesis is that its predictions for a group say nothing about the order of that group's labels.
+
+    Parameters
+    ----------
+    labels, predictions, groups
+        As in :func:`score`.
+    permutations, seed
+        How many, and what seeds them.
     """
     rng = np.random.default_rng(seed)
     order = np.argsort(groups, kind="stable")
@@ -245,6 +261,11 @@ def calibration(labels: NDArray[np.int64], probabilities: NDArray, *, bins: int 
     bins
         Number of bins over [0, 1].
 
+    Raises
+    ------
+    ValueError
+        If lengths differ or there are no windows.
+
     Examples
     --------
     >>> sure = np.array([[1.0, 0.0], [1.0, 0.0]])
@@ -282,7 +303,19 @@ def draw_confusions(
     classes: int,
     draws: int = 1,
 ) -> tuple[NDArray[np.float64], list[str]]:
-    """Return a confusion matrix a draw and group, `[draws, groups, classes, classes]`, and groups' names."""
+    """Return a confusion matrix a draw and group, `[draws, groups, classes, classes]`, and groups' names.
+
+    Parameters
+    ----------
+    labels, predictions, groups, classes, draws
+        As in :func:`score`.
+
+    Raises
+    ------
+    ValueError
+        If the arrays differ in length, are empty, hold a class outside `[0, classes)`, or the rows are no
+        multiple of `draws`.
+    """
     seeds = 1 if predictions.ndim == 1 else len(predictions)
     if seeds % draws:
         raise ValueError(f"draws: got {draws} for {seeds} rows of predictions, expected as many rows a draw")
@@ -332,6 +365,15 @@ def expanded_interval(value: float, resampled: NDArray[np.float64], groups: int)
 
     Percentile intervals are too narrow for few groups; their level is widened as in Hesterberg 2015
     (The American Statistician 69:371, "expanded percentile"), so that 10 runs cover about what 95 % promises.
+
+    Parameters
+    ----------
+    value
+        The metric itself.
+    resampled
+        The metric of each resample, `[resamples]`.
+    groups
+        How many groups were resampled.
     """
     if groups < 2:
         return Interval(value=value, low=float("nan"), high=float("nan"))

@@ -189,6 +189,8 @@ def people_fold(
 
     Parameters
     ----------
+    split
+        The split file.
     subjects
         `dataset/subject` of each window, `[windows]`.
     labels, classes
@@ -207,6 +209,17 @@ def people_fold(
 
 def check_folds(folds: Sequence[Fold], groups: NDArray, *, unit: str = "group", once: bool = True) -> None:
     """Refuse folds in which a group stands on both sides, or (with `once`) a window is tested twice or never.
+
+    Parameters
+    ----------
+    folds
+        What trains, tests and chooses.
+    groups
+        What has to stay on one side, `[windows]`.
+    unit
+        What messages call a group.
+    once
+        Whether each window has to be tested exactly once.
 
     Raises
     ------

@@ -161,7 +161,19 @@ class DecodingTask:
     def sampler(
         self, windows: NDArray[np.int64], *, batch: int, shuffle: bool, seed: int = 0, jitter: int = 0
     ) -> SegmentSampler:
-        """Return a sampler over some of the task's windows (positions in `labels`)."""
+        """Return a sampler over some of the task's windows (positions in `labels`).
+
+        Parameters
+        ----------
+        windows
+            Positions in `labels`.
+        batch
+            Windows a batch.
+        shuffle
+            Endless in random order, else one pass.
+        seed, jitter
+            See :meth:`loader`.
+        """
         return MovedSegments(
             self.store,
             jitter=jitter,

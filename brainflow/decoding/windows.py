@@ -41,6 +41,21 @@ class WindowSource(Protocol):
         """Open batches of some windows: endless if shuffled, else one pass in order.
 
         Where the source knows what lies around a window, its onset moves by up to `jitter` time points.
+
+        Parameters
+        ----------
+        windows
+            Positions of the windows.
+        batch
+            Windows a batch.
+        shuffle
+            Endless in random order, else one pass.
+        seed
+            Seeds order and jitter.
+        device
+            Where batches are wanted.
+        jitter
+            Time points by which onsets move at most.
         """
         ...
 
@@ -190,6 +205,11 @@ def as_windows(X: ArrayLike | Sequence[NDArray]) -> list[NDArray]:
 
     An array is `[windows, networks]` (one time point each) or `[windows, time, networks]`, those of a list
     `[time, networks]`.
+
+    Raises
+    ------
+    ValueError
+        If an array has another number of dimensions.
     """
     if isinstance(X, (list, tuple)) and X and all(np.ndim(window) == 2 for window in X):
         return [np.asarray(window, dtype=np.float32) for window in X]

@@ -53,7 +53,17 @@ def split_people(store: BoldStore, parts: Mapping[str, Collection[str]]) -> Spli
 
 
 def people_task(store: BoldStore, target: str, tested: Collection[str]) -> DecodingTask:
-    """Return a task with one fold: these people's windows test, those of all others train."""
+    """Return a task with one fold: these people's windows test, those of all others train.
+
+    Parameters
+    ----------
+    store
+        Store with labelled segments.
+    target
+        Label column.
+    tested
+        Names of the people who test, without their dataset.
+    """
     task = load_task(store, TaskConfig(target=target, split="leave-one-subject-out"))
     names = np.array([str(subject).rpartition("/")[2] for subject in task.subjects])
     test = np.isin(names, list(tested))
@@ -176,7 +186,19 @@ def adapted(
     *,
     scratch: bool = False,
 ) -> Result:
-    """Adapt checkpoints, each with a seed of its own, and return what they say as one result."""
+    """Adapt checkpoints, each with a seed of its own, and return what they say as one result.
+
+    Parameters
+    ----------
+    task
+        From :func:`people_task`.
+    checkpoints
+        Runs that differ in the seed alone.
+    config
+        How to adapt; by default as `adapt` does.
+    scratch
+        Take their architecture with fresh weights.
+    """
     config = replace(config or AdaptConfig(), scratch=scratch)
     seeds = [
         adapt(task, run, replace(config, seed=config.seed + number), device="cpu")

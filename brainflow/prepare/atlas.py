@@ -73,6 +73,8 @@ def find_atlas(text: str, template: str = "", surfaces: Sequence[Path] = ()) -> 
 
     Parameters
     ----------
+    text
+        What the user wrote.
     template
         In which a named atlas is wanted; "" for the first that is known, mostly nilearn's copy.
     surfaces

@@ -49,7 +49,13 @@ class _Found:
 
 
 def check_folders(bids_dir: Path, derivatives: Collection[Path] = ()) -> None:
-    """Raise FileNotFoundError if a dataset is not there."""
+    """Raise FileNotFoundError if a dataset is not there.
+
+    Raises
+    ------
+    FileNotFoundError
+        Naming the directory.
+    """
     for root in (bids_dir, *derivatives):
         if not root.is_dir():
             raise FileNotFoundError(
@@ -64,6 +70,8 @@ def find_runs(bids_dir: Path, query: Query, *, derivatives: Collection[Path] = (
     ----------
     bids_dir
         Raw dataset with `derivatives/`, a derivatives dataset, or subjects of the HCP's pipelines.
+    query
+        Which runs to look for.
     derivatives
         Further datasets to look into.
 

@@ -73,6 +73,8 @@ def load(images: tuple[Path, ...], table: Path | None, strategy: Strategy, volum
         The image, or the two hemispheres of GIFTI.
     table
         Its `desc-confounds` table, or `Movement_Regressors.txt` of the HCP.
+    strategy
+        What is regressed out, see `CleanSettings`.
     volumes
         Time points of the image.
 
@@ -202,6 +204,8 @@ def clean(series: np.ndarray, confounds: Confounds | None, settings: CleanSettin
         float [time, networks], as extracted.
     confounds
         Of the same time points, with their censor bits; None for none.
+    settings
+        How to clean.
     t_r
         Seconds.
 

@@ -34,6 +34,8 @@ def write_description(output: Path, roots: Sequence[Path] = (), images: Iterable
 
     Parameters
     ----------
+    output
+        Directory that is described.
     roots
         Data sets that were read, for `DatasetLinks`.
     images

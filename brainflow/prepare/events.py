@@ -119,12 +119,16 @@ def segments_of(
     ----------
     files
         Its events file or EV files; none for a run without events.
+    settings
+        How events become segments.
     task
         Its task label.
     t_r
         Seconds.
     volumes
         Time points after `dropped` dummy scans at the start.
+    dropped
+        Dummy scans.
 
     Raises
     ------

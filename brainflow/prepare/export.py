@@ -49,6 +49,8 @@ def export(
 
     Parameters
     ----------
+    store, output
+        What is exported, and the directory to write into.
     form
         "tsv", one column a network with its name above, or "ptseries", CIFTI.
     participants

@@ -31,6 +31,15 @@ def select_records(
 ) -> list[dict[str, Any]]:
     """Return records of the runs asked for, sorted by key; `filters` as in `Query`.
 
+    Parameters
+    ----------
+    work
+        Where the records lie.
+    participants, tasks, sessions
+        Labels; all where there are none.
+    filters
+        Values of other entities, see `passes`.
+
     Raises
     ------
     FileNotFoundError
@@ -104,6 +113,16 @@ def gather(
 
     Parameters
     ----------
+    records
+        One for each run; those that are not done are passed over.
+    atlas
+        The atlas that the runs were prepared with.
+    path
+        The store.
+    work
+        Where parts lie.
+    dtype
+        Element type of the store.
     progress
         Called with (runs done, runs in all).
 
@@ -186,6 +205,8 @@ def write_table(records: Sequence[dict[str, Any]], path: Path, roots: Sequence[P
 
     Parameters
     ----------
+    records, path
+        One for each run, and the table to write.
     roots
         Data sets that the sources, BIDS URIs of the files that were read, are relative to.
     """

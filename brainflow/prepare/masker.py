@@ -100,6 +100,8 @@ def store_from_masker(
         Fitted.
     images, subjects, confounds, runs
         One of each a run; `runs` numbers the images of a subject if not given.
+    dataset
+        Name of the dataset in the keys of runs.
     t_r
         Seconds; by default the masker's, then each image's own.
     network_names
@@ -108,6 +110,8 @@ def store_from_masker(
         Further entities of each run: `session`, `task`.
     normalise
         What is done to each run behind what the masker does.
+    dtype
+        Element type of the store.
 
     Raises
     ------

@@ -99,6 +99,8 @@ def write_before(work: Path, atlas: str, key: str, series: np.ndarray) -> None:
 
     Parameters
     ----------
+    work, atlas, key
+        Directory of parts and records, label of the atlas, key of the run.
     series
         float [time, networks], finite.
     """
@@ -128,7 +130,19 @@ def forget(work: Path, key: str, atlases: Sequence[str]) -> None:
 
 
 def is_complete(work: Path, record: dict[str, Any] | None, fingerprint: str, atlases: Sequence[str]) -> bool:
-    """Whether a run was prepared, or excluded by a rule, from the same inputs with the same settings."""
+    """Whether a run was prepared, or excluded by a rule, from the same inputs with the same settings.
+
+    Parameters
+    ----------
+    work
+        Where the parts lie.
+    record
+        Of the run; None if there is none.
+    fingerprint
+        Of its inputs and settings now.
+    atlases
+        Labels of the atlases that are wanted.
+    """
     if record is None or record["fingerprint"] != fingerprint or record["status"] == FAILED:
         return False
     return record["status"] == EXCLUDED or all(

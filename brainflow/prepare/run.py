@@ -272,6 +272,19 @@ def jobs_for(
 ) -> list[Job]:
     """Return one job a run.
 
+    Parameters
+    ----------
+    runs
+        Files of each run.
+    kind
+        What their images are.
+    settings
+        How runs are cleaned, left out and labelled.
+    atlases
+        What is averaged.
+    work
+        Where parts and records go.
+
     Raises
     ------
     ValueError

@@ -80,6 +80,15 @@ class RemoteJob(Job):
 def fetch_file(remote: RemoteFiles, name: str, target: Path) -> None:
     """Download a file; one that is compressed is compared with its own checksum.
 
+    Parameters
+    ----------
+    remote
+        Folder at a URL.
+    name
+        Of the file in it.
+    target
+        Where it shall lie.
+
     Raises
     ------
     StoreError

@@ -236,6 +236,15 @@ def read_gifti(paths: Sequence[Path]) -> Dense:
 def extract(run: Dense, atlases: Sequence[AtlasSpec], dropped: int) -> list[np.ndarray]:
     """Return the mean time series of each label.
 
+    Parameters
+    ----------
+    run
+        Time series of grayordinates or vertices.
+    atlases
+        Labels of such points.
+    dropped
+        Volumes left out at the start.
+
     Raises
     ------
     Unusable
@@ -266,7 +275,13 @@ def _means(run: Dense, atlas: AtlasSpec, dropped: int) -> np.ndarray:
 
 
 def labels_of(atlas: AtlasSpec) -> tuple[dict[tuple[str, Any], int], dict[int, str]]:
-    """Return the label of each point of a dlabel or a pair of GIFTI files, and the names that they hold."""
+    """Return the label of each point of a dlabel or a pair of GIFTI files, and the names that they hold.
+
+    Raises
+    ------
+    Unusable
+        If the atlas is a volume, or a file cannot be read.
+    """
     if atlas.kind == "dlabel":
         path = atlas.paths[0]
         image = _load(path)

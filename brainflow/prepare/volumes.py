@@ -73,6 +73,8 @@ def extract(
     ----------
     image
         4-D, from `open_volume` or in memory.
+    atlases
+        What is averaged, each brought to the grid of the image.
     smoothing_fwhm
         In mm, or None.
     dropped
@@ -110,6 +112,20 @@ def refuse_lost(found: np.ndarray, start: int = 0, dropped: int = 0) -> None:
     """Refuse a run with volumes of which nothing was recorded; `found` [volumes] says of which something was.
 
     The first is volume `start` of the run, of which `dropped` are left out anyhow.
+
+    Parameters
+    ----------
+    found
+        bool `[volumes]`: whether anything was recorded.
+    start
+        Which volume of the run the first of them is.
+    dropped
+        Volumes at the start of the run that do not matter.
+
+    Raises
+    ------
+    Unusable
+        Naming the first such volume.
     """
     lost = start + np.flatnonzero(~found)
     lost = lost[lost >= dropped]
@@ -211,6 +227,8 @@ def mean_and_labels(
     ----------
     path
         4-D image.
+    atlas
+        The atlas; of a joined one the grid is that of the first.
     volumes
         So many of the first are averaged.
 

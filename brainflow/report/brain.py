@@ -33,6 +33,15 @@ PLACE = (
 def make_masker(*, mask: str | None = None, labels: str | None = None, maps: str | None = None) -> Any:
     """Return a fitted nilearn masker of one image: a mask (a voxel a network), labels, or maps.
 
+    Parameters
+    ----------
+    mask
+        Image whose voxels that are not 0 are a network each.
+    labels
+        Image of labels.
+    maps
+        4-D image of maps.
+
     Raises
     ------
     ValueError

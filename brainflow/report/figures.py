@@ -134,6 +134,17 @@ def decoders(
     """Draw accuracies with their intervals, one decoder a line, beside chance.
 
     Another score is named by `unit`; it is at most 1, and what lies below -1 is cut off.
+
+    Parameters
+    ----------
+    names, values, intervals
+        One for each decoder; an interval as (low, high).
+    chance
+        Where the line of chance is.
+    highlight
+        Which decoders stand out.
+    unit
+        Label of the axis.
     """
     marks = highlight or [False] * len(names)
     with matplotlib.rc_context(STYLE):
@@ -263,6 +274,17 @@ def group_dots(
     """Draw one dot a subject (or run), sorted by accuracy, and where it is known that of ridge beside it.
 
     Up to `MOST_NAMES` are named.
+
+    Parameters
+    ----------
+    per_group
+        Group → accuracy.
+    beside
+        Group → accuracy of ridge; empty where that is not known.
+    chance
+        Where the line of chance is.
+    kind
+        What a group is, in the singular.
     """
     names = sorted(per_group, key=lambda name: per_group[name])
     place = np.arange(1, len(names) + 1)
@@ -299,7 +321,13 @@ def predictions(truth: NDArray, said: NDArray, *, name: str) -> bytes:
 
 
 def reliability(confidence: Sequence[float], accuracy: Sequence[float], windows: Sequence[int]) -> bytes:
-    """Draw accuracy against confidence, a dot a bin; larger dots hold more windows."""
+    """Draw accuracy against confidence, a dot a bin; larger dots hold more windows.
+
+    Parameters
+    ----------
+    confidence, accuracy, windows
+        Means of each bin, and its number of windows.
+    """
     sizes = 30 + 200 * np.asarray(windows) / max(windows)
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(4.4, 4.0)
@@ -338,6 +366,11 @@ def slice_map(
         What the values are.
     limit
         Colours end at ± this value; the 99th percentile of the absolute values if None.
+
+    Raises
+    ------
+    ValueError
+        If there is not one value a voxel.
     """
     if values.shape != (int(mask.sum()),):
         raise ValueError(

@@ -174,6 +174,10 @@ def write_quality_report(
         One for each run, from `brainflow prepare`; also of runs that were left out.
     stores
         The gathered store of each atlas.
+    path
+        HTML file to write.
+    dataset
+        Name of the dataset, for the title.
     atlases
         By the same labels.
     work

@@ -62,7 +62,21 @@ def carpet(
     *,
     t_r: float,
 ) -> bytes:
-    """Draw all networks over time, `[time, networks]` a stage, under motion and DVARS with their limits."""
+    """Draw all networks over time, `[time, networks]` a stage, under motion and DVARS with their limits.
+
+    Parameters
+    ----------
+    stages
+        Stage → `[time, networks]` in standard deviations.
+    lines
+        What is drawn above, one a row.
+    censor
+        bool `[time]`, marked in red; None where nothing is.
+    names
+        Names of the networks.
+    t_r
+        Seconds between time points.
+    """
     ratios = [1.0] * len(lines) + [3.0] * len(stages)
     figure = Figure(figsize=(8, 0.7 * sum(ratios)), layout="constrained")
     axes = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios, squeeze=False)[:, 0]
@@ -99,7 +113,15 @@ def responses(means: np.ndarray, conditions: Sequence[str], names: Sequence[str]
 
 
 def outline(mean: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> bytes:
-    """Draw the borders of labels on a mean image, both [x, y, z], on three planes through their middle."""
+    """Draw the borders of labels on a mean image, both [x, y, z], on three planes through their middle.
+
+    Parameters
+    ----------
+    mean, labels
+        `[x, y, z]` on one grid.
+    affine
+        `[4, 4]` of that grid.
+    """
     inside = np.argwhere(labels > 0)
     middle = np.median(inside, axis=0).astype(int) if len(inside) else np.array(labels.shape) // 2
     sides = np.linalg.norm(affine[:3, :3], axis=0)

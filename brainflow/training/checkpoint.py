@@ -82,6 +82,8 @@ def owned(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     tensors
         Name → tensor: the same names on all ranks. A sharded one is a DTensor; a plain one is equal on all
         ranks, and one of them writes it.
+    ranks
+        This rank among the others.
     """
     # By size, in turn, so that every rank writes about as much.
     by_size = sorted(tensors, key=lambda name: (-tensors[name].numel(), name))
@@ -259,7 +261,13 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint, whole, on the CPU."""
+    """Return all tensors of a checkpoint, whole, on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If its headers name more than its bytes can hold, or a file of it is damaged.
+    """
     found = _metadata(path)
     said = sum(m.size.numel() * m.properties.dtype.itemsize for m in found.values())
     there = sum(size for size, _ in _files(path).values())

@@ -159,6 +159,11 @@ def spread(module: Framework, ranks: Ranks, how: str, device: torch.device, prec
         Of this rank.
     precision
         `train.precision`; see :func:`gathering`.
+
+    Raises
+    ------
+    ValueError
+        If "hsdp" finds different numbers of ranks on machines.
     """
     if ranks.world == 1:
         return module

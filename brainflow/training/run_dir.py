@@ -87,6 +87,8 @@ def begin(folder: Path, config: PretrainConfig, *, snapshot: str, resume: Resume
     ----------
     folder
         Run directory, held by :func:`exclusive`.
+    config
+        Configuration of the run, written or compared.
     snapshot
         Digest of the store's content; it belongs to the configuration, the path of the store does not.
     resume

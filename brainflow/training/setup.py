@@ -69,6 +69,17 @@ def give_coordinates(module: Any, store: BoldStore) -> None:
 def cut_into_parts(config: PretrainConfig, folder: Path, world: int, *, resume: Resume) -> PretrainConfig:
     """Return the configuration with `train.micro_batches`: as asked for, as the run began, or one a rank.
 
+    Parameters
+    ----------
+    config
+        Whose `train.micro_batches` may be left to this function.
+    folder
+        Run directory, which a run that continues has filled.
+    world
+        Number of ranks.
+    resume
+        Whether such a run is continued.
+
     Raises
     ------
     ValueError
@@ -94,7 +105,22 @@ def as_begun(folder: Path, name: str, resume: Resume) -> Any:
 def begin_together(
     ranks: Ranks, device: torch.device, folder: Path, config: PretrainConfig, **options: Any
 ) -> Path | None:
-    """Let rank 0 look at the run directory and tell the others the step to start from."""
+    """Let rank 0 look at the run directory and tell the others the step to start from.
+
+    Parameters
+    ----------
+    ranks, device
+        This rank among the others, and its device.
+    folder, config
+        Run directory and configuration.
+    **options
+        As :func:`~brainflow.training.run_dir.begin` takes them.
+
+    Raises
+    ------
+    ValueError, OSError
+        What rank 0 found wrong; the other ranks say that it did.
+    """
     step, error = 0, None
     if ranks.first:
         try:
@@ -137,7 +163,17 @@ def device_of(name: str, number: int = 0) -> torch.device:
 
 
 def largest_batch(sampler: WindowSampler, store: BoldStore, dtype: torch.dtype) -> PackedBatch:
-    """Return a batch of zeros as large as any that the sampler can give, on the host."""
+    """Return a batch of zeros as large as any that the sampler can give, on the host.
+
+    Parameters
+    ----------
+    sampler
+        Whose longest windows are taken, as many as a batch has.
+    store
+        Whose networks and longest TR are taken.
+    dtype
+        Type of the values.
+    """
     longest = sampler.seq_max - 1
     lengths = np.full(sampler.windows_per_batch, longest, dtype=np.int32)
     if sampler.pairs:  # two halves and a gap of at least one time point
@@ -155,6 +191,15 @@ def split_of(config: PretrainConfig, store: BoldStore, path: Path) -> Split:
 
     Of a split file only the parts train and validation are ever drawn from. It may be older than the store,
     or made for another store of the same people: whom it does not know is left out, with a warning.
+
+    Parameters
+    ----------
+    config
+        Which split: a file, or a share that validates.
+    store
+        Whose runs are split.
+    path
+        The run's own split file; a run that continues keeps it.
 
     Raises
     ------

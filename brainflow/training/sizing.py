@@ -103,7 +103,19 @@ def operations(config: PretrainConfig) -> float:
 
 
 def explain(config: PretrainConfig, store: BoldStore, chosen: Collection[str], *, cuda: bool) -> str:
-    """Say what was chosen and why."""
+    """Say what was chosen and why.
+
+    Parameters
+    ----------
+    config
+        With what was chosen.
+    store
+        What is trained on.
+    chosen
+        Names of the settings that were chosen.
+    cuda
+        Whether on a GPU.
+    """
     model, train = config.model, config.train
     parts = []
     if any(name in chosen for name in SIZE):

@@ -136,6 +136,10 @@ def sweep(
     ----------
     base
         Settings that do not vary; each run goes to `folder`/trial-NNNN.
+    space
+        What varies.
+    folder
+        Directory of the sweep.
     trials
         Runs of the study in all, over all machines; 0: each combination of a grid once.
     metric
