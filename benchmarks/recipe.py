@@ -35,7 +35,7 @@ from .timing import Row, Timing, peak_bytes, speed_rows
 from .training import T_R, loss_of, random_batch, train_step
 
 PADDED = 50
-"""Frameworks that the recipe of 2022 has."""
+"""Time points that every window is padded to."""
 
 
 def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]:
