@@ -69,6 +69,7 @@ def upload(device: torch.device, **arrays: NDArray[Any]) -> dict[str, Tensor]:
     sent = buffer.to(device, non_blocking=True)
     return {
         name: sent[places[name] : places[name] + array.nbytes]
+        # The slice is copied because `from_numpy` warns of an array that is read-only, as broadcast ones are.
         .view(torch.from_numpy(array[:0].copy()).dtype)
         .view(array.shape)
         for name, array in arrays.items()

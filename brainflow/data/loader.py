@@ -135,6 +135,7 @@ class Loader(ABC):
         if self._left is not None:
             self._consumer_s += began - self._left
         if self.sampler.steps is not None and self.step >= self.sampler.steps:
+            # What comes after the end is not the consumer's time between two batches.
             self._left = None
             raise StopIteration
         batch = self._take(self.step)
@@ -393,6 +394,7 @@ class ResidentLoader(Loader):
 
     def _load(self, start: int, length: int) -> None:
         """Copy a run to the device."""
+        # In pieces: a whole run would need as much memory on the host as well.
         for first in range(start, start + length, _LOAD_ROWS):
             count = min(_LOAD_ROWS, start + length - first)
             piece = self.store.windows(np.array([first]), np.array([count], dtype=np.int32))

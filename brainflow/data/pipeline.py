@@ -188,6 +188,7 @@ class DaliLoader(Loader):
         self._transfer_s += time.perf_counter() - waited + (behind if self._gpu else 0.0)
 
     def _seek(self, step: int) -> None:
+        # DALI counts its iterations from 0 and has read ahead: only a new pipeline starts elsewhere.
         self._pipeline = None
         self._ready.clear()
 
@@ -228,6 +229,7 @@ def _samples(rows: Any, most: int) -> dict[int, Any]:
     """Return the same array as an input of n ≤ `most` samples."""
     tensors: Any = importlib.import_module("nvidia.dali.tensors")
     sample = tensors.TensorCPU(rows)
+    # Not contiguous: a contiguous list would be n copies of the store.
     return {n: tensors.TensorListCPU([sample] * n, contiguous=False) for n in range(1, most + 1)}
 
 

@@ -432,6 +432,7 @@ def _select(
         )
     first_slot = np.concatenate([[0], np.cumsum(np.maximum(length // mean, 1))])
     group_slot = first_slot[bounds]
+    # Only a weight of 0 leaves a dataset out, so a small one must not be rounded to no draw.
     draws = np.maximum(np.rint(factors * np.diff(group_slot)).astype(np.int64), 1)
     rows = np.empty((ids.size, 5), np.int64)
     rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = (

@@ -182,6 +182,7 @@ class _Sums:
         self.yy = torch.zeros(targets, **zeros)
 
     def add(self, x: Tensor, y: Tensor) -> None:
+        # Sums of parts are taken away from the total again, which would leave rounding errors in float32.
         x, y = x.double(), y.double()
         self.count += len(x)
         self.x += x.sum(0)
@@ -206,6 +207,7 @@ class _Sums:
         """Return weights [inputs, targets] and offsets [targets] of a ridge with free offsets."""
         mean_x, mean_y = self.x / self.count, self.y / self.count
         square = self.xx / self.count - torch.outer(mean_x, mean_x)
+        # Inputs that do not vary would leave a singular system.
         unit = square.diagonal().mean().clamp_min(1e-12)
         square.diagonal().add_(penalty * unit)
         weight = torch.linalg.solve(square, self.xy / self.count - torch.outer(mean_x, mean_y))
@@ -223,6 +225,7 @@ def _left_out(parts: list[_Sums]) -> tuple[_Sums, list[tuple[_Sums, _Sums]]]:
     total = parts[0]
     for part in parts[1:]:
         total = total.changed_by(part)
+    # By subtraction: a pass over the data for each part would read them `PARTS` times.
     pairs = [(total.changed_by(part, -1), part) for part in parts if part.count]
     return total, [(fit, judge) for fit, judge in pairs if fit.count > 1]
 
@@ -307,6 +310,7 @@ class NetworkPath(LinearPath):
 
 
 def _penalised(covariance: Tensor, penalty: float) -> Tensor:
+    # As in `_Sums.fit`: what does not vary has no inverse.
     unit = covariance.diagonal().mean().clamp_min(1e-12)
     return covariance + penalty * unit * torch.eye(
         len(covariance), dtype=covariance.dtype, device=covariance.device
@@ -428,6 +432,7 @@ class PrincipalPath(LinearPath):
 
     def blend(self, values: Tensor, batch: PackedBatch) -> Tensor:
         """Return the network's reconstruction, or with a gain of 0 that of the components."""
+        # Not an `if`: it would have to wait for the device's gain.
         return torch.where(self.gain > 0.5, values, self(batch).to(values.dtype))
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
@@ -447,6 +452,7 @@ class PrincipalPath(LinearPath):
     def _waves(self, batch: PackedBatch) -> _Waves:
         """Return the waves of a batch's windows; those of the latest batch are kept."""
         key = batch.lengths.tobytes(), self.mean.device, self.mean.dtype, self.spectrum._version
+        # `forward` asks twice, in `code` and in `expand`.
         if self._latest is None or self._latest[0] != key:
             self._latest = key, self._new_waves(batch)
         return self._latest[1]

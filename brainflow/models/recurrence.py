@@ -63,6 +63,7 @@ class LSTMPass(Function):
         # One product for all steps: only the recurrent part has to wait for the step before.
         gates = torch.addmm(bias, x, weight_ih.t())
         hidden, cells = gates.new_empty(len(gates), width), gates.new_empty(len(gates), width)
+        # A copy: the steps overwrite `h`, and the backward pass needs `start`.
         h, c = start.clone(), torch.zeros_like(start)
         recurrent = weight_hh.t().contiguous()
         steps = _steps(batch_sizes, reverse)
@@ -72,6 +73,8 @@ class LSTMPass(Function):
             c_now = torch.mul(a[:, width : 2 * width], c[:n], out=cells[begin:end])
             c_now.addcmul_(a[:, :width], a[:, 2 * width : 3 * width])
             h_now = torch.mul(a[:, 3 * width :], c_now.tanh(), out=hidden[begin:end])
+            # The rows below stay as they were: a window that joins later, read from its end, starts from
+            # them.
             h[:n], c[:n] = h_now, c_now
         ctx.save_for_backward(x, weight_ih, weight_hh, start, previous, gates, hidden, cells)
         ctx.steps = steps
@@ -193,6 +196,7 @@ def _activate(gates: Tensor, width: int) -> None:
 
 def _slopes(gates: Tensor, cells: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """Return d cell / d gates (i, f, g) and d hidden / d gate o, [n, 4H], and d hidden / d cell, [n, H]."""
+    # From the activations alone: `_activate` has overwritten what they are of.
     i, f, g, o = gates.chunk(4, 1)
     bent = cells.tanh()
     slopes = torch.empty_like(gates)

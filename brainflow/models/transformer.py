@@ -83,7 +83,7 @@ class Attention(nn.Module):
     def __init__(self, style: Style, c: ModelConfig) -> None:
         super().__init__()
         self.heads, self.dropout, self.causal = c.heads, c.dropout, style == "gpt"
-        self.backend = None if c.attention == "auto" else c.attention
+        self.backend = None if c.attention == "auto" else c.attention  # `settle` chooses where it is None
         self.qkv = Linear(c.width, 3 * c.width)
         self.out = Linear(c.width, c.width)
 
@@ -105,6 +105,7 @@ class Attention(nn.Module):
         asking = longest if streams == "one" else 2 * longest
         impl, p = settle(qkv[:, 0], cu.shape[0] - 1, asking, p, self.backend)
         mixed = qkv_attention(qkv, cu, longest, self.causal, p, streams=streams, impl=impl)
+        # Not sooner: the other tokens still are keys and values.
         mixed = mixed if rows is None else mixed.index_select(0, rows)
         return self.out(mixed.flatten(1))
 
@@ -334,6 +335,7 @@ def cast_all(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...
 class _Cast(Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        # None for a weight without a gradient, not zeros that would have to be cast.
         ctx.set_materialize_grads(False)
         ctx.dtype = weights[0].dtype
         return tuple(_all_to(weights, dtype))
