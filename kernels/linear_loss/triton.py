@@ -34,8 +34,6 @@ from ..masks_triton import (
 )
 from .cpu import backward, empty_gradients, fake, setup_context
 
-BLOCK_ROWS = 2048
-
 
 def tile_rows(dtype: torch.dtype) -> int:
     """Return the rows of a tile: 4, but 2 for float32 operands, which take more registers."""

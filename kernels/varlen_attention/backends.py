@@ -196,9 +196,11 @@ def _capability(index: int) -> tuple[int, int]:
 
 # Head columns that carry the gradient of lse; backends want a multiple of 8.
 LSE_PAD = 8
+# Without this tag, compiled and checkpointed, an operator drops other weights when it is computed again.
+RANDOM = (torch.Tag.nondeterministic_seeded,)
 
 
-@torch.library.custom_op("brainflow::attention", mutates_args=())
+@torch.library.custom_op("brainflow::attention", mutates_args=(), tags=RANDOM)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -301,7 +303,7 @@ def _carry_lse_gradient(
 attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("brainflow::shifted_attention", mutates_args=())
+@torch.library.custom_op("brainflow::shifted_attention", mutates_args=(), tags=RANDOM)
 def shifted_attention(
     q: Tensor,
     k: Tensor,

@@ -320,7 +320,7 @@ def random_arguments(dropout_p: float, state: Tensor) -> dict[str, Any]:
     return {"gain": 1.0 / dropout.kept(dropout_p), "dropped": dropout.dropped(dropout_p), "seed": seed}
 
 
-# The tag tells torch.compile that two equal calls differ and that one must not be repeated.
+# The tag: as `RANDOM` in backends.py.
 @custom_op("brainflow::window_attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def window_attention(
     q: Tensor,

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from kernel_checks import guarded, nan_memory
+from torch.utils.checkpoint import checkpoint
 
 from brainflow.kernels.conformance import error_ratio
-from brainflow.kernels.varlen_attention import attention, fallback
+from brainflow.kernels.varlen_attention import attention, fallback, shifted_attention
 
 LENGTHS = {"mixed": [3, 1, 17, 9, 1], "single": [1], "one window": [33], "all of length 1": [1, 1, 1]}
 
@@ -175,6 +176,28 @@ def test_dropout_keeps_the_mean_and_drops_at_its_rate():
     assert abs(float(weights.sum(-1).mean()) - 1.0) < 0.02
     again = attention(pad, pad, v, cumulative([tokens]), tokens, dropout_p=p)
     assert not torch.equal(weights, again)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_what_is_computed_again_drops_the_same_weights(second):
+    """The output is linear in the values, so its gradient times the values is the output."""
+    q, k, v, k_self, v_self = (x.detach() for x in draw(5, [9, 40], dtype=torch.float64))
+    windows = cumulative([9, 40])
+
+    def attend(v, v_self):
+        if second:
+            return shifted_attention(q, k, v, k_self, v_self, windows, 40, dropout_p=0.5)
+        return attention(q, k, v, windows, 40, True, dropout_p=0.5)
+
+    def run(v, v_self):
+        return checkpoint(attend, v, v_self, use_reentrant=False)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager_decomp_partition")
+    tensors = [v.requires_grad_(), v_self.requires_grad_()]
+    total = compiled(*tensors).sum()
+    grads = torch.autograd.grad(total, tensors, allow_unused=True)
+    sums = [(g * x).sum() for g, x in zip(grads, tensors, strict=True) if g is not None]
+    torch.testing.assert_close(sum(sums), total)
 
 
 def bad(**changes):
