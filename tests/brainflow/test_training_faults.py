@@ -240,7 +240,7 @@ def process_of_rank(rank, run):
 @pytest.mark.slow
 def test_torchrun_restarts_after_one_of_two_ranks_was_killed_and_continues_exactly(store, tmp_path):
     run = tmp_path / "run"
-    steps = shlex.split("--train.steps 150 --train.checkpoint-every 10 --train.validate-every 50")
+    steps = shlex.split("--train.steps 60 --train.checkpoint-every 5 --train.validate-every 20")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
         *("--max-restarts", "2", "--monitor-interval", "0.2", "-m", "brainflow", "pretrain", store),
