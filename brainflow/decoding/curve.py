@@ -66,12 +66,18 @@ def learning_curve(
         count: [reduce_task(task, count, seed=seed, draw=draw) for draw in range(draws)]
         for count in sorted(set(counts))
     }
+    for count, tasks in reduced.items():
+        if all(len(np.unique(task.groups[fold.train])) == count for fold in task.folds):
+            del tasks[1:]
+    judged: dict[int, list[list[Result]]] = {count: [] for count in reduced}
+    # Draw by draw, because counts differ in what they take: after the first draw it is known what is left.
+    for draw in range(draws):
+        for count, tasks in reduced.items():
+            judged[count] += [list(decoders(one)) for one in tasks[draw : draw + 1]]
     points = []
     for count, tasks in reduced.items():
-        alike = all(len(np.unique(task.groups[fold.train])) == count for fold in task.folds)
-        judged = [list(decoders(one)) for one in (tasks[:1] if alike else tasks)]
         # one that needs two windows of a class, as nilearn's, may be missing in a draw: then it is left out
-        named = [{result.name: result for result in one} for one in judged]
+        named = [{result.name: result for result in one} for one in judged[count]]
         shared = [name for name in named[0] if all(name in one for one in named)]
         # Of the full task: all draws test the same windows.
         results = [_pooled(task, [one[name] for one in named]) for name in shared]
