@@ -36,7 +36,7 @@ from brainflow.config import ModelConfig, PretrainConfig, TrainConfig
 from brainflow.data import dali_installed, make_loader
 from brainflow.data.sampler import WindowSampler
 from brainflow.devices import begin_worker
-from brainflow.frameworks import build, framework_names, framework_spec
+from brainflow.frameworks import AutoencoderConfig, build, framework_names, framework_spec, model_config
 from brainflow.kernels import conformance
 from brainflow.recipes import pretraining, today
 from brainflow.storage import BoldStore
@@ -335,12 +335,12 @@ def _size(dry: bool, layers: int, width: int) -> dict[str, Any]:
 def _frameworks(size: Mapping[str, Any]) -> Iterator[tuple[str, ModelConfig]]:
     """Yield name and model of every framework as trained by default; the autoencoder in both its ways."""
     for framework in framework_names():
-        settings = {**today(framework)["model"], **size, "framework": framework}
-        if framework_spec(framework).transformer:
-            yield framework, ModelConfig(**settings)
+        config = model_config(framework, **{**today(framework)["model"], **size})
+        if not isinstance(config, AutoencoderConfig):
+            yield framework, config
         else:
             for way, share in (("forced", 1.0), ("free", 0.0)):
-                yield f"{framework}-{way}", ModelConfig(**settings, teacher_forcing=share)
+                yield f"{framework}-{way}", dataclasses.replace(config, teacher_forcing=share)
 
 
 def _framework_errors(config: ModelConfig, device: str) -> float:

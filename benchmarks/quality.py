@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from brainflow.config import ModelConfig, PretrainConfig, TrainConfig
+from brainflow.config import PretrainConfig, TrainConfig
 from brainflow.demo import story, worth
+from brainflow.frameworks import model_config
 from brainflow.recipes import preset
 from brainflow.training.loop import pretrain
 from brainflow.training.metrics import read_metrics
@@ -69,7 +70,7 @@ def _of_2022(ours: PretrainConfig, out: Path) -> PretrainConfig:
     return replace(
         ours,
         out=str(out),
-        model=ModelConfig(framework=ours.model.framework, **model),
+        model=model_config(ours.model.framework, **model),
         train=TrainConfig(lr=published["train"]["lr"], plot=False, **train),
     )
 

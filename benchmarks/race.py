@@ -21,11 +21,10 @@ import torch
 from torch import nn
 
 from brainflow.batch import PackedBatch
-from brainflow.config import ModelConfig
 from brainflow.data import make_loader
 from brainflow.data.sampler import WindowSampler
 from brainflow.demo import haxby
-from brainflow.frameworks import build
+from brainflow.frameworks import CSMConfig, build
 from brainflow.storage import BoldStore
 
 from .timing import Row
@@ -86,8 +85,8 @@ class _Runner:
     def __init__(self, masking: Any, store: BoldStore, device: str) -> None:
         torch.manual_seed(0)
         config = {"networks": store.networks, "max_positions": SEQ_MAX, **MODEL}
-        self.module = build(ModelConfig(masking=masking, **config)).to(device)
-        self.judge: nn.Module = build(ModelConfig(masking="single", **config)).to(device).eval()
+        self.module = build(CSMConfig(masking=masking, **config)).to(device)
+        self.judge: nn.Module = build(CSMConfig(masking="single", **config)).to(device).eval()
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=LR, weight_decay=0.1, fused=True)
         runs = np.arange(len(store.runs.start))
         self.loader = make_loader(store, _sampler(store, runs[:-HELD_OUT], 0), kind="host", device=device)

@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainflow.batch import PackedBatch
-from brainflow.config import ModelConfig
-from brainflow.frameworks import build, framework_spec
+from brainflow.frameworks import SeqBERTConfig, build, framework_spec, model_config
 
 from . import timing
 from .baselines import missing
@@ -132,7 +131,7 @@ class _Case:
 
     def ours(self, **changes: Any) -> Callable[[], None]:
         """Return our training step."""
-        config = ModelConfig(framework=self.name, heads=self.sizes.heads, **self.common, **changes)
+        config = model_config(self.name, heads=self.sizes.heads, **self.common, **changes)
         module = build(config).to(self.device)
         return train_step(module, partial(loss_of, module, self.batch))
 
@@ -154,7 +153,7 @@ def _bert(case: _Case, by: str) -> tuple[Steps, dict[str, int]]:
     recipe = PublishedBERT(**case.common, heads=case.sizes.heads, by=by)
     inputs = (*padded(case.batch, case.sizes.batch), case.batch.is_next)
     steps = {"ours": [case.ours()], "published": [case.theirs(recipe, *inputs)]}
-    return steps, dict.fromkeys(steps, round(ModelConfig().mask_rate * case.batch.tokens))
+    return steps, dict.fromkeys(steps, round(SeqBERTConfig().mask_rate * case.batch.tokens))
 
 
 def _autoencoder(case: _Case) -> tuple[Steps, dict[str, int]]:

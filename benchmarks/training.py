@@ -21,7 +21,7 @@ from brainflow.batch import PackedBatch, Windows
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from brainflow.data import make_loader
 from brainflow.data.sampler import WindowSampler
-from brainflow.frameworks import build, framework_names, framework_spec
+from brainflow.frameworks import build, framework_names, framework_spec, model_config
 from brainflow.frameworks.base import Framework
 from brainflow.kernels.varlen_attention.backends import choose
 from brainflow.models.transformer import Transformer
@@ -55,7 +55,7 @@ def measurements(quick: bool, device: str) -> dict[str, Callable[[], list[Row]]]
                 model = preset(size, framework)["model"]
             except ValueError:  # the framework has none of that size
                 continue
-            config = ModelConfig(**model | {"framework": framework, "networks": NETWORKS, "dropout": 0.0})
+            config = model_config(framework, **model | {"networks": NETWORKS, "dropout": 0.0})
             windows = _windows(size, device)
             name = f"{framework}/{size}"
             found[name] = partial(_throughput, name, config, windows, 1.0 if quick else 3.0, device)

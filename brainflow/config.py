@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_type_hints
 
 FREEZABLE = ("embedder", "decoder", "decoder-without-heads", "unembedder")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Architecture and objective. Defaults are the published ones (arXiv 2206.11417), but for `masking`."""
+    """Architecture and objective, as far as all frameworks share them; the defaults are the published ones.
+
+    What a framework has of its own to set stands in its subclass, in `brainflow/frameworks/configs.py` or in
+    the package that brings it. Where this class itself names a framework, those settings have their defaults.
+    """
 
     framework: str = "csm"
     """Learning framework: csm, seq-bert, net-bert, autoencoder, or one that another package registers."""
@@ -36,19 +39,6 @@ class ModelConfig:
     """Step of the TR embedding in seconds: a time point's index is round(seconds / time_resolution)."""
     loss: Literal["l1", "mse", "huber"] = "l1"
     """Reconstruction loss over masked values."""
-    masking: Literal["dense", "single", "next"] = "dense"
-    """CSM only: `single` masks one position a window (as published), `dense` all of them in one pass with
-    the same objective, `next` predicts the next time point without mask tokens."""
-    mask_rate: float = 0.2
-    """Seq-BERT, Net-BERT: probability that a time point (a network) is masked."""
-    mask_span: int = 0
-    """Seq-BERT: mask contiguous spans of this many time points; Net-BERT: mask networks over this many time
-    points. 0 is as published: single time points, networks over the whole window."""
-    mask_fill: Literal["token", "neighbours"] = "token"
-    """Seq-BERT: what is read at a masked time point: the mask token (as published), or that on top of the
-    mean of the nearest time points that are not masked."""
-    teacher_forcing: float = 0.5
-    """Autoencoder: probability that a batch is decoded from the true values before each time point."""
     attention: Literal["auto", "window", "fa4", "fa2", "torch", "fallback"] = "auto"
     """Attention kernel on GPUs: `window`, this package's own for windows of up to 128 tokens (64 in two
     streams), flash-attn 4 or 2, torch's own, or plain PyTorch, many times as slow. `auto` takes the first of
@@ -76,11 +66,6 @@ class ModelConfig:
     predicts is then a mean of it and of the network, weighed by what held-out runs say."""
     coordinates: bool = False
     """Add to each network's input weights a learned function of its coordinates, taken from the store."""
-    late_read: bool = False
-    """Only for the BERT weights released in 2022: CLS after the sequence, values read one position late."""
-    chained_states: bool = False
-    """Only for the autoencoder weights released in 2022: each LSTM starts from the states that the one below
-    it ended with, the decoder from the encoder's; its first input is the pooled vector."""
 
     def __post_init__(self) -> None:
         _check_finite(self, "model")
@@ -101,14 +86,11 @@ class ModelConfig:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"model.dropout: got {self.dropout}, expected a number in [0, 1)")
-        if not 0.0 < self.mask_rate <= 1.0:
-            raise ValueError(f"model.mask_rate: got {self.mask_rate}, expected a number in (0, 1]")
-        if self.mask_span < 0:
-            raise ValueError(f"model.mask_span: got {self.mask_span}, expected 0 or a number of time points")
-        if not 0.0 <= self.teacher_forcing <= 1.0:
-            raise ValueError(
-                f"model.teacher_forcing: got {self.teacher_forcing}, expected a number in [0, 1]"
-            )
+
+    @property
+    def tokens_per_time_point(self) -> int:
+        """How many tokens of the transformer a time point takes: as many as the framework has streams."""
+        return 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,121 +277,12 @@ class PretrainConfig:
             )
 
 
-MOST_FLOAT = 1.7e308  # what JSON calls a number may be an integer that no float holds
-SECTIONS: dict[str, type[ModelConfig] | type[DataConfig] | type[TrainConfig]] = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-}
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a config dataclass as plain nested dicts, ready for JSON."""
     return asdict(config)
 
 
-def from_dict(cls: Any, values: Any) -> Any:
-    """Build a config dataclass from nested dicts that a file held.
-
-    Raises
-    ------
-    ValueError
-        If a key is not a field of the dataclass, or a value is not of the field's type or not in its range;
-        the message names the field.
-    """
-    check_names(cls, values)
-    check_values(cls, values)
-    needed = [name for name in ("store", "out") if cls is PretrainConfig and name not in values]
-    if needed:
-        raise ValueError(f"{needed[0]}: is missing, expected a path")
-    return cls(
-        **{
-            key: from_dict(SECTIONS[key], value) if key in SECTIONS and isinstance(value, dict) else value
-            for key, value in values.items()
-        }
-    )
-
-
-def check_names(cls: Any, values: Any, prefix: str = "") -> None:
-    """Check that every key of nested dicts is a field.
-
-    Raises
-    ------
-    ValueError
-        If one is not, or a section is not a table; the message gives its full name and the nearest field.
-    """
-    if not isinstance(values, dict):
-        raise ValueError(f"settings: got {_short(values)}, expected a table of settings and their values")
-    known = [f.name for f in fields(cls)]
-    for key, value in values.items():
-        if key not in known:
-            raise ValueError(f"unknown setting {_short(prefix + key)}; {_suggest(key, known, prefix)}")
-        section = SECTIONS.get(key) if not prefix else None
-        if section is not None and isinstance(value, dict):
-            check_names(section, value, prefix=f"{key}.")
-        elif section is not None or isinstance(value, dict):
-            kind = "a table" if section is not None else "a single value"
-            raise ValueError(f"{prefix + key}: got {_short(value)}, expected {kind}")
-
-
-def check_values(cls: Any, values: dict[str, Any]) -> None:
-    """Check that the values of nested dicts, whose keys are fields, are of the fields' types.
-
-    Raises
-    ------
-    ValueError
-        If one is not; the message gives its full name, what came and what was expected.
-    """
-    prefix = next((f"{name}." for name, section in SECTIONS.items() if section is cls), "")
-    types = _types(cls)
-    for key, value in values.items():
-        if key in SECTIONS and not prefix:
-            check_values(SECTIONS[key], value)
-            continue
-        fits, expected = _fits(types[key], value)
-        if not fits:
-            raise ValueError(f"{prefix + key}: got {_short(value)}, expected {expected}")
-
-
-def _types(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
-
-
-def _fits(kind: Any, value: Any) -> tuple[bool, str]:
-    """Return whether a value is of the type of a field, and what that type is in words."""
-    if get_origin(kind) is Literal:
-        return isinstance(value, str) and value in get_args(kind), f"one of {', '.join(get_args(kind))}"
-    if kind is bool:
-        return isinstance(value, bool), "true or false"
-    if kind is str:
-        return isinstance(value, str), "text"
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return number and isinstance(value, int) and abs(value) < 2**63, "a whole number"
-    return number and abs(value) <= MOST_FLOAT, "a finite number"
-
-
 def _check_finite(config: Any, prefix: str) -> None:
-    for name, kind in _types(type(config)).items():
+    for name, kind in get_type_hints(type(config)).items():
         if kind is float and not math.isfinite(getattr(config, name)):
             raise ValueError(f"{prefix}.{name}: got {getattr(config, name)}, expected a finite number")
-
-
-def _short(value: Any) -> str:
-    """Return a value of any size for a message."""
-    try:
-        shown = ascii(value) if isinstance(value, str) else repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits
-        return f"a value of type {type(value).__name__}"
-    return shown if len(shown) <= 60 else f"{shown[:57]}…"
-
-
-def _suggest(key: str, known: list[str], prefix: str) -> str:
-    """Name the nearest setting, one of another section included."""
-    near = difflib.get_close_matches(key, known, n=1)
-    elsewhere = [name for name, section in SECTIONS.items() if key in {f.name for f in fields(section)}]
-    if elsewhere:
-        return f"did you mean {elsewhere[0] + '.' + key!r}?"
-    if near:
-        return f"did you mean {prefix + near[0]!r}?"
-    return f"known: {', '.join(prefix + name for name in known)}"

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
-from brainflow.frameworks import framework_spec
+from brainflow.config import DataConfig, PretrainConfig, TrainConfig
+from brainflow.frameworks import framework_spec, model_config
 
 PresetName = Literal["tiny", "small", "published", "base", "large", "1b"]
 Settings = dict[str, dict[str, Any]]
@@ -50,17 +50,17 @@ FEWEST_STEPS, MOST_STEPS = 200, 300_000
 def today(framework: str = "csm") -> Settings:
     """Return what every run has, whatever its size, unless it repeats one of 2022.
 
+    Raises
+    ------
+    ValueError
+        If there is no such framework.
+
     Examples
     --------
     >>> today()["model"]["masking"]
     'next'
     """
-    settings: Settings = {"model": dict(MODEL), "train": {"keep_best": True}}
-    if framework == "csm":
-        settings["model"]["masking"] = "next"
-    if framework == "seq-bert":
-        settings["model"]["mask_fill"] = "neighbours"
-    return settings
+    return {"model": {**MODEL, **framework_spec(framework).usual}, "train": {"keep_best": True}}
 
 
 def preset(name: str, framework: str = "csm") -> Settings:
@@ -93,8 +93,7 @@ def preset(name: str, framework: str = "csm") -> Settings:
         layers = 2
     settings = today(framework)
     settings["model"] |= {"layers": layers, "width": width, "heads": heads}
-    # measured for CSM alone: orders of events are decoded better, the story is forecast as well (dev/log.md)
-    settings["train"]["lr"] = 2 * lr if (name, framework) == ("tiny", "csm") else lr
+    settings["train"]["lr"] = spec.lr.get(name, lr)
     if name == "1b":
         settings["model"]["recompute"] = True
     return settings
@@ -114,7 +113,7 @@ def pretraining(
     return PretrainConfig(
         store=store,
         out=out,
-        model=ModelConfig(framework=framework, **found.get("model", {})),
+        model=model_config(framework, **found.get("model", {})),
         data=DataConfig(**found.get("data", {})),
         train=TrainConfig(**found.get("train", {})),
     )

@@ -59,9 +59,9 @@ def run(args: Args) -> int:
         print(f"{len(names):4d} tensors {title}{shown}")
     if report.head:
         print("decoding head: head.safetensors")
-    if c.late_read:
+    if getattr(c, "late_read", False):
         print("late_read is on: these weights were trained with the loss read one position late")
-    if c.chained_states:
+    if getattr(c, "chained_states", False):
         print("chained_states is on: the LSTMs of these weights hand their states from layer to layer")
     print(args.out)
     return 0

@@ -14,15 +14,15 @@ import inspect
 import json
 import os
 import textwrap
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from brainflow.cli.usage import WrongUsage
-from brainflow.config import SECTIONS
 from brainflow.frameworks import framework_spec
+from brainflow.frameworks.settings import sections
 from brainflow.recipes import today
 from brainflow.storage.files import write_text
 
@@ -74,7 +74,7 @@ def commented(store: str, framework: str, name: str = "run.toml") -> str:
     """
     lines = [HEAD.format(name=name, store=json.dumps(store))]
     usual = today(framework)
-    for section, config in SECTIONS.items():
+    for section, config in sections(framework).items():
         lines.append(f"[{section}]")
         explained = _explained(config)
         for field in fields(config):
@@ -83,18 +83,21 @@ def commented(store: str, framework: str, name: str = "run.toml") -> str:
             value = usual.get(section, {}).get(field.name, field.default)
             mark = "" if (section, field.name) == ("model", "framework") else "# "
             value = framework if not mark else value
-            lines += textwrap.wrap(explained[field.name], 108, initial_indent="# ", subsequent_indent="# ")
+            lines += textwrap.wrap(
+                explained.get(field.name, ""), 108, initial_indent="# ", subsequent_indent="# "
+            )
             lines += [f"{mark}{field.name} = {json.dumps(value)}", ""]
     return "\n".join(lines)
 
 
 def _explained(config: type[Any]) -> dict[str, str]:
-    """Return field → the docstring under it in the source, on one line."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
-    assert isinstance(body, ast.ClassDef)
+    """Return field → the docstring under it in the source, of the class or of those above it, in one line."""
     found = {}
-    for field, text in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            assert isinstance(field.target, ast.Name)
-            found[field.target.id] = " ".join(ast.literal_eval(text.value).split())
+    for one in filter(is_dataclass, reversed(config.__mro__)):
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
+        assert isinstance(body, ast.ClassDef)
+        for field, text in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                assert isinstance(field.target, ast.Name)
+                found[field.target.id] = " ".join(ast.literal_eval(text.value).split())
     return found

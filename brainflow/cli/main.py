@@ -175,6 +175,8 @@ def _parse(module: Any, prog: str, rest: list[str]) -> Any:
         if hasattr(module, "arguments"):  # a verb whose arguments come from a file, too
             rest = module.arguments(rest)
         parse = partial(tyro.cli, module.Args, prog=prog, args=rest, description=module.__doc__)
+        if hasattr(module, "defaults"):  # a verb whose options depend on its arguments
+            parse = partial(parse, default=module.defaults(rest))
         parsed, unknown = parse(return_unknown_args=True)
         if unknown and not unknown[0].startswith("-"):
             refuse(prog, module.Args, given, unknown[0])

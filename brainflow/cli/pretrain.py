@@ -41,16 +41,10 @@ import tyro
 
 from brainflow.cli.slurm import SlurmConfig, requeue, started_again, submit
 from brainflow.cli.usage import WrongUsage
-from brainflow.config import (
-    DataConfig,
-    ModelConfig,
-    PretrainConfig,
-    TrainConfig,
-    check_names,
-    check_values,
-)
+from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from brainflow.files import read_toml
-from brainflow.frameworks import check_framework, framework_spec
+from brainflow.frameworks import CSMConfig, check_framework, framework_spec, model_config
+from brainflow.frameworks.settings import check_settings, refuse_foreign
 from brainflow.recipes import SIZED_BY, PresetName, preset, today
 
 
@@ -65,8 +59,8 @@ class Settings:
     config: Annotated[Path | None, tyro.conf.arg(metavar="TOML")] = None
     """TOML file with the settings below; the command line wins over it."""
     framework: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Learning framework: csm, seq-bert, net-bert, autoencoder, or one that another package registers;
-    short for --model.framework."""
+    """Learning framework: csm, seq-bert, net-bert, autoencoder, or one that another package registers; short
+    for --model.framework. With it, --help shows its own settings."""
     preset: Annotated[PresetName | None, tyro.conf.arg(metavar="NAME")] = None
     """Sizes and the settings that go with them: tiny, small, published (the runs of 2022, framework by
     framework), base, large, 1b; by default chosen by the data and the machine. TOML file and command line win
@@ -77,7 +71,7 @@ class Settings:
     """Parts that are not trained; short for --train.freeze."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    model: ModelConfig = dataclasses.field(default_factory=CSMConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     stated: Annotated[tuple[str, ...] | None, tyro.conf.Suppress] = None
@@ -108,19 +102,18 @@ def arguments(given: list[str]) -> list[str]:
     Raises
     ------
     ValueError
-        If the file is not TOML or names a setting that does not exist, or there is no such preset.
+        If the file is not TOML or names a setting that does not exist, a setting is of another framework, or
+        there is no such preset or framework.
     FileNotFoundError
         If there is no such file.
     """
-    path = _option(given, "--config")
-    settings = _read_toml(Path(path)) if path else {}
+    path, framework = _option(given, "--config"), _framework(given)
+    settings = _read_toml(Path(path), framework) if path else {}
     options = _flags(settings)
     name = _option(given, "--preset")
-    framework = (
-        _option(given, "--framework")
-        or _option(given, "--model.framework")
-        or settings.get("model", {}).get("framework", "csm")
-    )
+    framework = framework or settings.get("model", {}).get("framework", "csm")
+    stated = (word.partition(".") for word in _stated(given))
+    refuse_foreign([setting for section, _, setting in stated if section == "model"], framework)
     initial = (
         _option(given, "--init") or _option(given, "--train.init") or settings.get("train", {}).get("init")
     )
@@ -131,11 +124,25 @@ def arguments(given: list[str]) -> list[str]:
     return [*options, *given]
 
 
+def defaults(given: list[str]) -> Args:
+    """Return what the arguments are where the command line does not say; `out` it has to."""
+    return Args(out=tyro.MISSING, model=model_defaults(given))
+
+
+def model_defaults(given: list[str]) -> ModelConfig:
+    """Return the defaults of the framework that a command line, a TOML file's settings included, chooses."""
+    return model_config(_framework(given) or "csm")
+
+
 def settled(args: AnySettings, words: list[str]) -> AnySettings:
     """Return parsed arguments that know which settings `words` gave: others may be chosen."""
+    return dataclasses.replace(args, stated=_stated(words))
+
+
+def _stated(words: list[str]) -> tuple[str, ...]:
+    """Return the names of the settings that options give."""
     given = (word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--"))
-    names = {name.replace(".no_", ".") for name in given}
-    return dataclasses.replace(args, stated=tuple(sorted(names)))
+    return tuple(sorted({name.replace(".no_", ".") for name in given}))
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
@@ -156,7 +163,7 @@ def pretrain_config(args: Settings) -> PretrainConfig:
     WrongUsage
         If no store is named or settings do not fit together.
     """
-    store = args.store or (_read_toml(args.config).get("store", "") if args.config else "")
+    store = args.store or (read_toml(args.config).get("store", "") if args.config else "")
     if not store:
         raise WrongUsage("store: none was named, expected one, as in `brainflow pretrain STORE --out RUN`")
     short = {key: value for key in ("init", "freeze") if (value := getattr(args, key)) is not None}
@@ -281,21 +288,25 @@ def _flag(name: str, value: Any) -> list[str]:
     return [f"--{section + '.' if section else ''}{'' if value else 'no-'}{field}"]
 
 
+def _framework(given: list[str]) -> str | None:
+    return _option(given, "--framework") or _option(given, "--model.framework")
+
+
 def _option(given: list[str], name: str) -> str | None:
-    """Return what the command line gives for an option, before it is parsed."""
+    """Return what the command line gives for an option, the last time, before it is parsed."""
+    found = None
     for i, word in enumerate(given):
         if word == name and i + 1 < len(given):
-            return given[i + 1]
-        if word.startswith(f"{name}="):
-            return word.removeprefix(f"{name}=")
-    return None
+            found = given[i + 1]
+        elif word.startswith(f"{name}="):
+            found = word.removeprefix(f"{name}=")
+    return found
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path, framework: str | None) -> dict[str, Any]:
     values = read_toml(path)
     try:
-        check_names(PretrainConfig, values)
-        check_values(PretrainConfig, values)
+        check_settings(values, framework)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return values

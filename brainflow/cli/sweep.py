@@ -41,6 +41,11 @@ arguments = pretrain.arguments
 settled = pretrain.settled
 
 
+def defaults(given: list[str]) -> Args:
+    """Return what the arguments are where the command line does not say; `out` and `space` it has to."""
+    return Args(out=tyro.MISSING, space=tyro.MISSING, model=pretrain.model_defaults(given))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(pretrain.Settings):
     """Arguments of `brainflow sweep`."""
@@ -70,7 +75,8 @@ def run(args: Args) -> int:
     from brainflow.training.parallel import from_environment
     from brainflow.training.sweep import as_begun, read_space, sweep, varied
 
-    base, space = pretrain.pretrain_config(args), read_space(args.space)
+    base = pretrain.pretrain_config(args)
+    space = read_space(args.space, base.model.framework)
     if from_environment().world > 1:
         raise ValueError(
             "sweep: was started as several ranks of one job, expected a process of its own for each trial at "

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainflow.batch import PackedBatch, upload
-from brainflow.config import ModelConfig
 from brainflow.frameworks.base import Framework, Pooling, StepOutput, at_least_float, pool, whole_loss
+from brainflow.frameworks.configs import AutoencoderConfig
 from brainflow.models.autoencoder import Decoder, Encoder, Steps, time_major
 from brainflow.models.embedding import BoldEmbedding
 from brainflow.models.linear_path import PrincipalPath
@@ -38,7 +38,9 @@ class Autoencoder(Framework):
 
     one_draw = True  # teacher forcing
 
-    def __init__(self, config: ModelConfig) -> None:
+    config: AutoencoderConfig
+
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
         c = config

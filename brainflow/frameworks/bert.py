@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainflow.batch import Ints, PackedBatch, offsets, positions, upload, window_of
-from brainflow.config import ModelConfig
 from brainflow.frameworks.base import Framework, Pooling, StepOutput, pool
+from brainflow.frameworks.configs import BertConfig
 from brainflow.kernels.dropout import Dropout
 from brainflow.models.embedding import BoldEmbedding
 from brainflow.models.transformer import Layout, Transformer, places
@@ -99,7 +99,9 @@ class BertFramework(Framework):
         Reads all of the architecture, loss, mask_rate, mask_span and late_read.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    config: BertConfig
+
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
         c = config

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from brainflow.batch import Ints, PackedBatch, offsets, positions, upload, window_of
-from brainflow.config import ModelConfig
 from brainflow.frameworks.base import (
     Framework,
     Pooling,
@@ -31,6 +30,7 @@ from brainflow.frameworks.base import (
     pool,
     whole_loss,
 )
+from brainflow.frameworks.configs import CSMConfig
 from brainflow.kernels import MaskSpec, linear_masked_loss
 from brainflow.models.embedding import BoldEmbedding
 from brainflow.models.linear_path import LinearPath, NeighbourPath, Neighbours, before
@@ -46,7 +46,9 @@ class CSM(Framework):
         Reads all of the architecture, loss and masking.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    config: CSMConfig
+
+    def __init__(self, config: CSMConfig) -> None:
         super().__init__()
         self.config = config
         c = config

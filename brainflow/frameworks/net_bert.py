@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from brainflow.batch import PackedBatch, offsets, upload
-from brainflow.config import ModelConfig
 from brainflow.frameworks.base import StepOutput
 from brainflow.frameworks.bert import BertFramework
+from brainflow.frameworks.configs import NetBERTConfig
 from brainflow.kernels import MaskSpec, linear_masked_loss, mask_tokens
 from brainflow.models.embedding import cast_input
 from brainflow.models.linear_path import LinearPath, NetworkPath
@@ -23,7 +23,9 @@ from brainflow.models.linear_path import LinearPath, NetworkPath
 class NetBERT(BertFramework):
     """Masked networks + is-next. See :class:`brainflow.frameworks.bert.BertFramework`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    config: NetBERTConfig
+
+    def __init__(self, config: NetBERTConfig) -> None:
         super().__init__(config)
         self.mask_token = nn.Parameter(torch.randn(config.max_positions, 1))
         self.linear_path = self.make_linear() if config.linear else None

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from brainflow.batch import Ints, PackedBatch, offsets, upload
-from brainflow.config import ModelConfig
 from brainflow.frameworks.base import StepOutput, drawn_rows, whole_loss
 from brainflow.frameworks.bert import BertFramework
+from brainflow.frameworks.configs import SeqBERTConfig
 from brainflow.kernels import MaskSpec
 from brainflow.models.embedding import cast_input
 from brainflow.models.linear_path import AROUND, LinearPath, NeighbourPath, around, everywhere
@@ -23,7 +23,9 @@ from brainflow.models.linear_path import AROUND, LinearPath, NeighbourPath, arou
 class SeqBERT(BertFramework):
     """Masked time points + is-next. See :class:`brainflow.frameworks.bert.BertFramework`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    config: SeqBERTConfig
+
+    def __init__(self, config: SeqBERTConfig) -> None:
         super().__init__(config)
         self.mask_token = nn.Parameter(torch.randn(config.networks))
         self.linear_path = self.make_linear() if config.linear else None

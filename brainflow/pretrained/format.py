@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from brainflow.config import ModelConfig, from_dict
+from brainflow.config import ModelConfig
 from brainflow.files import digest, open_regular, read_json
-from brainflow.frameworks import build, framework_spec
+from brainflow.frameworks import build, model_config
+from brainflow.frameworks.settings import without_foreign
 from brainflow.pretrained.metadata import check_facts
 from brainflow.storage.files import replacing, write_text
 
@@ -150,8 +151,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         )
     check_facts(config, path)
     try:
-        model = from_dict(ModelConfig, config["model"])
-        framework_spec(model.framework)
+        model = model_config(**without_foreign(config["model"]))
     except ValueError as error:
         raise ValueError(f"{path}: {error}; use the file as it was written") from None
     return {**config, "model": asdict(model)}  # with the defaults of settings that are younger than the file
@@ -170,7 +170,7 @@ def load_pretrained(directory: str | os.PathLike[str]) -> nn.Module:
     """
     folder = located(directory)
     saved = read_config(folder)
-    config = from_dict(ModelConfig, saved["model"])
+    config = model_config(**saved["model"])
     path = folder / WEIGHTS
     if not path.exists():
         raise FileNotFoundError(f"{folder}: no {WEIGHTS} beside {CONFIG}; copy both files of a model")

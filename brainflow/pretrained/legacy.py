@@ -21,7 +21,7 @@ from torch import Tensor
 
 from brainflow.config import ModelConfig
 from brainflow.files import open_regular
-from brainflow.frameworks import build
+from brainflow.frameworks import AutoencoderConfig, CSMConfig, NetBERTConfig, SeqBERTConfig, build
 from brainflow.pretrained.format import (
     HEAD,
     TensorFile,
@@ -256,13 +256,13 @@ def _infer_config(state: dict[str, Tensor], heads: int | None) -> ModelConfig:
     common["heads"] = heads or max(1, width // 64)
     layers = _count(state, r"decoder\.encoder\.lstms\.(\d+)\.")
     if layers:
-        return ModelConfig(framework="autoencoder", layers=layers, dropout=0.2, chained_states=True, **common)
+        return AutoencoderConfig(layers=layers, dropout=0.2, chained_states=True, **common)
     layers = _count(state, r"decoder\.transformer\.h\.(\d+)\.")
     if layers:
         up = state["decoder.transformer.h.0.mlp.c_fc.weight"].shape[1]
         places = state["decoder.transformer.wpe.weight"].shape[0]
         common |= {"layers": layers, "feedforward": up // width, "max_positions": places}
-        return ModelConfig(framework="csm", **common)
+        return CSMConfig(**common)
     layers = _count(state, r"decoder\.transformer\.encoder\.layer\.(\d+)\.")
     if layers:
         up = state["decoder.transformer.encoder.layer.0.intermediate.dense.weight"].shape[0]
@@ -272,7 +272,7 @@ def _infer_config(state: dict[str, Tensor], heads: int | None) -> ModelConfig:
         mask = state.get("embedder.msk_embed")
         # Net-BERT's mask token has a value a position, Seq-BERT's one a network.
         by_network = mask is not None and mask.dim() == 3 and mask.shape[1] > 1 and mask.shape[2] == 1
-        return ModelConfig(framework="net-bert" if by_network else "seq-bert", **common)
+        return (NetBERTConfig if by_network else SeqBERTConfig)(**common)
     raise ValueError(
         "checkpoint: its names belong to none of CSM (decoder.transformer.h.*), BERT "
         "(decoder.transformer.encoder.*) and autoencoder (decoder.encoder.lstms.*)"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from brainflow.config import PretrainConfig
-from brainflow.frameworks import framework_spec
+from brainflow.frameworks import framework_spec, own_config
 from brainflow.kernels.varlen_attention import backends
 
 from .optimizer import HALF
@@ -79,10 +79,11 @@ def describe_compute(config: PretrainConfig, device: torch.device) -> str:
 
 
 def _longest(config: PretrainConfig) -> int:
-    """Return how many tokens a window has at most, both streams counted where a model has two."""
-    model = config.model
-    tokens = config.data.seq_max - 1 + framework_spec(model.framework).special_tokens
-    return 2 * tokens if (model.framework, model.masking) == ("csm", "dense") else tokens
+    """Return how many tokens a window has at most."""
+    model = own_config(config.model)
+    return model.tokens_per_time_point * (
+        config.data.seq_max - 1 + framework_spec(model.framework).special_tokens
+    )
 
 
 def allow_tf32(allowed: bool) -> None:

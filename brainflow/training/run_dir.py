@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from brainflow.config import PretrainConfig, check_names, check_values, to_dict
+from brainflow.config import PretrainConfig, to_dict
 from brainflow.files import read_json
+from brainflow.frameworks.settings import check_settings, model_config, without_foreign
 from brainflow.storage.files import output_folder, write_text
 
 from .checkpoint import latest, remove_partial
@@ -124,13 +125,14 @@ def begin(folder: Path, config: PretrainConfig, *, snapshot: str, resume: Resume
     if path.exists() and not begun(folder):
         path.unlink()  # it failed before its first step: nothing to continue, nothing to lose
     if path.exists():
+        saved = saved_config(folder)
         # A run of an older version lacks settings that are younger: it had what is their default.
-        younger = flatten(to_dict(PretrainConfig(store="", out="")))
-        found = younger | flatten(saved_config(folder))
+        model = model_config(saved.get("model", {}).get("framework", "csm"))
+        found = flatten(to_dict(PretrainConfig(store="", out="", model=model))) | flatten(saved)
         changed = [
-            f"{key} is {wanted.get(key)!r}, was {found.get(key)!r}"
-            for key in sorted(wanted.keys() | found.keys())
-            if key not in FREE and wanted.get(key) != found.get(key)
+            f"{key} is {wanted[key]!r}, was {found.get(key)!r}"
+            for key in sorted(wanted.keys() & found.keys() | {"store_snapshot"})
+            if key not in FREE and wanted[key] != found.get(key)
         ]
         if changed:
             raise ValueError(
@@ -160,9 +162,10 @@ def saved_config(folder: Path) -> dict[str, Any]:
         train = values.get("train") if isinstance(values, dict) else None
         if isinstance(train, dict) and isinstance(train.get("compile"), bool):  # before there was auto
             train["compile"] = "on" if train["compile"] else "off"
-        settings = {name: value for name, value in values.items() if name != "store_snapshot"}
-        check_names(PretrainConfig, settings)
-        check_values(PretrainConfig, settings)
+        model = values.get("model") if isinstance(values, dict) else None
+        if isinstance(model, dict):
+            values["model"] = without_foreign(model)
+        check_settings({name: value for name, value in values.items() if name != "store_snapshot"})
     except ValueError as error:
         raise ValueError(
             f"out: the configuration of this run cannot be read ({error}); put a copy of {path} back, choose "

@@ -18,6 +18,7 @@ from brainflow.config import PretrainConfig
 from brainflow.data.sampler import WindowSampler
 from brainflow.data.splits import Split, SplitWarning, listed, split_runs
 from brainflow.devices import resolve_device
+from brainflow.frameworks import own_config
 from brainflow.storage import BoldStore
 from brainflow.storage.text import counted
 
@@ -26,7 +27,7 @@ from .run_dir import CHECKPOINTS, Resume, begin, begun, saved_config
 
 
 def fit_to_store(config: PretrainConfig, store: BoldStore) -> PretrainConfig:
-    """Return the configuration with the store's number of networks.
+    """Return the configuration with the store's number of networks and all settings of its framework.
 
     Raises
     ------
@@ -46,7 +47,8 @@ def fit_to_store(config: PretrainConfig, store: BoldStore) -> PretrainConfig:
         raise ValueError(
             f"model.networks: got {config.model.networks}, but the store has {store.networks}; leave it out"
         )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, networks=store.networks))
+    model = dataclasses.replace(own_config(config.model), networks=store.networks)
+    return dataclasses.replace(config, model=model)
 
 
 def give_coordinates(module: Any, store: BoldStore) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from brainflow.config import PretrainConfig
-from brainflow.frameworks import build, framework_spec
+from brainflow.frameworks import build, framework_spec, own_config
 from brainflow.recipes import (
     FEWEST_STEPS,
     FITTING,
@@ -177,7 +177,8 @@ def _duration(seconds: float) -> str:
 
 
 def with_settings(config: PretrainConfig, settings: dict[str, Any]) -> PretrainConfig:
-    """Return a configuration with other settings, named as "model.width"."""
+    """Return a configuration with other settings, named as "model.width", its framework's own included."""
+    config = dataclasses.replace(config, model=own_config(config.model))
     sections: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         section, _, field = name.partition(".")

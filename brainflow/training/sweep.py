@@ -27,10 +27,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from brainflow.config import SECTIONS, PretrainConfig, check_names, check_values, from_dict
+from brainflow.config import PretrainConfig
 from brainflow.data.splits import Split
 from brainflow.files import is_number, read_json, read_toml
-from brainflow.frameworks import check_framework
+from brainflow.frameworks import check_framework, own_config
+from brainflow.frameworks.settings import SECTIONS, check_settings, pretrain_config, without_foreign
 from brainflow.optional import need
 from brainflow.progress import Remaining
 from brainflow.storage.files import output_folder, write_text
@@ -47,13 +48,20 @@ PUBLISHED: Space = {
 }
 
 
-def read_space(name: str) -> Space:
+def read_space(name: str, framework: str = "csm") -> Space:
     """Return the space of that name ("published") or in that TOML file, checked.
+
+    Parameters
+    ----------
+    name
+        "published", or a path.
+    framework
+        That of the runs, where the space does not vary it; a space that does may hold the settings of each.
 
     Raises
     ------
     ValueError
-        If it names a setting that does not exist, or a choice that is none.
+        If it names a setting that its frameworks do not have, or a choice that is none.
     FileNotFoundError
         If there is no such file.
     """
@@ -61,20 +69,20 @@ def read_space(name: str) -> Space:
         return PUBLISHED
     space = read_toml(name)
     try:
-        _check(space)
+        _check(space, framework)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     return space
 
 
-def _check(space: Space) -> None:
+def _check(space: Space, framework: str) -> None:
     sets = space.get(TOGETHER, [])
     if not isinstance(sets, list) or not all(isinstance(x, dict) for x in sets):
         raise ValueError(f"{TOGETHER}: got {sets!r}, expected tables, as in [[{TOGETHER}]]")
+    among = _frameworks(space) or [framework]
     for settings in sets:
-        check_names(PretrainConfig, settings)
-        check_values(PretrainConfig, settings)
-        if outside := settings.keys() - SECTIONS.keys():
+        _check_for_one(settings, _frameworks({TOGETHER: [settings]}) or among)
+        if outside := settings.keys() - set(SECTIONS):
             raise ValueError(f"{TOGETHER}: got {min(outside)}, expected settings of {', '.join(SECTIONS)}")
     for section, settings in space.items():
         if section == TOGETHER:
@@ -82,15 +90,14 @@ def _check(space: Space) -> None:
         if section not in SECTIONS or not isinstance(settings, dict):
             raise ValueError(f"{section}: is no section, expected {', '.join([*SECTIONS, TOGETHER])}")
         for name, values in settings.items():
-            check_names(PretrainConfig, {section: {name: 0}})
             wrong = f"{section}.{name}: got {values!r}, expected choices [a, b, …] or {{low = a, high = b}}"
             if isinstance(values, dict):
                 _check_range(f"{section}.{name}", values, wrong)
+                values = [values["low"]]
             elif not isinstance(values, list) or not values:
                 raise ValueError(wrong)
-            else:
-                for value in values:
-                    check_values(PretrainConfig, {section: {name: value}})
+            for value in values:
+                _check_for_one({section: {name: value}}, among)
     if not space:
         raise ValueError("space: is empty, expected at least one setting that varies")
 
@@ -107,8 +114,26 @@ def _check_range(name: str, values: dict[str, Any], wrong: str) -> None:
         raise ValueError(f"{name}: got {values!r}, expected low <= high and a positive step")
     if values.get("log") and (values["low"] <= 0 or "step" in values):
         raise ValueError(f"{name}: got {values!r}, expected low > 0 and no step with log = true")
-    section, _, key = name.partition(".")
-    check_values(PretrainConfig, {section: {key: values["low"]}})
+
+
+def _frameworks(space: Space) -> list[str]:
+    """Return the frameworks that a space varies, none where it does not."""
+    alone = space.get("model", {})
+    tables = [settings.get("model", {}) for settings in space.get(TOGETHER, [])]
+    found = [table.get("framework", []) for table in [alone, *tables] if isinstance(table, dict)]
+    names = [name for some in found for name in (some if isinstance(some, list) else [some])]
+    return [name for name in names if isinstance(name, str)]
+
+
+def _check_for_one(settings: dict[str, Any], frameworks: list[str]) -> None:
+    """Check settings for any of these frameworks: a trial that has another of them fails alone."""
+    refusals = []
+    for framework in frameworks:
+        try:
+            return check_settings(settings, framework)
+        except ValueError as error:
+            refusals.append(error)
+    raise refusals[0]
 
 
 def grid(space: Space) -> list[dict[str, Any]]:
@@ -274,16 +299,22 @@ def _suggest(trial: Any, name: str, values: Any) -> Any:
 
 def _configure(base: PretrainConfig, space: Space, params: dict[str, Any], out: Path) -> Any:
     """Return the configuration of a trial, or the ValueError that says why there is none."""
-    values = asdict(replace(base, out=str(out)))
+    values = asdict(replace(base, out=str(out), model=own_config(base.model)))
+    changed: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, value in params.items():
         if name == TOGETHER:
             for section, settings in space[TOGETHER][value].items():
-                values[section] |= settings
+                changed[section] |= settings
         else:
             section, _, key = name.partition(".")
-            values[section][key] = value
+            changed[section][key] = value
     try:
-        config = from_dict(PretrainConfig, values)
+        if "framework" in changed["model"]:  # what is the base's own would be refused with another one
+            framework = changed["model"]["framework"]
+            values["model"] = without_foreign({**values["model"], "framework": framework})
+        for section, settings in changed.items():
+            values[section] |= settings
+        config = pretrain_config(values)
         check_framework(config)
     except ValueError as error:
         return error
@@ -353,12 +384,16 @@ def _record(folder: Path, base: PretrainConfig, space: Space, metric: str) -> No
     """Write down what the sweep is, or compare with what is there."""
     output_folder(folder, "sweep")
     # Without the store's path, which may be another one on another machine.
-    mine = {"base": asdict(replace(base, out="", store="")), "space": space, "metric": metric}
+    base = replace(base, out="", store="", model=own_config(base.model))
+    mine = {"base": asdict(base), "space": space, "metric": metric}
     path = folder / RECORD
     if not path.exists():
         write_text(path, json.dumps(mine, indent=1) + "\n")
     # Read back in any case: another machine may have come first.
     theirs = read_json(path)
+    begun = theirs.get("base")
+    if isinstance(begun, dict) and isinstance(begun.get("model"), dict):
+        begun["model"] = without_foreign(begun["model"])
     ours, found = flatten(json.loads(json.dumps(mine))), flatten(theirs)
     changed = sorted(k for k in ours.keys() | found.keys() if ours.get(k) != found.get(k))
     if changed:

@@ -9,14 +9,14 @@ from brainflow.benchmarks.recipe import padded
 from brainflow.benchmarks.timing import WrongResultError
 from brainflow.benchmarks.training import loss_of, random_batch, train_step
 from brainflow.config import ModelConfig
-from brainflow.frameworks import build
+from brainflow.frameworks import build, model_config
 
 SMALL, LARGE = {"width": 768, "layers": 12, "heads": 12}, {"width": 1024, "layers": 24, "heads": 16}
 
 
 def _tiny(framework="csm", **changes):
     sizes = {"networks": 16, "width": 8, "layers": 1, "heads": 1}
-    return ModelConfig(framework=framework, dropout=0.0, **sizes, **changes)
+    return model_config(framework, dropout=0.0, **sizes, **changes)
 
 
 @pytest.mark.parametrize("pairs", [False, True])

@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
+from brainflow.config import DataConfig, PretrainConfig, TrainConfig
 from brainflow.data import make_loader
 from brainflow.data.sampler import MicrobatchSampler, WindowSampler
+from brainflow.frameworks import model_config
 from brainflow.kernels.gathering import triton as gather
 from brainflow.kernels.linear_loss import triton as linear
 from brainflow.kernels.loss import triton as loss
@@ -176,7 +177,7 @@ def take(store, framework, gpu, *, loader, model, parts=1, **train):
     config = PretrainConfig(
         store=store.path,
         out="absent",
-        model=ModelConfig(framework=framework, networks=store.networks, **{**SIZE, **model}),
+        model=model_config(framework, networks=store.networks, **{**SIZE, **model}),
         data=DataConfig(batch_size=WINDOWS),
         train=TrainConfig(micro_batches=parts, compile="off", **train),
     )

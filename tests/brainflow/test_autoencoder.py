@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from brainflow.config import ModelConfig
+from brainflow.frameworks import AutoencoderConfig
 from brainflow.frameworks.autoencode import Autoencoder
 from brainflow.models.autoencoder import Decoder, Steps, run_lstm, time_major
 
@@ -119,7 +119,7 @@ def test_free_running_gradients_are_those_of_plain_autograd():
 
 
 def test_teacher_forcing_is_drawn_once_a_batch(monkeypatch):
-    model = Autoencoder(ModelConfig(framework="autoencoder", networks=4, width=8, layers=1, heads=2))
+    model = Autoencoder(AutoencoderConfig(networks=4, width=8, layers=1, heads=2))
     calls = []
 
     def decoded(batch, forced):

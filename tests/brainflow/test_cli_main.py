@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from brainflow.cli.main import SHELLS, VERBS, main
-from brainflow.config import SECTIONS
+from brainflow.frameworks import framework_names
+from brainflow.frameworks.settings import sections
 
 LAZY = """
 import sys
@@ -54,19 +55,22 @@ def test_help_of_a_verb_needs_no_torch(verb):
     assert f"usage: brainflow {verb}" in text
 
 
+@pytest.mark.parametrize("framework", [None, *framework_names()])
 @pytest.mark.parametrize("verb", ["pretrain", "sweep"])
-def test_every_setting_is_in_the_help_with_an_explanation(capsys, verb):
-    assert main([verb, "--help"]) == 0
+def test_every_setting_is_in_the_help_with_an_explanation(capsys, verb, framework):
+    assert main([verb, *(["--framework", framework] if framework else []), "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     text = " ".join(lines)
-    for section, fields in SECTIONS.items():
+    for section, fields in sections(framework or "csm").items():
         for field in dataclasses.fields(fields):
             flag = f"--{section}.{field.name.replace('_', '-')}"
             assert f"{flag} " in text or f"{flag}," in text, flag
             # The docstring under the field in the source, which tyro shows.
-            source = inspect.getsource(fields)
+            source = "".join(inspect.getsource(one) for one in fields.__mro__[:-1])
             assert re.search(rf'\n    {field.name}: [^\n]*\n    """\S', source), f"{flag} is not explained"
     assert "Peak learning rate of AdamW" in text
+    assert ("--model.masking" in text) == (framework in (None, "csm"))
+    assert ("--model.mask-fill" in text) == (framework == "seq-bert")
 
 
 def test_no_argument_says_what_to_do_next(capsys):

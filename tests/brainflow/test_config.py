@@ -9,11 +9,18 @@ from brainflow.config import (
     ModelConfig,
     PretrainConfig,
     TrainConfig,
-    check_names,
-    from_dict,
     to_dict,
 )
-from brainflow.frameworks import build, check_framework
+from brainflow.frameworks import (
+    AutoencoderConfig,
+    CSMConfig,
+    NetBERTConfig,
+    SeqBERTConfig,
+    build,
+    check_framework,
+    model_config,
+)
+from brainflow.frameworks.settings import check_settings, pretrain_config
 
 
 def test_defaults_are_the_published_training():
@@ -33,7 +40,7 @@ def run(framework="csm", *, data=None, train=None, **model):
     config = PretrainConfig(
         store="s",
         out="r",
-        model=ModelConfig(framework=framework, **model),
+        model=model_config(framework, **model),
         data=data or DataConfig(),
         train=train or TrainConfig(),
     )
@@ -71,8 +78,22 @@ def run(framework="csm", *, data=None, train=None, **model):
         (lambda: run(train=TrainConfig(micro_batches=5)), "train.micro_batches"),
         (lambda: run("autoencoder", train=TrainConfig(compile="on")), "train.compile: got on"),
         (lambda: run("autoencoder", recompute=True), "model.recompute"),
-        (lambda: run("seq-bert", masking="single"), "model.masking"),
-        (lambda: build(ModelConfig(framework="net-bert", masking="next")), "model.masking"),
+        (lambda: SeqBERTConfig(mask_rate=0.0), "model.mask_rate: got 0.0"),
+        (lambda: NetBERTConfig(mask_span=-1), "model.mask_span: got -1"),
+        (lambda: AutoencoderConfig(teacher_forcing=1.5), "model.teacher_forcing: got 1.5"),
+        (
+            lambda: run("seq-bert", masking="single"),
+            "model.masking: is a setting of csm, not of seq-bert; leave",
+        ),
+        (
+            lambda: run("csm", mask_rate=0.5),
+            "model.mask_rate: is a setting of seq-bert and net-bert, not of csm",
+        ),
+        (lambda: build(CSMConfig(framework="net-bert")), "model: got CSMConfig .*expected NetBERTConfig"),
+        (
+            lambda: check_framework(PretrainConfig(store="s", out="r", model=SeqBERTConfig(framework="csm"))),
+            "model: got SeqBERTConfig .*expected CSMConfig",
+        ),
         (lambda: run("seqbert"), "model.framework: got 'seqbert', .*autoencoder; did you mean 'seq-bert'"),
     ],
 )
@@ -97,15 +118,15 @@ def test_a_wrong_value_is_refused_by_name(make, name):
 )
 def test_a_value_of_another_type_is_refused_by_name(section, name, value, expected):
     with pytest.raises(ValueError, match=f"^{section}.{name}: got .*, expected {expected}"):
-        from_dict(PretrainConfig, {"store": "s", "out": "r", section: {name: value}})
-    from_dict(PretrainConfig, {"store": "s", "out": "r", "train": {"lr": 1}})  # a whole number is a number
+        pretrain_config({"store": "s", "out": "r", section: {name: value}})
+    pretrain_config({"store": "s", "out": "r", "train": {"lr": 1}})  # a whole number is a number
 
 
 def test_round_trip_through_json():
     config = PretrainConfig(
-        store="s", out="r", model=ModelConfig(width=24, heads=2), train=TrainConfig(seed=7)
+        store="s", out="r", model=SeqBERTConfig(width=24, heads=2, mask_span=3), train=TrainConfig(seed=7)
     )
-    assert from_dict(PretrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert pretrain_config(json.loads(json.dumps(to_dict(config)))) == config
 
 
 @pytest.mark.parametrize(
@@ -122,4 +143,4 @@ def test_round_trip_through_json():
 )
 def test_an_unknown_setting_names_the_nearest(values, suggestion):
     with pytest.raises(ValueError, match=suggestion):
-        check_names(PretrainConfig, values)
+        check_settings(values)

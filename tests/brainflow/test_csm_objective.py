@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from brainflow.batch import PackedBatch, Windows
-from brainflow.config import ModelConfig
-from brainflow.frameworks import build
+from brainflow.frameworks import CSMConfig, build
 
-CONFIG = ModelConfig(networks=6, width=16, layers=3, heads=2, dropout=0.1, max_positions=16)
+CONFIG = CSMConfig(networks=6, width=16, layers=3, heads=2, dropout=0.1, max_positions=16)
 LENGTHS = [5, 9, 2]
 
 

@@ -5,6 +5,7 @@ import torch
 from brainflow.batch import PackedBatch, Windows, upload
 from brainflow.config import ModelConfig
 from brainflow.decoding.heads import DecodingHead
+from brainflow.frameworks import NetBERTConfig
 from brainflow.frameworks.net_bert import NetBERT
 from brainflow.models.embedding import BoldEmbedding
 
@@ -52,7 +53,7 @@ def test_a_head_needs_two_classes():
 def test_a_store_of_float16_trains_a_mask_token_as_one_of_float32_does_under_bf16():
     """What autocast casts anyway is cast before the token is put in: float16 lacks its gradient's range."""
     torch.manual_seed(0)
-    config = ModelConfig(framework="net-bert", networks=4, width=8, layers=1, heads=2, dropout=0.0)
+    config = NetBERTConfig(networks=4, width=8, layers=1, heads=2, dropout=0.0)
     module, bold = NetBERT(config), torch.randn(12, 4).half()
     grads = []
     for store in (bold, bold.float()):

@@ -14,8 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from brainflow.batch import PackedBatch, Windows
-from brainflow.config import ModelConfig
-from brainflow.frameworks import build
+from brainflow.frameworks import build, model_config
 from brainflow.kernels import linear_masked_loss
 
 LENGTHS = (5, 9, 2, 20)
@@ -56,7 +55,7 @@ def make_batch(pairs):
 
 def count(framework, layers, monkeypatch, **changes):
     sizes = {"networks": 6, "width": 16, "layers": layers, "heads": 2, "dropout": 0.1, "max_positions": 64}
-    model = build(ModelConfig(framework=framework, **sizes, **changes))
+    model = build(model_config(framework, **sizes, **changes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batch = make_batch("bert" in framework)
     counter = Count()

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from brainflow.batch import PackedBatch, Windows
-from brainflow.config import ModelConfig
-from brainflow.frameworks import build, framework_names
+from brainflow.frameworks import build, framework_names, model_config
 
 HALVES = [5, 3, 2, 7]
 CASES = [
@@ -53,7 +52,8 @@ def split(batch, size):
 def make_model(framework, changes):
     torch.manual_seed(0)
     sizes = {"networks": 5, "width": 8, "layers": 2, "heads": 2, "dropout": 0.0, "max_positions": 32}
-    model = build(ModelConfig(framework=framework, mask_rate=0.4, **sizes, **changes)).double()
+    rate = {"mask_rate": 0.4} if "bert" in framework else {}
+    model = build(model_config(framework, **rate, **sizes, **changes)).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return model
@@ -133,7 +133,8 @@ def test_loss_of_a_batch_is_the_weighted_mean_of_its_sequences(framework, change
     batch = make_batch(HALVES, pairs=bert)
     # With a rate of 1 everything is masked, whichever place a window has.
     model = make_model(framework, changes)
-    object.__setattr__(model, "config", replace(model.config, mask_rate=1.0))
+    if bert:
+        object.__setattr__(model, "config", replace(model.config, mask_rate=1.0))
     if changes.get("masking") == "single":
         monkeypatch.setattr(
             "brainflow.frameworks.csm.drawn_rows",
@@ -231,7 +232,7 @@ def test_unknown_pooling_is_named():
 def test_every_parameter_gets_a_gradient_but_those_that_are_said_not_to(framework, changes):
     """Data parallel training waits for a gradient of each parameter that it was not told to leave out."""
     sizes = {"networks": 5, "width": 16, "layers": 2, "heads": 2}
-    module = build(ModelConfig(framework=framework, **(sizes | changes))).double()
+    module = build(model_config(framework, **(sizes | changes))).double()
     module(make_batch(HALVES, pairs="bert" in framework), seed=0).loss.backward()
     without = {name for name, p in module.named_parameters() if p.grad is None}
     untrained = {id(p) for p in module.untrained}

@@ -10,10 +10,10 @@ from torch import nn
 
 import brainflow
 from brainflow.cli.main import main
-from brainflow.config import ModelConfig, from_dict
+from brainflow.config import ModelConfig
 from brainflow.decoding.leaks import check_checkpoint, people_seen
 from brainflow.demo import story
-from brainflow.frameworks import build
+from brainflow.frameworks import build, model_config
 from brainflow.pretrained.card import MARKER
 from brainflow.pretrained.format import SHIPPED, located, read_config, save_pretrained
 from brainflow.pretrained.hub import DOWNLOAD, fetch, shipped
@@ -92,7 +92,7 @@ def test_the_hubs_mixin_reads_what_is_saved_here(tmp_path):
     class Module(nn.Module, hub.PyTorchModelHubMixin):
         def __init__(self, model, **facts):
             super().__init__()
-            for name, part in build(from_dict(ModelConfig, model)).named_children():
+            for name, part in build(model_config(**model)).named_children():
                 self.add_module(name, part)
             for name, value in ours.named_parameters(recurse=False):
                 self.register_parameter(name, nn.Parameter(torch.zeros_like(value)))

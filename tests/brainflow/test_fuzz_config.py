@@ -6,7 +6,8 @@ import pytest
 from mutate import mutated_bytes, mutated_json, rounds
 
 from brainflow.cli.pretrain import arguments
-from brainflow.config import ModelConfig, PretrainConfig, from_dict, to_dict
+from brainflow.config import PretrainConfig, to_dict
+from brainflow.frameworks import CSMConfig, model_config
 from brainflow.pretrained.card import model_card
 from brainflow.pretrained.format import read_config
 from brainflow.pretrained.metadata import check_facts
@@ -15,7 +16,7 @@ from brainflow.training.sweep import grid, read_space
 
 MODEL = {
     "format": 1,
-    "model": to_dict(ModelConfig(networks=4, width=8, heads=2)),
+    "model": to_dict(CSMConfig(networks=4, width=8, heads=2)),
     "sha256": {"model.safetensors": "00" * 32},
     "step": 3,
     "pretrain": {**to_dict(PretrainConfig(store="/a/store", out="/a/run")), "store_snapshot": "s"},
@@ -89,7 +90,7 @@ def test_configurations_of_models(tmp_path):
             refusals.append((number, str(error)))
             continue
         read += 1
-        assert to_dict(from_dict(ModelConfig, config["model"])).keys() == MODEL["model"].keys()
+        assert to_dict(model_config(**config["model"])) == config["model"]
         for subjects in ("keep", "hash", "drop"):  # what was accepted is safe to work with
             shown = published(config, subjects).config
             check_facts(shown, number)

@@ -27,7 +27,7 @@ from brainflow.decoding.finetune import Decoder
 from brainflow.decoding.heads import make_head
 from brainflow.decoding.persist import HEAD, load_decoder, save_decoder
 from brainflow.decoding.readout import Readout
-from brainflow.frameworks import build
+from brainflow.frameworks import CSMConfig, build
 from brainflow.pretrained.format import CONFIG, WEIGHTS, load_pretrained, save_pretrained
 from brainflow.pretrained.legacy import export_checkpoint, import_checkpoint
 from brainflow.pretrained.warm_start import load_initial
@@ -135,7 +135,7 @@ class Gadget:
 ODD = {"none": None, "text": "evil", "list": [], "table": {}, "nan": math.nan, "10**400": 10**400}
 CONFIGS = {
     f"model.{field.name}={name}": put("model", field.name, value)
-    for field in fields(ModelConfig)
+    for field in fields(CSMConfig)
     for name, value in ODD.items()
 }
 CONFIGS |= {
@@ -148,7 +148,6 @@ CONFIGS |= {
         "max_seconds": [-1, 0, math.inf],
         "time_resolution": [0, -1, math.inf],
         "dropout": [1.0, -0.1],
-        "mask_span": [-1],
         "unknown": [1],
         "__class__": ["x"],
     }.items()

@@ -7,9 +7,10 @@ import pytest
 
 from brainflow.cli.init import commented
 from brainflow.cli.main import main
-from brainflow.cli.pretrain import Args, arguments, settled
-from brainflow.config import PretrainConfig, from_dict, to_dict
-from brainflow.frameworks import framework_names
+from brainflow.cli.pretrain import Args, arguments, defaults, settled
+from brainflow.config import PretrainConfig, to_dict
+from brainflow.frameworks import framework_names, model_config
+from brainflow.frameworks.settings import pretrain_config
 from brainflow.recipes import today
 
 
@@ -17,7 +18,7 @@ def parsed(*words):
     import tyro
 
     given = arguments(list(words))
-    return settled(tyro.cli(Args, args=given), given)
+    return settled(tyro.cli(Args, args=given, default=defaults(given)), given)
 
 
 @pytest.mark.parametrize("framework", framework_names())
@@ -30,12 +31,12 @@ def test_every_setting_is_there_and_uncommented_is_what_pretrain_takes(framework
         "train": {},
     }
     values = tomllib.loads(re.sub(r"(?m)^# (\w+ = )", r"\1", text))
-    expected = to_dict(PretrainConfig(store='a "store"', out="run"))
-    for section, settings in {"model": {"framework": framework}, **today(framework)}.items():
-        expected[section] |= settings | ({"framework": framework} if section == "model" else {})
+    expected = to_dict(PretrainConfig(store='a "store"', out="run", model=model_config(framework)))
+    for section, settings in today(framework).items():
+        expected[section] |= settings
     del expected["model"]["networks"], expected["out"], expected["device"]
     assert values == expected
-    from_dict(PretrainConfig, values | {"out": "run"})
+    pretrain_config(values | {"out": "run"})
     assert all(len(line) <= 110 for line in text.splitlines())
 
 

@@ -115,8 +115,8 @@ def test_round_trip_is_byte_equal(tmp_path, framework, buffers, dtype):
     assert report.missing == []
     assert set(report.used) | set(report.carried) | set(report.ignored) == set(state)
     assert all("bias" in name or "position_ids" in name for name in report.ignored)
-    assert module.config.late_read == ("bert" in framework)
-    assert module.config.chained_states == (framework == "autoencoder")
+    assert getattr(module.config, "late_read", False) == ("bert" in framework)
+    assert getattr(module.config, "chained_states", False) == (framework == "autoencoder")
     assert report.head == buffers
     names = export_checkpoint(tmp_path / "model", tmp_path / "again.bin")
     again = read_state(tmp_path / "again.bin")

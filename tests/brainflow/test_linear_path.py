@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brainflow.batch import PackedBatch, Windows
-from brainflow.config import ModelConfig
-from brainflow.frameworks import build
+from brainflow.frameworks import build, model_config
 from brainflow.models.linear_path import AROUND, PENALTIES, around, before, everywhere
 from brainflow.pretrained.format import load_pretrained, read_config
 from brainflow.storage import StoreWriter
@@ -19,25 +18,24 @@ from brainflow.training.metrics import read_metrics
 from brainflow.training.step import TrainingStep
 from tests.helpers.tiny_training import at_step, curve, tiny
 
-CONFIG = ModelConfig(
-    networks=5,
-    width=16,
-    layers=1,
-    heads=2,
-    loss="mse",
-    positions="seconds",
-    time_encoding="none",
-    embedding_norm=False,
-    norm_first=True,
-    linear=True,
-    mask_rate=0.3,
-)
-FRAMEWORKS = {
-    "csm": replace(CONFIG, masking="next"),
-    "seq-bert": replace(CONFIG, framework="seq-bert"),
-    "net-bert": replace(CONFIG, framework="net-bert"),
+SETTINGS = {
+    "networks": 5,
+    "width": 16,
+    "layers": 1,
+    "heads": 2,
+    "loss": "mse",
+    "positions": "seconds",
+    "time_encoding": "none",
+    "embedding_norm": False,
+    "norm_first": True,
+    "linear": True,
 }
-AUTOENCODER = replace(CONFIG, framework="autoencoder", width=24)
+FRAMEWORKS = {
+    "csm": model_config("csm", masking="next", **SETTINGS),
+    "seq-bert": model_config("seq-bert", mask_rate=0.3, **SETTINGS),
+    "net-bert": model_config("net-bert", mask_rate=0.3, **SETTINGS),
+}
+AUTOENCODER = model_config("autoencoder", **SETTINGS | {"width": 24})
 lengths_and_rows = st.lists(st.integers(2, 9), min_size=1, max_size=4).flatmap(
     lambda lengths: st.tuples(st.just(lengths), st.sets(st.integers(0, sum(lengths) - 1)))
 )

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from brainflow.cli import pretrain as command
 from brainflow.cli.main import main
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig, to_dict
-from brainflow.frameworks import build, framework_names
+from brainflow.frameworks import CSMConfig, build, framework_names
 from brainflow.recipes import FEWEST_STEPS, FITTING, MOST_STEPS, SIZES, WINDOWS, preset
 from brainflow.storage import StoreWriter
 from brainflow.training import sizing
 from brainflow.training.meters import matrix_weights
 
-PLAIN = PretrainConfig(store="store", out="/nowhere/run")
+PLAIN = PretrainConfig(store="store", out="/nowhere/run", model=CSMConfig())
 
 
 class Length:
@@ -69,7 +69,7 @@ def test_steps_read_the_windows_that_so_many_time_points_ask_for(points, batch):
 
 def parse(*words):
     words = command.arguments(["store", "--out", "/nowhere/run", *words])
-    args = command.settled(tyro.cli(command.Args, args=words), words)
+    args = command.settled(tyro.cli(command.Args, args=words, default=command.defaults(words)), words)
     return sizing.choose(command.pretrain_config(args), Length(7_200), args.stated, cuda=False, resume="auto")
 
 

@@ -98,9 +98,9 @@ def test_a_killed_training_continues_bit_for_bit(device, store, tmp_path, framew
 
 ON_A_RANK = """
 import json, sys
-from brainflow.config import PretrainConfig, from_dict
+from brainflow.frameworks.settings import pretrain_config
 from brainflow.training.loop import pretrain
-pretrain(from_dict(PretrainConfig, json.loads(sys.argv[1])), quiet=True)
+pretrain(pretrain_config(json.loads(sys.argv[1])), quiet=True)
 """
 
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import brainflow
 from brainflow.benchmarks.training import random_batch
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
-from brainflow.frameworks import build
+from brainflow.frameworks import CSMConfig, build
 from brainflow.frameworks.csm import CSM
 from brainflow.storage import StoreWriter
 from brainflow.training import checkpoint
@@ -230,7 +230,7 @@ def test_rates_count_what_the_store_gives_and_what_the_model_runs(store, tmp_pat
 
 
 def test_the_flops_of_a_step_are_those_that_torch_counts():
-    config = ModelConfig(networks=24, width=32, layers=2, heads=2, dropout=0.0, masking="next")
+    config = CSMConfig(networks=24, width=32, layers=2, heads=2, dropout=0.0, masking="next")
     module, batch = build(config), random_batch(6, 24)
     with FlopCounterMode(display=False) as counter:
         module(batch, seed=0).loss.backward()

@@ -16,8 +16,8 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 from ranks import SLURM, assert_close, curve, on_ranks
 
-from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
-from brainflow.frameworks import build
+from brainflow.config import DataConfig, PretrainConfig, TrainConfig
+from brainflow.frameworks import build, model_config
 from brainflow.models.transformer import FeedForward
 from brainflow.storage import StoreWriter
 from brainflow.training import checkpoint, parallel
@@ -48,7 +48,7 @@ def tiny(store, out, framework="csm", *, model=None, batch=8, **train):
         store=store,
         out=str(out),
         device="cpu",
-        model=ModelConfig(framework=framework, width=16, layers=2, heads=2, **(model or {})),
+        model=model_config(framework, width=16, layers=2, heads=2, **(model or {})),
         data=DataConfig(batch_size=batch, seq_min=6, seq_max=16, loader="host", validation_batches=1),
         train=TrainConfig(
             **{

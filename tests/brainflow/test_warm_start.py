@@ -10,7 +10,7 @@ import torch
 
 from brainflow.cli import pretrain as command
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
-from brainflow.frameworks import build, framework_names
+from brainflow.frameworks import build, framework_names, model_config
 from brainflow.models.transformer import Layout
 from brainflow.pretrained.format import load_pretrained, save_pretrained
 from brainflow.pretrained.warm_start import PARTS, freeze, load_initial
@@ -24,8 +24,8 @@ SIZE = {"networks": 4, "width": 16, "layers": 2, "heads": 2, "max_positions": 12
 def parse(*words):
     import tyro
 
-    given = ["store", "--out", "run", *words]
-    return command.pretrain_config(tyro.cli(command.Args, args=command.arguments(given)))
+    given = command.arguments(["store", "--out", "run", *words])
+    return command.pretrain_config(tyro.cli(command.Args, args=given, default=command.defaults(given)))
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -41,7 +41,7 @@ def test_a_preset_sets_sizes_and_the_command_line_wins(name):
 
 def test_the_largest_preset_has_a_billion_weights():
     with torch.device("meta"):
-        model = build(ModelConfig(**preset("1b")["model"]))
+        model = build(model_config(**preset("1b")["model"]))
     assert 1.0e9 < sum(p.numel() for p in model.parameters()) < 1.1e9
 
 
