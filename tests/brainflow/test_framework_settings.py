@@ -109,6 +109,7 @@ def test_what_an_older_version_saved_is_read_and_continued(store, tmp_path, fram
     whole = pretrain(tiny(store, tmp_path / "whole", framework=framework, steps=8), quiet=True)
     run = pretrain(tiny(store, tmp_path / "run", framework=framework, steps=8), quiet=True)
     weights = brainflow.load(run).state_dict()
+    assert saved_config(run)["model"] == to_dict(brainflow.load(run).config)  # of a plain ModelConfig
     shutil.rmtree(run / "checkpoints" / "step-00000008")
     # Nobody was told that a setting belonged to another framework, so any value may stand there.
     odd = {**OLD, "mask_rate": 0.9, "teacher_forcing": -7, "mask_fill": None} | to_dict(
