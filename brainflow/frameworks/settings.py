@@ -89,7 +89,7 @@ def check_settings(values: Any, framework: str | None = None) -> None:
     if isinstance(model, dict):
         refuse_foreign(model, framework)
     _check(PretrainConfig, {key: value for key, value in values.items() if key not in known}, "", known)
-    for section in known.keys() & values.keys():
+    for section in filter(values.__contains__, SECTIONS):
         if not isinstance(values[section], dict):
             raise ValueError(f"{section}: got {_short(values[section])}, expected a table")
         _check(known[section], values[section], f"{section}.", known)
@@ -105,8 +105,9 @@ def refuse_foreign(names: Iterable[str], framework: str) -> None:
     """
     for name in names:
         if owners := _owners(name, framework):
-            whose = " and ".join([*([", ".join(owners[:-1])] if owners[1:] else []), owners[-1]])
-            raise ValueError(f"model.{name}: is a setting of {whose}, not of {framework}; leave it out")
+            raise ValueError(
+                f"model.{name}: is a setting of {' and '.join(owners)}, not of {framework}; leave it out"
+            )
 
 
 def without_foreign(model: Mapping[str, Any]) -> dict[str, Any]:
