@@ -73,8 +73,9 @@ def preset(name: str, framework: str = "csm") -> Settings:
 
     Examples
     --------
-    >>> preset("small")["model"]
-    {'layers': 4, 'width': 256, 'heads': 4}
+    >>> found = preset("small")
+    >>> found["model"]["layers"], found["model"]["width"], found["train"]["lr"]
+    (4, 256, 0.0005)
     """
     if name not in get_args(PresetName):
         raise ValueError(f"preset: got {name!r}, expected one of {', '.join(get_args(PresetName))}")
