@@ -96,8 +96,9 @@ class Args(Settings):
 
 
 def arguments(given: list[str]) -> list[str]:
-    """Put the settings of `--preset` (without it, what every run has) and of the TOML file `--config` before
-    the command line: the later win.
+    """Put the settings of `--preset` and of the TOML file `--config` before the command line: the later win.
+
+    Without a preset they are those that every run has.
 
     Raises
     ------

@@ -206,7 +206,7 @@ class BertFramework(Framework):
 
 
 class IsNextHead(nn.Module):
-    """BERT's pooler (Linear + tanh) and a Linear to one logit: does the second half follow the first?"""
+    """BERT's pooler (Linear + tanh) and a Linear to one logit, which says if the second half follows."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()

@@ -69,8 +69,7 @@ _SPECS: dict[str, FrameworkSpec] = {}
 
 
 def register_framework(name: str, **facts: Any) -> Callable[[_Builder], _Builder]:
-    """Return a decorator that registers a :class:`~brainflow.frameworks.base.Framework` or a function that
-    returns one.
+    """Return a decorator that registers a framework's class, or a function that returns its module.
 
     Parameters
     ----------
