@@ -150,6 +150,7 @@ class BertFramework(Framework):
             Host int64 [n], seats whose hidden states are returned, [n, width].
         """
         total = int(seating.lengths.sum())
+        # Every token is a row of one table, time points first, so that one gather seats them all.
         content = np.empty(total, np.int64)
         content[seating.time_points] = source
         content[seating.cls] = bold.shape[0] + len(extra)

@@ -159,8 +159,12 @@ class CSM(Framework):
         time = self.embedding.clock(batch.times)
         if self.config.masking == "next":
             x = self.embedding.finish(self.embedding(batch.bold), time)
+            # Beside the time point that it predicts. What rolls over a window's border comes to stand at a
+            # first time point, which is no target.
             hidden = self.transformer(x, layout).roll(1, 0)
         else:
+            # The token goes through the projection as one more time point. Expanded, not repeated: mask tokens
+            # differ by position and time only, which `finish` adds.
             embedded = self.embedding(batch.bold, self.mask_token[None])
             both = torch.stack((embedded[:-1], embedded[-1:].expand(len(place), -1)))
             hidden = self.transformer(self.embedding.finish(both, time), layout, two_streams=True)
@@ -170,13 +174,15 @@ class CSM(Framework):
         """Windows cut after one masked position each; the values at and after it are never read."""
         rows: Ints = self.drawn(batch, seed)
         starts = offsets(batch.lengths)[:-1]
-        cut = rows - starts + 1
+        cut = rows - starts + 1  # the masked position is the last that is kept
         place, last = positions(cut), offsets(cut)[1:] - 1
         source = place + np.repeat(starts, cut)
+        # Only what is seen is projected: NaN at a masked position or after it changes nothing.
         visible = np.delete(source, last)
         content = np.empty(len(source), np.int64)
         seen = np.ones(len(source), bool)
         seen[last] = False
+        # Row len(visible) is the mask token's, appended once for all windows.
         content[seen], content[last] = np.arange(len(visible)), len(visible)
         sent = upload(
             batch.bold.device,
