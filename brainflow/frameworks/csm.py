@@ -163,8 +163,8 @@ class CSM(Framework):
             # first time point, which is no target.
             hidden = self.transformer(x, layout).roll(1, 0)
         else:
-            # The token goes through the projection as one more time point. Expanded, not repeated: mask tokens
-            # differ by position and time only, which `finish` adds.
+            # The token goes through the projection as one more time point. Expanded, not repeated: mask
+            # tokens differ by position and time only, which `finish` adds.
             embedded = self.embedding(batch.bold, self.mask_token[None])
             both = torch.stack((embedded[:-1], embedded[-1:].expand(len(place), -1)))
             hidden = self.transformer(self.embedding.finish(both, time), layout, two_streams=True)

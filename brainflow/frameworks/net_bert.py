@@ -111,7 +111,7 @@ class NetBERT(BertFramework):
             self.mask_token,
             cu_seqlens=sent["cu"],
         )
-        # The last block computes only what is read afterwards: the first seats, for is-next, and the time points.
+        # The last block computes only what is read: the first seats, for is-next, and the time points.
         first = offsets(seating.lengths)[:-1]
         wanted = np.concatenate((first, seating.read))
         hidden = self.encode(batch, seating, bold, np.arange(batch.tokens), wanted=wanted)
