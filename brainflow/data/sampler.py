@@ -173,7 +173,8 @@ class WindowSampler:
         self._weighted = weights is not None
         if pairs and len(self._columns.rows) < 2:
             raise ValueError(
-                "pairs: got 1 run, expected at least 2 (the second half may come from another run)"
+                "pairs: got 1 run to draw from, expected at least 2, because a second half may come from another; "
+                "give training and validation two each (brainflow split STORE --validation 2 …)"
             )
         self._steps_per_block = max(1, _BLOCK // len(self._share))
         self._block: tuple[int, dict[str, NDArray[np.int64]]] = (-1, {})

@@ -221,7 +221,13 @@ def run_demo(config: DemoConfig, stages: Stages) -> DemoResult:
     context, threads = multiprocessing.get_context("spawn"), (config.threads,)
     with ProcessPoolExecutor(1, context, initializer=begin_worker, initargs=threads) as beside:
         order = beside.submit(run_order, config)
-        heard, seen = run_story(config, stages), run_slice(config, stages)
+        try:
+            heard, seen = run_story(config, stages), run_slice(config, stages)
+        except BaseException:
+            # Its work is of no use any more, and leaving the executor would wait minutes for it.
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
         shown = ", ".join(map(str, config.order_people))
         stages.begin(
             "simulated people", f"{shown} of whom pretrain, and 40 others, in the process beside this one"

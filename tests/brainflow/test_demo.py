@@ -1,6 +1,7 @@
 """The demo on the data that ship with the package, with few steps; of the story people 1–16 alone."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import warnings
@@ -254,6 +255,18 @@ def test_it_says_whether_pretraining_helps():
         assert "above it with 1, 4 labelled people" in line
         assert "BELOW it with 8 labelled people" in line
         assert "no difference to be shown with 2 labelled people" in line
+
+
+@pytest.mark.timeout(120)
+def test_an_interrupt_ends_the_process_beside_it_too(monkeypatch, tmp_path):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run_story", stop)
+    config = DemoConfig(out=tmp_path, order_people=(100_000,), order_steps=100_000)  # hours
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(config, Stages(lambda line: None, lambda done, total: None))
+    assert not multiprocessing.active_children()
 
 
 def test_interrupt_leaves_a_clear_message(monkeypatch, capsys, tmp_path):
