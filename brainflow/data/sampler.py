@@ -173,7 +173,7 @@ class WindowSampler:
         self._weighted = weights is not None
         if pairs and len(self._columns.rows) < 2:
             raise ValueError(
-                "pairs: got 1 run to draw from, expected at least 2, because a second half may come from another; "
+                "pairs: got 1 run to draw from, expected at least 2, as a second half may come from another; "
                 "give training and validation two each (brainflow split STORE --validation 2 …)"
             )
         self._steps_per_block = max(1, _BLOCK // len(self._share))
