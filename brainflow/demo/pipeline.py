@@ -220,12 +220,13 @@ def run_demo(config: DemoConfig, stages: Stages) -> DemoResult:
     # spawned: what runs here has threads, which a fork would leave behind in the middle of their work
     context, threads = multiprocessing.get_context("spawn"), (config.threads,)
     with ProcessPoolExecutor(1, context, initializer=begin_worker, initargs=threads) as beside:
+        others = multiprocessing.active_children()
         order = beside.submit(run_order, config)
         try:
             heard, seen = run_story(config, stages), run_slice(config, stages)
         except BaseException:
             # Its work is of no use any more, and leaving the executor would wait minutes for it.
-            for process in multiprocessing.active_children():
+            for process in set(multiprocessing.active_children()).difference(others):
                 process.terminate()
             raise
         shown = ", ".join(map(str, config.order_people))

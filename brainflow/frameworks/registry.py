@@ -19,7 +19,6 @@ from brainflow.frameworks.configs import AutoencoderConfig, CSMConfig, NetBERTCo
 
 if TYPE_CHECKING:
     from brainflow.frameworks.base import Framework
-from typing import TYPE_CHECKING
 
 GROUP = "brainflow.frameworks"
 """Group of the entry points: name = the framework's, value = the module that registers it."""
