@@ -85,13 +85,11 @@ def preset(name: str, framework: str = "csm") -> Settings:
             raise ValueError(f"preset: got published for {framework}, of which no run is; take tiny or small")
         return {section: dict(settings) for section, settings in spec.published.items()}
     layers, width, heads, lr = SIZES[name]
-    if not spec.transformer:
-        if width > 768:
-            raise ValueError(
-                f"preset: got {name} for the {framework}, expected tiny, small, base or published: "
-                "LSTMs of that size are not trained"
-            )
-        layers = 2
+    if spec.layers:
+        if name not in spec.layers:
+            known = [*spec.layers, *(["published"] if spec.published else [])]
+            raise ValueError(f"preset: got {name} for {framework}, expected one of {', '.join(known)}")
+        layers = spec.layers[name]
     settings = today(framework)
     settings["model"] |= {"layers": layers, "width": width, "heads": heads}
     settings["train"]["lr"] = spec.lr.get(name, lr)

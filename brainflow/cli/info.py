@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -34,6 +35,11 @@ class Args:
 
 def run(args: Args) -> int:
     """Print the description of the store."""
+    if (Path(args.store) / "config.json").is_file():
+        raise ValueError(
+            f"{args.store}: holds a model, expected a store; its config.json says what it is, and "
+            "`brainflow report` shows the run that trained it"
+        )
     store = BoldStore.open(args.store)
     facts = describe(store)
     if args.json:

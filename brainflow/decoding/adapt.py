@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from brainflow.decoding.finetune import Decoder, History, frozen_features, probabilities, state_covariance
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
-from brainflow.decoding.leaks import check_unseen
 from brainflow.decoding.result import Result, judge
 from brainflow.decoding.splits import Fold
 from brainflow.decoding.task import DecodingTask
 from brainflow.devices import resolve_device
 from brainflow.frameworks import build
-from brainflow.pretrained.compatibility import check_fits
+from brainflow.pretrained.compatibility import check_fits, check_unseen
 from brainflow.pretrained.format import load_pretrained
 from brainflow.progress import or_notebook
 

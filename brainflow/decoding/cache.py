@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from brainflow.data import segments
+from brainflow.data import sampler
 from brainflow.decoding import baselines, readout, ridge, task
 from brainflow.decoding.task import DecodingTask
 from brainflow.storage.cache import is_private
 from brainflow.storage.files import replacing
 
-CODE = (baselines, readout, ridge, segments, task)
+CODE = (baselines, readout, ridge, sampler, task)
 LIBRARIES = ("numpy", "scipy", "scikit-learn", "torch", "nilearn")
 MOST_FILES = 4_000
 """Those that were not read for longest go first."""

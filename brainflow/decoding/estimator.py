@@ -20,7 +20,6 @@ from brainflow.config import ModelConfig
 from brainflow.data.splits import Split
 from brainflow.decoding.finetune import frozen_features, probabilities
 from brainflow.decoding.fit import AdaptConfig, Mode, fit_decoder
-from brainflow.decoding.leaks import check_checkpoint
 from brainflow.decoding.people_decoders import cut_runs, states_of_people
 from brainflow.decoding.persist import load_decoder, save_decoder
 from brainflow.decoding.readout import BINS, Layer, Pooling, Readout
@@ -28,7 +27,7 @@ from brainflow.decoding.ridge import fit_numbers
 from brainflow.decoding.windows import ArrayWindows, as_windows, cut_events
 from brainflow.frameworks import build
 from brainflow.optional import requires
-from brainflow.pretrained.compatibility import check_windows, longest_window
+from brainflow.pretrained.compatibility import check_checkpoint, check_windows, longest_window
 from brainflow.pretrained.format import load_pretrained, read_config
 from brainflow.pretrained.hub import base_model, fetch
 from brainflow.storage.normalise import Kind, kind_of, normalise

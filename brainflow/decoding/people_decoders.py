@@ -23,7 +23,6 @@ from brainflow.decoding.adapt import Device, load_module
 from brainflow.decoding.baselines import connectomes, covariances, log_variances, tangents
 from brainflow.decoding.finetune import EVALUATION_BATCH
 from brainflow.decoding.fit import AdaptConfig
-from brainflow.decoding.leaks import check_unseen
 from brainflow.decoding.people import PeopleTask
 from brainflow.decoding.people_scores import PeopleScores, difference, score_classes, score_numbers
 from brainflow.decoding.readout import SMALLEST_VARIANCE, Layer, Readout, read
@@ -31,7 +30,7 @@ from brainflow.decoding.result import write_csv
 from brainflow.decoding.ridge import Ridge, fit_numbers, fit_ridge
 from brainflow.decoding.splits import Fold
 from brainflow.devices import resolve_device
-from brainflow.pretrained.compatibility import check_fits, longest_window
+from brainflow.pretrained.compatibility import check_fits, check_unseen, longest_window
 from brainflow.pretrained.format import read_config
 from brainflow.storage.files import write_text
 

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from brainflow.batch import Windows
 from brainflow.data import make_loader
-from brainflow.data.segments import SegmentSampler, stored_shift
+from brainflow.data.sampler import SegmentSampler
 from brainflow.data.splits import Split, SplitWarning, listed
 from brainflow.decoding.splits import Fold, make_folds, people_fold, read_split
 from brainflow.decoding.windows import ArrayWindows
+from brainflow.files import is_number
 from brainflow.storage import BoldStore
 
 if TYPE_CHECKING:
@@ -230,6 +231,18 @@ class DecodingTask:
     def _everything(self) -> Windows:
         everything = np.arange(len(self.labels))
         return self.sampler(everything, batch=len(everything), shuffle=False).batch(0)
+
+
+def stored_shift(attributes: Mapping[str, Any]) -> float | None:
+    """Return the seconds by which a store's segments were moved for the haemodynamic lag; None: not known.
+
+    Parameters
+    ----------
+    attributes
+        Of the store; `brainflow prepare` writes `preprocessing.hrf_shift`.
+    """
+    shift: Any = (attributes.get("preprocessing") or {}).get("hrf_shift")
+    return float(shift) if is_number(shift) else None
 
 
 class MovedSegments(SegmentSampler):

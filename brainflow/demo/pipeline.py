@@ -22,12 +22,12 @@ from brainflow.decoding.adapt import adapt
 from brainflow.decoding.baselines import BaselineName
 from brainflow.decoding.curve import Point, learning_curve
 from brainflow.decoding.fit import AdaptConfig
-from brainflow.decoding.leaks import LeakWarning
 from brainflow.decoding.result import Result, baseline, difference, write_results
 from brainflow.decoding.scores import Interval
 from brainflow.decoding.task import DecodingTask, TaskConfig, load_task
 from brainflow.demo import cohort, haxby, story, worth
 from brainflow.devices import begin_worker
+from brainflow.pretrained.compatibility import LeakWarning
 from brainflow.pretrained.format import load_pretrained
 from brainflow.report.reconstruction import Reconstruction, reconstruct
 from brainflow.simulate import Cohort

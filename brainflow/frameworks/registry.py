@@ -45,6 +45,9 @@ class FrameworkSpec:
         Tokens that it adds to a window.
     transformer
         Whether it is built of `brainflow.models.transformer`: only these can be compiled and recomputed.
+    layers
+        Preset → number of layers, where they are others than those of `brainflow.recipes.SIZES`; presets that
+        are not named are refused then.
     usual
         Settings that every run of it has but those of its paper.
     lr
@@ -59,6 +62,7 @@ class FrameworkSpec:
     paired: bool = False
     special_tokens: int = 0
     transformer: bool = True
+    layers: Mapping[str, int] = field(default_factory=dict)
     usual: Mapping[str, Any] = field(default_factory=dict)
     lr: Mapping[str, float] = field(default_factory=dict)
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -255,6 +259,7 @@ def _net_bert(config: NetBERTConfig) -> Framework:
     "autoencoder",
     config=AutoencoderConfig,
     transformer=False,
+    layers={"tiny": 2, "small": 2, "base": 2},  # more were never trained
     published=_published(2e-4, 192, 2, 0.2),
 )
 def _autoencoder(config: AutoencoderConfig) -> Framework:

@@ -50,7 +50,7 @@ def describe_compute(config: PretrainConfig, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     line = f"{name}, precision {precision}"
     if not framework_spec(model.framework).transformer:
-        return f"{line}, LSTMs by {'cuDNN' if device.type == 'cuda' else 'PyTorch'}"
+        return f"{line}, no attention: {model.framework} is not built of transformer blocks"
     blocks = "; blocks compiled" if compiles(config.train.compile, device) else ""
     if device.type != "cuda":
         return f"{line}, attention in plain PyTorch{blocks}"

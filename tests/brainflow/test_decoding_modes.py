@@ -16,7 +16,6 @@ from brainflow.decoding.baselines import BASELINES
 from brainflow.decoding.finetune import Decoder, frozen_features, probabilities
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
 from brainflow.decoding.heads import AttentiveHead, class_weights, fit_probe, make_head
-from brainflow.decoding.leaks import LeakWarning
 from brainflow.decoding.lora import add_lora, has_blocks, merge_lora
 from brainflow.decoding.persist import load_decoder, save_decoder
 from brainflow.decoding.readout import Readout
@@ -25,6 +24,7 @@ from brainflow.decoding.splits import Fold
 from brainflow.decoding.task import TaskConfig, load_task
 from brainflow.decoding.windows import ArrayWindows
 from brainflow.frameworks import build
+from brainflow.pretrained.compatibility import LeakWarning
 from brainflow.pretrained.format import save_pretrained
 from brainflow.storage import BoldStore, Segment, StoreWriter
 

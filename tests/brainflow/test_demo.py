@@ -15,7 +15,6 @@ from rich.console import Console
 
 from brainflow.cli import demo as command
 from brainflow.cli.demo_page import OPPONENTS, demo_page, print_tables, story_gains, summary, verdicts
-from brainflow.decoding.leaks import LeakWarning, check_unseen
 from brainflow.decoding.result import baseline
 from brainflow.decoding.scores import Interval
 from brainflow.decoding.task import load_task
@@ -29,6 +28,7 @@ from brainflow.demo.pipeline import (
     run_demo,
     run_story,
 )
+from brainflow.pretrained.compatibility import LeakWarning, check_unseen
 from brainflow.report.page import write_page
 from brainflow.simulate import Cohort
 

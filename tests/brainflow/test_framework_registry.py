@@ -19,6 +19,7 @@ from brainflow.config import ModelConfig
 from brainflow.frameworks import registry
 from brainflow.frameworks.base import Framework, StepOutput, drawn_rows, pool
 from brainflow.kernels import MaskSpec
+from brainflow.recipes import SIZES, preset
 from brainflow.training.loop import pretrain
 
 
@@ -132,6 +133,17 @@ def test_a_fifth_framework_has_a_setting_of_its_own(store, tmp_path, autoregress
     assert "model.lag: got 0, expected at least 1" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"model\.lag: got 'two', expected a whole number"):
         frameworks.model_config("autoregression", lag="two")
+
+
+def test_a_framework_without_transformer_blocks_has_the_presets_unless_it_names_its_own():
+    frameworks.register_framework("recurrent", transformer=False)(Autoregression)
+    for name, (layers, width, *_) in SIZES.items():
+        found = preset(name, "recurrent")["model"]
+        assert (found["layers"], found["width"]) == (layers, width)
+    frameworks.register_framework("shallow", transformer=False, layers={"tiny": 1})(Autoregression)
+    assert preset("tiny", "shallow")["model"]["layers"] == 1
+    with pytest.raises(ValueError, match=r"got small for shallow, expected one of tiny$"):
+        preset("small", "shallow")
 
 
 def test_a_setting_that_could_not_be_read_back_is_refused_at_once():

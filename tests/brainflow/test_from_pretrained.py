@@ -11,10 +11,10 @@ from torch import nn
 import brainflow
 from brainflow.cli.main import main
 from brainflow.config import ModelConfig
-from brainflow.decoding.leaks import check_checkpoint, people_seen
 from brainflow.demo import story
 from brainflow.frameworks import build, model_config
 from brainflow.pretrained.card import MARKER
+from brainflow.pretrained.compatibility import check_checkpoint, people_seen
 from brainflow.pretrained.format import SHIPPED, located, read_config, save_pretrained
 from brainflow.pretrained.hub import DOWNLOAD, fetch, shipped
 from brainflow.pretrained.warm_start import load_initial

@@ -9,8 +9,7 @@ from brainflow.cli.pretrain import arguments
 from brainflow.config import PretrainConfig, to_dict
 from brainflow.frameworks import CSMConfig, model_config
 from brainflow.pretrained.card import model_card
-from brainflow.pretrained.format import read_config
-from brainflow.pretrained.metadata import check_facts
+from brainflow.pretrained.format import check_facts, read_config
 from brainflow.pretrained.privacy import published
 from brainflow.training.sweep import grid, read_space
 

@@ -8,9 +8,8 @@ import torch
 
 from brainflow.cli.main import main
 from brainflow.config import ModelConfig
-from brainflow.data.segments import stored_shift
 from brainflow.decoding.estimator import MentalStateDecoder
-from brainflow.decoding.task import TaskConfig, load_task
+from brainflow.decoding.task import TaskConfig, load_task, stored_shift
 from brainflow.frameworks import build
 from brainflow.pretrained.format import save_pretrained
 from brainflow.storage import BoldStore, Segment, StoreWriter

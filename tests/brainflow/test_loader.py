@@ -14,8 +14,7 @@ from sines import write_sines
 
 from brainflow.data import make_loader
 from brainflow.data.loader import HostLoader
-from brainflow.data.sampler import WindowSampler
-from brainflow.data.segments import SegmentSampler
+from brainflow.data.sampler import SegmentSampler, WindowSampler
 from brainflow.storage import BoldStore, Segment, StoreError, StoreWriter
 
 KINDS = ("host", "dali", "resident")

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brainflow.data.counter_rng import key, permute, uniform
-from brainflow.data.sampler import WindowSampler
-from brainflow.data.segments import SegmentSampler
+from brainflow.data.sampler import SegmentSampler, WindowSampler
 
 COLUMNS = ("starts", "lengths", "runs", "t_r", "is_next", "labels")
 

@@ -17,9 +17,9 @@ from brainflow.data.splits import Split, SplitWarning, _checksum, split_people
 from brainflow.decoding.adapt import adapt
 from brainflow.decoding.estimator import MentalStateDecoder
 from brainflow.decoding.fit import AdaptConfig
-from brainflow.decoding.leaks import LeakWarning, check_unseen
 from brainflow.decoding.task import TaskConfig, load_task
 from brainflow.frameworks import build
+from brainflow.pretrained.compatibility import LeakWarning, check_unseen
 from brainflow.pretrained.format import read_config, save_pretrained
 from brainflow.pretrained.privacy import published
 from brainflow.storage import BoldStore, Segment, StoreWriter

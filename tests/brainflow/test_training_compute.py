@@ -99,7 +99,8 @@ def test_long_windows_go_to_a_flash_kernel(h100):
 
 
 def test_the_autoencoder_has_no_attention(h100):
-    assert describe_compute(config_of("autoencoder", precision="fp32"), GPU).endswith("LSTMs by cuDNN")
+    said = describe_compute(config_of("autoencoder", precision="fp32"), GPU)
+    assert said.endswith("not built of transformer blocks")
     assert (
         describe_compute(config_of(precision="fp32"), CPU)
         == "CPU, precision fp32, attention in plain PyTorch"

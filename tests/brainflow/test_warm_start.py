@@ -72,7 +72,7 @@ def test_wrong_presets_are_named():
         preset("huge")
     with pytest.raises(ValueError, match="expected one of csm"):
         preset("tiny", "gan")
-    with pytest.raises(ValueError, match="got 1b for the autoencoder"):
+    with pytest.raises(ValueError, match="got 1b for autoencoder, expected one of tiny, small, base, pub"):
         preset("1b", "autoencoder")
 
 

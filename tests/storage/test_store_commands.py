@@ -86,6 +86,14 @@ def test_verify_names_damage_and_exits_with_1(tars, tmp_path, capsys):
     assert "bold/c/0/0" in capsys.readouterr().err
 
 
+def test_info_of_a_model_says_where_to_look(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["info", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path}: holds a model, expected a store" in said
+    assert "brainflow report" in said
+
+
 def test_arrays(tmp_path, capsys):
     np.save(tmp_path / "sub-1.npy", np.zeros((4, 2)))
     (tmp_path / "c.toml").write_text("[[files]]\nglob = '*.npy'\ndataset = 'd'\nt_r = 1.0\n")

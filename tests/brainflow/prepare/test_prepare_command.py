@@ -21,7 +21,7 @@ from nilearn.maskers import NiftiLabelsMasker
 import brainflow
 from brainflow.cli import prepare
 from brainflow.cli.main import main
-from brainflow.data.segments import stored_shift
+from brainflow.decoding.task import stored_shift
 from brainflow.prepare import Query, Settings, find_atlas, find_runs
 from brainflow.prepare.pool import prepare_runs
 from brainflow.prepare.run import jobs_for, prepare_run
