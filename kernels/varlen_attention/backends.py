@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import dispatch
+from ..dispatch import constant_to_compiler
 from . import fa2, fa4, fallback, torch_varlen, window
 from .adapter import Call, Limits
 
@@ -168,7 +169,7 @@ def no_kernel(q: Tensor, windows: int, max_seqlen: int, dropout_p: float) -> str
 
 
 # Not traced by torch.compile; the cache makes it one warning for each reason.
-@torch.compiler.assume_constant_result
+@constant_to_compiler
 @cache
 def _warn(reasons: str | None) -> None:
     warnings.warn(
@@ -184,12 +185,12 @@ def _limits(name: str) -> Limits:
 
 
 # torch.compile cannot trace a search for modules, and what is installed does not change.
-@torch.compiler.assume_constant_result
+@constant_to_compiler
 def _installed(name: str) -> bool:
     return bool(BACKENDS[name].installed())
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compiler
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 

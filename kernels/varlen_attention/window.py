@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import HAS_TRITON
+from ..dispatch import HAS_TRITON, constant_to_compiler
 from .adapter import LOW_PRECISION, Limits
 
 if HAS_TRITON:
     from . import triton
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compiler
 def longest(dtype: torch.dtype) -> int:
     """Return how many queries, of both streams if there are two, a program holds in its registers."""
     if dtype != torch.float32:

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 import brainflow.kernels
+from brainflow.kernels.dispatch import constant_to_compiler
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(brainflow.kernels.__file__).parent
@@ -47,6 +50,21 @@ def test_passes_where_the_rest_cannot_be_imported():
     assert passed, result.stdout[-3000:]
     assert int(passed[1]) >= 4
     assert int(passed[2]) > 150
+
+
+def test_to_import_it_does_not_import_dynamo():
+    code = "import sys, brainflow.kernels; sys.exit('torch._dynamo.symbolic_convert' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_a_constant_is_marked_as_by_torch():
+    def ours(): ...
+
+    def theirs(): ...
+
+    constant_to_compiler(ours)
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}
 
 
 def test_neither_package_nor_tests_import_anything_else():
