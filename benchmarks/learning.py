@@ -31,7 +31,14 @@ from brainflow.storage.files import write_text
 from . import peers
 from .ablation import ablation_part
 from .coverage import coverage_part
-from .people import order_part, oscillator_part, steps_part, story_part, transfer_part
+from .people import (
+    order_part,
+    oscillator_part,
+    permuted_part,
+    steps_part,
+    story_part,
+    transfer_part,
+)
 from .plan import Plan, Row
 from .quality import quality_part
 from .show import console
@@ -58,6 +65,7 @@ def parts(plan: Plan) -> dict[str, Part]:
         found[kind] = partial(oscillator_part, kind=kind)
     if not plan.quick:
         found["transfer"] = transfer_part
+        found["permuted"] = permuted_part
         for data in ("story", "order"):
             found[f"ablation/{data}"] = partial(ablation_part, data=data)
         for framework in plan.frameworks:

@@ -53,6 +53,28 @@ def story_part(plan: Plan, folder: Path, framework: str) -> list[Row]:
     return rows + _decoded(plan, "story", task, runs, framework)
 
 
+def permuted_part(plan: Plan, folder: Path) -> list[Row]:
+    """Decode labels of the story that were permuted within each person: everybody has to be at chance."""
+    store = story.write_store(story.read(), plan.people, folder / "store")
+    run = worth.pretrained_on(
+        store,
+        story.split(store, plan.test_people),
+        folder / "run",
+        framework=plan.frameworks[0],
+        steps=plan.story_steps,
+    )
+    task, rng = story.task(store, plan.test_people), np.random.default_rng(0)
+    labels = task.labels.copy()
+    for person in np.unique(task.subjects):
+        windows = np.flatnonzero(task.subjects == person)
+        labels[windows] = rng.permutation(labels[windows])
+    points = worth.curve(
+        replace(task, labels=labels), [run], (FIXED, COUNTS[-1]), draws=plan.draws, without=plan.without
+    )
+    chance = f"chance is {1 / len(task.classes):.3f}"
+    return [replace(one, note=one.note or chance) for one in curve_rows("permuted", points)]
+
+
 def order_part(plan: Plan, folder: Path, people: int, framework: str) -> list[Row]:
     """Pretrain on so many simulated people whose states are orders, and forecast and decode others.
 

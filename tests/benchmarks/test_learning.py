@@ -239,6 +239,26 @@ def test_the_story_part_has_all_rows(tmp_path, monkeypatch, short):
     assert not any(metric == "pretrained" for _, metric in other)
 
 
+def test_labels_that_mean_nothing_are_permuted_within_people(tmp_path, monkeypatch, short):
+    seen = []
+
+    def curve(task, runs, counts, **settings):
+        seen.append(task)
+        return []
+
+    monkeypatch.setattr(people.worth, "curve", curve)
+    tiny = plan.make_plan(quick=True, draws=1, story_steps=1, **DEVELOPMENT)
+    assert people.permuted_part(tiny, tmp_path) == []
+    true, found = story.task(seen[0].store, DEVELOPMENT["test_people"]), seen[0]
+    for person in np.unique(true.subjects):
+        windows = true.subjects == person
+        assert sorted(found.labels[windows]) == sorted(true.labels[windows])
+        assert 0 <= (found.labels[windows] == true.labels[windows]).mean() < 0.5
+    assert [(one.train.tolist(), one.test.tolist()) for one in found.folds] == [
+        (one.train.tolist(), one.test.tolist()) for one in true.folds
+    ]
+
+
 def test_the_order_part_has_all_rows(tmp_path, monkeypatch, short):
     monkeypatch.setattr(people, "COUNTS", (1,))
     monkeypatch.setattr(people, "FIXED", 1)
@@ -384,7 +404,9 @@ def test_what_does_not_go_together_is_refused(given, message):
 def test_a_full_run_has_every_part():
     full, quick = (learning.parts(plan.make_plan(quick=quick)) for quick in (False, True))
     assert {f"story/{name}" for name in plan.FRAMEWORKS} < set(quick) < set(full)
-    assert {f"order/{name}" for name in plan.FRAMEWORKS[1:]} | {"transfer", "peers/BolT"} < set(full)
+    assert {f"order/{name}" for name in plan.FRAMEWORKS[1:]} | {"transfer", "permuted", "peers/BolT"} < set(
+        full
+    )
     assert {f"order/people/{n}" for n in (10, 50, 300, 1_000)} < set(full)
     assert {"ablation/story", "ablation/order"} < set(full)
     assert len([name for name in full if name.startswith("peers/")]) == 13
