@@ -24,7 +24,7 @@ from brainflow.decoding.lora import add_lora, merge_lora
 from brainflow.decoding.readout import ALL, BINS, BOTH, Layer, Pooling, Readout, layers
 from brainflow.decoding.ridge import Ridge, fit_ridge
 from brainflow.decoding.windows import WindowSource
-from brainflow.pretrained.warm_start import freeze
+from brainflow.frameworks.base import freeze
 
 Mode = Literal["finetune", "lora", "attentive", "linear", "mlp", "knn"]
 PROBES = get_args(ProbeName)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainflow.batch import Windows
-from brainflow.data import make_loader
+from brainflow.data.loader import HostLoader
 from brainflow.data.sampler import SegmentSampler
 from brainflow.data.splits import Split, SplitWarning, listed
 from brainflow.decoding.splits import Fold, make_folds, people_fold, read_split
@@ -149,7 +149,7 @@ class DecodingTask:
         With `jitter`, onsets move by up to so many time points within their run, drawn anew each time.
         """
         sampler = self.sampler(windows, batch=batch, shuffle=shuffle, seed=seed, jitter=jitter)
-        loader = make_loader(self.store, sampler, kind="host", device=str(device))
+        loader = HostLoader(self.store, sampler, device=device)
         try:
             yield iter(loader)
         finally:

@@ -11,11 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from brainflow.batch import PackedBatch, Windows, offsets, upload, window_of
-from brainflow.config import ModelConfig
+from brainflow.config import FREEZABLE, ModelConfig
 from brainflow.kernels import MaskSpec, linear_masked_loss
 from brainflow.models.linear_path import LinearPath
 
 Pooling = Literal["last", "mean", "first", "cls", "tokens"]
+PARTS = {
+    "embedder": ("embedding.", "mask_token", "cls_token", "sep_token"),
+    "decoder": ("transformer.", "is_next.", "encoder.", "decoder."),
+    "decoder-without-heads": ("transformer.", "encoder.lstms", "encoder.norms", "decoder."),
+    "unembedder": ("unembedding.",),
+}
+"""Published part → beginnings of our parameters' names; heads are the poolers and is-next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,3 +219,27 @@ def pool(hidden: Tensor, lengths: np.ndarray, how: Pooling) -> Tensor:
     raise ValueError(
         f"pooling: got {how!r}, expected 'last', 'mean', 'first' or 'tokens' (or 'cls' where there is one)"
     )
+
+
+def freeze(module: nn.Module, parts: str) -> None:
+    """Keep the parameters of parts, named as "embedder,decoder", from being trained.
+
+    Raises
+    ------
+    ValueError
+        If there is no such part.
+
+    Examples
+    --------
+    >>> from brainflow.frameworks import build
+    >>> model = build(ModelConfig(networks=8, width=16, layers=1, heads=2))
+    >>> freeze(model, "embedder,decoder")
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['unembedding.weight', 'unembedding.bias']
+    """
+    for part in filter(None, (word.strip() for word in parts.split(","))):
+        if part not in PARTS:
+            raise ValueError(f"freeze: got {part!r}, expected some of {', '.join(FREEZABLE)}")
+        for name, parameter in module.named_parameters():
+            if name.startswith(PARTS[part]):
+                parameter.requires_grad_(False)

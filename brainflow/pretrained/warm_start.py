@@ -1,4 +1,4 @@
-"""Where training begins and what it leaves alone: initial weights, and frozen parts.
+"""Where training begins: initial weights.
 
 Weights are read from safetensors files only: nothing is unpickled, and no code of a model repository is run.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from brainflow.config import FREEZABLE, ModelConfig
+from brainflow.config import ModelConfig
 from brainflow.files import is_count, read_json
 from brainflow.pretrained.compatibility import check_fits
 from brainflow.pretrained.format import CONFIG, WEIGHTS, TensorFile, check_digest, read_config
@@ -18,39 +16,8 @@ from brainflow.pretrained.hub import fetch
 from brainflow.pretrained.legacy_names import rules
 from brainflow.storage import BoldStore
 
-PARTS = {
-    "embedder": ("embedding.", "mask_token", "cls_token", "sep_token"),
-    "decoder": ("transformer.", "is_next.", "encoder.", "decoder."),
-    "decoder-without-heads": ("transformer.", "encoder.lstms", "encoder.norms", "decoder."),
-    "unembedder": ("unembedding.",),
-}
-"""Published part → beginnings of our parameters' names; heads are the poolers and is-next."""
 STYLES = {"gpt2": "gpt", "bert": "bert"}
 """Language model → the style of transformer that takes its weights."""
-
-
-def freeze(module: nn.Module, parts: str) -> None:
-    """Keep the parameters of parts, named as "embedder,decoder", from being trained.
-
-    Raises
-    ------
-    ValueError
-        If there is no such part.
-
-    Examples
-    --------
-    >>> from brainflow.frameworks import build
-    >>> model = build(ModelConfig(networks=8, width=16, layers=1, heads=2))
-    >>> freeze(model, "embedder,decoder")
-    >>> [name for name, p in model.named_parameters() if p.requires_grad]
-    ['unembedding.weight', 'unembedding.bias']
-    """
-    for part in filter(None, (word.strip() for word in parts.split(","))):
-        if part not in PARTS:
-            raise ValueError(f"freeze: got {part!r}, expected some of {', '.join(FREEZABLE)}")
-        for name, parameter in module.named_parameters():
-            if name.startswith(PARTS[part]):
-                parameter.requires_grad_(False)
 
 
 def check_initial(source: str, store: BoldStore) -> list[str]:

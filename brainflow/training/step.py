@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from brainflow.batch import PackedBatch, upload
 from brainflow.config import PretrainConfig
 from brainflow.frameworks import build
-from brainflow.frameworks.base import Framework
+from brainflow.frameworks.base import Framework, freeze
 from brainflow.models.transformer import Transformer
-from brainflow.pretrained.warm_start import freeze, load_initial
+from brainflow.pretrained.warm_start import load_initial
 from brainflow.training import checkpoint, parallel
 
 from .compute import allow_tf32, compiles

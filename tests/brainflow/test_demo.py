@@ -182,7 +182,7 @@ def result(tmp_path_factory, small_data):
     found = run_demo(config, Stages(lines.append, lambda *report: reports.append(report)))
     assert [line.partition(" ")[0] for line in lines] == ["story:"] * 3 + ["slice:"] * 3 + ["simulated"]
     assert reports == sorted(reports), "it goes on"
-    assert len(set(reports)) > len(SECONDS) + 8, f"draws and folds are heard of: {len(set(reports))}"
+    assert len(set(reports)) > len(SECONDS) + 4, f"draws and folds are heard of: {len(set(reports))}"
     done, total = reports[-1]
     assert done / total == 1 - (SECONDS["simulated people"] + SECONDS["drawing"]) / sum(SECONDS.values())
     return found

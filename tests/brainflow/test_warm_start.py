@@ -11,9 +11,10 @@ import torch
 from brainflow.cli import pretrain as command
 from brainflow.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from brainflow.frameworks import build, framework_names, model_config
+from brainflow.frameworks.base import PARTS, freeze
 from brainflow.models.transformer import Layout
 from brainflow.pretrained.format import load_pretrained, save_pretrained
-from brainflow.pretrained.warm_start import PARTS, freeze, load_initial
+from brainflow.pretrained.warm_start import load_initial
 from brainflow.recipes import SIZES, preset, pretraining
 from brainflow.storage import StoreWriter
 from brainflow.training.loop import pretrain
