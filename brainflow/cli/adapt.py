@@ -101,9 +101,11 @@ class Args:
     where segments are moved twice."""
     scratch: bool = False
     """Take the checkpoint's architecture with fresh weights alone (they stand beside the model anyhow)."""
-    pooling: Literal["bins", "moments", "cls", "last", "mean", "first"] | None = None
-    """How one vector is made of a window (not with attentive, all): `bins`, the default, the means of equal
-    time bins side by side; `moments`, mean and log-SD over time; `cls`, the default of --published."""
+    pooling: Literal["bins", "moments", "spread", "cls", "last", "mean", "first"] | None = None
+    """How one vector is made of a window (not with attentive, all): `bins`, the means of equal time bins side
+    by side; `moments`, mean and log-SD over time; `spread`, the log-SD alone; `cls`, the default of
+    --published. Else `bins`, or what the BOLD itself varies where that clearly reads people better who are
+    left out of the training."""
     bins: int = 10
     """Number of time bins."""
     layer: int | Literal["input", "both", "all"] | None = None

@@ -65,9 +65,9 @@ class Args:
     layer: int | Literal["input", "both", "all", "last"] = "both"
     """States that are read: 0 the embedding, 1, 2, … after so many blocks, `last`, `both` 0 and last side by
     side, `input` the BOLD normalised over networks, `all` these and the input."""
-    pooling: Literal["mean", "bins", "moments", "cls", "last", "first"] = "mean"
+    pooling: Literal["mean", "bins", "moments", "spread", "cls", "last", "first"] = "mean"
     """How one vector is made of a window: the `mean` over time; means of equal time `bins` side by side; mean
-    and log-SD (`moments`); one state."""
+    and log-SD (`moments`) or the log-SD alone (`spread`); one state."""
     bins: int = 10
     """Number of time bins."""
     nprocs: Annotated[int, tyro.conf.arg(aliases=["--n-procs"])] = 1

@@ -21,8 +21,8 @@ from torch import nn
 from brainflow.decoding.finetune import Decoder, History, finetune, frozen_features, state_covariance
 from brainflow.decoding.heads import ProbeName, fit_probe, linear_head, make_head
 from brainflow.decoding.lora import add_lora, merge_lora
-from brainflow.decoding.readout import ALL, BINS, BOTH, Layer, Pooling, Readout, layers
-from brainflow.decoding.ridge import Ridge, fit_ridge
+from brainflow.decoding.readout import ALL, BINS, BOTH, SPREAD, Layer, Pooling, Readout, layers
+from brainflow.decoding.ridge import BETTER, Ridge, fit_ridge
 from brainflow.decoding.windows import WindowSource
 from brainflow.frameworks.base import freeze
 
@@ -60,9 +60,10 @@ class AdaptConfig:
     """Take the checkpoint's architecture with fresh weights: what pretraining has to beat."""
     pooling: Pooling | None = None
     """How one vector is made of a window: `bins` lays the means of equal time bins side by side, `moments`
-    takes mean and log-SD over time, `cls` appends the CLS token, `last`, `mean`, `first` take hidden states
-    of the time points, `tokens` keeps them all for `attentive`, which takes nothing else. By default `bins`;
-    `cls` if `published`."""
+    takes mean and log-SD over time, `spread` the log-SD alone, `cls` appends the CLS token, `last`, `mean`,
+    `first` take hidden states of the time points, `tokens` keeps them all for `attentive`, which takes
+    nothing else. By default `bins`, or the spread of the BOLD where people who are left out are clearly read
+    better by how much their networks vary; `cls` if `published`."""
     bins: int = BINS
     """Number of time bins."""
     layer: Layer = None
@@ -164,7 +165,10 @@ class AdaptConfig:
             chosen = [None]
         else:  # of two layers side by side a cosine would see the longer vector
             chosen = known if self.mode == "knn" else [*known, BOTH, ALL]
-        return [Readout(pooling=self.pooled_by, bins=self.bins, layer=layer) for layer in chosen]
+        found = [Readout(pooling=self.pooled_by, bins=self.bins, layer=layer) for layer in chosen]
+        if self.pooling is None and len(chosen) > 1 and self.mode != "knn":
+            return [SPREAD, *found]  # states that are regimes: models forecast the mean, not the variance
+        return found
 
 
 def fit_decoder(
@@ -215,16 +219,8 @@ def fit_decoder(
         features = frozen_features(module, source, readouts, device=device)
     if covariance is None and config.whitens:
         covariance = state_covariance(module, source, device=device, windows=windows)
-    # Of the last states alone: whitening the embedding, or BOLD, cost points (dev/log.md).
-    covariances = [covariance if one.layer is None else None for one in readouts]
     place, ridge = choose(
-        features,
-        source,
-        windows,
-        covariances,
-        classes=classes,
-        balance=config.balance,
-        times=readouts[0].times,
+        readouts, features, source, windows, covariance, classes=classes, balance=config.balance
     )
     readout, labels = readouts[place], source.labels[windows]
     # NaN: nothing could be left out, each class has one window.
@@ -237,9 +233,10 @@ def fit_decoder(
             settings: Any = {"classes": classes, "balance": config.balance, "seed": config.seed}
             head = fit_probe(kind, features[place][windows], labels, **settings)
         return Decoder(module, head.to(device), readout).eval(), None
-    if ridge.whitened:
-        # It reads small differences of states, which a step of the body changes more than it helps: from such
-        # a head 60 steps cost four points where 4 or 8 people have labels (dev/log.md).
+    # A whitened head reads small differences of states, which a step of the body changes more than it helps:
+    # from such a head 60 steps cost four points where 4 or 8 people have labels (dev/log.md). And what reads
+    # the BOLD's variance reads no weight of the body.
+    if ridge.whitened or readout == SPREAD:
         return Decoder(module, linear_head(ridge).to(device), readout).eval(), History(losses=[], rates=[])
     stop: int | None = None
     checks: list[tuple[int, float, float]] = []
@@ -253,37 +250,44 @@ def fit_decoder(
 
 
 def choose(
+    readouts: Sequence[Readout],
     features: Sequence[NDArray],
     source: WindowSource,
     windows: NDArray[np.int64],
-    covariances: Sequence[NDArray | None],
+    covariance: NDArray | None,
     *,
     classes: int,
     balance: bool,
-    times: int = 1,
 ) -> tuple[int, Ridge]:
-    """Return which features read left-out people of the training windows best, and the ridge on them.
+    """Return which readout reads left-out people of the training windows best, and the ridge on it.
 
-    The last features are taken where nothing can be left out. `covariances` as :func:`fit_ridge` takes them.
+    The last one is taken where nothing can be left out.
 
     Parameters
     ----------
-    features
-        One array `[windows, …]` for each readout.
+    readouts, features
+        What may be read, and what they give, `[windows, …]` each.
     source, windows
         Labelled windows, and the positions of those that train.
-    covariances
-        One for each of `features`, as :func:`fit_ridge` takes it.
-    classes, balance, times
+    covariance
+        Of the last states, as :func:`fit_ridge` takes it.
+    classes, balance
         As in :func:`fit_ridge`.
     """
     groups = None if source.groups is None else source.groups[windows]
-    settings: Any = {"classes": classes, "groups": groups, "balance": balance, "times": times}
+    settings: Any = {"classes": classes, "groups": groups, "balance": balance}
     fits = [
-        fit_ridge(x[windows], source.labels[windows], covariance=covariance, **settings)
-        for x, covariance in zip(features, covariances, strict=True)
+        fit_ridge(
+            x[windows],
+            source.labels[windows],
+            times=one.times,
+            # Of the last states alone: whitening the embedding, or BOLD, cost points (dev/log.md).
+            covariance=covariance if one.layer is None else None,
+            **settings,
+        )
+        for one, x in zip(readouts, features, strict=True)
     ]
-    losses = [fit.loss for fit in fits]
+    losses = [fit.loss / (BETTER if one == SPREAD else 1.0) for one, fit in zip(readouts, fits, strict=True)]
     place = len(fits) - 1 if np.isnan(losses).any() else int(np.argmin(losses))
     return place, fits[place]
 

@@ -2,7 +2,7 @@
 
 States that carry a pattern in time lose it by averaging: `bins` cuts a window of any length into equal parts
 and lays the means of the parts side by side. States that are regimes, which differ in variance, are kept by
-`moments`.
+`moments` and `spread`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from brainflow.batch import PackedBatch
     from brainflow.config import ModelConfig
 
-Pooling = Literal["bins", "moments", "cls", "last", "mean", "first", "tokens"]
+Pooling = Literal["bins", "moments", "spread", "cls", "last", "mean", "first", "tokens"]
 Layer = int | Literal["input", "both", "all"] | None
 BINS = 10
 MOST_BINS = 4_096
@@ -46,15 +46,16 @@ class Readout:
     ----------
     pooling
         `bins`: means of equal parts of the window, concatenated. `moments`: mean and log of the standard
-        deviation over time. `mean`, `last`, `first` of the states. `cls`: the state of the appended CLS
-        token. `tokens`: all of them, for a head that pools itself.
+        deviation over time. `spread`: that log alone. `mean`, `last`, `first` of the states. `cls`: the state
+        of the appended CLS token. `tokens`: all of them, for a head that pools itself.
     bins
         Parts of `bins`.
     layer
         0: the embedded time points, without positions; 1, 2, …: after so many blocks; None: the last states,
         after the final norm; `input`: the BOLD itself. All but the last are normalised over their width at
-        each time point (of BOLD that removes mean and SD over networks), as the next block would read them.
-        `both`: what 0 and None give, side by side; `all`: those and the input. `cls` is read from the last.
+        each time point, as the next block would read them (of BOLD that removes mean and SD over networks,
+        but not for `spread`, which reads how much it varies). `both`: what 0 and None give, side by side;
+        `all`: those and the input. `cls` is read from the last.
 
     Raises
     ------
@@ -93,6 +94,10 @@ class Readout:
         return read(module, batch, [self])[0]
 
 
+SPREAD = Readout(pooling="spread", layer=INPUT)
+"""The log-variance of the BOLD, which tells regimes apart."""
+
+
 def layers(module: Any) -> list[int | None]:
     """Return what may be read of a module: the embedding, the states between blocks, the last ones."""
     blocks = getattr(getattr(module, "transformer", None), "blocks", ())
@@ -123,6 +128,8 @@ def read(module: Any, batch: PackedBatch, readouts: Sequence[Readout]) -> list[T
         if readout.pooling == "cls":
             # By itself: the token is appended to each window.
             return module.features(batch, "cls")
+        if (readout.pooling, readout.layer) == ("spread", INPUT):
+            return moments(batch.bold.float(), batch.lengths)[:, batch.bold.shape[1] :]
         sides = [states[layer] for layer in _sides(readout)]
         return _pooled(sides[0] if len(sides) == 1 else torch.cat(sides, dim=1), batch.lengths, readout)
 
@@ -188,8 +195,9 @@ def _watched(module: Any, between: Sequence[int], seen: dict[Side, Tensor]) -> I
 def _pooled(hidden: Tensor, lengths: np.ndarray, readout: Readout) -> Tensor:
     if readout.pooling == "bins":
         return time_bins(hidden, lengths, readout.bins)
-    if readout.pooling == "moments":
-        return moments(hidden, lengths)
+    if readout.pooling in ("moments", "spread"):
+        both = moments(hidden, lengths)
+        return both if readout.pooling == "moments" else both[:, hidden.shape[1] :]
     how: Any = readout.pooling
     return pool(hidden, lengths, how)
 

@@ -312,7 +312,7 @@ def _do_not_fit(origin: object, problems: list[str]) -> NoReturn:
 Check = tuple[Callable[[Any], bool], str]
 """Whether a value fits, and what is expected in words."""
 MODES = ("finetune", "lora", "attentive", "linear", "mlp", "knn")
-POOLINGS = ("bins", "moments", "cls", "last", "mean", "first", "tokens")
+POOLINGS = ("bins", "moments", "spread", "cls", "last", "mean", "first", "tokens")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 

@@ -12,7 +12,7 @@ from brainflow.decoding.baselines import half_whitener, make_features, spatially
 from brainflow.decoding.curve import learning_curve
 from brainflow.decoding.finetune import frozen_features, probabilities
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
-from brainflow.decoding.readout import Readout
+from brainflow.decoding.readout import SPREAD, Readout
 from brainflow.decoding.result import baseline, gains, judge
 from brainflow.decoding.ridge import fit_ridge
 from brainflow.decoding.scores import paired_difference, score
@@ -123,10 +123,46 @@ def test_the_layer_that_reads_left_out_people_is_taken():
     noise = rng.normal(size=(36, 5)).astype(np.float32)
     telling = np.eye(3)[source.labels].astype(np.float32) + 0.1 * noise[:, :3]
     windows = np.arange(36)
+    read = [Readout(pooling="mean", layer=layer) for layer in (0, 1, None)]
+
+    def chosen(readouts, features, windows):
+        return fit.choose(readouts, features, source, windows, None, classes=3, balance=False)[0]
+
     for features, place in (([telling, noise], 0), ([noise, telling], 1)):
-        assert fit.choose(features, source, windows, [None, None], classes=3, balance=False)[0] == place
+        assert chosen(read[:2], features, windows) == place
     one = np.flatnonzero(source.groups == 0)[:3]  # one window a class: nothing can be left out
-    assert fit.choose([telling, noise, noise], source, one, [None] * 3, classes=3, balance=False)[0] == 2
+    assert chosen(read, [telling, noise, noise], one) == 2
+    # The BOLD's variance has to be clearly better.
+    some = np.eye(3)[source.labels] + 0.7 * noise[:, :3]
+    little_worse = some + 0.05 * rng.normal(size=some.shape)
+    assert chosen(read[:2], [some, little_worse], windows) == 0
+    assert chosen([SPREAD, read[0]], [some, little_worse], windows) == 1
+    assert chosen([SPREAD, read[0]], [telling, noise], windows) == 0
+
+
+def variances(count=6):
+    """The classes of :func:`people` as patterns of variance over all of a window."""
+    source, rng = people(count, signal=0.0), np.random.default_rng(7)
+    for start, label in zip(source.starts, source.labels, strict=True):
+        window = 5.0 * rng.normal(size=(6, NETWORKS))
+        window[:, 2 * label : 2 * label + 2] *= 8
+        source.bold[start : start + 6] = window
+    return source
+
+
+@pytest.mark.parametrize("mode", ["finetune", "linear"])
+def test_states_that_are_variances_are_read_from_the_variance_of_the_bold(mode):
+    source, given = variances(), module()
+    config = AdaptConfig(mode=mode, lr=1e-1)
+    decoder, history = fit_decoder(given, source, np.arange(30), config, classes=3, device=CPU)
+    assert decoder.readout == SPREAD
+    assert history is None or history.losses == []  # no weight of the body is read
+    torch.testing.assert_close(dict(decoder.module.state_dict()), dict(module().state_dict()))
+    said = probabilities(decoder, source, np.arange(30, 36), device=CPU)
+    assert (said.argmax(axis=1) == source.labels[30:]).mean() == 1
+    bins = AdaptConfig(mode=mode, pooling="bins", lr=1e-1)
+    other, _ = fit_decoder(given, source, np.arange(30), bins, classes=3, device=CPU)
+    assert other.readout.pooling == "bins"
 
 
 @pytest.mark.parametrize("mode", ["finetune", "lora"])
@@ -283,7 +319,10 @@ def test_fine_tuning_begins_at_both_layers_side_by_side():
 def test_a_cosine_is_not_taken_of_two_layers():
     known = module()
     assert [one.layer for one in AdaptConfig(mode="knn").readouts(known)] == [0, 1, None]
-    assert [one.layer for one in AdaptConfig(mode="linear").readouts(known)] == [0, 1, None, "both", "all"]
+    first, *others = AdaptConfig(mode="linear").readouts(known)
+    assert first == SPREAD
+    assert [one.layer for one in others] == [0, 1, None, "both", "all"]
+    assert [one.layer for one in AdaptConfig(pooling="bins").readouts(known)] == [0, 1, None, "both", "all"]
 
 
 def test_jitter_moves_onsets_by_at_most_so_much_and_stays_in_the_run(task):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brainflow.config import ModelConfig
-from brainflow.decoding.readout import Readout, layers, moments, read, time_bins
+from brainflow.decoding.readout import SPREAD, Readout, layers, moments, read, time_bins
 from brainflow.decoding.windows import ArrayWindows
 from brainflow.frameworks import build
 
@@ -74,6 +74,18 @@ def test_moments_are_means_and_log_deviations():
     expected = torch.cat((hidden[:8].mean(0), hidden[:8].std(0, correction=0).log()))
     torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=1e-4)
     assert torch.isfinite(found).all()
+
+
+def test_the_spread_of_the_input_is_that_of_the_bold_as_it_is():
+    """Not of volumes that were normalised over networks, in which what all vary by is lost."""
+    model, batch = module(), batch_of([9, 4])
+    found = SPREAD(model, batch)
+    assert found.shape == (2, SPREAD.width(model.config)) == (2, NETWORKS)
+    windows = batch.bold.split(batch.lengths.tolist())
+    expected = torch.stack([window.std(0, correction=0).log() for window in windows])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    both, last = read(model, batch, [Readout(pooling="moments"), Readout(pooling="spread")])
+    torch.testing.assert_close(last, both[:, model.config.width :])
 
 
 @pytest.mark.parametrize("framework", ["csm", "seq-bert", "net-bert", "autoencoder"])

@@ -8,7 +8,7 @@ from scipy.special import log_softmax
 from sklearn.linear_model import Ridge as ScikitRidge
 
 from brainflow.decoding import ridge as module
-from brainflow.decoding.ridge import NEVER, PENALTIES, fit_ridge
+from brainflow.decoding.ridge import BETTER, NEVER, PENALTIES, fit_ridge
 
 
 def planted(people=6, features=40, signal=1.0, seed=0, classes=3):
@@ -200,6 +200,22 @@ def test_loud_directions_that_tell_are_read_as_they_are():
     np.testing.assert_allclose(asked.weight, plain.weight)
     singular = fit_ridge(x, labels, covariance=np.zeros((25, 25)), **settings)
     assert np.isfinite(singular.weight).all()
+
+
+def test_sustained_states_are_read_from_the_mean_over_time_alone():
+    """Each person's windows differ much from bin to bin, and classes by what all bins share."""
+    rng = np.random.default_rng(3)
+    labels, groups = np.tile(np.arange(4), 12), np.repeat(np.arange(6), 8)
+    pattern = rng.normal(size=(4, 8))
+    x = 0.5 * pattern[labels][:, None] + rng.normal(size=(48, 10, 8)) * 2
+    train = groups < 4
+    found = fit_ridge(x[train].reshape(-1, 80), labels[train], classes=4, groups=groups[train], times=10)
+    weight = found.weight.reshape(4, 10, 8)
+    np.testing.assert_allclose(weight, np.broadcast_to(weight[:, :1], weight.shape))
+    alone = fit_ridge(x[train].mean(axis=1), labels[train], classes=4, groups=groups[train])
+    np.testing.assert_allclose(found.logits(x[~train].reshape(-1, 80)), alone.logits(x[~train].mean(axis=1)))
+    plain = fit_ridge(x[train].reshape(-1, 80), labels[train], classes=4, groups=groups[train])
+    assert found.loss == alone.loss < BETTER * plain.loss
 
 
 def test_means_over_time_keep_their_weight_where_they_tell():
