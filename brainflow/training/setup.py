@@ -143,14 +143,18 @@ def begin_together(
 def collecting_rarely() -> Iterator[None]:
     """Keep Python's garbage collector from stopping single ranks at random moments."""
     enabled = gc.isenabled()
+    # Whoever has frozen objects before, as a process that forks others does, would find them thawed.
+    ours = not gc.get_freeze_count()
     gc.collect()
-    # What is here already stays to the end and need not be looked at again.
-    gc.freeze()
+    if ours:
+        # What is here already stays to the end and need not be looked at again.
+        gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if ours:
+            gc.unfreeze()
         if enabled:
             gc.enable()
 

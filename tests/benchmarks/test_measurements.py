@@ -7,6 +7,7 @@ by the baseline's factor over ours. A ratio turned round or a number that does n
 
 import itertools
 import json
+import os
 import shutil
 from functools import cache, partial
 
@@ -177,6 +178,8 @@ def test_rows_have_the_names_that_others_read(suite):
     expected = {case: set(others) for case, others in EXPECTED[suite].items()}
     if shutil.which("g++") is None and suite == "kernels":
         expected["masked_loss/time"] = {"naive"}
+    if len(os.sched_getaffinity(0)) < 2:
+        expected.pop("threads/2", None)
     assert {case: found.get(case, set()) & others for case, others in expected.items()} == expected
 
 

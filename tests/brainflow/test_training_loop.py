@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from brainflow.training.interrupt import Preempted
 from brainflow.training.loop import NotFinite, pretrain
 from brainflow.training.metrics import TIMING, read_metrics
 from brainflow.training.run_dir import exclusive
+from brainflow.training.setup import collecting_rarely
 from brainflow.training.step import TrainingStep
 
 NETWORKS = 12
@@ -455,3 +457,20 @@ def test_a_signal_asks_for_a_checkpoint_and_leaves_a_marker(
     assert json.loads(marker.read_text()) == {"signal": signal.Signals(number).name, "step": 5}
     assert curve(pretrain(config, quiet=True)) == curve(undisturbed)
     assert not marker.exists()
+
+
+def test_what_others_have_frozen_stays_frozen_and_nothing_else():
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    try:
+        with collecting_rarely():
+            assert not gc.isenabled()
+            assert gc.get_freeze_count() == frozen > 0
+        assert gc.get_freeze_count() == frozen
+        gc.unfreeze()
+        with collecting_rarely():
+            assert gc.get_freeze_count() > 0
+        assert gc.get_freeze_count() == 0
+        assert gc.isenabled()
+    finally:
+        gc.freeze()  # as conftest.py does for all tests
