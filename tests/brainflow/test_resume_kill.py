@@ -38,7 +38,7 @@ def store(tmp_path_factory):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_random_moments_and_resumed_bit_for_bit(store, tmp_path, ranks, thorough):
-    kills = 30 if thorough else 5
+    kills = 30 if thorough else 4
     script = Path(__file__).with_name("soak_pretrain.py")
     steps = shlex.split(
         "--train.steps 24 --train.log-every 1 --train.checkpoint-every 2 --train.validate-every 12"

@@ -267,7 +267,7 @@ def test_torchrun_restarts_after_one_of_two_ranks_was_killed_and_continues_exact
 def test_a_store_that_is_cut_short_under_a_run_ends_it_and_a_restored_one_continues(tmp_path):
     store = write_store(tmp_path / "store")
     run = tmp_path / "run"
-    steps = shlex.split("--train.steps 400 --train.checkpoint-every 5 --train.validate-every 400")
+    steps = shlex.split("--train.steps 200 --train.checkpoint-every 5 --train.validate-every 200")
     command = [sys.executable, "-m", "brainflow", "pretrain", store, *FLAGS, *steps]
     process = subprocess.Popen([*command, "--out", str(run)], env=ENV, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 100
