@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from brainflow.decoding.readout import time_bins
-from brainflow.decoding.ridge import RidgeDecoder, power_of
+from brainflow.decoding.ridge import RidgeDecoder, one_thread, power_of
 from brainflow.decoding.splits import Fold
 from brainflow.optional import requires
 from brainflow.storage.normalise import spatially_normalised
@@ -31,7 +31,6 @@ with requires("decoding", "report"):
     from sklearn.neural_network import MLPClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits
 
 BaselineName = Literal[
     "ridge",
@@ -220,11 +219,6 @@ def make_features(name: BaselineName, bold: NDArray, lengths: NDArray, store: An
     return features
 
 
-def single_threaded() -> Any:
-    """Keep linear algebra to one thread, so that results do not depend on the number of cores."""
-    return threadpool_limits(1, user_api="blas")
-
-
 def make_classifier(name: BaselineName, times: int = 1) -> Any:
     """Return an unfitted classifier with its scaler in front; `times` as in :func:`predict_folds`.
 
@@ -400,7 +394,7 @@ def predict_folds(
     chances: NDArray[np.float32] | None = np.zeros((len(labels), classes), dtype=np.float32)
     for fold in folds:
         # too small for threads, and results do not depend on them
-        with single_threaded(), warnings.catch_warnings():
+        with one_thread(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             classifier = make_classifier(name, times)
             known = (features[fold.train], labels[fold.train])

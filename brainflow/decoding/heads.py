@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brainflow.batch import upload, window_of
-from brainflow.decoding.baselines import single_threaded
-from brainflow.decoding.ridge import NEVER, Ridge, fit_ridge
+from brainflow.decoding.ridge import NEVER, Ridge, fit_ridge, one_thread
 from brainflow.kernels.dropout import Dropout
 from brainflow.optional import requires
 
@@ -174,7 +173,7 @@ def fit_probe(
     mean, scale = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
     scale[scale == 0] = 1.0
     scaled = (features - mean) / scale
-    with single_threaded(), warnings.catch_warnings():
+    with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         fitted: Any = MLPClassifier((MLP_UNITS,), random_state=seed, max_iter=200)
         fitted.fit(scaled, labels, sample_weight=weights)

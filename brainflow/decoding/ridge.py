@@ -10,18 +10,20 @@ squared error); nothing is fitted twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from brainflow.optional import requires
 
 with requires("decoding", "report"):
     from scipy.optimize import minimize_scalar
-    from scipy.special import log_softmax, softmax
+    from scipy.special import softmax
 
 PENALTIES = 10.0 ** np.arange(-3.0, 2.5, 0.5)
 """Penalties that are tried, in units of the mean squared norm of a window's standardised features."""
@@ -43,6 +45,8 @@ SMALLEST_VARIANCE = 1e-3
 NUMBER_PENALTIES = np.append(PENALTIES, np.inf)
 """Of numbers the last is their mean alone: where nothing is to be read, nothing is said."""
 LARGEST = 1e100
+AT_ONCE = 10_000_000
+"""Numbers of an array that is made for all penalties at once."""
 NEVER = -1e4
 """Logit of a class that the training windows do not hold."""
 
@@ -154,6 +158,17 @@ def fit_ridge(
     return found
 
 
+@cache
+def _libraries() -> ThreadpoolController:
+    # To look for them takes milliseconds, a fifth of a small fit.
+    return ThreadpoolController()
+
+
+def one_thread() -> AbstractContextManager[Any]:
+    """Let BLAS sum in one thread, and so in one order, whatever the machine."""
+    return _libraries().limit(limits=1, user_api="blas")
+
+
 def class_balance(labels: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return weights `[windows]` by which classes count alike, 1 on average."""
     _, named, count = np.unique(labels, return_inverse=True, return_counts=True)
@@ -199,13 +214,11 @@ def fit_numbers(
     ones = np.ones(len(y))
     mean, spread = _mean_and_spread(x, ones)
     parts = [np.flatnonzero(part) for part in _parts(groups, len(y))]
-    with threadpool_limits(1, user_api="blas"):
+    with one_thread():
         fit = _Decomposition((x - mean) / spread, (y - y.mean())[:, None], ones[:, None], confounds)
         out = [(part, fit.left(part)) for part in parts]
-        losses = [
-            sum(np.square(fit.left_out(penalty, part, left) - fit.y[part]).sum() for part, left in out)
-            for penalty in NUMBER_PENALTIES
-        ]
+        errors = [fit.left_out(NUMBER_PENALTIES, part, left) - fit.y[part] for part, left in out]
+        losses = np.sum([np.square(error).sum(axis=(1, 2)) for error in errors], axis=0)
         best = int(np.argmin(losses))
         weight = fit.weight(NUMBER_PENALTIES[best]).T / spread
     return Ridge(
@@ -244,7 +257,7 @@ def _at_each_time(x: NDArray[np.float64], matrix: NDArray[np.float64], times: in
 
 def power_of(covariance: NDArray, power: float) -> NDArray[np.float64]:
     """Return a covariance to a negative power; variances below a thousandth of their mean count as that."""
-    with threadpool_limits(1, user_api="blas"):
+    with one_thread():
         value, vector = np.linalg.eigh(np.asarray(covariance, dtype=np.float64))
         value = np.maximum(value, max(SMALLEST_VARIANCE * float(value.mean()), 1e-12))
         result: NDArray[np.float64] = (vector * value**power) @ vector.T
@@ -274,7 +287,7 @@ def _fit(
     mean, spread = _mean_and_spread(x, weights)
     share = np.average(np.eye(len(seen))[named], axis=0, weights=weights)
     root = np.sqrt(weights)[:, None]
-    with threadpool_limits(1, user_api="blas"):  # sums in one order, whatever the machine
+    with one_thread():
         fit = _Decomposition((x - mean) / spread, np.eye(len(seen))[named] - share, root, confounds)
         penalty, scale, loss = _choose(fit, parts, named, share, count)
         weight = scale * fit.weight(penalty).T / spread
@@ -334,16 +347,24 @@ class _Decomposition:
         return self.vectors @ (np.sqrt(self.square)[:, None] * inner)
 
     def left_out(
-        self, penalty: float, part: NDArray[np.int64], left: NDArray[np.float64]
+        self, penalties: NDArray[np.float64], part: NDArray[np.int64], left: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """Return what the rows of a part would be given without it, `[part, classes]`.
+        """Return what the rows of a part would be given without it, `[penalties, part, classes]`.
 
         `left` are their left singular vectors.
         """
-        shrink = self.square / (self.square + penalty * self.unit)
+        # All penalties at once, because most parts are small; of large ones so many as fit into memory.
+        each = max(1, AT_ONCE // max(1, left.size))
+        found = [self._left_out(penalties[i : i + each], part, left) for i in range(0, len(penalties), each)]
+        return np.concatenate(found)
+
+    def _left_out(
+        self, penalties: NDArray[np.float64], part: NDArray[np.int64], left: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        shrink = self.square / (self.square + penalties[:, None, None] * self.unit)
         free = self.free[part]
         inside = np.eye(len(part)) - ((left * shrink) @ left.T + free @ free.T)
-        residual = self.rest[part] - left @ (shrink[:, None] * self.seen)
+        residual = self.rest[part] - left @ (shrink.transpose(0, 2, 1) * self.seen)
         if free.shape[1] > 1:  # a category that stands in this part alone is known to nobody else
             return (self.y[part] - np.linalg.pinv(inside, 1e-8, hermitian=True) @ residual) / self.root[part]
         return (self.y[part] - np.linalg.solve(inside, residual)) / self.root[part]
@@ -378,10 +399,11 @@ def _choose(
     out = [(part, fit.left(part), one) for part, one in zip(parts[:most], known[:most], strict=True)]
     judged = np.concatenate([part[one] for part, _, one in out])
     best = (PENALTY, SCALE, np.inf)
-    for penalty in PENALTIES:
-        said = np.concatenate([fit.left_out(penalty, part, left)[one] for part, left, one in out])
-        # Labels were centred by `share`; scores get it back before they are compared.
-        scale, loss = _scale(said + share, named[judged], np.square(fit.root[judged, 0]))
+    # Labels were centred by `share`; scores get it back before they are compared.
+    judging = [fit.left_out(PENALTIES, part, left)[:, one] for part, left, one in out]
+    said = share + np.concatenate(judging, axis=1)
+    for penalty, scores in zip(PENALTIES, said, strict=True):
+        scale, loss = _scale(scores, named[judged], np.square(fit.root[judged, 0]))
         if loss < best[2]:
             best = (float(penalty), scale, loss)
     return best
@@ -391,12 +413,13 @@ def _scale(
     scores: NDArray[np.float64], named: NDArray[np.int64], weights: NDArray[np.float64]
 ) -> tuple[float, float]:
     """Return the factor that makes logits of scores with the least cross-entropy, and that."""
-    rows = np.arange(len(scores))
+    # By hand, without calls that check their arguments: a choice of readout asks for it a thousand times.
+    behind = scores - scores.max(axis=1, keepdims=True)
+    right, share = behind[np.arange(len(scores)), named], weights / weights.sum()
 
     def loss(log_scale: float) -> float:
-        return float(
-            -np.average(log_softmax(np.exp(log_scale) * scores, axis=1)[rows, named], weights=weights)
-        )
+        scale = np.exp(log_scale)
+        return float(share @ (np.log(np.exp(scale * behind).sum(axis=1)) - scale * right))
 
     found = minimize_scalar(loss, bounds=(-3.0, 6.0), method="bounded", options={"xatol": 1e-2})
     return float(np.exp(found.x)), float(found.fun)

@@ -44,7 +44,7 @@ def test_left_out_scores_are_those_of_fits_without_the_group(wide, balance, seed
     share = np.average(onehot, axis=0, weights=weights)
     ours = module._Decomposition(scaled, onehot - share, root)
     for part in map(np.flatnonzero, module._parts(groups, len(x))):
-        found = ours.left_out(penalty, part, ours.left(part)) + share
+        (found,) = ours.left_out(np.array([penalty]), part, ours.left(part)) + share
         rest = np.setdiff1d(np.arange(len(x)), part)
         fit.fit(scaled[rest], onehot[rest], sample_weight=weights[rest])
         np.testing.assert_allclose(found, fit.predict(scaled[part]), atol=1e-6)
