@@ -178,7 +178,7 @@ class MentalStateDecoder(ClassifierMixin, _OnWindows):
         `finetune`, `lora`: as published, from a random head on the CLS token.
     pooling, bins, layer
         How one vector is made of a window, see :class:`~brainflow.decoding.fit.AdaptConfig`; by default the
-        means of equal time bins, of the layer that reads left-out people best.
+        means of equal time bins of the layer that reads left-out people best, or the BOLD's log-SD.
     steps, batch_size, lr
         Optimizer steps (None: 60 from a fitted head, else 500), windows a step, peak learning rate (None:
         1e-4; 3e-4 if `published`; 1e-3 for `lora` and `attentive`) of `finetune`, `lora` and `attentive`.
