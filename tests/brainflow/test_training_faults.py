@@ -245,9 +245,9 @@ def test_torchrun_restarts_after_one_of_two_ranks_was_killed_and_continues_exact
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
         *("--max-restarts", "2", "--monitor-interval", "0.2", "-m", "brainflow", "pretrain", store),
     ]
-    output = (tmp_path / "output").open("w")
+    output, summary = ((tmp_path / name).open("w") for name in ("output", "summary"))
     torchrun = subprocess.Popen(
-        [*command, "--out", str(run), *FLAGS, *steps], env=ENV, stdout=output, stderr=output
+        [*command, "--out", str(run), *FLAGS, *steps, "--json"], env=ENV, stdout=summary, stderr=output
     )
     deadline = time.monotonic() + 200
     while not checkpoint.complete(run / "checkpoints"):
@@ -256,6 +256,7 @@ def test_torchrun_restarts_after_one_of_two_ranks_was_killed_and_continues_exact
         time.sleep(0.01)
     os.kill(process_of_rank(1, run), signal.SIGKILL)
     assert torchrun.wait(timeout=250) == 0, (tmp_path / "output").read_text()
+    assert json.loads((tmp_path / "summary").read_text())["step"] == 60  # one, by rank 0
 
     def whole(rank):
         assert main(["pretrain", store, "--out", str(tmp_path / "whole"), *FLAGS, *steps]) == 0

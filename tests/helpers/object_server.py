@@ -7,8 +7,6 @@ import logging
 import threading
 import time
 
-from moto.server import ThreadedMotoServer
-
 STALL = 4.0  # seconds that a stalled answer takes
 
 
@@ -66,6 +64,8 @@ class Proxy(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def running():
     """Start both; gives the URL of the proxy."""
+    from moto.server import ThreadedMotoServer  # a second of every worker that collects
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)

@@ -70,7 +70,7 @@ def in_memory():
 @pytest.mark.slow
 @pytest.mark.thorough
 def test_races_of_append_overwrite_and_append_break_nothing(in_memory, thorough):
-    races = 200 if thorough else 40
+    races = 200 if thorough else 24
     path, rng = in_memory / "s", np.random.default_rng(0)
     expected, outcomes = {1}, {0: 0, 1: 0, 2: 0}
     made(path, 1)
