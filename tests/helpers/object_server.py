@@ -3,9 +3,13 @@
 import contextlib
 import http.client
 import http.server
+import importlib.util
 import logging
 import threading
 import time
+
+if importlib.util.find_spec("moto") is None:  # imported by who serves: it takes a second of who collects
+    raise ModuleNotFoundError("moto[server] is not installed", name="moto")
 
 STALL = 4.0  # seconds that a stalled answer takes
 
@@ -64,7 +68,7 @@ class Proxy(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def running():
     """Start both; gives the URL of the proxy."""
-    from moto.server import ThreadedMotoServer  # a second of every worker that collects
+    from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
