@@ -181,6 +181,7 @@ def run(args: Args) -> int:
     from brainflow.decoding.curve import curve_dict, learning_curve, write_curve
     from brainflow.decoding.doctor import examine
     from brainflow.decoding.persist import check_decoder_classes, save_for_task
+    from brainflow.decoding.readout import read_line
     from brainflow.decoding.result import baselines, gains, within_subject, write_results
     from brainflow.decoding.task import load_task
     from brainflow.pretrained.hub import fetch
@@ -283,6 +284,7 @@ def run(args: Args) -> int:
         print(gain_line(name, gain))
     if within_subject(task):
         print("decoding within subjects: other runs of the tested subjects train")
+    print(read_line(result.details["read"]))
     saw = result.details.get("pretraining_saw")
     if saw:
         count = len(set(task.subjects[task.tested]))

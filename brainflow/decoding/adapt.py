@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from brainflow.decoding.finetune import Decoder, History, frozen_features, probabilities, state_covariance
 from brainflow.decoding.fit import AdaptConfig, fit_decoder
+from brainflow.decoding.readout import Readout
 from brainflow.decoding.result import Result, judge
 from brainflow.decoding.splits import Fold
 from brainflow.decoding.task import DecodingTask
@@ -87,7 +89,7 @@ def adapt(
     check_fits(checkpoint, task.store, allow=allow_mismatch)
     saw = [] if config.scratch else check_unseen(checkpoint, task, allow=allow_seen)
     where, told = resolve_device(device), or_notebook(progress, "fits")
-    parts, histories = [], []
+    parts, histories, read = [], [], Counter[str]()
     for number in range(seeds):
         seeded = replace(config, seed=config.seed + number)
 
@@ -97,11 +99,14 @@ def adapt(
         # Anew for each seed: with `scratch` the weights are drawn from it.
         module = load_module(checkpoint, seeded, where)
         features = _features(checkpoint, task, module, seeded, where, {} if known is None else known)
-        chances, fits = _fold_chances(task, module, seeded, where, features, explain, show)
+        chances, fits, readouts = _fold_chances(task, module, seeded, where, features, explain, show)
         parts.append(chances)
+        read.update(one.name for one in readouts)
         histories += [(number, fold.name, fit) for fold, fit in zip(task.folds, fits, strict=True) if fit]
     stacked = np.stack(parts)
     details: dict[str, Any] = {"adapt": asdict(config), "seeds": seeds, "model": asdict(module.config)}
+    # What left-out people chose may be the BOLD alone: then no model is read, and a reader has to know.
+    details["read"] = dict(read.most_common())
     if not config.scratch:
         details["pretraining_saw"] = saw
     return judge(
@@ -164,11 +169,11 @@ def _fold_chances(
     features: list[NDArray[np.float32]] | None,
     explain: Callable[[Decoder, np.ndarray], None] | None,
     progress: Callable[[int], None],
-) -> tuple[np.ndarray, list[History | None]]:
-    """Return class probabilities `[windows, classes]` of a decoder fitted in each fold, and the fits."""
+) -> tuple[np.ndarray, list[History | None], list[Readout]]:
+    """Return class probabilities `[windows, classes]` of a decoder fitted in each fold, fits and readouts."""
     classes = len(task.classes)
     chances = np.zeros((len(task.labels), classes), dtype=np.float32)
-    histories = []
+    histories, readouts = [], []
     for number, fold in enumerate(task.folds):
         decoder, history = fit_decoder(
             module,
@@ -183,6 +188,7 @@ def _fold_chances(
             covariance=background_covariance(task, module, config, device, fold),
         )
         histories.append(history)
+        readouts.append(decoder.readout)
         if features is None or not config.by_features:
             chances[fold.test] = probabilities(decoder, task, fold.test, device=device)
         else:
@@ -194,7 +200,7 @@ def _fold_chances(
         if explain is not None:
             explain(decoder, fold.test)
         progress(number + 1)
-    return chances, histories
+    return chances, histories, readouts
 
 
 def background_covariance(

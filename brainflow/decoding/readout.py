@@ -7,7 +7,7 @@ and lays the means of the parts side by side. States that are regimes, which dif
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -78,6 +78,13 @@ class Readout:
             )
 
     @property
+    def name(self) -> str:
+        """What is read, in words."""
+        words: dict[Side, str] = {None: "last states", EMBEDDING: "embedding", INPUT: "BOLD"}
+        of = " + ".join(words.get(side, f"states after block {side}") for side in _sides(self))
+        return f"{self.pooling} of {of or 'the last block'}"
+
+    @property
     def times(self) -> int:
         """Parts of a window's time that the vector holds one after the other."""
         return self.bins if self.pooling == "bins" else 1
@@ -92,6 +99,14 @@ class Readout:
     def __call__(self, module: Any, batch: PackedBatch) -> Tensor:
         """Return `[windows, self.width(module.config)]`; for `tokens` `[tokens, …]`."""
         return read(module, batch, [self])[0]
+
+
+def read_line(read: Mapping[str, int]) -> str:
+    """Return in words what the fits of a decoding read, from name → how many of them."""
+    if len(read) == 1:
+        return f"read: {next(iter(read))}"
+    shown = ", ".join(f"{name} ({count})" for name, count in read.items())
+    return f"read, as people left out of the training chose, by so many of {sum(read.values())} fits: {shown}"
 
 
 SPREAD = Readout(pooling="spread", layer=INPUT)

@@ -13,6 +13,7 @@ import numpy as np
 
 from brainflow.data.splits import Split
 from brainflow.decoding.baselines import DESCRIPTIONS
+from brainflow.decoding.readout import read_line
 from brainflow.files import open_regular, own_folder, read_json
 from brainflow.pretrained.format import CONFIG, load_pretrained, read_config
 from brainflow.report import figures
@@ -270,6 +271,8 @@ def _decoding(folder: Path, summary: dict[str, Any]) -> list[Section]:
             f"The model has seen {len(saw)} of the {len(ours['per_subject'])} tested subjects before: "
             f"{', '.join(saw[:5])}{', …' if len(saw) > 5 else ''}."
         )
+    if ours.get("read"):  # of a decoding by an older version it is not known
+        notes.append(f"The decoder {read_line(ours['read'])}.")
     sections = [
         Section(
             title=f"Decoding {summary['target']}: {len(summary['classes'])} classes, {summary['split']}",

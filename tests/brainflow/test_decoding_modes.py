@@ -236,6 +236,7 @@ def test_what_pretraining_saw_is_said(tmp_path, model):
     with pytest.warns(LeakWarning, match="read the BOLD, not the labels, of toy/s0: 1 of the 2 tested"):
         result = adapt(task, model, AdaptConfig(mode="knn"), device="cpu")
     assert result.to_dict()["pretraining_saw"] == ["toy/s0"]
+    assert sum(result.to_dict()["read"].values()) == len(task.folds), "one readout a fold"
     fresh = adapt(task, model, AdaptConfig(mode="knn", scratch=True), device="cpu")
     assert "pretraining_saw" not in fresh.to_dict()
 
@@ -353,6 +354,7 @@ def test_one_command_from_raw_arrays_to_a_report_of_every_adaptation(tmp_path, c
     assert main(command) == 0
     printed = capsys.readouterr()
     assert "chance 0.333; classes: cat, face, house" in printed.out
+    assert "\nread: " in printed.out or "\nread, as people left out" in printed.out
     assert printed.err.endswith("fits: 100 %\n")
     saved = json.loads((tmp_path / "out" / "scores.json").read_text())
     names = [entry["name"] for entry in (saved["decoder"], *saved["baselines"])]

@@ -162,6 +162,7 @@ def test_command_writes_scores_curve_decoder_and_attributions(decoding):
     assert len(checks) == 1 + 2 * 11
     assert sum(saved["decoder"]["confusion"][0]) % 2 == 0  # two seeds, pooled
     assert 0 <= saved["decoder"]["calibration"]["error"] <= 1
+    assert sum(saved["decoder"]["read"].values()) == 2  # one readout a fold and seed
     with np.load(decoding / "attributions.npz") as found:
         assert found["mean"].shape == (3, 4, NETWORKS)
         assert np.isfinite(found["error"]).all()
@@ -215,6 +216,7 @@ def test_report_holds_every_figure(decoding, tmp_path, capsys):
     html = (tmp_path / "r" / "index.html").read_text()
     assert "Learning curve" in html
     assert "area 3" in html
+    assert "The decoder read" in html
     assert html.count("<iframe ") == 3
     assert not re.search(r"""(src|href)=["'&#;0-9quot]*(https?:)?//""", html)
     assert str(tmp_path / "r" / "index.html") in capsys.readouterr().out

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brainflow.config import ModelConfig
-from brainflow.decoding.readout import SPREAD, Readout, layers, moments, read, time_bins
+from brainflow.decoding.readout import SPREAD, Readout, layers, moments, read, read_line, time_bins
 from brainflow.decoding.windows import ArrayWindows
 from brainflow.frameworks import build
 
@@ -169,3 +169,24 @@ def test_readouts_that_cannot_be_are_refused(settings, says):
 def test_a_layer_that_the_model_lacks_is_refused():
     with pytest.raises(ValueError, match=r"layer: got 9, expected 0 \(the embedding\) to 2"):
         Readout(layer=9)(module(), batch_of([4]))
+
+
+def test_what_is_read_is_told_in_words():
+    named = [
+        Readout(),
+        Readout(pooling="mean", layer=2),
+        Readout(layer="all"),
+        SPREAD,
+        Readout(pooling="cls"),
+    ]
+    assert [one.name for one in named] == [
+        "bins of last states",
+        "mean of states after block 2",
+        "bins of BOLD + embedding + last states",
+        "spread of BOLD",
+        "cls of the last block",
+    ]
+    assert read_line({"spread of BOLD": 3}) == "read: spread of BOLD"
+    assert read_line({"spread of BOLD": 3, "bins of last states": 1}).endswith(
+        "by so many of 4 fits: spread of BOLD (3), bins of last states (1)"
+    )
