@@ -354,7 +354,7 @@ class _Decomposition:
         `left` are their left singular vectors.
         """
         # All penalties at once, because most parts are small; of large ones so many as fit into memory.
-        each = max(1, AT_ONCE // max(1, left.size))
+        each = max(1, AT_ONCE // max(1, len(part) * max(left.shape)))
         found = [self._left_out(penalties[i : i + each], part, left) for i in range(0, len(penalties), each)]
         return np.concatenate(found)
 

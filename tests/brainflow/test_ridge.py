@@ -272,3 +272,21 @@ def test_what_is_not_finite_is_refused():
         fit_ridge(np.array([[np.nan], [1.0]]), np.array([0, 1]), classes=2)
     with pytest.raises(ValueError, match=r"got shape \[2, 1\] for 3 labels"):
         fit_ridge(np.ones((2, 1)), np.array([0, 1, 1]), classes=2)
+
+
+@pytest.mark.parametrize("features", [5, 60])
+def test_penalties_come_at_once_or_one_by_one(features, monkeypatch):
+    x, labels, groups = planted(features=features)
+    asked, real = [], module._Decomposition._left_out
+    monkeypatch.setattr(
+        module._Decomposition,
+        "_left_out",
+        lambda self, p, *rest: asked.append(len(p)) or real(self, p, *rest),
+    )
+    at_once = fit_ridge(x, labels, classes=3, groups=groups)
+    assert set(asked) == {len(PENALTIES)}
+    asked.clear()
+    monkeypatch.setattr(module, "AT_ONCE", 3 * 18 * 4)
+    in_parts = fit_ridge(x, labels, classes=3, groups=groups)
+    assert max(asked) < len(PENALTIES)
+    np.testing.assert_allclose(in_parts.weight, at_once.weight, rtol=1e-9, atol=1e-12)
