@@ -91,6 +91,7 @@ def find_atlas(text: str, template: str = "", surfaces: Sequence[Path] = ()) -> 
         and of surfaces are joined, or one with itself.
     """
     before, equals, behind = text.partition("=")
+    # A label stands in file names behind `atlas-`, where BIDS has letters and digits only.
     wanted, label = (behind, re.sub(r"[^A-Za-z0-9]", "", before)) if equals else (text, "")
     path = Path(wanted)
     # A file comes first: its name may be an atlas's, or hold a +.
@@ -117,6 +118,7 @@ def _from_files(path: Path, label: str, surfaces: tuple[Path, ...]) -> AtlasSpec
     nibabel = need("nibabel", "reading an atlas", "bids")
     parsed = parse_name(path)
     entities: Mapping[str, str] = parsed.entities if parsed else {}
+    # Absolute: the group level, which reads them again, may be started in another folder.
     paths: tuple[Path, ...] = (path.absolute(),)
     if path.name.endswith(".label.gii"):
         kind: AtlasKind = "gifti"
@@ -162,12 +164,14 @@ def _both_hemispheres(path: Path) -> tuple[Path, Path]:
     other = path.with_name(path.name[: match.start(2)] + swap[match[2]] + path.name[match.end(2) :])
     if not other.is_file():
         raise FileNotFoundError(f"atlas {path}: the other hemisphere, {other.name}, does not lie beside it")
+    # Left first: points are told apart by the place of their file.
     return (path, other) if match[2] in ("L", "lh") else (other, path)
 
 
 def _names_beside(path: Path) -> dict[int, str]:
     """Return names of a table or .json of the same name, with or without resolution and hemisphere."""
     stem = path.name.partition(".")[0]
+    # TemplateFlow has one table for all resolutions of an atlas.
     for candidate in dict.fromkeys((stem, re.sub(r"_(res|hemi)-[A-Za-z0-9]+", "", stem))):
         for ending in (".tsv", ".csv", ".txt", ".json"):
             table = path.with_name(candidate + ending)
@@ -203,6 +207,7 @@ def _names_of_json(path: Path) -> dict[int, str]:
         content = content.get("labels", content)
     if isinstance(content, list):
         return {i: str(name) for i, name in enumerate(content, 1)}
+    # A sidecar may say other things, too, under keys that are no numbers.
     return {int(key): str(name) for key, name in content.items() if str(key).isdigit()}
 
 
@@ -225,8 +230,10 @@ def _join(text: str, label: str, parts: Sequence[AtlasSpec]) -> AtlasSpec:
         label=label or "".join(part.label for part in parts),
         paths=tuple(path for part in parts for path in part.paths),
         kind=parts[0].kind,
+        # Nothing where parts differ: `check_space` looks at each of them.
         space=spaces.pop() if len(spaces) == 1 else "",
         digest=hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest(),
+        # All parts were given the same meshes.
         surfaces=parts[0].surfaces,
         parts=tuple(parts),
     )
@@ -269,6 +276,7 @@ def network_names(
 ) -> list[str]:
     """Name of each network: from the table beside the atlas, the image itself (`known`), or its number."""
     names = {**(known or {}), **dict(spec.names)}
+    # A table may leave a name empty.
     return [names.get(int(value)) or f"{value}" for value in values]
 
 

@@ -25,6 +25,7 @@ from brainflow.prepare.files import (
 )
 from brainflow.prepare.hcp import find_hcp_runs, is_hcp
 
+# No finished runs are in these; nipype leaves images with BIDS names in `work`.
 _SKIP = {
     "sourcedata",
     "code",
@@ -120,6 +121,7 @@ def dataset_name(bids_dir: Path) -> str:
     path = bids_dir.resolve()
     parts = path.parts
     if "derivatives" in parts[1:]:
+        # The last one: a folder further above may be called so, too.
         path = Path(*parts[: len(parts) - 1 - parts[::-1].index("derivatives")])
     return re.sub(r"[^A-Za-z0-9]", "", path.name) or "dataset"
 
@@ -134,10 +136,12 @@ def _walk(root: Path, participants: Collection[str]) -> Iterator[Path]:
             if name.startswith(".") or name in _SKIP:
                 continue
             if is_folder(entry):
+                # Each job of an array asks for one participant, and need not list the folders of all.
                 if name.startswith("sub-") and participants and name[4:] not in participants:
                     continue
                 if not (entry.is_symlink() and _leads_back(entry.path, home, linked)):
                     subfolders.append(entry.path)
+            # By BIDS' inheritance sidecars above the subjects hold for all runs below.
             elif name.startswith(("sub-", "task-")) or name == "bold.json":
                 yield Path(entry.path)
         # The last is taken next: reversed, the walk goes by name.
@@ -167,12 +171,14 @@ def _is_image(file: BidsFile, query: Query) -> bool:
         return False
     if cohort and file.entities.get("cohort") != cohort:
         return False
+    # Volumes say `res-`, surfaces `den-`.
     resolution = file.entities.get("res", file.entities.get("den", "native"))
     if query.resolution and resolution != query.resolution:
         return False
     if query.kind == "volume":
         return file.extension in (".nii.gz", ".nii") and file.entities.get("desc") == query.description
     if query.kind == "cifti":
+        # fMRIPrep gives CIFTI and GIFTI no `desc-` to compare.
         return file.extension == ".dtseries.nii"
     return file.extension == ".func.gii"
 
@@ -200,6 +206,7 @@ class _Tables:
         """Return files that apply to an image, the most specific first."""
         fitting = [
             file
+            # "" are files of the whole dataset, which name no subject.
             for subject in {image.entities.get("sub", ""), ""}
             for file in self._by_subject.get(subject, [])
             if file.suffix == suffix and _describes(file, image)
@@ -228,6 +235,7 @@ def _make_run(dataset: str, found: _Found, tables: _Tables, query: Query) -> Run
     sidecars = [file for file in tables.of(first, "bold") if _applies(file, own)]
     # Stable: behind the image's own the order from specific to general stays.
     sidecars.sort(key=lambda file: file.path.name.removesuffix(".json") not in own)
+    # One events.tsv says all of a run, an EV file one state.
     events = tables.of(first, "events")[:1] or tables.of(first, "EV")
     # A recording may stand in several derivatives: the table beside the image is meant.
     confounds = [file for file in found.confounds if file.path.parent == first.path.parent]

@@ -11,6 +11,8 @@ from brainflow.optional import need
 
 Cluster = Literal["slurm", "local"]
 _HOURS = 12
+# afterany, not afterok: one bad run makes its task exit with 1, and the others are gathered all the same.
+# `exec` lets signals of SLURM reach Python, not a shell that waits for it.
 _SCRIPT = """\
 #!/bin/bash
 # Prepare one participant in each array task; then gather:
@@ -107,6 +109,7 @@ def submit(
     )
     # A job has one core.
     environment = {"OMP_NUM_THREADS": "1"}
+    # Within it submitit hands in one array instead of a job at a time.
     with executor.batch():
         jobs = {
             executor.submit(submitit.helpers.CommandFunction(list(words), env=environment)): participant

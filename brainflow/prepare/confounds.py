@@ -16,6 +16,7 @@ from brainflow.prepare.records import Unusable
 from brainflow.prepare.settings import CleanSettings, Strategy
 from brainflow.storage.normalise import normalise
 
+# Without nilearn's "high_pass", which is cosines: the Butterworth filter of `clean` does that.
 _PUBLISHED = {
     "strategy": ("motion", "wm_csf", "global_signal"),
     "motion": "basic",
@@ -98,6 +99,7 @@ def load(images: tuple[Path, ...], table: Path | None, strategy: Strategy, volum
     displacement, dvars = (
         _numbers(raw, name, table) if name in raw else None for name in (FRAMEWISE_DISPLACEMENT, DVARS)
     )
+    # fMRIPrep writes a column for each such volume.
     columns = [name for name in raw.columns if re.fullmatch(r"non_steady_state_outlier\d+", name)]
     marked = np.flatnonzero(_numbers(raw, columns, table).any(axis=1)) if columns else np.zeros(0, np.int64)
     steady_from = int(marked[-1]) + 1 if len(marked) else 0
@@ -156,6 +158,7 @@ def _read_table(path: Path) -> Any:
 def _select(images: tuple[Path, ...], strategy: Strategy) -> tuple[Any, np.ndarray | None]:
     """Return columns of the strategy as a DataFrame, and the volumes that it keeps."""
     fmriprep = need("nilearn.interfaces.fmriprep", "choosing confounds", "bids")
+    # Texts, because nilearn takes a single Path for a list.
     files: Any = str(images[0]) if len(images) == 1 else [str(path) for path in images]
     try:
         with warnings.catch_warnings():
@@ -264,5 +267,6 @@ def _on_all_volumes(values: np.ndarray, kept: np.ndarray, volumes: int) -> np.nd
 def temporal_snr(series: np.ndarray) -> float:
     """Return the median over networks of mean / standard deviation over time; NaN if no network varies."""
     mean, std = series.mean(axis=0, dtype=np.float64), series.std(axis=0, dtype=np.float64)
+    # Below that a network is constant but for rounding.
     varying = std > 1e-9 * np.abs(mean).clip(1e-30)
     return float(np.median(np.abs(mean[varying]) / std[varying])) if varying.any() else float("nan")

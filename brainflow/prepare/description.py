@@ -25,6 +25,7 @@ GENERATOR = {
     "CodeURL": "https://pypi.org/project/brainflow-fmri",
 }
 _DESCRIPTION = "dataset_description.json"
+# The validator refuses files that the specification does not name, unless `.bidsignore` does.
 _NO_BIDS = ("*.zarr/", "work/", "runs.tsv", "report.html")
 _TEXTS = ("Name", "Version", "CodeURL", "DOI", "URL")
 
@@ -99,8 +100,10 @@ def is_ours(path: Path) -> bool:
     if not os.path.lexists(path):
         return True
     try:
+        # We write no links: somebody else made it.
         if path.is_symlink():
             return False
+        # We name ourselves first; what follows made our input.
         return bool(_read(path)["GeneratedBy"][0]["Name"] == GENERATOR["Name"])
     except (LookupError, TypeError):  # somebody else's
         return False
@@ -139,4 +142,5 @@ def _texts(entries: Any) -> list[dict[str, str]]:
 
 
 def _unique(entries: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    # A dict cannot be hashed, its JSON can; the order stays.
     return list({json.dumps(one, sort_keys=True): one for one in entries}.values())

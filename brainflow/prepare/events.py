@@ -138,6 +138,7 @@ def segments_of(
     if settings.preset == "hcp":
         if task.upper().startswith(("REST", "RFMRI")):
             # Rest has no events whose response would lag behind.
+            # 0 dropped: the blocks are laid over the volumes that are left.
             return _to_segments(_rest(volumes * t_r), replace(settings, shift=0.0), "rest", t_r, volumes, 0)
         events = _read_hcp(files, task)
     elif not files:
@@ -170,6 +171,7 @@ def read_events(path: Path, column: str) -> list[Event]:
     """
     pandas = need("pandas", "reading events", "bids")
     try:
+        # Only pandas' Python engine finds out what separates columns (sep=None).
         table = pandas.read_csv(
             path, sep=None if path.suffix == ".csv" else "\t", na_values=["n/a"], engine="python"
         )
@@ -260,6 +262,7 @@ def read_ev(path: Path, task: str) -> list[Event]:
         if not line.strip():
             continue
         try:
+            # FSL's three columns; the amplitude only shows that the line is one.
             onset, duration, amplitude = map(float, line.split())
             if not math.isfinite(onset + duration + amplitude):
                 raise ValueError
@@ -284,6 +287,7 @@ def _to_segments(
 ) -> list[Segment]:
     segments = []
     for event in events:
+        # Onsets count from the first volume recorded, segments from the first one kept.
         start = _first_volume(event.onset + settings.seconds, t_r) - dropped
         stop = _first_volume(event.onset + event.duration + settings.seconds, t_r) - dropped
         start, stop = (

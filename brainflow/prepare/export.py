@@ -71,6 +71,7 @@ def export(
     """
     label = re.sub(r"[^A-Za-z0-9]", "", label or store.attributes["parcellation"]) or "unknown"
     space = space or str(store.attributes["preprocessing"].get("space", ""))
+    # BIDS has two entities for what a store says in one text.
     space = f"space-{space}".replace(":cohort-", "_cohort-") if space else ""
     names = list(store.attributes["network_names"] or (str(i) for i in range(1, store.networks + 1)))
     axis = _parcels(names, geometry) if form == "ptseries" else None
@@ -85,6 +86,7 @@ def export(
         raise ValueError(
             f"participant_label: none of {', '.join(participants) or 'the runs'} is in the store"
         )
+    # XCP-D's names say no dataset.
     short = {i: keys[i].removeprefix(f"ds-{datasets[i]}_") for i in chosen}
     known = Counter((subjects[i], sessions[i], short[i]) for i in chosen)
     for i in chosen:
@@ -135,6 +137,7 @@ def _check_free(path: Path, sidecar: Path) -> None:
 
 
 def _write_tsv(path: Path, bold: np.ndarray, names: list[str]) -> None:
+    # A name that begins with = would be a formula in a spreadsheet.
     header = "\t".join(csv_cell(printable(" ".join(name.split()))) for name in names)
     rows = ("\t".join(map(str, row)) for row in bold)  # the shortest text that reads back as the same float32
     replace_durably(path, "\n".join([header, *rows, ""]).encode())
@@ -144,6 +147,7 @@ def _write_ptseries(path: Path, bold: np.ndarray, axis: Any, t_r: float) -> None
     nibabel = need("nibabel", "writing CIFTI", "bids")
     series = nibabel.cifti2.SeriesAxis(start=0, step=t_r, size=len(bold), unit="SECOND")
     image = nibabel.Cifti2Image(bold, header=(series, axis), dtype=np.float32)
+    # nibabel would write "unknown" and not look at the axes.
     image.nifti_header.set_intent("NIFTI_INTENT_CONNECTIVITY_PARCELLATED_SERIES")
     with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:  # a name that nobody can link
         nibabel.save(image, Path(folder) / path.name)
@@ -161,6 +165,7 @@ def _parcels(names: list[str], geometry: AtlasSpec | None) -> Any:
     image = nibabel.load(geometry.paths[0])
     if geometry.kind == "labels":
         labels = read_labels(image)
+        # In ascending order, as a store has its columns.
         values = [value for value in np.unique(labels) if value != BACKGROUND]
         _check_count(values, names, geometry)
         voxels = [np.argwhere(labels == value) for value in values]

@@ -137,6 +137,7 @@ def _arrays(folder: Path, recordings: int) -> tuple[np.ndarray, np.ndarray]:
 def _npy(path: Path) -> np.ndarray:
     regular_size(path)
     try:
+        # Mapped: all windows together are 15 GB.
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
         raise StoreError(f"{path}: cannot be read as .npy ({error}); download it again") from error
@@ -181,6 +182,7 @@ class _RepetitionTimes:
         paths = [file.path for file in sorted(general, key=lambda file: -len(file.entities))]
         if not own and not general:
             raise Unusable(f"no _bold.json below {self._folder / dataset} describes it")
+        # Names of the corpus lack entities such as `run-`: where several sidecars fit, they have to agree.
         found = {repetition_time([file.path, *paths], None).seconds for file in own or general}
         if len(found) > 1:
             several = ", ".join(f"{seconds:g}" for seconds in sorted(found))

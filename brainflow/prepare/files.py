@@ -16,6 +16,7 @@ Kind = Literal["volume", "cifti", "gifti"]
 _LOG = logging.getLogger(__name__)
 RUN_ENTITIES = ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run", "echo", "part")
 """Entities that tell one recording from another, in the order in which BIDS names have them."""
+# BIDS has + in labels; dots are common all the same.
 _ENTITY = re.compile(r"([A-Za-z]+)-([A-Za-z0-9+.]+)")
 
 

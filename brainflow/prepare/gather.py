@@ -85,6 +85,7 @@ def check_recipes(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = done[0]
     for record in done[1:]:
         if record["recipe"] != first["recipe"]:
+            # `get`: records of an older version may lack a setting.
             differing = [
                 name for name in first["recipe"] if first["recipe"][name] != record["recipe"].get(name)
             ]
@@ -238,4 +239,5 @@ def _cell(value: Any) -> str:
     if isinstance(value, list):
         value = "; ".join(map(str, value))
     text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    # A tab or a line break in a reason would begin another cell or row.
     return csv_cell(printable(" ".join(text.split()))) or "n/a"

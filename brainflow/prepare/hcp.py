@@ -77,6 +77,7 @@ def _run(dataset: str, subject: str, folder: Path, name: re.Match[str], query: Q
     images, problem = _images(folder, query)
     if not images:
         return None
+    # BIDS has no entity for the field: `acq-7T` keeps such runs apart from those at 3 T.
     entities = {"sub": subject, "task": name[1], "acq": name[2] or "", "dir": name[3]}
     entities = {key: value for key, value in entities.items() if value}
     movement = folder / MOVEMENT
@@ -86,6 +87,7 @@ def _run(dataset: str, subject: str, folder: Path, name: re.Match[str], query: Q
         entities=entities,
         images=images,
         confounds=movement if movement.is_file() else None,
+        # All of them: what is no state of the task, as cue.txt, `read_ev` passes over.
         events=tuple(sorted((folder / "EVs").glob("*.txt"))),
         space=SPACES[query.kind],
         description=query.description,

@@ -261,6 +261,7 @@ def bold_from_nifti(
             f"{image}: expected [x, y, z, time] on the grid of the mask {list(inside.shape)}, got "
             f"{list(volumes.shape)}"
         )
+    # A micrometre: affines of one grid, in float32, differ by rounding from tool to tool.
     if not np.allclose(volumes.affine, inside.affine, atol=1e-3):
         raise ValueError(f"{image}: its affine differs from that of {mask}; resample one to the other")
     if t_r is None:

@@ -162,6 +162,7 @@ def _filled(value: Any, n: int | None, **more: str) -> Any:
     """Return a value of the table with the size in place of `{n}`."""
     if isinstance(value, dict):
         return {key: _filled(one, n, **more) for key, one in value.items()}
+    # nilearn wants a number here; a format would make a text of it.
     if value == "{n}":
         return n
     return value.format(n=n, **more) if isinstance(value, str) else value
@@ -195,6 +196,7 @@ def _query(file: str) -> dict[str, Any]:
     wanted: dict[str, Any] = {k: v for k, v in parsed.entities.items() if k not in ("tpl", "res")}
     wanted |= {"template": parsed.entities["tpl"], "suffix": parsed.suffix, "extension": parsed.extension}
     if "res" in parsed.entities:
+        # The client's index has resolutions as numbers, without leading zeros.
         wanted["resolution"] = int(parsed.entities["res"])
     return wanted
 
@@ -208,13 +210,16 @@ def _from_nilearn(name: str, function: str, arguments: Mapping[str, Any]) -> tup
     datasets = need("nilearn.datasets", "fetching an atlas", "bids")
     try:
         bunch = getattr(datasets, function)(**arguments)
+        # DiFuMo's labels are a table, those of others a list.
         labels = getattr(bunch.labels, "difumo_names", bunch.labels)
         names = [one.decode() if isinstance(one, bytes) else str(one) for one in labels]
     except Exception as error:  # nilearn, requests and urllib raise many kinds when there is no network
         raise _not_downloaded(name, "nilearn", "NILEARN_DATA", error) from error
+    # Of Harvard-Oxford nilearn returns an image in memory, and the path beside it.
     path = bunch.maps if isinstance(bunch.maps, str | os.PathLike) else bunch.filename
     # Some of nilearn's lists begin with the background, which is 0.
     first = 0 if names and names[0].lower() == "background" else 1
+    # AAL's labels are not 1, 2, …: nilearn lists them, as texts.
     values = map(int, bunch.get("indices") or range(first, first + len(names)))
     return Path(path), {value: text for value, text in zip(values, names, strict=True) if value}
 

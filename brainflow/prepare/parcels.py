@@ -16,7 +16,9 @@ from brainflow.prepare.named import templateflow_home
 from brainflow.prepare.surfaces import labels_of
 
 _FSLR_VERTICES, _FSAVERAGE5_VERTICES = 32_492, 10_242
+# Names of CIFTI, and the numbers that `surfaces` gives to a pair of GIFTI files.
 _CORTEX = {"CIFTI_STRUCTURE_CORTEX_LEFT": 0, "CIFTI_STRUCTURE_CORTEX_RIGHT": 1, "0": 0, "1": 1}
+# A thousand maps at once would take gigabytes.
 _MAPS_AT_ONCE = 16
 
 
@@ -155,6 +157,7 @@ def _mesh(spec: AtlasSpec, side: int, vertices: int) -> np.ndarray | None:
         meshes = need("nilearn.datasets", "finding a mesh", "bids").fetch_surf_fsaverage(
             "fsaverage5"
         )  # bundled
+        # nilearn has no midthickness of fsaverage.
         path = Path(meshes["pial_left" if side == 0 else "pial_right"])
     elif vertices == _FSLR_VERTICES:
         folder = templateflow_home() / "tpl-fsLR"

@@ -110,6 +110,7 @@ def write_before(work: Path, atlas: str, key: str, series: np.ndarray) -> None:
     path = _before_path(work, atlas, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
+        # Enough for a carpet plot, which saturates at 2 SD, and a quarter of float32's bytes.
         np.save(file, np.clip(np.rint(deviation * scale), -127, 127).astype(np.int8))
 
 

@@ -255,6 +255,7 @@ def _apply_rules(job: Job, record: dict[str, Any]) -> None:
         raise Excluded(f"short run: {left} volumes{censored}, fewer than {rules.min_volumes}")
     if rules.max_mean_fd is not None:
         if record["mean_fd"] is None:
+            # Not kept: nobody could say that it is within the limit.
             raise Unusable("framewise displacement is not known, so the limit on it cannot be applied")
         if record["mean_fd"] > rules.max_mean_fd:
             raise Excluded(
@@ -293,6 +294,7 @@ def jobs_for(
     labels = [atlas.label for atlas in atlases]
     if not labels:
         raise ValueError("atlas: none was given, expected at least one, such as schaefer-400 or a path")
+    # Parts and stores lie under the labels.
     if len(set(labels)) != len(labels):
         raise ValueError(f"atlas: labels must differ, got {', '.join(labels)}; write LABEL=PATH")
     fitting = {"volume": ("labels", "maps"), "cifti": ("dlabel",), "gifti": ("gifti",)}[kind]

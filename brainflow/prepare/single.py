@@ -64,6 +64,7 @@ class RemoteJob(Job):
                     fetch_file(remote, path.name, here / path.name)
                 if self.files.confounds is not None:
                     beside = Path(self.files.confounds.stem + ".json")  # says what components are made of
+                    # nilearn misses it for CompCor alone, and then says so.
                     with suppress(StoreError):
                         remote.download(beside.name, here / beside)
             except StoreError as error:
@@ -106,6 +107,7 @@ def fetch_file(remote: RemoteFiles, name: str, target: Path) -> None:
 def _is_whole(path: Path) -> bool:
     try:
         with gzip.open(path) as file:
+            # gzip compares the checksum at the end alone.
             while file.read(2**20):
                 pass
     except (OSError, EOFError, zlib.error):
@@ -169,6 +171,7 @@ def files_of(image: str) -> RunFiles:
     stem = name.removesuffix(next(ending for ending in ENDINGS if name.endswith(ending)))
     images, problem = [name], ""
     if kind_of(name) == "gifti":
+        # Left first, whichever was given: both mean the same run, and get the same key.
         images = [re.sub(r"hemi-[LR](?=[_.])", f"hemi-{side}", name) for side in "LR"]
         if len(set(images)) < 2 or not all(map(beside, images)):
             problem = "expected hemi-L or hemi-R in the name, and the other hemisphere beside it"

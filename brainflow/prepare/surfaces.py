@@ -28,11 +28,13 @@ from brainflow.storage.ingest.foreign import MAX_NETWORKS, MAX_TIME
 from brainflow.storage.ingest.limits import budget, regular_size
 
 _ENCODINGS = ("ASCII", "Base64Binary", "GZipBase64Binary")  # nibabel takes more names, also for other files
+# Around the numbers of an array stand a few elements: Data, MetaData, MD, Name, Value.
 _MOST_ELEMENTS = 8 * MAX_TIME
 _WORD = 8  # no type that nibabel reads is wider
 _PIECE = 2**20
 _NIFTI2_BYTES = 544
 _CIFTI_CODE = 32
+# fsLR 32k has 91,282 grayordinates, the HCP's files at 7 T 170,494.
 _MOST_POINTS = 2**20
 
 
@@ -54,6 +56,7 @@ def check_gifti(path: Path) -> None:
         with open(path, "rb") as file:
             parser.ParseFile(file)
     except (expat.ExpatError, zlib.error, ValueError) as error:
+        # It is a ValueError, too, and says what is wrong already.
         if isinstance(error, Unusable):
             raise
         raise Unusable(f"{path.name}: cannot be opened ({error})") from error
@@ -134,6 +137,7 @@ def check_cifti(path: Path, size: int) -> None:
         head = file.read(_NIFTI2_BYTES)
         # The header's own size, 540, tells its byte order.
         order = "<" if head[:4] == b"\x1c\x02\0\0" else ">"
+        # vox_offset: extensions, the XML among them, lie between the header and there.
         offset = struct.unpack_from(f"{order}q", head.ljust(_NIFTI2_BYTES, b"\0"), 168)[0]
         extensions = file.read(max(0, min(offset if offset > 0 else size, size) - len(head)))
     declared = 0
@@ -187,6 +191,7 @@ def read_cifti(path: Path) -> Dense:
     """
     image = _load(path)
     axes = _axes(image, path)
+    # By name: nibabel is an extra, imported where it is needed.
     if len(axes) != 2 or type(axes[0]).__name__ != "SeriesAxis" or type(axes[1]).__name__ != "BrainModelAxis":
         raise Unusable(
             f"{path.name}: is no dense time series (its axes are {', '.join(type(a).__name__ for a in axes)})"
@@ -230,6 +235,7 @@ def read_gifti(paths: Sequence[Path]) -> Dense:
             f"than one"
         )
     points = [(side, vertex) for side, data in enumerate(hemispheres) for vertex in range(data.shape[1])]
+    # The repetition time of GIFTI files stands in their sidecar.
     return Dense(data=np.hstack(hemispheres), points=[(str(side), v) for side, v in points], t_r=None)
 
 

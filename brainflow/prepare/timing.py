@@ -45,6 +45,7 @@ def repetition_time(sidecars: Iterable[Path], header_seconds: float | None) -> R
         value = _read(path).get("RepetitionTime")
         if value is None:
             continue
+        # True is an int in Python.
         if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 <= value <= 1e6:
             raise Unusable(
                 f"{path.name}: RepetitionTime is {shown(value)}, expected a positive number of seconds"

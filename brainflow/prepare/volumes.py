@@ -176,6 +176,7 @@ def _fit_labels(atlas: AtlasSpec, shape: tuple[int, ...], affine: np.ndarray) ->
     before = np.unique(read_labels(image))
     if not _is_on(image, shape, affine):
         resample = need("nilearn.image", "resampling an atlas", "bids").resample_img
+        # A mean of labels 3 and 7 is no label.
         image = resample(image, target_affine=affine, target_shape=shape, interpolation="nearest")
     labels = read_labels(image).reshape(-1, order="F")
     wanted = before[before != BACKGROUND]
@@ -189,6 +190,7 @@ def _fit_labels(atlas: AtlasSpec, shape: tuple[int, ...], affine: np.ndarray) ->
     networks = np.searchsorted(wanted, labels[voxels])
     counts = np.bincount(networks, minlength=len(wanted))
     members = sparse.csr_array((np.ones(len(voxels)), (networks, voxels)), shape=(len(wanted), labels.size))
+    # Rounded to the image's type, as NiftiLabelsMasker does it, so that both are equal.
     return lambda data: np.stack([members @ volume / counts for volume in data.T]).astype(data.dtype)
 
 
@@ -370,6 +372,7 @@ def _version_of(description: Path) -> str:
     try:
         regular_size(description, TEXT_BYTES)
         content = json.loads(description.read_text(encoding="utf-8"))
+        # PipelineDescription is what came before GeneratedBy, until BIDS 1.4.
         makers = [*content.get("GeneratedBy", []), content.get("PipelineDescription", {})]
         return next(
             (str(m.get("Version", "")) for m in makers if m.get("Name", "").lower() == "fmriprep"), ""

@@ -185,6 +185,7 @@ def _read(file: BidsFile) -> tuple[np.ndarray, list[str], float | None]:
     if len(names) > MAX_NETWORKS or len(set(names)) != len(names):
         raise Unusable(f"{file.path.name}: its header has {len(names)} names, expected each once")
     try:
+        # loadtxt reads nan, but not the n/a of BIDS.
         values = np.loadtxt(io.StringIO(body.replace("n/a", "nan")), delimiter="\t", ndmin=2)
     except ValueError as error:
         raise Unusable(f"{file.path.name}: is no table of numbers below its header ({error})") from error
@@ -207,6 +208,7 @@ def _run(
     beside = others.get(file.recording, [])
     stem = file.path.name.removesuffix(file.extension)
     sidecars = [other.path for other in beside if other.extension == ".json"]
+    # Its own comes first: the others are of the same recording, perhaps of another atlas.
     sidecars.sort(key=lambda path: (path.stem != stem, path.name))
     seconds = repetition_time(sidecars, header).seconds
     empty = np.isnan(bold).all(axis=0)
