@@ -129,6 +129,7 @@ def run_lstm(lstm: nn.LSTM, x: Tensor, steps: Steps, start: Tensor | None = None
     runs, finals = [], []
     for name, previous, end in (("", steps.before, steps.last), ("_reverse", steps.after, None))[:directions]:
         weights = [getattr(lstm, f"{kind}_l0{name}") for kind in ("weight_ih", "weight_hh")]
+        # PyTorch has two biases for cuDNN's sake; only their sum counts.
         bias = getattr(lstm, f"bias_ih_l0{name}") + getattr(lstm, f"bias_hh_l0{name}")
         hidden = LSTMPass.apply(x, *weights, bias, first, previous, sizes, end is None)
         runs.append(hidden)
@@ -246,6 +247,7 @@ class Decoder(nn.Module):
         given
             [tokens, width], time-major: what each step reads instead of the output before.
         """
+        # The kernels add up in float32, and know no chained states.
         if pooled.is_cuda and feedback.HAS_TRITON and pooled.dtype != torch.float64 and not self.chained:
             return self._run_free_fused(pooled, steps)
         slots = [0] * len(self.lstms) if self.chained else list(range(len(self.lstms)))

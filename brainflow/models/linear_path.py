@@ -28,6 +28,7 @@ PENALTIES = tuple(float(p) for p in 10.0 ** np.arange(-4.0, 0.6, 0.5))
 """Penalties that are tried, in units of the mean variance of an input."""
 PARTS = 4
 """Parts that the runs are dealt into, by their ids; each is predicted from the others to choose a penalty."""
+# Beyond any row, and small enough that sums with it stay in int64.
 FAR = 1 << 40
 AROUND = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 0), (0, 1), (2, 0), (0, 2), (0, 0))
 """Time points back to, and ahead to, the two that predict a masked one, by kind; 0: nothing on that side."""
@@ -147,6 +148,7 @@ class NeighbourPath(LinearPath):
             size = inputs.shape[1], batch.bold.shape[1]
             self._sums = [[_Sums(*size, inputs.device) for _ in range(PARTS)] for _ in self.weight]
         target = batch.bold[rows]
+        # Whole runs: a fit judged by other windows of its own runs would want too small a penalty.
         part = (batch.runs % PARTS)[window_of(batch.lengths)[found.rows]]
         for kind, who in kinds:
             for one in np.unique(part[who]):

@@ -164,6 +164,7 @@ class Gathered(Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor, gathered: Left) -> tuple[Tensor, Tensor]:
         """Return views of weight and bias."""
+        # The steps hand up no gradients of the weights; zeros for them would only take memory.
         ctx.set_materialize_grads(False)
         ctx.gathered = gathered
         return weight.view_as(weight), bias.view_as(bias)
@@ -176,6 +177,7 @@ class Gathered(Function):
         if not pairs:
             return None, None, None
         gates, inputs = (torch.cat(part) for part in zip(*pairs, strict=True))
+        # A second backward pass leaves them anew, and would count these twice.
         pairs.clear()
         return gates.t() @ inputs, gates.sum(0), None
 

@@ -122,6 +122,7 @@ class FeedForward(nn.Module):
         if self.gated:
             # SwiGLU has three matrices where the others have two: two thirds of the width are as many
             # weights.
+            # Rounded up to 8, of which tensor cores take multiples without padding.
             hidden = -(-2 * hidden // 3 // 8) * 8
         self.up = Linear(c.width, 2 * hidden if self.gated else hidden)
         self.down = Linear(hidden, c.width)
@@ -261,6 +262,7 @@ class Transformer(nn.Module):
             streams: Streams = "one" if not two_streams else "second" if i == last else "two"
             inputs = (x, layout, streams, turn, rows if i == last else None)
             if self.recompute and self.training:
+                # The reentrant kind gives no gradients where no input has one, as behind a frozen embedder.
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x = block(*inputs)
