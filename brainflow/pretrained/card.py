@@ -208,6 +208,7 @@ def _front_matter(
         scores = {key: decoding[key]["value"] for key in ("accuracy", "balanced_accuracy", "macro_f1")}
         task, kinds = "mental-state decoding", {"macro_f1": "f1"}
     else:
+        # Metrics under the names that `evaluate` and scikit-learn give them.
         kinds = {"val_explained_variance": "explained_variance", "val_l1": "mae"}
         scores = {key: validation[key] for key in kinds if validation and key in validation}
         task = "masked reconstruction of fMRI"
@@ -217,6 +218,7 @@ def _front_matter(
         ]
         where = ", ".join(front["datasets"]) or "not recorded"
         result = {
+            # The hub has a list of tasks, and none of ours is in it.
             "task": {"type": "other", "name": task},
             "dataset": {"type": "fmri", "name": where},
             "metrics": metrics,

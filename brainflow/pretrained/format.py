@@ -92,6 +92,7 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor], target: Path) -> No
     # safetensors takes contiguous tensors alone.
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
+        # By this the hub's loaders tell PyTorch's files from TensorFlow's.
         save_file(plain, path, metadata={"format": "pt"})
         with path.open("rb") as file:  # save_file renames a file of its own, which nobody has flushed
             os.fsync(file.fileno())
@@ -248,6 +249,7 @@ class TensorFile:
         self.path = path
         try:
             self._file = safe_open(path, "pt")
+            # `keys`, since a safetensors file cannot be iterated over.
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
             self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
             self._types = {name: str(part.get_dtype()) for name, part in slices.items()}
@@ -340,6 +342,7 @@ def _classes(value: Any) -> bool:
     if not isinstance(value, list) or not value:
         return False
     kind = type(value[0])
+    # Not isinstance, by which True is a whole number.
     return kind in (str, int, float, bool) and all(type(item) is kind for item in value) and _distinct(value)
 
 
@@ -351,6 +354,7 @@ def _score(value: Any) -> bool:
     if not isinstance(value, dict) or not value.keys() >= {"value", "low", "high"}:
         return False
     ends = (value["low"], value["high"])
+    # Of a single group there is no interval.
     return is_number(value["value"]) and (ends == (None, None) or all(map(is_number, ends)))
 
 
@@ -450,6 +454,7 @@ SECTIONS: dict[str, dict[str, Check]] = {
     },
     "pretrain": {"store": _TEXT, "out": _TEXT, "model": _TABLE, "data": _RUN_DATA, "train": _TABLE},
 }
+# What the card and the decoder read without asking whether it is there.
 REQUIRED = {
     "decoder": ("mode", "pooling", "classes", "examples"),
     "decoding": ("split", "interval_over", "accuracy", "balanced_accuracy", "macro_f1", "chance"),

@@ -80,6 +80,7 @@ def fetch(
     client = need("huggingface_hub", "the hub", "hub")
     try:
         return Path(client.snapshot_download(name, revision=revision, allow_patterns=list(files), **download))
+    # The client's HTTP errors are OSErrors; a name that it does not take is a ValueError.
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{start} is neither a model's folder here nor to be had from the hub ({error})"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 HASHED = "sha256:"
 Subjects = Literal["keep", "hash", "drop"]
+# A slash behind a letter or a colon is that of `owner/name` or of a URL, which may stay.
 _PATH = re.compile(r"(?<![\w.:/~-])(?:~?/(?!/)[^\s/,;:'\"()]+/|[A-Za-z]:[\\/]|\\\\|file:/)[^\s,;'\"()]*")
 # Settings that name files of whoever trained, relative or not.
 _OWN_FILES = (
