@@ -90,6 +90,7 @@ def to_image(values: NDArray, masker: Any) -> Any:
 def glass_brain(image: Any, *, title: str, cmap: str = COLOURS) -> bytes:
     """Draw a map as projections through a glass brain."""
     return _draw(
+        # plot_abs, which nilearn has on, would draw negative values as positive ones.
         lambda: plotting.plot_glass_brain(image, colorbar=True, plot_abs=False, title=title, cmap=cmap)
     )
 

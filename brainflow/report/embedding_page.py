@@ -105,6 +105,7 @@ def in_plane(vectors: NDArray) -> tuple[NDArray, str, tuple[str, str], str]:
     UMAP (McInnes et al. 2018) if the package `umap-learn` is installed and there are enough rows, else the
     first two principal components.
     """
+    # UMAP looks at 15 neighbours of each row.
     if importlib.util.find_spec("umap") is not None and len(vectors) > 15:
         umap = need("umap", "UMAP", "report")
         if hasattr(umap, "UMAP"):  # another package has the same import name

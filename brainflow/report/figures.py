@@ -23,6 +23,7 @@ with requires("a report's pictures", "report"):
 INK, MUTED, FAINT = "#1c2430", "#667085", "#e4e7ec"
 ACCENT, SECOND, THIRD = "#2f6fdf", "#c2570c", "#5f7a3a"
 STYLE: dict[str, Any] = {
+    # Comes with matplotlib: letters are the same on every machine.
     "font.family": "DejaVu Sans",
     "font.size": 10.0,
     # Names may hold a $, which would begin a formula.
@@ -48,6 +49,7 @@ MOST_NAMES = 40
 """Subjects or runs that a figure names."""
 LABEL_BESIDE, LONGEST_LABEL = 18, 80
 """Characters of a label of a legend beside a figure, and of one beneath it."""
+# The page shows two pixels as one, so that text is sharp on dense screens.
 DOTS_PER_INCH = 160
 
 
@@ -157,6 +159,7 @@ def decoders(
         axes.axvline(chance, color=SECOND, linewidth=1.4, linestyle=DASHES)
         axes.text(chance + 0.008, -0.62, f"chance {chance:.3f}", color=SECOND, fontsize=9, va="center")
         axes.set_yticks(range(len(names)), list(names))
+        # Downwards, as in the table, with room above the first for the word "chance".
         axes.set_ylim(len(names) - 0.5, -0.9)
         axes.set_xlim(max(-1.0, min(0.0, *(low for low, _ in intervals))), 1)
         axes.set_xlabel(f"{unit}, 95 % interval")
@@ -199,8 +202,10 @@ def learning_curve(
         axes.axhline(chance, color=SECOND, linewidth=1.4, linestyle=DASHES, label=f"chance {chance:.3f}")
         if max(max(point[0] for point in points) for points in curves.values()) > 1:
             ticks = sorted({point[0] for points in curves.values() for point in points})
+            # From one to one a logarithm has no range, hence the condition.
             axes.set_xscale("log")
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            # A log axis has ticks of its own between ours.
             axes.minorticks_off()
         axes.set_ylim(0, 1.02)
         axes.set_xlabel(f"training {unit}")
@@ -391,6 +396,7 @@ def slice_map(
         figure = Figure(figsize=(9.6, 3.1), layout="constrained")
         row = figure.subplots(1, 2)
         for axes, (title, picture, look) in zip(row, looks, strict=True):
+            # imshow takes rows for y and begins at the top; here x comes first and y goes up.
             image = axes.imshow(picture.T, origin="lower", extent=extent, interpolation="nearest", **look)
             axes.set_title(title)
             for x, side in ((0.01, "L"), (0.97, "R")):

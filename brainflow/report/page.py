@@ -15,6 +15,8 @@ from typing import Any
 from brainflow.optional import requires
 from brainflow.storage.files import output_folder, replace_durably, write_text
 
+# An icon of nothing: browsers would ask for favicon.ico. Without allow-same-origin a view's
+# scripts cannot reach the page. Widths are halved: pictures have two pixels for one.
 TEMPLATE = """\
 <!doctype html>
 <html lang="en">

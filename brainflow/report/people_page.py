@@ -48,6 +48,7 @@ def people_section(folder: Path, summary: dict[str, Any]) -> Section:
             png=figures.decoders(
                 names,
                 [value["value"] for value in values],
+                # One group has no interval: its line gets no length.
                 [(v["value"], v["value"]) if v["low"] is None else (v["low"], v["high"]) for v in values],
                 chance=chance,
                 highlight=[one is summary["decoder"] for one in entries],

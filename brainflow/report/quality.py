@@ -89,6 +89,7 @@ def methods(
     runs
         Number of runs that were found.
     """
+    # All have the recipe of the first, else they would not have been gathered.
     recipe, works = done[0]["recipe"], dict.fromkeys(["BIDS"])
     clean, rules = recipe["clean"], recipe["rules"]
     pipelines = [f"{one['Name']} {one.get('Version', '')}".strip() for one in makers if one.get("Name")]
@@ -366,6 +367,7 @@ def _atlas(done: Sequence[Mapping[str, Any]], store: BoldStore, atlas: AtlasSpec
     keys = store.runs.key.tolist()
     ranked = sorted(range(len(keys)), key=lambda i: -(by_key[keys[i]]["mean_fd"] or 0.0))
     averaged = keys[:: -(-len(keys) // CORRELATION_RUNS)]
+    # Of few runs the median one is among those that moved most.
     shown = dict.fromkeys([*ranked[: CARPETS - 1], ranked[len(ranked) // 2]])
     flat = Counter({key: record["flat_networks"].get(label, 0) for key, record in by_key.items()})
     # `+` drops what was counted 0.

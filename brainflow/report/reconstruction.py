@@ -88,6 +88,7 @@ def reconstruct(store: BoldStore, module: Any, runs: tuple[str, ...], *, length:
     kept: list[tuple[NDArray, NDArray]] = []
     for step, begin in enumerate(range(0, len(owner), BATCH)):
         part = slice(begin, begin + BATCH)
+        # A seed for each batch: with one for all, the same places would be masked in all of them.
         truth, guess = _predict(store, module, starts[part], lengths[part], t_r[part], seed=MASK_SEED + step)
         kept.append((truth, guess))
         known = np.isfinite(guess)
