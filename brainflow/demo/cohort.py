@@ -26,6 +26,7 @@ def split(store: BoldStore, people: int) -> Split:
 
     Whoever has labels is in no training.
     """
+    # `write_cohort` puts people without labels first.
     everybody = [str(name) for name in store.runs.subject]
     names, judges = everybody[:people], max(2, min(MOST_VALIDATION, people // 10))
     parts = {

@@ -226,6 +226,7 @@ def run_demo(config: DemoConfig, stages: Stages) -> DemoResult:
         order = beside.submit(run_order, config)
         try:
             heard, seen = run_story(config, stages), run_slice(config, stages)
+        # Ctrl-C, too, which is no Exception.
         except BaseException:
             # Its work is of no use any more, and leaving the executor would wait minutes for it.
             for process in set(multiprocessing.active_children()).difference(others):
@@ -284,6 +285,7 @@ def run_order(config: DemoConfig) -> OrderResult:
             replace(worth.adapted(part, [run], config.adapt), name=f"pretrained on {people}")
             for people, run in runs.items()
         ]
+        # Random weights take only the architecture of a run: any of them would do.
         fresh = worth.adapted(part, [runs[most]], config.adapt, scratch=True)
         return [*ours, fresh, *(baseline(part, name) for name in WITHOUT)]
 
@@ -291,6 +293,7 @@ def run_order(config: DemoConfig) -> OrderResult:
     others = point.results[len(runs) :]
     points = {
         people: replace(point, results=[found, *others])
+        # Behind the results of the runs come those of the others.
         for people, found in zip(runs, point.results, strict=False)
     }
     return OrderResult(

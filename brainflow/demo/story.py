@@ -40,6 +40,7 @@ def read() -> NDArray[np.float32]:
     """
     shipped = files("brainflow") / "demo_data" / "pieman" / "pieman24.npz"
     with as_file(shipped) as path, np.load(path, allow_pickle=False) as arrays:
+        # Shipped as float16, in which sums over 300 volumes would be rounded.
         bold = arrays["bold"].astype(np.float64)
     if bold.shape != (len(PEOPLE), 300, 100) or not np.isfinite(bold).all():
         raise ValueError(
