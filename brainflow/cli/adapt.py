@@ -213,6 +213,7 @@ def run(args: Args) -> int:
     doubts = _tell(rows)  # before the fits, which take long
     explain = HeldOut(task, args.attribute) if args.attribute else None
     settings: dict[str, Any] = {
+        # Shared: features of frozen weights are computed once for all ways to adapt.
         "known": {},
         "seeds": args.seeds,
         "device": args.device,
@@ -270,6 +271,7 @@ def run(args: Args) -> int:
 
         page = write_report(out, masker=masker)
     if args.json:
+        # The file itself, so that stdout says the same.
         print((out / "scores.json").read_text(encoding="utf-8"), end="")
         return 0
     title = (

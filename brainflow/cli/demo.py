@@ -90,6 +90,7 @@ def _run(args: Args, began: float) -> int:
         stages = Stages(say, progress)
         try:
             result = run_demo(config, stages)
+        # Within pretraining Ctrl-C arrives as this.
         except Preempted as stopped:
             raise KeyboardInterrupt from stopped
         stages.begin("drawing", "")

@@ -102,6 +102,7 @@ def environment() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
         "GPUs": ", ".join(gpus) or "none",
+        # Not those of the machine: a job or a container may have been given fewer.
         # macOS has no affinity.
         "CPU cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}"
         f", torch uses {torch.get_num_threads()} threads",
@@ -141,4 +142,5 @@ def namesake_installed() -> bool:
     """Whether the distribution `brainflow` of the same import name is installed, or left files in ours."""
     import brainflow
 
+    # Installed together both lie in one folder; board_shim.py is the namesake's alone.
     return _version("brainflow") is not None or (Path(brainflow.__file__).parent / "board_shim.py").exists()

@@ -49,6 +49,7 @@ class Tar:
     A tar that cannot be read is reported with its reason, and the others are written.
     """
 
+    # One argument for both: with --store the last word is a tar, too.
     paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC [SRC ...] STORE")]
     """Tar files, then the store; with --store, tar files only. Runs are added if the store exists."""
     store: str | None = None
@@ -156,6 +157,7 @@ class Fbert:
 
 
 Args = (
+    # Else tyro would call options by their subcommand, --tar.store.
     Annotated[Tar, tyro.conf.subcommand("tar", prefix_name=False)]
     | Annotated[Arrays, tyro.conf.subcommand("arrays", prefix_name=False)]
     | Annotated[Store, tyro.conf.subcommand("store", prefix_name=False)]

@@ -93,7 +93,9 @@ def commented(store: str, framework: str, name: str = "run.toml") -> str:
 def _explained(config: type[Any]) -> dict[str, str]:
     """Return field → the docstring under it in the source, of the class or of those above it, in one line."""
     found = {}
+    # From the base down: what a class says itself wins.
     for one in filter(is_dataclass, reversed(config.__mro__)):
+        # From the source: Python keeps no docstrings of fields.
         (body,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
         assert isinstance(body, ast.ClassDef)
         for field, text in zip(body.body, body.body[1:], strict=False):

@@ -133,6 +133,7 @@ def _group(args: Args, atlases: list[AtlasSpec]) -> list[dict[str, Any]]:
     if not any(record["status"] == "done" for record in records):
         # What follows raises: reasons are to be seen first.
         _print_left_out(records)
+    # The participant level has noted them: --atlas need not be given again.
     specs = atlases or [
         saved_atlas(label, work_of(args)) for label in gather.check_recipes(records)["atlases"]
     ]
@@ -243,6 +244,7 @@ def _print_left_out(records: Sequence[dict[str, Any]]) -> bool:
         print(f"\n{'status':8}  {'run':{width}}  reason")
         for record in sorted(left_out, key=lambda record: (record["status"], record["key"])):
             print(f"{record['status']:8}  {printable(record['key']):{width}}  {printable(record['reason'])}")
+    # An excluded run is no failure: a rule that the user set left it out.
     return any(record["status"] == "failed" for record in left_out)
 
 

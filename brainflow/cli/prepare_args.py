@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from brainflow.prepare import Query, Settings
 
 
+# Aliases are the names that fMRIPrep and MRIQC have for the same options.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
     """Arguments of `brainflow prepare`."""
@@ -199,6 +200,7 @@ def settings_of(args: Args) -> Settings:
         high_pass=args.high_pass or None,
         low_pass=args.low_pass or None,
         normalise=args.normalise,
+        # Surfaces are not smoothed here, and their recipe is not to say so.
         smoothing_fwhm=args.smoothing_fwhm or None if args.input == "volume" else None,
         dummy_scans=args.dummy_scans,
     )

@@ -143,6 +143,7 @@ def settled(args: AnySettings, words: list[str]) -> AnySettings:
 def _stated(words: list[str]) -> tuple[str, ...]:
     """Return the names of the settings that options give."""
     given = (word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--"))
+    # A flag that is turned off, as by --train.no-plot, is stated as well.
     return tuple(sorted({name.replace(".no_", ".") for name in given}))
 
 
@@ -277,6 +278,7 @@ def _submit(args: Args, config: PretrainConfig) -> int:
     said = {"job": job.job_id, "output": str(folder)}
     print(json.dumps(said) if args.json else f"job {said['job']}; its output goes to {said['output']}")
     if args.slurm.cluster == "local":
+        # One exit code a process: the worst is that of the run.
         return max(job.results())
     return 0
 

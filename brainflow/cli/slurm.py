@@ -51,6 +51,7 @@ class SlurmConfig:
         for name in ("gpus", "memory"):
             if getattr(self, name) < 0:
                 raise ValueError(f"slurm.{name}: got {getattr(self, name)}, expected 0 or more")
+        # Six minutes: the warning comes three before the end, and some work is to be done until then.
         if not self.hours > 0.1:
             raise ValueError(f"slurm.hours: got {self.hours}, expected more than 0.1")
         if self.gpus and self.tasks != self.gpus:
@@ -74,6 +75,7 @@ class Task:
 
         from .main import main
 
+        # A process sees all GPUs of the job and takes its own by its local rank.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         return main(["pretrain", *self.words])
 

@@ -34,6 +34,7 @@ def check_words(prog: str, args: Any, words: list[str]) -> None:
         Naming the first of them, and what the command takes.
     """
     leading = words[: next((i for i, word in enumerate(words) if word.startswith("-")), len(words))]
+    # `|` makes a UnionType of classes, and a Union where they are Annotated.
     if get_origin(args) in (Union, types.UnionType) and not {*leading[:1]} & {*_subcommands(args)}:
         return  # the parser names the subcommands
     room = _usage(prog, args, words)[1]
