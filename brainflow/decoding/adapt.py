@@ -112,6 +112,7 @@ def adapt(
     return judge(
         task,
         config.name,
+        # Of each seed, not of their mean: scores are those of one decoder, not of a committee.
         stacked.argmax(axis=-1),
         probabilities=stacked.mean(axis=0),
         details=details,
@@ -222,5 +223,7 @@ def background_covariance(
         Whose tested people and runs are left out; None: nobody but those whom a split file keeps for the
         test.
     """
+    # Not of the training windows: whitened by themselves these are orthogonal to each other, and whoever is
+    # left out looks unknown (dev/log.md).
     background = task.background(fold) if config.whitens else None
     return None if background is None else state_covariance(module, background, device=device)

@@ -204,6 +204,7 @@ class HeldOut:
     def average(self) -> Attribution:
         """Return the averages over the windows that were explained."""
         rows, task = np.flatnonzero(self._times), self._task
+        # By an int64 NumPy would divide in float64.
         values = [self._sums[i] / np.float32(self._times[i]) for i in rows]
         return average(
             values,
@@ -224,6 +225,7 @@ def _logits(decoder: Decoder, t_r: float) -> Logits:
 
     def forward(x: Tensor) -> Tensor:
         count, time, _ = x.shape
+        # Any values will do: lengths and TR are wanted, the BOLD is put in below.
         blank = np.zeros((time, 1), np.float32)
         source = ArrayWindows([blank] * count, t_r=t_r)
         everything = np.arange(count)
@@ -238,6 +240,7 @@ def _logits(decoder: Decoder, t_r: float) -> Logits:
 
 def _integrated_gradients(forward: Logits, x: Tensor, target: Tensor) -> Tensor:
     """Return x times the mean gradient on the straight path from 0, by Gauss-Legendre quadrature."""
+    # Exact for polynomials up to degree 2 · STEPS - 1, where equal steps would need many more points.
     nodes, weights = (torch.from_numpy(v).to(x) / 2 for v in np.polynomial.legendre.leggauss(STEPS))
     total = torch.zeros_like(x)
     for places, weight in zip(nodes.split(COPIES), weights.split(COPIES), strict=True):
@@ -256,6 +259,7 @@ def _occlusion(forward: Logits, x: Tensor, target: Tensor) -> Tensor:
         blank = x.repeat(len(networks), 1, 1, 1)
         for copy, network in zip(blank, networks, strict=True):
             copy[:, :, network] = 0
+        # Shared out over time, so that sums over time, which maps show, are the fall itself.
         falls = before - _of(forward(blank.flatten(0, 1)), target)
         fall[:, :, networks] = (falls.T / x.shape[1])[:, None]
     return fall

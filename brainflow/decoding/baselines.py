@@ -134,6 +134,7 @@ def covariances(bold: NDArray, lengths: NDArray) -> NDArray[np.float64]:
     if bold.shape[1] > most:
         bold = bold[:, np.sort(np.random.default_rng(0).choice(bold.shape[1], most, replace=False))]
     windows = np.split(np.asarray(bold, dtype=np.float64), np.cumsum(lengths)[:-1])
+    # Shrunk: of fewer time points than networks a covariance is singular and has no logarithm.
     return np.stack([ledoit_wolf(w - w.mean(axis=0), assume_centered=True)[0] for w in windows])
 
 
@@ -168,6 +169,7 @@ def connectomes(bold: NDArray, lengths: NDArray) -> NDArray[np.float32]:
     networks = bold.shape[1]
     above, below = np.triu_indices(networks, k=1)
     if len(above) > EDGES:
+        # A fixed seed: runs may come one by one, and have to give the same edges.
         pick = np.sort(np.random.default_rng(0).choice(len(above), EDGES, replace=False))
         above, below = above[pick], below[pick]
     rows = []
@@ -279,6 +281,7 @@ class LinearOverTime:
         x, named = torch.from_numpy(np.asarray(X, dtype=np.float32)), torch.from_numpy(target)
         self._mean, self._scale = x.mean(dim=(0, 1)), x.std(dim=(0, 1)).clamp_min(1e-6)
         x = (x - self._mean) / self._scale
+        # Not zeros as the weights below: with both at zero neither would have a gradient.
         self._time = torch.full((x.shape[1],), 1.0 / x.shape[1], requires_grad=True)
         self._weight = torch.zeros(x.shape[2], len(self.classes_), requires_grad=True)
         self._bias = torch.zeros(len(self.classes_), requires_grad=True)

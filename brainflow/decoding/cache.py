@@ -81,6 +81,7 @@ def keep(
     predictions, chances
         `[windows]` and `[windows, classes]`, or None.
     """
+    # None would need a pickle in the file: no rows stand for it.
     known = np.zeros((0, len(of.classes)), np.float32) if chances is None else chances
     content = io.BytesIO()
     np.savez_compressed(content, predictions=predictions, probabilities=known)
@@ -95,6 +96,7 @@ def _path(folder: Path, of: DecodingTask, name: str) -> Path:
     settings = [name, of.store.snapshot, of.config.hrf_shift, len(of.classes), of.groups.tolist()]
     digest.update(repr(settings).encode())
     arrays = [of.segments, of.labels]
+    # Without validation windows, which no decoder of these looks at.
     for fold in of.folds:
         arrays += [fold.train, fold.test]
     for array in arrays:
@@ -106,6 +108,7 @@ def _path(folder: Path, of: DecodingTask, name: str) -> Path:
 @cache
 def _code() -> str:
     """Return what changes where another version may say something else."""
+    # Sources, since the package's version stays the same while they are worked on.
     files = (hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in CODE)
     return " ".join([*files, *(version(library) for library in LIBRARIES)])
 

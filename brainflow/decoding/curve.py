@@ -67,6 +67,7 @@ def learning_curve(
         for count in sorted(set(counts))
     }
     for count, tasks in reduced.items():
+        # Who takes everybody draws the same people each time: copies of one fit are not several draws.
         if all(len(np.unique(task.groups[fold.train])) == count for fold in task.folds):
             del tasks[1:]
     judged: dict[int, list[list[Result]]] = {count: [] for count in reduced}

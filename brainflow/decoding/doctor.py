@@ -105,6 +105,7 @@ def examine(
     )
     lengths = np.asarray(store.segments.length if windows is None else windows).tolist()
     if lengths and "seq_max" in drawn:
+        # Lengths are drawn below `seq_max`, never at it.
         rows.append(_window_row(lengths, shortest, int(drawn["seq_max"]) - 1))
     units = {
         "variance": "z-score each network and run, as the model's data were",

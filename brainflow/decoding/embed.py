@@ -111,6 +111,7 @@ def embed(
     confounds: Confounds = "auto",
     window: float | None = None,
     per: Literal["window", "run"] = "window",
+    # Both: without labels nobody can say which of them reads better.
     layer: LayerName = "both",
     pooling: Pooling = "mean",
     bins: int = BINS,
@@ -512,6 +513,7 @@ def _embedded(
             )
         longest = asked
     parts = math.ceil(len(run.bold) / longest)
+    # Nearly equal parts: full ones would leave a rest, perhaps of a single time point.
     bounds = np.linspace(0, len(run.bold), parts + 1).round().astype(int)
     pieces = [run.bold[start:stop] for start, stop in itertools.pairwise(bounds)]
     source = ArrayWindows(pieces, t_r=run.t_r)

@@ -138,6 +138,7 @@ def finetune(
     labels = source.labels[windows]
     weights = torch.from_numpy(class_weights(labels, classes)).to(device) if balance else None
     warmup = max(1, steps // 10)
+    # Zero would be reached one step after the last, so no step does nothing.
     rates = [lr * min((i + 1) / warmup, (steps - i) / max(1, steps - warmup)) for i in range(steps)]
     stop = steps if stop is None else stop
     losses = torch.zeros(stop, device=device)
@@ -201,6 +202,7 @@ def _check(
     """Return cross-entropy and accuracy over some windows."""
     chances, labels = probabilities(decoder, source, windows, device=device), source.labels[windows]
     chosen = chances[np.arange(len(windows)), labels]
+    # A softmax in float32 may be 0, whose log is infinite.
     loss = float(-np.log(np.maximum(chosen, 1e-12)).mean())
     return loss, float((chances.argmax(axis=1) == labels).mean())
 

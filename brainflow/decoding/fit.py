@@ -167,6 +167,7 @@ class AdaptConfig:
             chosen = known if self.mode == "knn" else [*known, BOTH, ALL]
         found = [Readout(pooling=self.pooled_by, bins=self.bins, layer=layer) for layer in chosen]
         if self.pooling is None and len(chosen) > 1 and self.mode != "knn":
+            # Not at the end, which is what is taken where nothing can choose.
             return [SPREAD, *found]  # states that are regimes: models forecast the mean, not the variance
         return found
 
@@ -287,6 +288,7 @@ def choose(
         )
         for one, x in zip(readouts, features, strict=True)
     ]
+    # The log-SD alone has to be clearly better: see BETTER.
     losses = [fit.loss / (BETTER if one == SPREAD else 1.0) for one, fit in zip(readouts, fits, strict=True)]
     place = len(fits) - 1 if np.isnan(losses).any() else int(np.argmin(losses))
     return place, fits[place]
@@ -337,6 +339,7 @@ def _steps_to_take(
         return None, []
     settings: Any = {"classes": classes, "balance": config.balance, "times": readout.times}
     # A head of its own: the other one has been fitted to the people who judge here.
+    # Without a covariance: nothing is trained from a head that is whitened.
     ridge = fit_ridge(features[rest], source.labels[rest], groups=groups[~out], **settings)
     decoder = _trainable(module, linear_head(ridge), readout, config, device)
     checks = _train(decoder, source, rest, config, classes, device, held).checks

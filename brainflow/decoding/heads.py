@@ -44,6 +44,7 @@ class Neighbours(nn.Module):
         self.mean: Tensor
         self.keys: Tensor
         self.votes: Tensor
+        # Buffers: they are saved with the head, and no optimizer changes them.
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("keys", torch.zeros(examples, width))
         self.register_buffer("votes", torch.zeros(examples, classes))
@@ -85,6 +86,7 @@ class AttentiveHead(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
+        # Small, so that attention begins as nearly the mean over the window.
         self.query = nn.Parameter(torch.randn(self.heads, width // self.heads) * 0.02)
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(width, classes)
@@ -98,6 +100,7 @@ class AttentiveHead(nn.Module):
         index = window[:, None].expand_as(score)
         blank = score.new_zeros(len(lengths), self.heads)
         # Detached: a constant that keeps `exp` in range, whose gradient cancels.
+        # Without the zeros of `blank`, which would lie above scores that are all negative.
         top = blank.scatter_reduce(0, index, score.detach(), "amax", include_self=False)
         weight = (score - top[window]).exp()
         share = weight / blank.index_add(0, window, weight)[window]

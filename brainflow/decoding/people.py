@@ -341,6 +341,7 @@ def _confounds(
                     ConfoundWarning,
                     stacklevel=3,
                 )
+            # Over all people, without a leak: a fit with an offset says the same whatever the scale.
             spread = found.std()
             made.append((found - found.mean()) / (spread if spread > 0 else 1.0))
             continue

@@ -262,6 +262,7 @@ def _decode(
     said = np.zeros((people, max(classes, 1)))
     chosen = []
     for fold in task.folds:
+        # A class cannot be freed of confounds; of classes the features alone are.
         target = task.target if classes else task.without_confounds(task.target, fold)
         found = list(features(fold))
         if task.confounds.shape[1]:

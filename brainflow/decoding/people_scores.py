@@ -197,6 +197,7 @@ def _permutations(units: NDArray, seed: int, permutations: int = 1_000) -> NDArr
     They change places within units of several people; those who are alone in theirs, among each other.
     """
     _, member, count = np.unique(units, return_inverse=True, return_counts=True)
+    # Within a site or family, because people of different ones differ in more than the target.
     block = np.where(count[member] > 1, member, -1)
     rng = np.random.default_rng(seed)
     order = np.tile(np.arange(len(units)), (permutations, 1))

@@ -280,5 +280,6 @@ def moments(hidden: Tensor, lengths: np.ndarray) -> Tensor:
     """
     mean = pool(hidden, lengths, "mean")
     window = upload(hidden.device, window=window_of(lengths))["window"]
+    # In two passes: mean square less squared mean would cancel in float32.
     variance = pool((hidden - mean.index_select(0, window)).square(), lengths, "mean")
     return torch.cat((mean, (variance + SMALLEST_VARIANCE).log() / 2), dim=1)

@@ -169,6 +169,7 @@ def _baseline(
             task.folds,
             classes=len(task.classes),
             groups=task.groups,
+            # Read by ridge alone, whose features are whole time points side by side.
             times=features.shape[1] // bold.shape[1],
         )
         if cache is not None:

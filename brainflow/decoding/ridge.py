@@ -234,6 +234,7 @@ def _mean_and_spread(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     mean = np.average(x, axis=0, weights=weights)
     spread = np.sqrt(np.average(np.square(x - mean), axis=0, weights=weights))
+    # Divided by infinity it is 0, and so is its weight: it can neither help nor overflow.
     spread[spread < 1e-6 * np.maximum(np.abs(mean), 1e-30)] = np.inf  # a constant, as float32 knows it
     return mean, spread
 

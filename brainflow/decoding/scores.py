@@ -220,6 +220,7 @@ def permutation_p(
     edges = np.flatnonzero(groups[1:] != groups[:-1]) + 1
     for mine, named in zip(np.split(labels, edges), np.split(predictions, edges, axis=1), strict=True):
         shuffled = rng.permuted(np.broadcast_to(mine, (permutations, len(mine))), axis=1)
+        # One permutation for all rows, which share their labels: with one for each p would be too small.
         for one_seed in named:
             hits += (shuffled == one_seed).sum(axis=1)
     return float((1 + (hits >= seen).sum()) / (1 + permutations))
