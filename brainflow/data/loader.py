@@ -149,6 +149,7 @@ class Loader(ABC):
 
     def _settle(self) -> None:
         """Count the gathering since the last call as `disk` if anything was read from a disk or a server."""
+        # Pages that were in the page cache add no block: what it grows by came from a disk.
         read = resource.getrusage(resource.RUSAGE_SELF).ru_inblock + getattr(self.store, "waits", 0)
         if read != self._read:
             self._read = read

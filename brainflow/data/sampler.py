@@ -179,6 +179,7 @@ class WindowSampler:
                 "give training and validation two each (brainflow split STORE --validation 2 …)"
             )
         self._steps_per_block = max(1, _BLOCK // len(self._share))
+        # Kept for speed, no state: a block follows from its number, wherever a run resumes.
         self._block: tuple[int, dict[str, NDArray[np.int64]]] = (-1, {})
 
     @property

@@ -495,5 +495,6 @@ def _text(column: NDArray[Any]) -> list[str]:
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
+    # In one form, so that the layout of the file does not count.
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
