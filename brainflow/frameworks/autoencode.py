@@ -143,6 +143,7 @@ class Autoencoder(Framework):
         if self.config.chained_states:  # teacher forcing of 2022 gives a step the very value that it predicts
             decoded = self.decoder.run_free(pooled, steps, ended, given=embedded if forced else None)
         elif forced:
+            # Rows behind the last token: what a window's first time point has before it.
             nothing = torch.zeros_like(pooled)
             before = torch.cat((embedded, nothing)).index_select(0, sent["before"])
             decoded = self.decoder(pooled, before, steps)

@@ -79,6 +79,7 @@ def seats(lengths: np.ndarray, halves: int, late: bool = False) -> Seats:
     types = np.repeat(order, room)
     if late:
         types = np.roll(types, 1)
+        # To a first seat the roll has brought the last type of the sequence before.
         types[first[:-1]] = 0
     return Seats(
         time_points=time_points,

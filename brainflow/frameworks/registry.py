@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 GROUP = "brainflow.frameworks"
 """Group of the entry points: name = the framework's, value = the module that registers it."""
+# The sampler's, written out: to import that would import torch.
 _GAP = 4  # most time points between the halves of a pair
 _Builder = TypeVar("_Builder", bound="Callable[[Any], Framework]")
 
@@ -241,6 +242,7 @@ _BERT: dict[str, Any] = {
 }
 
 
+# By neighbours it explains .41 of the story's variance after 300 steps, by the token .31 (dev/log.md).
 @register_framework("seq-bert", config=SeqBERTConfig, usual={"mask_fill": "neighbours"}, **_BERT)
 def _seq_bert(config: SeqBERTConfig) -> Framework:
     from brainflow.frameworks.seq_bert import SeqBERT

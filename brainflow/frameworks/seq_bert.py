@@ -77,6 +77,7 @@ class SeqBERT(BertFramework):
         """Return the mask token on top of the mean of each masked row's nearest neighbours that are seen."""
         read = around(batch.lengths, rows).read
         share = (read >= 0) / np.maximum((read >= 0).sum(1, keepdims=True), 1)
+        # A side without a seen neighbour (-1) reads row 0, with a share of 0.
         sent = upload(batch.bold.device, read=np.maximum(read, 0), share=share[:, :, None].astype(np.float32))
         mean = (batch.bold[sent["read"]] * sent["share"]).sum(1)
         return cast_input(mean, self.mask_token) + self.mask_token
