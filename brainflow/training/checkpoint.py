@@ -168,6 +168,7 @@ def save(
     except (OSError, SafetensorError, CheckpointException) as error:
         reason: BaseException = error
         if isinstance(error, CheckpointException):
+            # There is only one: with `no_dist` each rank saves for itself.
             reason = next(iter(error.failures.values()))[0]
             if not isinstance(reason, OSError | SafetensorError):
                 raise reason from None

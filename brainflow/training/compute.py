@@ -28,6 +28,7 @@ def settle_precision(
 
 
 def _best_precision(device: torch.device) -> str:
+    # By itself PyTorch says yes for GPUs, too, that only emulate bf16.
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     return "fp32"

@@ -159,6 +159,7 @@ class _Run:
         ranks.agree(0, device)
         self.split = split_of(config, store, folder / SPLIT)
         # Names the folders of checkpoints under way: what a killed process left there is never mixed in.
+        # 62 bits, since it travels as an int64.
         self.attempt = ranks.agree(secrets.randbits(62), device)
         self.sampler = self._sampler("train", train.seed)
         self.parts = rank_parts(train.micro_batches, ranks)
@@ -245,6 +246,7 @@ class _Run:
             MicrobatchSampler(self.microbatches),
             kind=self.config.data.loader,
             device=str(self.device),
+            # The loader counts microbatches, the run steps.
             start_step=self.step * len(self.parts),
             on_corrupt=self.config.data.on_corrupt,
         )

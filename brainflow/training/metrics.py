@@ -182,6 +182,7 @@ def _keep(path: Path, wanted: Callable[[str, str], bool]) -> None:
 def _append(path: Path, line: str) -> None:
     data = line.encode()
     try:
+        # In place of a log there may lie a link, which is not followed, or a pipe, which is not waited for.
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         try:
             written = os.write(handle, data)

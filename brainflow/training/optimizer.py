@@ -75,6 +75,7 @@ class LossScale:
     `values` float32 [2]: the scale, good steps since it changed. It is part of a checkpoint.
     """
 
+    # A power of two, also halved and doubled: scaling changes exponents and costs no digit.
     START, GROW_EVERY = 2.0**14, 2_000
 
     def __init__(self, device: torch.device) -> None:
@@ -126,6 +127,7 @@ class MovingAverage:
             module.reshard()
         for name, parameter in module.named_parameters():
             here, average = local(parameter), local(self.values[name])
+            # In place: the optimizer and what wraps the module hold these very tensors.
             kept = here.clone()
             here.copy_(average)
             average.copy_(kept)

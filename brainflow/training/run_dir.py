@@ -60,6 +60,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     descriptor = _open_lock(folder / ".lock")
     try:
         try:
+            # The kernel lets go of it when the process ends, however that happens: no lock stays behind.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Busy(

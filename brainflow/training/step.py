@@ -176,6 +176,7 @@ class TrainingStep:
         try:
             # A step holds the BOLD of all its microbatches at once.
             others = [batch.bold.clone() for _ in self.parts[1:]]
+            # As the last part, in whose backward pass gradients are exchanged between ranks.
             self._backward(batch, self.parts[-1], None)
             del others
         except torch.OutOfMemoryError as error:
@@ -284,6 +285,7 @@ class TrainingStep:
         return self.ranks.sum(upload(self.device, counts=counts.numpy())["counts"])
 
     def _part_seed(self, purpose: str, step: int, part: int) -> int:
+        # As with masks: the first part draws what a step draws that is not cut.
         return derive_seed(self.config.train.seed, purpose, step, *([part] if part else []))
 
     def _count_tokens(self) -> None:

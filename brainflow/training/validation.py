@@ -276,6 +276,7 @@ class Validator:
 
     def _share(self, module: Any) -> Tensor:
         """Return the share of the network that predicts held-out runs best, on windows of their own, 0-d."""
+        # One for all networks: one for each would be fitted to the few people who are held out.
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch, counts in self._draw(self.share_batches):
             batch, _, network, rows = self._score(module, batch)
@@ -415,6 +416,7 @@ def draw(path: Path, example: Example, step: int) -> bool:
         _log.info("no reconstruction plots: pip install 'brainflow-fmri[report]'")
         return False
     seconds, bold, prediction = example.seconds, example.bold, example.prediction
+    # Without pyplot, which keeps each figure until it is closed, and may want a display.
     figure = Figure(figsize=(10, 6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"step {step}: a held-out window, masked values and their reconstruction")
