@@ -230,6 +230,7 @@ def restore_interrupted_move(path: Path) -> None:
 
 def _rename(one: Path, other: Path, flags: int) -> bool:
     """Rename by renameat2; False where kernel or file system cannot exchange."""
+    # Python's os has no rename that fails where something is, and none that exchanges.
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
         arguments = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(flags))

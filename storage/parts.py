@@ -134,6 +134,7 @@ def gather(
         If there are no parts, one is damaged, or one differs from the run of its key in the store.
     """
     # Names with a point in front are temporaries of processes that still write.
+    # By key: the store is the same whichever process was done first.
     files = sorted(
         (read_part(path)["key"], path) for path in Path(parts).glob(f"*{SUFFIX}") if path.name[0] != "."
     )

@@ -62,6 +62,7 @@ class ShardWriter:
             The row at which the block starts.
         """
         grid = self.grid
+        # A run lies in one file, so that each of its windows is one piece of it.
         if self.row % grid.shard_rows + len(block) > grid.shard_rows:
             self.close_shard()
         if self._file is None:

@@ -136,6 +136,7 @@ def read_parquet(path: str, wanted: str, allowed: int) -> np.ndarray:
             if not kind.is_integer(field.type) and not kind.is_floating(field.type):
                 raise ValueError(f"column {field.name!r} holds {field.type}, expected real numbers")
         check_shape((file.metadata.num_rows, len(schema)), np.dtype("f8"), allowed)
+        # A thread reserves addresses for a stack and an arena, which the limit of memory counts.
         columns = file.read(use_threads=False).columns
     return np.stack([column.to_numpy() for column in columns], axis=1)
 

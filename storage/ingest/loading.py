@@ -154,6 +154,7 @@ def _in_a_child(kind: str, path: Path, name: str) -> np.ndarray:
         try:
             done = subprocess.run(
                 [*command, str(allowed), str(seconds)],
+                # Addresses are limited there, and Arrow's own allocator reserves a gigabyte of them.
                 env={**os.environ, **threads, "ARROW_DEFAULT_MEMORY_POOL": "system"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
