@@ -357,6 +357,7 @@ def _framework_errors(config: ModelConfig, device: str) -> float:
         module.to(on, dtype).zero_grad()
         loss = loss_of(module, given)
         loss.backward()
+        # Parameters that only decoding reads have no gradient.
         found = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
         results.append(torch.cat([loss.detach()[None], *found]).double().cpu())
     return conformance.error_ratio(*results) / 1e-3

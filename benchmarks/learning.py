@@ -50,6 +50,7 @@ def parts(plan: Plan) -> dict[str, Part]:
     """Return name → part, those that take longest first."""
     others = [framework for framework in plan.frameworks if framework != plan.frameworks[0]]
     first, largest = plan.frameworks[0], plan.order_people[-1]
+    # Else a long part would run alone at the end, beside cores without work.
     found: dict[str, Part] = {"order": partial(order_part, people=largest, framework=first)}
     for framework in plan.frameworks:
         found[f"story/{framework}"] = partial(story_part, framework=framework)

@@ -48,6 +48,7 @@ def time_to_loss(steps: int, device: str, path: str | None = None) -> list[Row]:
     """Race dense against single for `steps` steps of single, on a store or the example recordings."""
     curves = race(steps, device, path)
     lowest = min(loss for _, loss in curves["single"])
+    # Infinite if it never did: such a row is left out.
     reached = next((seconds for seconds, loss in curves["dense"] if loss <= lowest), float("inf"))
     for name, curve in curves.items():
         print(f"{name}: {curve[-1][1]:.4f} after {curve[-1][0]:.1f} s", file=sys.stderr)

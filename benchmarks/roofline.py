@@ -93,6 +93,7 @@ def _matmul(device: str, dtype: torch.dtype) -> Timing:
     side = _side(device, dtype)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
+    # Into memory that is there: page faults of a new result are no part of a product.
     call = {"matmul": lambda: torch.mm(a, b, out=product)}
     return timing.interleave(call, repeats=3, device=device, seconds=0.5)["matmul"]
 
