@@ -16,10 +16,12 @@ Settings = dict[str, dict[str, Any]]
 # What every run has but those of 2022: forecasts that begin at the linear predictor, amplitudes that survive
 # the embedding, positions that mean the same in longer windows and at another TR, no over-fitted last step.
 MODEL: dict[str, Any] = {
+    # What explained variance measures.
     "loss": "mse",
     "positions": "seconds",
     "time_encoding": "none",
     "embedding_norm": False,
+    # Post-LN BERTs of these sizes do not start to learn for thousands of steps.
     "norm_first": True,
     "linear": True,
 }

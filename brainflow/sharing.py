@@ -255,6 +255,7 @@ def _check_older(store: BoldStore, repository: str) -> None:
     """
     client = need("huggingface_hub", "the hub", "hub")
     try:
+        # Forced: what an earlier download left in the cache may stand in for a hub that does not answer.
         there = client.hf_hub_download(repository, MANIFEST, repo_type="dataset", force_download=True)
     except client.errors.EntryNotFoundError:
         return

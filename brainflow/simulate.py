@@ -271,6 +271,7 @@ def _oscillators(
     for t in range(time):
         pattern = cohort.signal * patterns[np.arange(people), state_at[:, t]]
         noise = np.stack([rng.normal(size=(_SUBSTEPS, 2, size)) for rng in rngs], axis=1)
+        # Euler and Maruyama: the variance of noise grows with the time of a step, so its SD with the root.
         noise *= _NOISE * np.sqrt(step)
         # Regions are coupled by their differences, and rows of links sum to 1: hence the last term.
         growth = -0.02 + shift * pattern + 1j * frequency - _COUPLING
