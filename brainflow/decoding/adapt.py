@@ -87,6 +87,7 @@ def adapt(
     if seeds < 1:
         raise ValueError(f"seeds: got {seeds}, expected at least 1")
     check_fits(checkpoint, task.store, allow=allow_mismatch)
+    # Fresh weights have seen nobody, whoever trained the checkpoint.
     saw = [] if config.scratch else check_unseen(checkpoint, task, allow=allow_seen)
     where, told = resolve_device(device), or_notebook(progress, "fits")
     parts, histories, read = [], [], Counter[str]()

@@ -452,6 +452,7 @@ def _of_store(text: str, model: _Model, allow: bool, failures: dict[str, str]) -
             f"is of no kind that is read: an image ({', '.join(ENDINGS)}), a table "
             f"({', '.join(TABLES)}) or a store"
         )
+    # Any of them, not the root's alone: what a damaged store lacks is said when it is opened.
     if not is_remote(text) and not any(Path(text).glob("**/zarr.json")):
         raise ValueError(
             f"is a folder, but no store; name the files in it, as in {text.rstrip('/')}/*_bold.nii.gz"

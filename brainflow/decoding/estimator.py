@@ -78,6 +78,7 @@ class _OnWindows(BaseEstimator):
         else:
             self.trained_on_ = {}
             torch.manual_seed(self.random_state)
+            # scikit-learn makes estimators without arguments, and fits them so.
             module = build(ModelConfig(networks=networks, **FRESH))
         return module.to(self.device).eval()
 

@@ -150,6 +150,7 @@ def finetune(
         checks.append((0, *_check(decoder, source, validation, device)))
         best = copy.deepcopy(decoder.state_dict())
     decoder.train()
+    # Batches are filled up over the end of an epoch: a larger one would hold a window twice.
     size = min(batch, len(windows))
     with source.loader(windows, batch=size, shuffle=True, seed=seed, device=device, jitter=jitter) as loader:
         for step, packed in enumerate(itertools.islice(loader, stop)):

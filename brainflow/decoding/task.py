@@ -222,6 +222,7 @@ class DecodingTask:
         owner = np.repeat(np.arange(len(runs)), counts)
         onset = length * np.concatenate([np.arange(count) for count in counts])
         few = min(len(owner), max(1, BACKGROUND // length))
+        # Spread evenly: the first ones would be of a few people.
         pick = np.linspace(0, len(owner) - 1, few).astype(int)
         owner, onset = owner[pick], onset[pick]
         starts = np.asarray(runs.start, np.int64)[owner] + onset
@@ -266,6 +267,7 @@ class MovedSegments(SegmentSampler):
         moved = windows.starts + self._move
         moved += rng.integers(-self._jitter, self._jitter, len(windows), endpoint=True)
         begin, length = (column[windows.runs] for column in self._runs)
+        # At an end of its run a window moves less, so that it keeps its length.
         return replace(windows, starts=np.clip(moved, begin, begin + length - windows.lengths))
 
 
