@@ -174,6 +174,7 @@ def drawn_rows(mask: MaskSpec, lengths: np.ndarray) -> np.ndarray:
 def whole_loss(hidden: Tensor, unembedding: nn.Linear, target: Tensor, loss: str) -> Tensor:
     """Return the mean loss of projected `hidden` [rows, width] against `target` [rows, networks]."""
     sent = upload(hidden.device, bounds=np.array([0, len(hidden)], np.int32))
+    # Not a product and a loss: this computes the gradients at once and keeps no predictions.
     return linear_masked_loss(
         hidden, unembedding.weight, unembedding.bias, target, MaskSpec.all_valid(), loss=loss,
         cu_seqlens=sent["bounds"],
