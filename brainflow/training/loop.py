@@ -265,6 +265,7 @@ class _Run:
                     told(self.step, config.steps)
                 if self.step == first + 1:
                     parallel.shorten_timeout()
+                # On all ranks in the same step: whoever collects alone lets the others wait.
                 if self.step % COLLECT_EVERY == 0:
                     gc.collect()
                 stopping = self._stopping(stop, numbers)
@@ -312,6 +313,7 @@ class _Run:
         """Whether any rank was asked to stop; on GPUs the answer is read every `log_every` steps."""
         if numbers.stop is None or self.ranks.world == 1:
             return stop.number is not None
+        # To read it in each step would let the host wait for the GPU.
         if self.device.type == "cuda" and self.step % self.config.train.log_every:
             return False
         return bool(numbers.stop > 0)

@@ -152,6 +152,7 @@ class Validator:
         self.ranks.sum(sums)
         (total, product, square, now, before), (tokens, pairs) = sums[:-2].view(5, networks), sums[-2:]
         mean = total / tokens
+        # Of a network that is 0 throughout the slope is then 0, not NaN.
         spread = (square - 2 * mean * before + pairs * mean**2).clamp_min(1e-12)
         self.mean = mean.float()
         self.ar1 = ((product - mean * (now + before) + pairs * mean**2) / spread).float()
