@@ -183,6 +183,7 @@ class StoreAttributes:
         """
         for name, value in options.items():
             asked = value.tolist() if isinstance(value, np.ndarray) else value
+            # A default that is asked for cannot be told from one that is not.
             if name == "provenance" or asked in (None, "", {}, []) or (name, asked) == ("dtype", "float16"):
                 continue
             held = getattr(self, name)

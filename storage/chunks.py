@@ -39,6 +39,7 @@ class DecodedRows:
         self._fetch = fetch
         self._zstd = Zstd().decode
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
+        # Of this reader alone: as a decorator it would serve all of them, and keep them alive.
         self.row = lru_cache(_KEPT_ROWS)(self._row)
 
     def windows(self, starts: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:

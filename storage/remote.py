@@ -165,6 +165,7 @@ class RemoteFiles:
     def _copy(self, relative: str, size: int, descriptor: int) -> None:
         def piece(offset: int) -> None:
             data = self.read_range(relative, offset, min(_LARGEST_REQUEST, size - offset))
+            # Not seek and write: all threads share the descriptor's position.
             os.pwrite(descriptor, data.tobytes(), offset)
 
         jobs = [self.pool.submit(piece, offset) for offset in range(0, size, _LARGEST_REQUEST)]

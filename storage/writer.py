@@ -392,6 +392,7 @@ class StoreWriter:
 
     def _publish(self, target: Path) -> None:
         """Put a new store in its place, and remove the one that it replaces."""
+        # `bold` was made without a mode, so it has the one that the user's umask gives.
         staging, mode = self._root, stat.S_IMODE((self._root / "bold").stat().st_mode)
         (staging / OURS).unlink()
         staging.chmod(mode)  # it was private so far
