@@ -151,7 +151,7 @@ def _regression(x: list[Array], y: list[Array]) -> Regression:
 
 def _left_out(people: int) -> list[tuple[list[int], list[int]]]:
     """Return who fits and who judges: every fourth one is left out in turn."""
-    # Halves, with decades of penalties, explained .02 less of four people (dev/log.md).
+    # As in the linear path: halves, with decades of penalties, explained .02 less (dev/log.md).
     parts = [[i for i in range(people) if i % 4 == part] for part in range(min(4, people))]
     # A single person leaves nobody to fit.
     return [(sorted(set(range(people)) - set(part)), part) for part in parts if len(part) < people]
