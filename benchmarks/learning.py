@@ -134,7 +134,8 @@ def _finished(
     """Yield each part's name and future as it is done."""
     workers = _workers(chosen)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=begin_worker, initargs=(1,)) as pool:
+    settings: Any = {"initializer": begin_worker, "initargs": (1,), "max_tasks_per_child": 1}
+    with ProcessPoolExecutor(workers, context, **settings) as pool:
         running: dict[Future[tuple[list[Row], float]], str] = {}
         for name, part in chosen.items():
             running[pool.submit(_one, part, plan, folder, name)] = name

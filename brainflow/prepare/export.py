@@ -99,13 +99,14 @@ def export(
         _make_folder(output, folder, path)
         _check_free(path, sidecar_path)
         bold, t_r = np.asarray(store.run(i), np.float32), float(store.runs.t_r[i])
+        sidecar = {"RepetitionTime": t_r, "SkullStripped": True, "Atlas": label, "SamplingFrequency": 1 / t_r}
+        sidecar["Sources"] = [bids_uri(Path(store.path), [Path(store.path).parent])]
+        # Before the table, which without it would be refused as somebody else's after a kill between the two.
+        replace_durably(sidecar_path, to_json({**sidecar, "GeneratedBy": [GENERATOR]}))
         if axis is None:
             _write_tsv(path, bold, names)
         else:
             _write_ptseries(path, bold, axis, t_r)
-        sidecar = {"RepetitionTime": t_r, "SkullStripped": True, "Atlas": label, "SamplingFrequency": 1 / t_r}
-        sidecar["Sources"] = [bids_uri(Path(store.path), [Path(store.path).parent])]
-        replace_durably(sidecar_path, to_json({**sidecar, "GeneratedBy": [GENERATOR]}))
         yield Exported(key=keys[i], path=path)
 
 

@@ -26,6 +26,7 @@ VALIDATION = {
     "val_last_l1": "the same of the last value",
 }
 MOST_LOG = 2**30
+YAML_WORDS = {"y", "yes", "n", "no", "on", "off", "true", "false", "null"}
 
 
 def write_card(folder: str | os.PathLike[str]) -> Path:
@@ -229,7 +230,9 @@ def _front_matter(
 
 
 def _yaml(value: Any) -> str:
-    return value if isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9-]*", value) else json.dumps(value)
+    # Without quotes YAML takes some words for other types.
+    plain = isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9-]*", value) and value not in YAML_WORDS
+    return value if plain else json.dumps(value)
 
 
 def _people(data: dict[str, Any]) -> list[str]:

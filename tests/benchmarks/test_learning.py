@@ -337,7 +337,7 @@ def test_a_peer_gets_the_same_windows_and_people(tmp_path, monkeypatch, capsys):
 class Here(ThreadPoolExecutor):
     """Runs parts in this process."""
 
-    def __init__(self, workers, context, initializer, initargs):
+    def __init__(self, workers, context, *, initializer, initargs, max_tasks_per_child):
         super().__init__(1)
 
 

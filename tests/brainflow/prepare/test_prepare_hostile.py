@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import struct
+import sys
 import zlib
 
 import nibabel
@@ -377,6 +378,27 @@ def test_export_writes_inside_its_folder_only(tmp_path, run_verb):
     assert (home / "settings.json").read_text() == "mine"
     assert written[0].read_text().splitlines()[0] == "'=cmd|x\t'+1\\x1b[2J"
     assert run_verb(export, store, out) == 0, "its own files are replaced"
+
+
+def test_an_export_that_is_stopped_within_a_run_goes_on(tmp_path, run_verb, monkeypatch):
+    store, out = tmp_path / "store", tmp_path / "out"
+    with StoreWriter.create(store, networks=2, parcellation="a") as writer:
+        writer.append(np.ones((20, 2)), t_r=2.0, dataset="d", subject="1", task="t")
+    exporting = sys.modules["brainflow.prepare.export"]  # the package has a function of that name
+    real = exporting.replace_durably
+    for stop in (".json", ".tsv"):
+
+        def stopped(path, data, stop=stop):
+            if path.name.endswith(f"timeseries{stop}"):
+                raise KeyboardInterrupt
+            real(path, data)
+
+        monkeypatch.setattr(exporting, "replace_durably", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_verb(export, store, out)
+        monkeypatch.setattr(exporting, "replace_durably", real)
+        assert run_verb(export, store, out) == 0
+        (out / "sub-1" / "func" / "sub-1_task-t_atlas-a_stat-mean_timeseries.tsv").unlink()
 
 
 def test_export_follows_no_links_and_replaces_nothing_of_others(tmp_path, run_verb):
