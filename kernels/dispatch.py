@@ -59,7 +59,7 @@ def pick(impl: str | None, device: torch.device) -> str:
 def constant_to_compiler(function: Called) -> Called:
     """Return a function that torch.compile calls while it traces, and takes the result for a constant.
 
-    As `torch.compiler.assume_constant_result`, which imports all of Dynamo: 1.5 of the 2 seconds that
+    As `torch.compiler.assume_constant_result`, which imports all of Dynamo: most of what
     `import brainflow.kernels` took beside `import torch`.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]

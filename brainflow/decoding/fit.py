@@ -237,7 +237,7 @@ def fit_decoder(
     # A whitened head reads small differences of states, which a step of the body changes more than it helps:
     # from such a head 60 steps cost four points where 4 or 8 people have labels (dev/log.md). And what reads
     # the BOLD's variance reads no weight of the body.
-    if ridge.whitened or readout == SPREAD:
+    if ridge.whitened or readout.of_variance:
         return Decoder(module, linear_head(ridge).to(device), readout).eval(), History(losses=[], rates=[])
     stop: int | None = None
     checks: list[tuple[int, float, float]] = []
@@ -289,7 +289,8 @@ def choose(
         for one, x in zip(readouts, features, strict=True)
     ]
     # The log-SD alone has to be clearly better: see BETTER.
-    losses = [fit.loss / (BETTER if one == SPREAD else 1.0) for one, fit in zip(readouts, fits, strict=True)]
+    margins = [BETTER if one.of_variance else 1.0 for one in readouts]
+    losses = [fit.loss / margin for fit, margin in zip(fits, margins, strict=True)]
     place = len(fits) - 1 if np.isnan(losses).any() else int(np.argmin(losses))
     return place, fits[place]
 

@@ -85,6 +85,11 @@ class Readout:
         return f"{self.pooling} of {of or 'the last block'}"
 
     @property
+    def of_variance(self) -> bool:
+        """Whether it is how much the BOLD varies, whatever `bins`: that reads no weight of a module."""
+        return self.pooling == "spread" and self.layer == INPUT
+
+    @property
     def times(self) -> int:
         """Parts of a window's time that the vector holds one after the other."""
         return self.bins if self.pooling == "bins" else 1
@@ -143,8 +148,8 @@ def read(module: Any, batch: PackedBatch, readouts: Sequence[Readout]) -> list[T
         if readout.pooling == "cls":
             # By itself: the token is appended to each window.
             return module.features(batch, "cls")
-        if (readout.pooling, readout.layer) == ("spread", INPUT):
-            return moments(batch.bold.float(), batch.lengths)[:, batch.bold.shape[1] :]
+        if readout.of_variance:  # of BOLD as it is: normalised over networks it loses what all vary by
+            return _pooled(batch.bold.float(), batch.lengths, readout)
         sides = [states[layer] for layer in _sides(readout)]
         return _pooled(sides[0] if len(sides) == 1 else torch.cat(sides, dim=1), batch.lengths, readout)
 

@@ -60,6 +60,19 @@ def test_saved_decoder_says_the_same(checkpoint, tmp_path, mode):
     assert json.loads((tmp_path / "d" / "config.json").read_text())["data"]["parcellation"] == "ten"
 
 
+def test_a_decoder_of_variances_is_saved_as_one(checkpoint, tmp_path):
+    x, names = make_data(48, time=20)
+    x -= x.mean(axis=1, keepdims=True)
+    for i in range(48):
+        x[i, :, 2 * (i % 3) : 2 * (i % 3) + 2] *= 5
+    decoder = brainflow.MentalStateDecoder(checkpoint, allow_mismatch=True).fit(x, names)
+    decoder.save(tmp_path / "d")
+    section = json.loads((tmp_path / "d" / "config.json").read_text())["decoder"]
+    assert (section["pooling"], section["layer"]) == ("spread", "input")
+    loaded = brainflow.MentalStateDecoder.load(tmp_path / "d")
+    np.testing.assert_array_equal(loaded.predict_proba(x), decoder.predict_proba(x))
+
+
 def test_pipelines_and_searches(checkpoint):
     x, names = make_data(36)
     groups = np.arange(36) // 6

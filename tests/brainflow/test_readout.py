@@ -84,6 +84,7 @@ def test_the_spread_of_the_input_is_that_of_the_bold_as_it_is():
     windows = batch.bold.split(batch.lengths.tolist())
     expected = torch.stack([window.std(0, correction=0).log() for window in windows])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert Readout(pooling="spread", layer="input", bins=3).of_variance, "whatever it has no use for"
     both, last = read(model, batch, [Readout(pooling="moments"), Readout(pooling="spread")])
     torch.testing.assert_close(last, both[:, model.config.width :])
 
